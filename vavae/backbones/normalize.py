@@ -1,0 +1,29 @@
+"""From the images of the tokenizer to those that a backbone was trained on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ImageNormalizer(nn.Module):
+    """Map images [B, 3, H, W] from [-1, 1] to a backbone's zero mean and unit deviation.
+
+    Args:
+        mean: per channel, of images in [0, 1], as in ``model.pretrained_cfg["mean"]``.
+        std: per channel, likewise.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        # ((x + 1) / 2 - mean) / std, as one multiplication and one addition
+        deviation = torch.tensor(std).view(-1, 1, 1)
+        self.register_buffer("scale", 0.5 / deviation, persistent=False)
+        self.register_buffer("shift", (0.5 - torch.tensor(mean).view(-1, 1, 1)) / deviation, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images, same shape; gradients flow through."""
+        return images * self.scale + self.shift

@@ -1,0 +1,102 @@
+"""The sizes of the autoencoder, and the choice of its teacher."""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from vavae.backbones.config import EMBEDDED, BackboneConfig
+from vavae.config import Config
+
+NORM_GROUPS = 32
+"""Groups of every group normalisation (released code); they divide the channels of every level."""
+
+TEACHERS = {
+    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_large": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2_small_registers": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov2_base_registers": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov2_large_registers": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov3_small": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_base": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_large": "vit_large_patch16_dinov3.lvd1689m",
+    "mae_base": "vit_base_patch16_224.mae",
+    "mae_large": "vit_large_patch16_224.mae",
+    "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
+    "clip_large": "vit_large_patch14_clip_quickgelu_224.openai",
+    "sam_base": "samvit_base_patch16.sa1b",
+    "sam_large": "samvit_large_patch16.sa1b",
+    "siglip2_base": "vit_base_patch16_siglip_256.v2_webli",
+    "siglip2_large": "vit_large_patch16_siglip_256.v2_webli",
+}
+"""Short names of the teachers in use and what timm calls them; the released tokenizers saw large DINOv2 or MAE."""
+
+
+class TokenizerConfig(Config):
+    """The KL autoencoder of LDM, as VA-VAE uses it; the defaults are the paper's f16d32."""
+
+    latent_dim: int = Field(32, gt=0)
+    """Channels of the latent."""
+
+    channels: int = Field(128, gt=0)
+    """Channels of the first level; each level has this times its multiplier."""
+
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """One level each, from the image inwards; every level but the last halves the resolution."""
+
+    res_blocks: int = Field(2, gt=0)
+    """Residual blocks per level of the encoder; the decoder has one more."""
+
+    attention_levels: tuple[int, ...] = (4,)
+    """Levels whose residual blocks are followed by self-attention, counted from the image inwards, from 0."""
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attention_follows_levels(cls, data: Any) -> Any:
+        """Without a word on attention it sits on the last level, however many levels there are."""
+        if isinstance(data, dict) and "channel_multipliers" in data and "attention_levels" not in data:
+            levels = data["channel_multipliers"]
+            if isinstance(levels, (list, tuple)) and levels:
+                return {**data, "attention_levels": (len(levels) - 1,)}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TokenizerConfig":
+        levels = len(self.channel_multipliers)
+        if not levels or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers {self.channel_multipliers}: give one positive integer per level")
+        if any(not 0 <= level < levels for level in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels}: there are levels 0 to {levels - 1}")
+        if self.channels % NORM_GROUPS:
+            raise ValueError(f"channels {self.channels} is not a multiple of {NORM_GROUPS}, the groups of the norms")
+        return self
+
+
+class TeacherConfig(BackboneConfig):
+    """The vision foundation model whose features the latents are aligned with."""
+
+    name: str = EMBEDDED
+    """A short name of `TEACHERS`, the embedded `efficientnet_lite0`, or any timm model with its tag."""
+
+    normalize: bool = True
+    """Give the teacher the image statistics that it was trained with; false hands it [-1, 1], as the released code."""
+
+    stage_stride: int | None = Field(None, gt=0)
+    """Of a teacher whose resolution falls stage by stage: pixels per feature at the stage to use; none means 16."""
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The network under its full name."""
+        return BackboneConfig(name=TEACHERS.get(self.name, self.name), weights=self.weights)
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if not name:
+            raise ValueError(f"teacher name is empty: choose one of {', '.join(TEACHERS)}, {EMBEDDED} or a timm model")
+        return name

@@ -1,0 +1,117 @@
+"""The layers that encoder and decoder share; names and order of parameters as in the released checkpoints.
+
+Shapes: B batch, C channels, H height, W width, N = H·W positions.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vavae.tokenizer.config import NORM_GROUPS
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The normalisation before every non-linearity (released code)."""
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two norm, swish, 3x3 convolution units and a residual path: [B, C_in, H, W] -> [B, C_out, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the two units to their input, projected where the channels change."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over all positions with one head and 1x1 convolutions: [B, C, H, W] -> same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add softmax(q·kᵀ/√C)·v to the input."""
+        h = self.norm(x)
+        q, k, v = (
+            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
+        )  # [B, 1, N, C]
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
+        return x + self.proj_out(h)
+
+
+class Level(nn.Module):
+    """What happens at one resolution: residual blocks, each followed by attention or not, then a change of size.
+
+    A decoder applies the same parts in the same order; its change of size is an :class:`Upsample`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, blocks: int, attention: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (blocks - 1)
+        self.block = nn.ModuleList(ResnetBlock(width, out_channels) for width in widths)
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in widths if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H', W']."""
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> same."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Half the resolution: one row and column of zeros at the far edges, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
