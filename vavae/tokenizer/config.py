@@ -1,8 +1,6 @@
 """The sizes of the autoencoder, and the choice of its teacher."""
 
-from typing import Any
-
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from vavae.backbones.config import EMBEDDED, BackboneConfig
 from vavae.config import Config
@@ -55,16 +53,6 @@ class TokenizerConfig(Config):
         """Pixels per latent position along one side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _attention_follows_levels(cls, data: Any) -> Any:
-        """Without a word on attention it sits on the last level, however many levels there are."""
-        if isinstance(data, dict) and "channel_multipliers" in data and "attention_levels" not in data:
-            levels = data["channel_multipliers"]
-            if isinstance(levels, (list, tuple)) and levels:
-                return {**data, "attention_levels": (len(levels) - 1,)}
-        return data
-
     @model_validator(mode="after")
     def _consistent(self) -> "TokenizerConfig":
         levels = len(self.channel_multipliers)
@@ -93,10 +81,3 @@ class TeacherConfig(BackboneConfig):
     def backbone(self) -> BackboneConfig:
         """The network under its full name."""
         return BackboneConfig(name=TEACHERS.get(self.name, self.name), weights=self.weights)
-
-    @field_validator("name")
-    @classmethod
-    def _named(cls, name: str) -> str:
-        if not name:
-            raise ValueError(f"teacher name is empty: choose one of {', '.join(TEACHERS)}, {EMBEDDED} or a timm model")
-        return name

@@ -1,6 +1,5 @@
 """The seam between the latents of the tokenizer and those that the diffusion model sees."""
 
-import torch
 from torch import Tensor, nn
 
 

@@ -61,7 +61,7 @@ class VisionFoundationTeacher(nn.Module):
         self.geometry = teacher_geometry(config)
         sizes = {"dynamic_img_size": True} if self.geometry.any_size else {}
         self.model: Any = load_backbone(config.backbone, **sizes)
-        self.normalizer = ImageNormalizer(self.model.pretrained_cfg["mean"], self.model.pretrained_cfg["std"])
+        self.normalizer = ImageNormalizer.of(self.model)
         freeze(self)
 
     @property

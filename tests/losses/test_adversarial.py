@@ -1,0 +1,80 @@
+"""The discriminator's published size, its initial values, and both sides of the game in closed form."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from vavae.losses.adaptive import adaptive_weight
+from vavae.losses.adversarial import DiscriminatorObjective, PatchDiscriminator, generator_loss, hinge, vanilla
+from vavae.losses.config import AdversarialLossConfig
+from vavae.randomness import torch_generator
+
+SMALL = AdversarialLossConfig(channels=16, layers=2)
+
+
+def images(seed: int, batch: int = 4) -> torch.Tensor:
+    return 2 * torch.rand(batch, 3, 32, 32, generator=torch_generator(seed, "images")) - 1
+
+
+def test_published_size_and_patches():
+    with torch.device("meta"):
+        discriminator = PatchDiscriminator(AdversarialLossConfig())
+        logits = discriminator(torch.zeros(2, 3, 256, 256))
+    assert round(sum(p.numel() for p in discriminator.parameters()) / 1e6, 2) == 2.77
+    assert logits.shape == (2, 1, 30, 30)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    state = PatchDiscriminator(AdversarialLossConfig()).state_dict()
+    assert state["main.5.weight"].std().item() == pytest.approx(0.02, rel=0.01)
+    assert state["main.9.weight"].mean().item() == pytest.approx(1.0, abs=0.01)
+    assert state["main.9.weight"].std().item() == pytest.approx(0.02, rel=0.2)
+    assert not state["main.9.bias"].any()
+
+
+def test_group_normalisation_sees_each_image_alone():
+    config = AdversarialLossConfig(channels=16, layers=2, norm="group")
+    discriminator = PatchDiscriminator(config)
+    torch.testing.assert_close(discriminator(images(0))[:1], discriminator(images(0)[:1]), rtol=1e-4, atol=1e-6)
+    batch = PatchDiscriminator(SMALL)
+    assert not torch.allclose(batch(images(0))[:1], batch(images(0)[:2])[:1])
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(ValidationError, match="multiple of 16"):
+        AdversarialLossConfig(channels=24, norm="group")
+
+
+def test_sides_of_the_game():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    assert hinge(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+    assert hinge(torch.ones(3), -torch.ones(3)).item() == 0.0
+    assert vanilla(torch.zeros(2), torch.zeros(2)).item() == pytest.approx(math.log(2))
+    assert vanilla(real, fake).item() == pytest.approx(
+        0.25 * sum(math.log1p(math.exp(x)) for x in (-2.0, 0.0, -3.0, 1.0))
+    )
+    assert generator_loss(fake).item() == 1.0
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("hinge", hinge), ("vanilla", vanilla)])
+def test_discriminator_step(kind, loss):
+    objective = DiscriminatorObjective(SMALL.model_copy(update={"loss": kind}))
+    reconstruction = images(1).requires_grad_()
+    terms = objective(images(0), reconstruction)
+    real, fake = objective.discriminator(images(0)), objective.discriminator(reconstruction)
+    assert terms.objective.item() == loss(real, fake).item()
+    assert (terms.real.item(), terms.fake.item()) == (real.mean().item(), fake.mean().item())
+    terms.objective.backward()
+    assert reconstruction.grad is None
+    assert all((parameter.grad != 0).any() for parameter in objective.parameters())
+
+
+def test_adaptive_weight_is_the_ratio_of_norms():
+    reference, gradient = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    assert adaptive_weight(reference, gradient, 1e4).item() == pytest.approx(5 / (2 + 1e-4))
+    assert adaptive_weight(reference, gradient, 1.5).item() == 1.5
+    assert adaptive_weight(reference, torch.zeros(2), 1e8).item() == pytest.approx(5e4)
+    assert not adaptive_weight(reference.requires_grad_(), gradient, 1.0).requires_grad

@@ -1,0 +1,77 @@
+"""LPIPS against torchmetrics' own on the same backbone; the teacher's distance by hand."""
+
+import math
+
+import pytest
+import torch
+
+from vavae.backbones.load import meta_backbone
+from vavae.errors import UserError
+from vavae.losses.config import PerceptualLossConfig
+from vavae.losses.perceptual import LPIPS, TeacherFeatureDistance, build_perceptual, published_heads
+from vavae.randomness import torch_generator
+
+
+@pytest.fixture(scope="module")
+def vgg_layers():
+    """The layers of VGG16 with random weights; the classifier is never made."""
+    layers = meta_backbone(PerceptualLossConfig().backbone).features.to_empty(device="cpu")
+    generator = torch_generator(0, "vgg")
+    for parameter in layers.parameters():
+        fan_in = parameter[0].numel()
+        parameter.data = torch.randn(parameter.shape, generator=generator) * math.sqrt(2 / fan_in) * 0.5
+    return layers
+
+
+def images(seed: int) -> torch.Tensor:
+    return 2 * torch.rand(2, 3, 32, 32, generator=torch_generator(seed, "images")) - 1
+
+
+def test_lpips_equals_that_of_torchmetrics(vgg_layers, monkeypatch):
+    from torchmetrics.functional.image import lpips as torchmetrics_lpips  # after torchvision has been made importable
+
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda net, pretrained: vgg_layers)
+    theirs = torchmetrics_lpips._LPIPS(net="vgg")
+    ours = LPIPS(vgg_layers, published_heads()).train()
+    expected = theirs(images(0), images(1)).flatten()
+    assert (expected > 1e-3).all()
+    torch.testing.assert_close(ours(images(0), images(1)), expected)
+
+
+def test_lpips_of_equal_images_is_zero_with_a_finite_gradient(vgg_layers):
+    lpips = LPIPS(vgg_layers, published_heads())
+    reconstruction = torch.zeros(1, 3, 32, 32).requires_grad_()
+    distance = lpips(torch.zeros(1, 3, 32, 32), reconstruction)
+    (gradient,) = torch.autograd.grad(distance.sum(), reconstruction)
+    assert distance.tolist() == [0.0]
+    assert gradient.isfinite().all()
+    assert not any(parameter.requires_grad for parameter in lpips.parameters())
+
+
+def test_teacher_distance_by_hand():
+    # Two stages: directions at a right angle differ by 2 in square, equal directions of another length by 0.
+    first = [torch.tensor([3.0, 0.0]).view(1, 2, 1, 1), torch.tensor([1.0, 1.0]).view(1, 2, 1, 1)]
+    second = [torch.tensor([0.0, 7.0]).view(1, 2, 1, 1), torch.tensor([9.0, 9.0]).view(1, 2, 1, 1)]
+    stages = {0.0: first, 1.0: second}
+    distance = TeacherFeatureDistance(lambda image: stages[image.mean().item()])
+    assert distance(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).tolist() == pytest.approx([1.0])
+
+
+def test_teacher_distance_is_per_image_and_reaches_the_reconstruction():
+    distance = TeacherFeatureDistance(lambda batch: [batch, batch[:, :, ::2, ::2] + 1])
+    reconstruction = torch.cat([images(0)[:1], images(1)[1:]]).requires_grad_()
+    values = distance(images(0), reconstruction)
+    assert values[0] == 0
+    assert values[1] > 0
+    (gradient,) = torch.autograd.grad(values.sum(), reconstruction)
+    assert (gradient[1] != 0).any()
+
+
+def test_kinds():
+    assert build_perceptual(PerceptualLossConfig(kind="none"), list) is None
+    assert build_perceptual(PerceptualLossConfig(weight=0.0), list) is None
+    assert isinstance(build_perceptual(PerceptualLossConfig(kind="teacher_features"), list), TeacherFeatureDistance)
+    with pytest.raises(UserError, match=r"no weights of vgg16\.tv_in1k at .*absent"):
+        build_perceptual(PerceptualLossConfig(weights="/absent/vgg.pth"), list)
+    with pytest.raises(ValueError, match="reads no weights"):
+        PerceptualLossConfig(kind="none", weights="/absent/vgg.pth")

@@ -1,0 +1,113 @@
+"""Teachers give one feature per latent position, whatever their kind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from vavae.backbones.load import meta_backbone
+from vavae.backbones.normalize import ImageNormalizer
+from vavae.backbones.weights import timm_name
+from vavae.errors import UserError
+from vavae.randomness import torch_generator
+from vavae.tokenizer.config import TEACHERS, TeacherConfig
+from vavae.tokenizer.teacher import VisionFoundationTeacher, teacher_geometry
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> VisionFoundationTeacher:
+    return VisionFoundationTeacher(TeacherConfig(name="efficientnet_lite0"))
+
+
+@pytest.fixture
+def transformer(tmp_path):
+    """A tiny transformer of timm with random weights."""
+    config = TeacherConfig(name="test_vit.r160_in1k", weights=str(tmp_path / "vit.safetensors"))
+    generator = torch_generator(0, "vit")
+    shapes = {name: tensor.shape for name, tensor in meta_backbone(config.backbone).state_dict().items()}
+    save_file({name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}, config.weights)
+    return VisionFoundationTeacher(config)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return 2 * torch.rand(*shape, generator=torch_generator(0, "images")) - 1
+
+
+def test_stage_of_the_embedded_teacher(convolutional):
+    assert convolutional.geometry.stride == 16
+    assert convolutional.feature_dim == 112
+    assert convolutional(images(2, 3, 32, 32), (4, 3)).shape == (2, 112, 4, 3)
+
+
+def test_features_of_an_image_do_not_depend_on_its_batch_or_the_mode(convolutional):
+    batch = images(3, 3, 32, 32)
+    alone = convolutional(batch[:1], (2, 2))
+    torch.testing.assert_close(convolutional.train()(batch, (2, 2))[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_features_carry_no_gradient_but_early_features_reach_the_images(convolutional):
+    batch = images(2, 3, 32, 32).requires_grad_()
+    assert not convolutional(batch, (2, 2)).requires_grad
+    features = convolutional.early_features(batch)
+    assert [feature.shape[1:] for feature in features] == [(16, 16, 16), (24, 8, 8), (40, 4, 4)]
+    torch.stack([feature.square().mean() for feature in features]).sum().backward()
+    assert (batch.grad != 0).any()
+    assert all(parameter.grad is None for parameter in convolutional.parameters())
+
+
+def test_another_stage_can_be_chosen():
+    geometry = teacher_geometry(TeacherConfig(stage_stride=8))
+    assert (geometry.stride, geometry.feature_dim) == (8, 40)
+    with pytest.raises(UserError, match=r"no stage of stride 5: stage_stride is one of \[2, 4, 8, 16, 32\]"):
+        teacher_geometry(TeacherConfig(stage_stride=5))
+
+
+def test_transformer_features_are_the_normed_patch_tokens(transformer):
+    batch = images(2, 3, 32, 48)
+    model = transformer.model
+    tokens = model.forward_features(transformer.normalizer(batch))[:, model.num_prefix_tokens :]  # [B, N, C]
+    expected = tokens.transpose(1, 2).reshape(2, -1, 2, 3)
+    torch.testing.assert_close(transformer(batch, (2, 3)), expected)
+
+
+def test_images_are_resized_to_the_grid_and_features_are_not(transformer):
+    batch = images(1, 3, 256, 256)
+    resized = F.interpolate(batch, size=(64, 64), mode="bilinear", align_corners=False)
+    assert torch.equal(transformer(batch, (4, 4)), transformer(resized, (4, 4)))
+
+
+def test_the_released_behaviour_hands_over_plain_images(transformer):
+    transformer.normalizer = ImageNormalizer((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    plain = VisionFoundationTeacher(transformer.config.model_copy(update={"normalize": False}))
+    batch = images(1, 3, 32, 32)
+    torch.testing.assert_close(transformer(batch, (2, 2)), plain(transformer.normalizer(batch), (2, 2)))
+    assert not torch.allclose(transformer(batch, (2, 2)), plain(batch, (2, 2)))
+
+
+def test_a_transformer_has_no_early_stages(transformer):
+    with pytest.raises(UserError, match="no early stages"):
+        transformer.early_features(images(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "feature_dim", "prefix_tokens"),
+    [
+        ("dinov2_small", 14, 384, 1),
+        ("dinov2_base_registers", 14, 768, 5),
+        ("dinov3_small", 16, 384, 5),
+        ("mae_base", 16, 768, 1),
+        ("clip_base", 16, 768, 1),
+        ("sam_base", 16, 256, None),
+        ("siglip2_base", 16, 768, 0),
+    ],
+)
+def test_published_teachers(name, stride, feature_dim, prefix_tokens):
+    config = TeacherConfig(name=name)
+    geometry = teacher_geometry(config)
+    assert (geometry.stride, geometry.feature_dim) == (stride, feature_dim)
+    assert getattr(meta_backbone(config.backbone), "num_prefix_tokens", None) == prefix_tokens
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_every_short_name_is_a_pretrained_model(name):
+    assert timm_name(TeacherConfig(name=name).backbone) == TEACHERS[name]

@@ -1,0 +1,1 @@
+"""The losses of the tokenizer, as functions of tensors: reconstruction, alignment, adversary, and their balance."""

@@ -1,0 +1,99 @@
+"""The patch discriminator of VQGAN and the losses on both sides of it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vavae.losses.config import NORM_GROUPS, AdversarialLossConfig
+
+_MAX_MULTIPLIER = 8
+_INIT_STD = 0.02
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN, arXiv 1611.07004: images [B, 3, H, W] in [-1, 1] -> float32 logits [B, 1, h, w], high for real images.
+
+    Parameters are named and initialised as in the released code (``main.N``).
+    """
+
+    def __init__(self, config: AdversarialLossConfig) -> None:
+        super().__init__()
+        multipliers = [min(2**layer, _MAX_MULTIPLIER) for layer in range(config.layers + 1)]
+        widths = [config.channels * multiplier for multiplier in multipliers]
+        modules: list[nn.Module] = [nn.Conv2d(3, widths[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for index in range(1, len(widths)):
+            stride = 2 if index < config.layers else 1
+            modules += [
+                # A batch norm's shift makes the bias redundant.
+                nn.Conv2d(
+                    widths[index - 1],
+                    widths[index],
+                    kernel_size=4,
+                    stride=stride,
+                    padding=1,
+                    bias=config.norm != "batch",
+                ),
+                nn.BatchNorm2d(widths[index]) if config.norm == "batch" else nn.GroupNorm(NORM_GROUPS, widths[index]),
+                nn.LeakyReLU(0.2),
+            ]
+        modules.append(nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
+        self.main = nn.Sequential(*modules)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One logit per overlapping patch."""
+        return self.main(images.to(next(self.parameters()).dtype)).float()
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, _INIT_STD)
+    elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+        nn.init.normal_(module.weight, 1.0, _INIT_STD)
+        nn.init.zeros_(module.bias)
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's side: ½ (mean ReLU(1 - real) + mean ReLU(1 + fake)), logits of any shape -> scalar."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def vanilla(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's side: ½ (mean softplus(-real) + mean softplus(fake)), logits of any shape -> scalar."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": hinge, "vanilla": vanilla}
+"""By their names in the configuration."""
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Generator's side: the negative mean logit of its images, scalar."""
+    return -fake.mean()
+
+
+class DiscriminatorTerms(NamedTuple):
+    """Scalars; only ``objective`` is meant to be differentiated."""
+
+    objective: Tensor
+    """What the discriminator minimises."""
+    real: Tensor
+    """Mean logit of images, detached."""
+    fake: Tensor
+    """Mean logit of reconstructions, detached."""
+
+
+class DiscriminatorObjective(nn.Module):
+    """The discriminator's step in one forward, so that an engine can wrap it whole."""
+
+    def __init__(self, config: AdversarialLossConfig) -> None:
+        super().__init__()
+        self.discriminator = PatchDiscriminator(config)
+        self._loss = DISCRIMINATOR_LOSSES[config.loss]
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> DiscriminatorTerms:
+        """Both are [B, 3, H, W] in [-1, 1]; the reconstruction is detached. Batch statistics are of each alone."""
+        real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
+        return DiscriminatorTerms(self._loss(real, fake), real.mean().detach(), fake.mean().detach())

@@ -1,0 +1,117 @@
+"""Weights and forms of the losses; the defaults are those of the paper unless a line says otherwise."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vavae.backbones.config import BackboneConfig
+from vavae.config import Config
+
+NORM_GROUPS = 32
+"""Groups of the discriminator's group normalisation."""
+
+
+class VisionFoundationLossConfig(Config):
+    """Alignment of latents with the features of a vision foundation model: equations 2 to 5 of arXiv 2501.01423."""
+
+    weight: float = Field(0.1, ge=0)
+    """w_hyper of equation 5; 0 switches the term off."""
+
+    cos_margin: float = Field(0.5, ge=0, le=2)
+    """m1 of equation 2: cosines above one minus this cost nothing."""
+
+    distmat_margin: float = Field(0.25, ge=0, le=2)
+    """m2 of equation 3: differences of two cosines below this cost nothing."""
+
+    cos_weight: float = Field(1.0, ge=0)
+    """Weight of the marginal cosine loss."""
+
+    distmat_weight: float = Field(1.0, ge=0)
+    """Weight of the marginal distance matrix loss."""
+
+    projection: Literal["latent_to_teacher", "teacher_to_latent"] = "latent_to_teacher"
+    """Which side the learned linear map brings to the other (`reverse_proj` true or false in the released code)."""
+
+    adaptive: bool = True
+    """Scale by the ratio of gradient norms, equation 4; without it the weight is constant."""
+
+
+class PerceptualLossConfig(Config):
+    """The part of the reconstruction loss that looks through a network."""
+
+    kind: Literal["lpips", "teacher_features", "none"] = "lpips"
+    """LPIPS on VGG16; a distance of the teacher's early features, which needs no further weights; or nothing."""
+
+    weight: float = Field(1.0, ge=0)
+    """Relative to the absolute error of one colour value; the term counts once per colour value of the image."""
+
+    weights: str | None = None
+    """ImageNet weights of VGG16, as a path or a storage URL; none means the Hugging Face hub's. Only for `lpips`."""
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The network of LPIPS."""
+        return BackboneConfig(name="vgg16.tv_in1k", weights=self.weights)
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> "PerceptualLossConfig":
+        if self.weights is not None and self.kind != "lpips":
+            raise ValueError(f"perceptual kind {self.kind!r} reads no weights: remove them or set kind to 'lpips'")
+        return self
+
+
+class AdversarialLossConfig(Config):
+    """A patch discriminator and the two sides of its game."""
+
+    weight: float = Field(0.5, ge=0)
+    """Weight of the generator's side, times the adaptive weight; 0 switches discriminator and term off."""
+
+    start_images: int = Field(2501 * 256, ge=0)
+    """Images seen before the adversary joins; the released 5001 counts two optimizers and batches of 256."""
+
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    """The discriminator's side; the generator's is the negative mean logit in both (released code)."""
+
+    channels: int = Field(64, gt=0)
+    """Channels of the first layer; they double with every layer, up to eight times."""
+
+    layers: int = Field(3, gt=0)
+    """Convolutions of stride 2."""
+
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation: over the images of a slice as released, or within each image, for slices of very few images."""
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> "AdversarialLossConfig":
+        if self.norm == "group" and 2 * self.channels % NORM_GROUPS:
+            raise ValueError(f"channels {self.channels} with norm 'group': take a multiple of {NORM_GROUPS // 2}")
+        return self
+
+
+class AdaptiveWeightConfig(Config):
+    """Upper ends of the adaptive weights, before the constant weight is multiplied (released code)."""
+
+    vision_foundation_max: float = Field(1e8, gt=0)
+    """Of the vision-foundation loss, measured at the encoder's last convolution."""
+
+    adversarial_max: float = Field(1e4, gt=0)
+    """Of the adversarial loss, measured at the decoder's last convolution."""
+
+
+class TokenizerLossConfig(Config):
+    """All that the tokenizer is trained on."""
+
+    vision_foundation: VisionFoundationLossConfig = VisionFoundationLossConfig()
+    """Alignment with the teacher."""
+
+    perceptual: PerceptualLossConfig = PerceptualLossConfig()
+    """Perceptual distance of images and reconstructions."""
+
+    adversarial: AdversarialLossConfig = AdversarialLossConfig()
+    """The discriminator's opinion."""
+
+    adaptive: AdaptiveWeightConfig = AdaptiveWeightConfig()
+    """Limits of the adaptive weights."""
+
+    kl_weight: float = Field(1e-6, ge=0)
+    """Weight of the KL divergence, in nats per image."""

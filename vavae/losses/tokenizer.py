@@ -1,0 +1,165 @@
+"""All losses of the tokenizer as one objective, which may be built inside a wrapped forward.
+
+The sum to be minimised, per image (released code):
+
+    L = nll + λ_d · w_d · g + λ_vf · w_vf · vf + w_kl · kl
+
+with nll = Σ (|x - x̂| + w_p · p) over colour values, p the perceptual distance of an image, g = -mean D(x̂),
+λ_d = ‖∂nll/∂W‖ / ‖∂g/∂W‖ at the decoder's last convolution and λ_vf = ‖∂nll/∂W‖ / ‖∂vf/∂W‖ at the encoder's.
+
+Both networks that look at x̂ are differentiated once, at a detached leaf. The gradients of the image that come out are
+handed to the decoder as the vectors of its vector-Jacobian products: the weight λ_d is known before the decoder is
+differentiated, and ∂L/∂θ is the same as if the sum had been differentiated term by term.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vavae.losses.adaptive import adaptive_weight
+from vavae.losses.adversarial import generator_loss
+from vavae.losses.config import TokenizerLossConfig
+from vavae.losses.perceptual import Perceptual
+from vavae.losses.vision_foundation import VisionFoundationTerms
+
+
+class TokenizerOutputs(NamedTuple):
+    """One forward of the tokenizer, with its graph."""
+
+    images: Tensor
+    """[B, 3, H, W] in [-1, 1]."""
+    reconstruction: Tensor
+    """[B, 3, H, W], decoded from the posterior sample."""
+    kl: Tensor
+    """KL divergence of each posterior, [B], in nats."""
+    alignment: VisionFoundationTerms | None
+    """The vision-foundation loss of the same posterior sample; none where there is no teacher."""
+
+
+class LastLayers(NamedTuple):
+    """Weights at which the adaptive weights are measured."""
+
+    encoder: Tensor
+    decoder: Tensor
+
+
+class TokenizerObjective(NamedTuple):
+    """What to differentiate and what to report."""
+
+    objective: Tensor
+    """Scalar: its value and its gradient are those of the total loss."""
+    terms: dict[str, Tensor]
+    """Detached scalars by name."""
+
+
+class _ImageLosses(NamedTuple):
+    """The losses that look at the reconstruction, and their gradients there, [B, 3, H, W]."""
+
+    nll: Tensor
+    l1: Tensor
+    perceptual: Tensor
+    nll_grad: Tensor
+    adversarial: Tensor
+    adversarial_grad: Tensor | None
+
+
+def tokenizer_objective(
+    config: TokenizerLossConfig,
+    outputs: TokenizerOutputs,
+    layers: LastLayers,
+    perceptual: Perceptual | None,
+    discriminator: Callable[[Tensor], Tensor] | None,
+) -> TokenizerObjective:
+    """Compose the losses of one slice; all means are over its images.
+
+    Args:
+        config: weights of the terms.
+        outputs: of the tokenizer; the graph to the last layers must be alive.
+        layers: the last convolutions' weights.
+        perceptual: distance [B] of two batches of images; none leaves the term out.
+        discriminator: images to logits, with frozen parameters; none before the adversary starts.
+
+    Returns:
+        The objective, and the terms ``reconstruction`` (nll per image), ``l1`` (per colour value), ``perceptual``,
+        ``kl``, ``adversarial``, ``adversarial_weight`` (λ_d · w_d), ``total``, and with a teacher ``cosine``,
+        ``distance``, ``alignment``, ``vf_weight`` (λ_vf · w_vf). A term that is off is zero.
+    """
+    reconstruction = outputs.reconstruction.float()
+    leaf = reconstruction.detach().requires_grad_()
+    image = _image_losses(config, outputs.images.float(), leaf, perceptual, discriminator)
+    image_grad, adversarial_weight = image.nll_grad, torch.zeros_like(image.nll)
+    if image.adversarial_grad is not None:
+        adversarial_weight = _adversarial_weight(config, reconstruction, layers.decoder, image)
+        image_grad = image_grad + adversarial_weight * image.adversarial_grad
+    kl = outputs.kl.mean()
+    beyond_images = config.kl_weight * kl
+    terms = {
+        "reconstruction": image.nll,
+        "l1": image.l1,
+        "perceptual": image.perceptual,
+        "kl": kl.detach(),
+        "adversarial": image.adversarial,
+        "adversarial_weight": adversarial_weight,
+    }
+    if outputs.alignment is not None:
+        vf_weight = _vf_weight(config, reconstruction, layers.encoder, image.nll_grad, outputs.alignment.total)
+        beyond_images = beyond_images + vf_weight * outputs.alignment.total
+        terms |= {
+            "cosine": outputs.alignment.cosine,
+            "distance": outputs.alignment.distance,
+            "alignment": outputs.alignment.alignment,
+            "vf_weight": vf_weight,
+        }
+    terms["total"] = image.nll + adversarial_weight * image.adversarial + beyond_images.detach()
+    surrogate = (reconstruction * image_grad).sum() + beyond_images
+    return TokenizerObjective(surrogate + (terms["total"] - surrogate.detach()), terms)
+
+
+def _image_losses(
+    config: TokenizerLossConfig,
+    images: Tensor,
+    leaf: Tensor,
+    perceptual: Perceptual | None,
+    discriminator: Callable[[Tensor], Tensor] | None,
+) -> _ImageLosses:
+    absolute = (images - leaf).abs()
+    distance = perceptual(images, leaf) if perceptual is not None else leaf.new_zeros(len(leaf))
+    # The perceptual distance of an image counts once per colour value.
+    per_image = absolute.sum(dim=(1, 2, 3)) + config.perceptual.weight * distance * leaf[0].numel()
+    nll = per_image.mean()
+    (nll_grad,) = torch.autograd.grad(nll, leaf)
+    adversarial, adversarial_grad = torch.zeros_like(nll), None
+    if discriminator is not None:
+        adversarial = generator_loss(discriminator(leaf))
+        (adversarial_grad,) = torch.autograd.grad(adversarial, leaf)
+    return _ImageLosses(
+        nll.detach(),
+        absolute.mean().detach(),
+        distance.mean().detach(),
+        nll_grad,
+        adversarial.detach(),
+        adversarial_grad,
+    )
+
+
+def _adversarial_weight(
+    config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, image: _ImageLosses
+) -> Tensor:
+    """λ_d · w_d; both gradients end at the decoder's last convolution, so this costs next to nothing."""
+    (reference,) = torch.autograd.grad(reconstruction, layer, image.nll_grad, retain_graph=True)
+    (adversarial,) = torch.autograd.grad(reconstruction, layer, image.adversarial_grad, retain_graph=True)
+    return config.adversarial.weight * adaptive_weight(reference, adversarial, config.adaptive.adversarial_max)
+
+
+def _vf_weight(
+    config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, nll_grad: Tensor, vf: Tensor
+) -> Tensor:
+    """λ_vf · w_vf; the reference passes the whole decoder on its way to the encoder's last convolution."""
+    weight = torch.full_like(vf.detach(), config.vision_foundation.weight)
+    if not config.vision_foundation.adaptive or config.vision_foundation.weight == 0:
+        return weight
+    (reference,) = torch.autograd.grad(reconstruction, layer, nll_grad, retain_graph=True)
+    (alignment,) = torch.autograd.grad(vf, layer, retain_graph=True)
+    return weight * adaptive_weight(reference, alignment, config.adaptive.vision_foundation_max)
