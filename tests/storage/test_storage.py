@@ -1,0 +1,183 @@
+"""Files in a folder and in an object store: whole or absent, named within the root, the same through pickling."""
+
+import os
+import pickle
+import uuid
+from pathlib import Path
+
+import pytest
+
+from vavae.errors import UserError
+from vavae.storage.storage import Storage, sha256_of
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request, tmp_path):
+    root = str(tmp_path / "a root") if request.param == "local" else f"memory://{uuid.uuid4().hex}/deep"
+    return Storage(root, cache=str(tmp_path / "cache"))
+
+
+def test_round_trip(storage):
+    storage.write_bytes("a/b.bin", b"\0\1")
+    assert storage.read_bytes("a/b.bin") == b"\0\1"
+    assert storage.size("a/b.bin") == 2
+    storage.write_bytes("a/b.bin", b"new")
+    assert storage.read_bytes("a/b.bin") == b"new"
+    storage.write_json("a/c.json", {"b": [1.5, None], "a": "ü"})
+    assert storage.read_json("a/c.json") == {"a": "ü", "b": [1.5, None]}
+
+
+def test_json_does_not_depend_on_the_order_of_keys(storage):
+    storage.write_json("x.json", {"a": 1, "b": 2})
+    storage.write_json("y.json", {"b": 2, "a": 1})
+    assert storage.read_bytes("x.json") == storage.read_bytes("y.json")
+
+
+def test_what_is_there(storage):
+    assert storage.sizes() == {}
+    assert storage.list("nothing") == storage.list("nothing", recursive=True) == []
+    for path, data in {"a/10": b"xx", "a/9": b"", "a/b/c": b"x", "ab": b"x"}.items():
+        storage.write_bytes(path, data)
+    assert storage.list() == ["a", "ab"]
+    assert storage.list("a") == ["a/10", "a/9", "a/b"]
+    assert storage.list("a", recursive=True) == ["a/10", "a/9", "a/b/c"]
+    assert storage.sizes("a") == {"a/10": 2, "a/9": 0, "a/b/c": 1}
+    assert [storage.exists(path) for path in ("a", "ab", "abc")] == [True, True, False]
+    assert [storage.is_file(path) for path in ("a", "ab", "abc")] == [False, True, False]
+
+
+def test_missing_files(storage):
+    for ask in (storage.read_bytes, storage.size, storage.local_file, storage.read_json):
+        with pytest.raises(FileNotFoundError):
+            ask("nothing")
+
+
+def test_child_and_url(storage):
+    storage.child("run").write_bytes("x", b"1")
+    assert storage.read_bytes("run/x") == b"1"
+    assert storage.child("run").url("x") == storage.url("run/x")
+    assert Storage(storage.url("run")).read_bytes("x") == b"1"
+    assert storage.child("run").list() == ["x"]
+
+
+def test_delete(storage):
+    for path in ("a/b/c", "a/d", "e"):
+        storage.write_bytes(path, b"x")
+    storage.delete("a")
+    storage.delete("a")
+    storage.delete("e")
+    assert storage.sizes() == {}
+    with pytest.raises(AssertionError, match="root"):
+        storage.delete("")
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "./x", "a/", "s3://bucket/x", ".."])
+def test_no_path_leads_out_of_the_root(storage, path):
+    asks = (storage.read_bytes, storage.exists, storage.delete, storage.sizes, storage.child, storage.local_file)
+    for ask in (*asks, lambda path: storage.write_bytes(path, b"")):
+        with pytest.raises(UserError, match="relative path"):
+            ask(path)
+
+
+def test_put_and_local_file(storage, tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"first")
+    storage.put_file(source, "a/f.bin")
+    copy = storage.local_file("a/f.bin")
+    assert copy.read_bytes() == b"first"
+    assert copy.name == "f.bin"
+    assert storage.local_file("a/f.bin") == copy
+    assert sha256_of(copy) == sha256_of(source)
+    storage.write_bytes("a/f.bin", b"other")  # of the same size
+    assert storage.local_file("a/f.bin").read_bytes() == b"other"
+
+
+def test_equal_base_names_have_their_own_copies(storage):
+    for split in ("train", "val"):
+        storage.write_bytes(f"{split}/00000.tar", split.ljust(5).encode())
+    assert storage.local_file("train/00000.tar").read_bytes() == b"train"
+    assert storage.local_file("val/00000.tar").read_bytes() == b"val  "
+
+
+def test_create_puts_nothing_when_the_block_fails(storage):
+    storage.write_bytes("f", b"before")
+
+    def fail():
+        with storage.create("f") as local:
+            local.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert storage.read_bytes("f") == b"before"
+    assert storage.list() == ["f"]
+
+
+def test_a_short_copy_is_an_error(tmp_path, monkeypatch):
+    storage = Storage(f"memory://{uuid.uuid4().hex}", cache=str(tmp_path))
+    storage.write_bytes("f", b"whole")
+    monkeypatch.setattr(type(storage._fs), "get_file", lambda fs, name, local: Path(local).write_bytes(b"wh"))
+    with pytest.raises(OSError, match="2 of 5 bytes"):
+        storage.local_file("f")
+    monkeypatch.undo()
+    assert storage.local_file("f").read_bytes() == b"whole"
+
+
+def test_local_writes_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
+    calls = []
+    sync, replace = os.fsync, os.replace
+
+    def name(handle):
+        return "folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(name(handle)), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    Storage(str(tmp_path)).write_bytes("f", b"x")
+    assert calls == ["file", "rename", "folder"]
+
+
+def test_leftovers_of_a_killed_write_are_invisible(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path))
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok: None)  # as if killed before the end
+    monkeypatch.setattr(os, "replace", lambda a, b: None)
+    storage.write_bytes("f", b"x")
+    assert len(os.listdir(tmp_path)) == 1
+    assert storage.list() == storage.list(recursive=True) == []
+
+
+def test_pickle_keeps_the_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage = Storage("runs", cache="here")
+    storage.write_bytes("x", b"1")
+    data = pickle.dumps(storage)
+    assert len(data) < 500
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = pickle.loads(data)
+    assert again.read_bytes("x") == b"1"
+    assert (again.root, again.cache) == (str(tmp_path / "runs"), "here")
+
+
+def test_links_are_followed_and_closed_folders_are_errors(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "f").write_bytes(b"123")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "root" / "dangling").symlink_to(tmp_path / "nothing")
+    assert Storage(str(tmp_path / "root")).sizes() == {"link/f": 3}
+
+    def closed(folder):
+        raise PermissionError(13, "closed", folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        Storage(str(tmp_path / "root")).sizes()
+
+
+def test_messages(tmp_path):
+    with pytest.raises(UserError, match=r"storage 'nosuch://x': .*nosuch"):
+        Storage("nosuch://x")
+    storage = Storage(str(tmp_path))
+    storage.write_bytes("x.json", b"{half")
+    with pytest.raises(UserError, match=r"x\.json holds no JSON .*delete it"):
+        storage.read_json("x.json")
