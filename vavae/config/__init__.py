@@ -1,5 +1,18 @@
 """Configuration: the base class, YAML with inheritance and overrides, digests. Each room owns its own models."""
 
 from vavae.config.base import Config, differences, digest, identity, runtime
+from vavae.config.command import Arguments, parse_arguments, run_command
+from vavae.config.load import dump, load
 
-__all__ = ["Config", "differences", "digest", "identity", "runtime"]
+__all__ = [
+    "Arguments",
+    "Config",
+    "differences",
+    "digest",
+    "dump",
+    "identity",
+    "load",
+    "parse_arguments",
+    "run_command",
+    "runtime",
+]

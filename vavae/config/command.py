@@ -1,0 +1,54 @@
+"""The command line of every job: ``--config FILE key=value … [--print-config] [--dry-run]``, and its exit status."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from vavae.errors import UserError
+
+_MISUSE, _INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a job was asked for."""
+
+    config: str
+    overrides: tuple[str, ...]
+    print_config: bool
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_MISUSE, f"{self.prog}: error: {message}; see --help\n")
+
+
+def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = None) -> Arguments:
+    """Parse a job's command line, ``sys.argv`` by default; overrides may stand anywhere among the options.
+
+    Misuse is one line on standard error and exit status 2.
+    """
+    parser = _Parser(prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML; later wins")
+    found = parser.parse_intermixed_args(argv)
+    return Arguments(found.config, tuple(found.overrides), found.print_config, found.dry_run)
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status: 2, and one line on standard error, for what a user can mend."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _MISUSE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
