@@ -1,0 +1,145 @@
+"""The board: where workers post how far they are, and the driver reads it and shows it."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+
+from vavae.progress import Progress, Rate, clock, show
+
+_LINE_SECONDS = 1.5
+
+
+@ray.remote(num_cpus=0)
+class _BoardActor:
+    """Holds the latest progress, and the messages that go the other way."""
+
+    def __init__(self) -> None:
+        self._latest: Progress | None = None
+        self._advanced = 0
+        self._stop = False
+        self._error: str | None = None
+
+    def post(self, progress: Progress) -> None:
+        self._latest = progress
+
+    def advance(self, amount: int) -> None:
+        self._advanced += amount
+
+    def read(self) -> tuple[Progress | None, int]:
+        return self._latest, self._advanced
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def fail(self, error: str) -> None:
+        self._error = error
+
+    def error(self) -> str | None:
+        return self._error
+
+
+class Board:
+    """A handle to the board, for driver and workers alike."""
+
+    def __init__(self) -> None:
+        self._actor: Any = _BoardActor.remote()
+        self._asked: Any = None
+
+    def post(self, progress: Progress) -> None:
+        """Say how far a stage is."""
+        self._actor.post.remote(progress)
+
+    def advance(self, amount: int) -> None:
+        """Add to what pooled tasks have done together."""
+        self._actor.advance.remote(amount)
+
+    def read(self) -> tuple[Progress | None, int]:
+        """The latest progress, and the sum of all advances."""
+        return ray.get(self._actor.read.remote())
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and leave."""
+        self._actor.request_stop.remote()
+
+    def stop_requested(self) -> bool:
+        """Whether somebody asked. Never waits: the answer is the one to the previous question."""
+        answer = False
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            answer, self._asked = ray.get(self._asked), None
+        if self._asked is None:
+            self._asked = self._actor.stop_requested.remote()
+        return answer
+
+    def fail(self, error: str) -> None:
+        """Leave a user's error for the driver."""
+        ray.get(self._actor.fail.remote(error))
+
+    def error(self) -> str | None:
+        """The user's error that a worker left."""
+        return ray.get(self._actor.error.remote())
+
+
+@contextmanager
+def shown(board: Board, stage: str, total: int | None = None, unit: str = "images") -> Iterator[None]:
+    """Print a line of progress every moment until the block ends.
+
+    Args:
+        board: where the workers post.
+        stage: name of the job.
+        total: for pooled tasks that `advance`: how much there is to do.
+        unit: of `total`.
+    """
+    ended = threading.Event()
+    printer = threading.Thread(target=_print_lines, args=(board, stage, total, unit, ended), daemon=True)
+    printer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        printer.join()
+
+
+def _print_lines(board: Board, stage: str, total: int | None, unit: str, ended: threading.Event) -> None:
+    start, rate, last = time.monotonic(), Rate(), None
+    while not ended.wait(_LINE_SECONDS):
+        latest, advanced = board.read()
+        if advanced:
+            latest = Progress(stage, advanced, total, unit, rate.update(advanced))
+        elapsed = clock(time.monotonic() - start)
+        if latest is None:
+            print(f"{stage:<18} starting  {elapsed}", flush=True)
+        elif latest == last and latest.done == latest.total:
+            print(f"{stage:<18} finishing  {elapsed}", flush=True)
+        else:
+            show(latest)
+        last = latest
+
+
+@contextmanager
+def stopped_by_signals(board: Board) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into a polite request; a second one interrupts at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        print("stopping: the workers save a checkpoint and leave", file=sys.stderr, flush=True)
+        board.request_stop()
+        signal.signal(number, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,60 @@
+"""Join the cluster that is there, or start Ray in this process."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from vavae.errors import UserError
+from vavae.training.config import RunConfig
+
+_LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
+
+
+@contextmanager
+def cluster(config: RunConfig) -> Iterator[None]:
+    """Ray for the length of a job.
+
+    Joins the cluster that `RAY_ADDRESS` or a surrounding `ray job submit` names. Otherwise starts Ray in this process,
+    with as many CPUs as the workers ask for even where there are fewer, because a laptop's workers may share cores.
+
+    Raises:
+        UserError: the cluster can't hold the workers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    workers = config.workers
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}}
+    # The Train tab of the dashboard is empty without it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(runtime_env=environment, logging_level=logging.WARNING)
+        _check_resources(config)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus)),
+            include_dashboard=workers.dashboard,
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_resources(config: RunConfig) -> None:
+    """Refuse a cluster that can't hold the workers, rather than wait for ever."""
+    workers, there = config.workers, ray.cluster_resources()
+    kind, needed = ("GPU", workers.count) if workers.use_gpu else ("CPU", workers.count * workers.cpus)
+    if there.get(kind, 0) < needed and not workers.wait_for_nodes:
+        raise UserError(
+            f"workers.count={workers.count} needs {needed:g} {kind}s and the cluster has {there.get(kind, 0):g}; "
+            "lower workers.count, add nodes, or set workers.wait_for_nodes=true"
+        )

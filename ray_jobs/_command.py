@@ -1,0 +1,114 @@
+"""What all jobs have in common: the command line, the dry run, and finding out that there is nothing to do."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from ray_jobs._cluster import cluster
+from ray_jobs._preflight import preflight
+from vavae.config.command import parse_arguments, run_command
+from vavae.config.load import dump, load
+from vavae.errors import UserError
+from vavae.progress import clock
+from vavae.training.config import RunConfig
+from vavae.training.run import STAGES, Job, Plan, Run
+
+Work = Callable[[Run], None]
+
+
+def main(job: Job, description: str, work: Work, argv: Sequence[str] | None = None) -> int:
+    """The command line of one job; returns its exit status.
+
+    Args:
+        job: its name.
+        description: its help text.
+        work: does it, with Ray running.
+        argv: the arguments, `sys.argv` by default.
+    """
+    return run_command(lambda: _main(job, description, lambda run: {job: run.plan(job)}, {job: work}, argv))
+
+
+def pipeline(description: str, works: dict[Job, Work], argv: Sequence[str] | None = None) -> int:
+    """The command line of all jobs in a row; returns its exit status."""
+    return run_command(lambda: _main("pipeline", description, Run.plans, works, argv))
+
+
+def _main(
+    name: str,
+    description: str,
+    plan: Callable[[Run], dict[Job, Plan]],
+    works: dict[Job, Work],
+    argv: Sequence[str] | None,
+) -> int:
+    arguments = parse_arguments(f"python -m ray_jobs.{name}", description, argv)
+    config = load(RunConfig, arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(dump(config), end="")
+        return 0
+    run = Run(config)
+    plans = plan(run)
+    to_do = [job for job, found in plans.items() if not found.done]
+    if arguments.dry_run:
+        preflight(run, to_do)
+        _print_plan(run, plans)
+        return 0
+    if to_do:
+        preflight(run, to_do)
+        _print_plan(run, plans)
+        run.storage.write_bytes("config.yaml", dump(config).encode())
+        with cluster(config):
+            for job in to_do:
+                _do(run, job, works[job])
+    for job, found in plans.items():
+        if found.done:
+            print(f"{job:<18} done  {found.why}")
+    print(f"the run is in {run.storage.url()}")
+    return 0
+
+
+def _do(run: Run, job: Job, work: Work) -> None:
+    """Do one job, unless the jobs before it have turned out to leave its artefact as it was."""
+    found = run.plan(job)
+    if found.done:
+        print(f"{job:<18} done  {found.why}", flush=True)
+        return
+    start = time.monotonic()
+    try:
+        work(run)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+    digest = run.require(job).digest[:12]
+    print(f"{job:<18} made  {digest}  in {clock(time.monotonic() - start)}", flush=True)
+
+
+def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
+    """The stages, their artefacts, and what each would take."""
+    table = Table(title=f"run {run.config.name} in {run.storage.url()}", title_justify="left")
+    for column in ("job", "makes", "state", "work"):
+        table.add_column(column)
+    for job, found in plans.items():
+        state = f"done {found.why}" if found.done else f"to do: {found.why}"
+        table.add_row(job, STAGES[job].makes, state, _effort(run, job))
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+
+
+def _effort(run: Run, job: Job) -> str:
+    """Images, steps and workers of a job, in words."""
+    config = run.config
+    budget = run.budget(job)
+    if budget is not None:
+        section = getattr(config, job)
+        return f"{budget:,} images, {section.steps:,} steps of {section.batch_size}, {config.workers.count} workers"
+    return {
+        "prepare_shards": f"{config.shards.source} at {config.shards.image_size} px",
+        "precompute_latents": f"{config.tokenizer.latent_dim} x {config.grid} x {config.grid} float16 mean and std",
+        "sample": f"{config.sample.images:,} images, {config.solver.name} {config.solver.num_steps} steps",
+        "evaluate": f"up to {config.evaluate.images:,} held-out images",
+    }[job]

@@ -1,0 +1,31 @@
+"""Everything that can be checked before a worker starts."""
+
+from collections.abc import Sequence
+
+from vavae.backbones.config import BackboneConfig
+from vavae.backbones.weights import check_weights
+from vavae.errors import UserError
+from vavae.training.run import Job, Run
+
+
+def preflight(run: Run, jobs: Sequence[Job]) -> None:
+    """Check storage access and pretrained weights for the jobs that are to run.
+
+    Raises:
+        UserError: storage can't be written, or weights can't be had.
+    """
+    config = run.config
+    try:
+        run.storage.write_bytes(".access", b"")
+        run.storage.delete(".access")
+    except OSError as error:
+        raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
+    backbones: list[BackboneConfig] = []
+    if "train_vavae" in jobs:
+        backbones.append(config.teacher.backbone)
+        if config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
+            backbones.append(config.losses.perceptual.backbone)
+    if "evaluate" in jobs:
+        backbones.append(BackboneConfig(name=config.evaluate.metrics.extractor))
+    for backbone in backbones:
+        check_weights(backbone)

@@ -1,0 +1,72 @@
+"""Ray Train around the training loop: workers, restarts, and the errors that come back."""
+
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from ray_jobs._board import Board, shown, stopped_by_signals
+from ray_jobs._session import RaySession
+from vavae.distributed.world import World
+from vavae.errors import UserError
+from vavae.training.jobs import TRAININGS
+from vavae.training.run import Job, Run
+
+
+def fit(run: Run, job: Job) -> None:
+    """Train one model on the workers that the configuration asks for, until its export is committed.
+
+    Raises:
+        UserError: the configuration or the artefacts don't allow it.
+        KeyboardInterrupt: the run was asked to stop; its checkpoint is there to go on from.
+    """
+    workers, board = run.config.workers, Board()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"run": run, "job": job, "board": board},
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=_resources(run)
+        ),
+        run_config=RunConfig(
+            name=f"{run.config.name}-{job}",
+            storage_path=run.storage.url("ray"),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    with shown(board, job), stopped_by_signals(board):
+        try:
+            trainer.fit()
+        except TrainingFailedError:
+            error = board.error()
+            if error is not None:
+                raise UserError(error) from None
+            raise
+    error = board.error()
+    if error is not None:
+        raise UserError(error)
+    if not run.plan(job).done:
+        raise KeyboardInterrupt
+
+
+def _resources(run: Run) -> dict[str, float]:
+    workers = run.config.workers
+    return {"CPU": workers.cpus, **({"GPU": 1} if workers.use_gpu else {})}
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One rank of the training; Ray Train calls it in every worker."""
+    run: Run = settings["run"]
+    board: Board = settings["board"]
+    if board.error() is not None:
+        return  # restarted after an error that a restart can't mend
+    torch.set_num_threads(run.config.workers.threads)
+    try:
+        TRAININGS[settings["job"]](run, RaySession(board), World.current(run.config.workers.use_gpu))
+    except UserError as error:
+        board.fail(str(error))
+        raise

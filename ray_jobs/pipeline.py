@@ -1,0 +1,18 @@
+"""Every stage in a row, skipping what is there: ``python -m ray_jobs.pipeline --config FILE``."""
+
+import sys
+
+from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
+from ray_jobs._command import pipeline
+
+WORKS = {
+    "prepare_shards": prepare_shards.work,
+    "train_vavae": train_vavae.work,
+    "precompute_latents": precompute_latents.work,
+    "train_lightningdit": train_lightningdit.work,
+    "sample": sample.work,
+    "evaluate": evaluate.work,
+}
+
+if __name__ == "__main__":
+    sys.exit(pipeline("Run all stages of a configuration, from images to report.", WORKS))

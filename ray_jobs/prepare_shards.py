@@ -1,0 +1,33 @@
+"""Images → WebDataset shards with a manifest: ``python -m ray_jobs.prepare_shards --config FILE``."""
+
+import sys
+
+from ray_jobs._command import main
+from ray_jobs._pool import Advance, Work, work_through
+from vavae.data.shards import PlannedShard, plan_shards
+from vavae.data.writer import claim, finish, write_shard
+from vavae.training.run import Run
+
+
+def work(run: Run) -> None:
+    """Write the missing shards, then the manifest."""
+    prefix = run.prefix("prepare_shards")
+    plan = plan_shards(run.config.shards, run.storage.cache)
+    claim(run.storage, prefix, run.config.shards, plan.sources)
+    work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, run.config.workers.count)
+    manifest = finish(run.storage, prefix, plan)
+    if manifest.skipped_count:
+        print(f"{manifest.skipped_count} unreadable images left out, such as {manifest.skipped[0]}", flush=True)
+
+
+def _make_work(run: Run) -> Work:
+    prefix = run.prefix("prepare_shards")
+
+    def do(shard: PlannedShard, advance: Advance) -> None:
+        write_shard(run.storage, prefix, shard, advance)
+
+    return do
+
+
+if __name__ == "__main__":
+    sys.exit(main("prepare_shards", "Make image shards from a folder, an archive or a data set.", work))

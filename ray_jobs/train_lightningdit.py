@@ -1,0 +1,16 @@
+"""Latent shards → LightningDiT: ``python -m ray_jobs.train_lightningdit --config FILE``."""
+
+import sys
+
+from ray_jobs._command import main
+from ray_jobs._train import fit
+from vavae.training.run import Run
+
+
+def work(run: Run) -> None:
+    """Train the LightningDiT on latents and export it."""
+    fit(run, "train_lightningdit")
+
+
+if __name__ == "__main__":
+    sys.exit(main("train_lightningdit", "Train the LightningDiT on latent shards.", work))

@@ -1,0 +1,99 @@
+import math
+import re
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+
+from vavae.report.curves import smooth, training_curves
+
+
+def rows(name: str, values: list, stage: str = "tokenizer") -> list[dict]:
+    return [{"stage": stage, "images": 64 * (index + 1), name: value} for index, value in enumerate(values)]
+
+
+def lines(svg: str) -> list[str]:
+    """Outlines of the faint and of the bold line."""
+    return re.findall(r'<path d="([^"]*)"[^>]*stroke: #3f87d9', svg)
+
+
+def test_nothing_makes_no_curves():
+    assert training_curves([]) == []
+    assert training_curves(rows("loss/total", [math.nan, None, math.inf])) == []
+
+
+def test_stages_groups_and_names_in_order():
+    row = {"data_wait": 0.1, "loss/vf_weight": 3.0, "loss/total": 1.0, "learning_rate": 1e-4, "loss/kl": 2, "x": 0.5}
+    found = training_curves(
+        [{"stage": stage, "images": images, **row} for stage in ("tokenizer", "diffusion") for images in (1, 2)]
+    )
+    expected = [
+        ("losses", "loss/total"),
+        ("losses", "loss/kl"),
+        ("adaptive weights", "loss/vf_weight"),
+        ("optimisation", "learning_rate"),
+        ("throughput", "data_wait"),
+        ("others", "x"),
+    ]
+    assert [(curve.stage, curve.group, curve.name) for curve in found] == [
+        (stage, *pair) for stage in ("tokenizer", "diffusion") for pair in expected
+    ]
+
+
+def test_a_curve_is_a_named_picture_in_the_colours_of_the_page():
+    (curve,) = training_curves(rows('loss/"<total>"', [3.0, 2.0, 1.0]))
+    element = ElementTree.fromstring(curve.svg)
+    assert element.attrib["role"] == "img"
+    assert element.attrib["aria-label"] == 'loss/"<total>" of tokenizer over 192 images: from 3 to 1'
+    assert "currentColor" in curve.svg
+    assert not re.search(r"(?:fill|stroke): #0{3,6}\b", curve.svg.split("</defs>")[-1])
+    assert [line.count("L") for line in lines(curve.svg)] == [2, 2]
+
+
+def test_missing_values_are_bridged_and_non_finite_ones_leave_a_gap():
+    values = [5.0, 1.0, 4.0, 2.0, 3.0, 1.0, 5.0]
+    missing = [row for row in rows("loss/total", values) if row["images"] != 4 * 64]
+    broken = rows("loss/total", [*values[:3], math.nan, *values[4:]])
+    for records, pieces in ((missing, 1), (broken, 2)):
+        (curve,) = training_curves(records)
+        assert [line.count("M") for line in lines(curve.svg)] == [pieces, pieces]
+
+
+def test_of_two_rows_of_one_position_the_later_counts():
+    once = rows("loss/total", [1.0, 2.0, 3.0])
+    assert training_curves(rows("loss/total", [9.0, 9.0]) + once) == training_curves(once)
+    assert training_curves(once[::-1]) == training_curves(once)
+
+
+@pytest.mark.parametrize("values", [[0.5], [2e-4] * 5, [0.0] * 5, [1e-5, 1e-3, 1.0, 1e3]])
+def test_single_constant_and_wide_values_are_drawn(values: list[float]):
+    (curve,) = training_curves(rows("learning_rate", values))
+    assert len(lines(curve.svg)) == 2
+    assert "1e" not in "".join(ElementTree.fromstring(curve.svg).itertext())  # no offset of the axis
+
+
+def test_long_runs_make_no_large_pages():
+    (curve,) = training_curves(rows("loss/total", [math.sin(index / 50) for index in range(20_000)]))
+    assert len(curve.svg) < 30_000
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone():
+    before = dict(matplotlib.rcParams)
+    training_curves(rows("loss/total", [1.0, 2.0]))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_smoothing_has_no_lag_and_keeps_constants():
+    ramp = np.arange(100.0)
+    np.testing.assert_allclose(smooth(ramp)[20:80], ramp[20:80])
+    np.testing.assert_allclose(smooth(np.full(9, 3.0)), 3.0)
+
+
+def test_smoothing_calms_and_passes_over_gaps():
+    values = np.where(np.arange(60) % 2 == 0, 1.0, -1.0)
+    values[30] = np.nan
+    found = smooth(values)
+    assert np.isnan(found[30])
+    assert np.nanstd(found) < 0.3
+    assert np.isfinite(np.delete(found, 30)).all()

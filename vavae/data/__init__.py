@@ -1,0 +1,1 @@
+"""Images and latents: sources, shards, the order of samples and their streams."""

@@ -1,0 +1,65 @@
+"""What the shards hold."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from vavae.config import Config, runtime
+
+
+class ShardsConfig(Config):
+    """How a set of images becomes shards.
+
+    The sources are `runtime`: what is in them enters the records of the shards by content, wherever they lie.
+    """
+
+    source: str = runtime(min_length=1)
+    """Images with a class each: a folder of class folders, a .zip or .tar(.gz) of such a folder (path or URL; `#train`
+    after an archive means its folder `train`), `digits`, `huggingface:<name>[#split]` or
+    `torchvision:<Class>[#split]`."""
+
+    validation_source: str | None = runtime(None, min_length=1)
+    """Held-out images with the same classes, named likewise."""
+
+    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    """Where there is no validation source: the expected share of images held out, chosen by a hash of their names."""
+
+    image_size: int = Field(256, ge=8)
+    """Side in pixels of the stored images, after ADM's centre crop and resize."""
+
+    keep_original: bool = False
+    """Store JPEG, PNG and WebP files as they are wherever both sides reach `image_size`."""
+
+    format: Literal["png", "jpeg"] = "png"
+    """How images are stored that are not kept as they are."""
+
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Quality of `format: jpeg`; colours are not subsampled."""
+
+    shard_images: int = Field(2000, ge=1)
+    """Most images in a shard; keep a shard below 256 MB."""
+
+    seed: int = Field(0, ge=0)
+    """Keys the order of the images and the choice of the held-out ones."""
+
+
+class StreamConfig(Config):
+    """The order in which training sees the records of shards, and how images are cut."""
+
+    lanes: int = Field(32, ge=1)
+    """Virtual ranks that the order is cut into; fixed for the life of a run, divides every global batch."""
+
+    block: int | None = Field(None, ge=1)
+    """Consecutive records of a lane that are shuffled together; null makes all lanes together shuffle 65,536."""
+
+    crop: Literal["random", "center"] = "random"
+    """Where an image larger than `shards.image_size` is cut."""
+
+    flip: bool = False
+    """Mirror half of the images that train the tokenizer."""
+
+    workers: int = runtime(0, ge=0)
+    """Loader processes per training worker; 0 reads in the training process. Their number changes no sample."""
+
+    open_shards: int = runtime(64, ge=1)
+    """Shards that a process keeps mapped."""

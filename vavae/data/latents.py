@@ -1,0 +1,238 @@
+"""Latent shards: WebDataset tars of constant record size, so that any reader can stream them and ours can map them.
+
+A record is `<nine digits>.latent.npy`, float16 [2 · (1 + flip), C, H, W] with the posterior's mean and standard deviation
+of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label in nine digits.
+"""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vavae.data.manifest import ShardInfo
+from vavae.data.mapped import ShardCache
+from vavae.data.order import SampleOrder
+from vavae.data.stream import SliceKey
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+_BLOCK = tarfile.BLOCKSIZE
+_LABEL_DIGITS = 9
+
+
+class LatentManifest(BaseModel):
+    """What a set of latents is: its shards, the size of a latent, the classes, and the tokenizer that made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: str
+    """Digest of the tokenizer's export."""
+    shape: tuple[int, int, int]
+    """C, H, W of one latent."""
+    flip: bool
+    """Whether mirror images are stored too."""
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[ShardInfo, ...]]
+
+    @property
+    def record_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one record's array."""
+        return (2 * (1 + self.flip), *self.shape)
+
+
+def latent_shard(arrays: np.ndarray, labels: Sequence[int], first_index: int) -> bytes:
+    """The bytes of one shard.
+
+    Args:
+        arrays: float16 [N, 2 · (1 + flip), C, H, W].
+        labels: N class indices.
+        first_index: index of the first record in its split; names the members.
+    """
+    assert arrays.dtype == np.float16, f"latents are stored in float16, not {arrays.dtype}"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for offset, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+            key = f"{first_index + offset:09d}"
+            npy = io.BytesIO()
+            np.save(npy, array)
+            for name, data in ((f"{key}.latent.npy", npy.getvalue()), (f"{key}.cls", f"{label:0{_LABEL_DIGITS}d}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+class MappedLatents:
+    """A latent shard in memory: arrays and labels are views, nothing is parsed per record.
+
+    Args:
+        path: the shard.
+        count: records that the manifest promises.
+        record_shape: shape of one record's array.
+
+    Raises:
+        UserError: the file has another count, shape or layout.
+    """
+
+    def __init__(self, path: Path, count: int, record_shape: tuple[int, ...]) -> None:
+        memory = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            file.seek(_BLOCK)
+            try:
+                version = np.lib.format.read_magic(file)
+                assert version == (1, 0), f"npy version {version}"
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            except ValueError as error:
+                raise UserError(f"{path}: not a latent shard ({error}); compute the latents again") from error
+            header = file.tell() - _BLOCK
+        if shape != record_shape or dtype != np.float16 or fortran:
+            raise UserError(f"{path}: latents {dtype}{list(shape)}, expected float16{list(record_shape)}")
+        npy_blocks = -(-(header + int(np.prod(shape)) * 2) // _BLOCK)
+        stride = _BLOCK * (1 + npy_blocks + 2)  # header, array; header, label
+        if len(memory) < count * stride:
+            raise UserError(f"{path}: {len(memory)} bytes where {count} latents need {count * stride}; compute them again")
+        records = np.ndarray((count, stride), np.uint8, memory)
+        strides = (stride, *np.empty(shape, np.float16).strides)
+        self.arrays = np.ndarray((count, *shape), np.float16, memory, offset=_BLOCK + header, strides=strides)
+        """float16 [N, 2 · (1 + flip), C, H, W]."""
+        digits = records[:, stride - _BLOCK : stride - _BLOCK + _LABEL_DIGITS] - ord("0")
+        self.labels = digits.astype(np.int64) @ 10 ** np.arange(_LABEL_DIGITS - 1, -1, -1)
+        """int64 [N]."""
+
+
+class LatentSlice(NamedTuple):
+    """Posteriors of one slice, each of the image or of its mirror image."""
+
+    lane: int
+    step: int
+    mean: Tensor
+    """float32 [S, C, H, W]."""
+    std: Tensor
+    """float32 [S, C, H, W]."""
+    labels: Tensor
+    """int64 [S]."""
+
+
+class LatentStream(Dataset[LatentSlice]):
+    """Slices of one split of latent shards, in the same order as images would come.
+
+    Args:
+        storage: the folder of the latents.
+        manifest: what there is.
+        split: `train` or `validation`.
+        order: which record comes where.
+        slice_size: latents of one slice.
+        seed: keys the choice between an image and its mirror image.
+        open_shards: shards mapped at a time.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: LatentManifest,
+        split: str,
+        order: SampleOrder,
+        slice_size: int,
+        seed: int,
+        open_shards: int,
+    ) -> None:
+        self._storage, self._manifest, self._split, self._order = storage, manifest, split, order
+        self._size, self._seed = slice_size, seed
+        self._open: ShardCache[MappedLatents] = ShardCache(open_shards)
+
+    def __getitem__(self, key: SliceKey) -> LatentSlice:
+        locations = self._order.slice(key.lane, key.step, self._size)
+        records = np.empty((self._size, *self._manifest.record_shape), np.float16)
+        labels = np.empty(self._size, np.int64)
+        shards = np.array([location.shard for location in locations])
+        rows = np.array([location.record for location in locations])
+        for shard in np.unique(shards):
+            mine = shards == shard
+            mapped = self._open.get(int(shard), self._map)
+            records[mine], labels[mine] = mapped.arrays[rows[mine]], mapped.labels[rows[mine]]
+        if self._manifest.flip:
+            mirrored = numpy_generator(self._seed, "mirror", key.lane, key.step).random(self._size) < 0.5
+            records = np.where(mirrored[:, None, None, None, None], records[:, 2:], records[:, :2])
+        posterior = torch.from_numpy(records).float()  # [S, 2, C, H, W]
+        return LatentSlice(key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels))
+
+    def _map(self, shard: int) -> MappedLatents:
+        info = self._manifest.splits[self._split][shard]
+        path = self._storage.local_file(f"{self._split}/{info.name}")
+        return MappedLatents(path, info.count, self._manifest.record_shape)
+
+
+class LatentStatistics:
+    """Exact mean and standard deviation per channel of latents drawn from their posteriors.
+
+    Sums in float64 over all positions: E z = E μ and Var z = E (μ² + σ²) − (E μ)². Partial sums merge by addition.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.sum = np.zeros(channels)
+        self.sum_squares = np.zeros(channels)
+
+    def update(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Add posteriors; two arrays [N, C, H, W]."""
+        mean, std = mean.astype(np.float64), std.astype(np.float64)
+        self.count += mean.size // mean.shape[1]
+        self.sum += mean.sum((0, 2, 3))
+        self.sum_squares += (mean**2 + std**2).sum((0, 2, 3))
+
+    def merge(self, other: "LatentStatistics") -> None:
+        """Add another's sums."""
+        self.count += other.count
+        self.sum += other.sum
+        self.sum_squares += other.sum_squares
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 [C]."""
+        return self.sum / self.count
+
+    @property
+    def std(self) -> np.ndarray:
+        """float64 [C]."""
+        return np.sqrt(self.sum_squares / self.count - self.mean**2)
+
+    def to_json(self) -> dict[str, object]:
+        """The sums as plain values; floats survive JSON exactly."""
+        return {"count": self.count, "sum": self.sum.tolist(), "sum_squares": self.sum_squares.tolist()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> "LatentStatistics":
+        """The inverse of `to_json`."""
+        statistics = cls(0)
+        statistics.count = int(values["count"])  # type: ignore[call-overload]
+        statistics.sum, statistics.sum_squares = np.array(values["sum"]), np.array(values["sum_squares"])
+        return statistics
+
+
+MANIFEST, STATISTICS = "manifest.json", "statistics.safetensors"
+
+
+def read_latent_manifest(storage: Storage) -> LatentManifest:
+    """The manifest in a folder of latents."""
+    try:
+        return LatentManifest.model_validate_json(storage.read_bytes(MANIFEST))
+    except (FileNotFoundError, ValidationError) as error:
+        raise UserError(f"{storage.url(MANIFEST)}: no manifest of latents there; run precompute_latents") from error
+
+
+def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C], float64, of the latents of the training split in a folder."""
+    try:
+        tensors = load_file(storage.local_file(STATISTICS))
+    except FileNotFoundError as error:
+        raise UserError(f"{storage.url(STATISTICS)}: no statistics of the latents there; run precompute_latents") from error
+    return tensors["mean"], tensors["std"]

@@ -1,0 +1,74 @@
+"""What a set of image shards is: written beside them, read by everything that streams them."""
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from vavae.config import digest
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+MANIFEST = "manifest.json"
+
+
+class ShardInfo(BaseModel):
+    """One shard of a split; it lies at `<split>/<name>`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    count: int
+    """Images in it."""
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """Shards, classes and provenance."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    splits: dict[str, tuple[ShardInfo, ...]]
+    """Shards by split (`train`, `validation`), in order."""
+
+    classes: tuple[str, ...]
+    """Names of the classes; an image's label is an index into them."""
+
+    image_size: int
+    """No side of any image is shorter, in pixels."""
+
+    sources: dict[str, dict[str, JsonValue]]
+    """Fingerprints of what the shards were made from, by split."""
+
+    skipped: tuple[str, ...] = ()
+    """Names of images that could not be read, the first so many of them."""
+
+    skipped_count: int = 0
+    """How many could not be read."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content: the shards by checksum and order, and the classes."""
+        shards = {name: [[shard.sha256, shard.count] for shard in split] for name, split in self.splits.items()}
+        return digest({"shards": shards, "classes": self.classes})
+
+    def count(self, split: str) -> int:
+        """Images in a split."""
+        return sum(shard.count for shard in self.splits[split])
+
+
+def write_manifest(storage: Storage, prefix: str, manifest: Manifest) -> None:
+    """Put the manifest beside its shards."""
+    storage.write_json(f"{prefix}/{MANIFEST}", manifest.model_dump(mode="json"))
+
+
+def read_manifest(storage: Storage, prefix: str) -> Manifest:
+    """The manifest of the shards in a folder; UserError where there is none, or a damaged one."""
+    path = f"{prefix}/{MANIFEST}"
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(path))
+    except FileNotFoundError as error:
+        raise UserError(f"no shards in {storage.url(prefix)}: it has no {MANIFEST}; prepare them first") from error
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(
+            f"{storage.url(path)} is no manifest ({reason}); delete its folder and prepare it again"
+        ) from error

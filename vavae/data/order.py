@@ -1,0 +1,102 @@
+"""The order of samples: a pure function of (counts, seed, position), whatever the number of ranks and loader workers.
+
+Epoch e permutes the shards by (seed, e), concatenates their records, drops the last N mod L and cuts the rest into L
+equal ranges, one per *lane* (a virtual rank). A lane shuffles consecutive blocks of its range by (seed, e, lane, block).
+A step takes one *slice* of consecutive positions from every lane and straddles epochs freely.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from vavae.data.config import StreamConfig
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+
+
+class Location(NamedTuple):
+    """Where one record lies: the shard's index in the manifest and the record's index in the shard."""
+
+    shard: int
+    record: int
+
+
+class SampleOrder:
+    """Endless order of the records of one split, cut into lanes.
+
+    Args:
+        counts: number of records of each shard, in manifest order.
+        seed: the run's seed.
+        lanes: L, the number of virtual ranks; fixed for the life of a run.
+        block: number of consecutive records of a lane that are shuffled together.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, lanes: int, block: int) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.seed, self.lanes, self.block = seed, lanes, block
+        self.records_per_lane = int(self.counts.sum()) // lanes
+        """Positions of one lane in one epoch, ⌊N / L⌋."""
+        if self.records_per_lane == 0:
+            raise UserError(
+                f"stream.lanes={lanes}: the split has only {int(self.counts.sum())} records; "
+                "every lane needs one: lower stream.lanes or add images"
+            )
+        # Caches belong to the instance: a slice asks for the same epoch and block again and again.
+        self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
+        self._shuffle = lru_cache(maxsize=4 * lanes)(self._permuted_block)
+
+    def __reduce__(self) -> tuple[type["SampleOrder"], tuple[Sequence[int], int, int, int]]:
+        return type(self), (self.counts.tolist(), self.seed, self.lanes, self.block)
+
+    def slice(self, lane: int, step: int, size: int) -> list[Location]:
+        """The records of one lane's slice of a step: positions [step · size, (step + 1) · size) of the lane."""
+        return [self.locate(lane, position) for position in range(step * size, (step + 1) * size)]
+
+    def locate(self, lane: int, position: int) -> Location:
+        """The record at one position of a lane."""
+        epoch, offset = divmod(position, self.records_per_lane)
+        block, within = divmod(offset, self.block)
+        shuffled = block * self.block + int(self._shuffle(epoch, lane, block)[within])
+        shards, ends = self._epoch(epoch)
+        index = lane * self.records_per_lane + shuffled
+        slot = int(np.searchsorted(ends, index, side="right"))
+        shard = int(shards[slot])
+        return Location(shard, index - int(ends[slot] - self.counts[shard]))
+
+    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of an epoch, and the running count of records at the end of each."""
+        shards = numpy_generator(self.seed, "shards", epoch).permutation(len(self.counts))
+        return shards, np.cumsum(self.counts[shards])
+
+    def _permuted_block(self, epoch: int, lane: int, block: int) -> np.ndarray:
+        size = min(self.block, self.records_per_lane - block * self.block)
+        return numpy_generator(self.seed, "block", epoch, lane, block).permutation(size)
+
+
+def order_of(counts: Sequence[int], seed: int, config: StreamConfig) -> SampleOrder:
+    """The order that the configuration asks for; by default L · K, the records shuffled together, is min(N, 65,536)."""
+    block = config.block or max(1, -(-min(sum(counts), 65_536) // config.lanes))
+    return SampleOrder(counts, seed, config.lanes, block)
+
+
+class Round(NamedTuple):
+    """One forward and backward pass of a rank: a lane's slice and the factor of its loss."""
+
+    lane: int
+    weight: float
+
+
+def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[Round, ...]:
+    """Give a rank its contiguous lanes, one a round; every rank has ⌈L / W⌉ rounds.
+
+    The weights make the mean over all rounds and ranks equal the mean over lanes: a rank with fewer lanes than rounds
+    repeats its first slice with weight 0.
+    """
+    if world_size > lanes:
+        raise UserError(f"workers.count={world_size}: at most one worker per lane, and stream.lanes={lanes}")
+    count = -(-lanes // world_size)
+    mine = np.array_split(np.arange(lanes), world_size)[rank].tolist()
+    weight = count * world_size / lanes
+    return (*(Round(lane, weight) for lane in mine), *[Round(mine[0], 0.0)] * (count - len(mine)))

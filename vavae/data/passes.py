@@ -1,0 +1,57 @@
+"""Passes over the images of a split, in the order of the shards."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vavae.data.image import decode_image
+from vavae.data.manifest import Manifest
+from vavae.data.mapped import MappedShard
+from vavae.data.stream import center_crop, image_bytes
+from vavae.storage.storage import Storage
+
+
+class LabelledImages(NamedTuple):
+    """Some images and their classes."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W]."""
+    labels: Tensor
+    """int64 [B]."""
+
+
+def read_images(storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int) -> Iterator[LabelledImages]:
+    """The first `limit` images of a split in batches, centre-cropped.
+
+    The shards hold their images in a shuffled order, so the first ones are a fair sample.
+    """
+    records = (
+        shard[index]
+        for info in manifest.splits[split]
+        for shard in [MappedShard(storage.local_file(f"{split}/{info.name}"))]
+        for index in range(len(shard))
+    )
+    chosen = islice(records, limit)
+    while batch := list(islice(chosen, batch_size)):
+        yield labelled_images(batch, manifest.image_size)
+
+
+def labelled_images(records: Iterable[Mapping[str, bytes]], size: int | None = None) -> LabelledImages:
+    """Decode records of one image size, or crop them to `size`."""
+    images, labels = [], []
+    for record in records:
+        image = decode_image(image_bytes(record))
+        images.append(image if size is None else center_crop(image, size))
+        labels.append(int(record["cls"]))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
+    return LabelledImages(pixels, torch.tensor(labels))
+
+
+def gather(batches: Iterable[LabelledImages]) -> LabelledImages:
+    """All batches as one."""
+    images, labels = zip(*batches, strict=True)
+    return LabelledImages(torch.cat(images), torch.cat(labels))

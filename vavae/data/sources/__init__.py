@@ -1,0 +1,1 @@
+"""Where images come from: folders, archives and data sets, each as a list of records with random access."""

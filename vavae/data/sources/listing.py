@@ -1,0 +1,112 @@
+"""What a source says about its images before any of them is read."""
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from pydantic import JsonValue
+
+from vavae.config import digest
+from vavae.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+)
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test"))
+
+
+Fingerprint = dict[str, JsonValue]
+"""Plain values that differ where two sources differ."""
+
+
+class Record(NamedTuple):
+    """One image of a source, not yet read."""
+
+    key: str
+    """Its name in the source, with "/" between the parts."""
+    label: int
+    """Index of its class."""
+    position: int
+    """Where the source finds it: a byte offset or an index; sources that go by the key set 0."""
+    size: int
+    """Bytes, as far as the source knows without reading; otherwise 0."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source in a fixed order. Names and sizes only, never pixels."""
+
+    kind: str
+    classes: tuple[str, ...]
+    records: Sequence[Record]
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What can be told of the images from names, classes and sizes."""
+        names = [[record.key, record.label, record.size] for record in self.records]
+        return {"kind": self.kind, "classes": [*self.classes], "images": len(self.records), "digest": digest(names)}
+
+
+class Source(Protocol):
+    """Images with random access. Opening one is cheap where that can be; listing it is not."""
+
+    def listing(self) -> Listing:
+        """All images; UserError where they are not arranged in classes, or where there are none."""
+
+    def read(self, record: Record) -> bytes:
+        """The bytes of an image file as the source has them; UserError where the source is damaged."""
+
+
+class File(NamedTuple):
+    """A file in a folder or an archive."""
+
+    path: str
+    position: int
+    size: int
+
+
+def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str = "") -> Listing:
+    """Arrange files by class folder: `class/.../name.jpg`, beneath any number of folders that wrap all classes.
+
+    Args:
+        kind: what holds the files.
+        place: its name, for errors.
+        files: all files in it; those that are no images, and hidden ones, are left out.
+        inside: the folder to stay within; "" for all.
+    """
+    images = sorted(file for file in files if _is_image(file.path) and file.path.startswith(inside and f"{inside}/"))
+    if not images:
+        raise UserError(
+            f"source {place}: no images{inside and f' in {inside}/'}; it must hold class/name.jpg (or .png, ...)"
+        )
+    parts = [file.path.split("/") for file in images]
+    depth = _wrapping_folders(parts)
+    stray = next((file.path for file, names in zip(images, parts, strict=True) if len(names) < depth + 2), None)
+    if stray:
+        raise UserError(f"source {place}: {stray} lies in no class folder; arrange the images as class/name.jpg")
+    classes = sorted({names[depth] for names in parts})
+    if len(classes) > 1 and _SPLITS.issuperset(classes):
+        raise UserError(
+            f"source {place}: {', '.join(classes)} are splits, not classes; name one of them as the source and "
+            "another as the validation source (after an archive: #train)"
+        )
+    labels = {name: label for label, name in enumerate(classes)}
+    records = [
+        Record(file.path, labels[names[depth]], file.position, file.size)
+        for file, names in zip(images, parts, strict=True)
+    ]
+    return Listing(kind, tuple(classes), records)
+
+
+def _is_image(path: str) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
+    return not hidden and posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _wrapping_folders(parts: list[list[str]]) -> int:
+    """How many leading folders are common to all files and leave a class folder and a name below them."""
+    depth = 0
+    while all(len(names) > depth + 2 and names[depth] == parts[0][depth] for names in parts):
+        depth += 1
+    return depth

@@ -1,0 +1,67 @@
+"""From the name of a source to the source."""
+
+import re
+import tarfile
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+
+from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
+from vavae.data.sources.files import FolderSource, TarSource, ZipSource
+from vavae.data.sources.listing import Fingerprint, Source
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+_ARCHIVE_AND_FOLDER = re.compile(r"(.+\.(?:zip|tar|tar\.gz|tgz))#(.+)")
+
+
+def open_source(name: str, cache: str) -> Source:
+    """Open a source by the name that :class:`~vavae.data.config.ShardsConfig` documents.
+
+    Args:
+        name: path, URL, or name of a data set.
+        cache: folder of this machine for what has to be fetched.
+
+    Raises:
+        UserError: nothing is there, or it is neither a folder nor an archive, or its package is missing.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "digits":
+        return DigitsSource()
+    if kind in ("huggingface", "torchvision"):
+        data_set, _, split = rest.partition("#")
+        if kind == "huggingface":
+            return HuggingFaceSource(data_set, split)
+        return TorchvisionSource(data_set, split, Path(cache).expanduser() / "torchvision")
+    return _open_files(name, cache)
+
+
+@lru_cache(maxsize=2)
+def reopen_source(name: str, cache: str, fingerprint: str) -> Source:
+    """An open source for reading many shards in one process; another content is another source."""
+    return open_source(name, cache)
+
+
+def describe(name: str, cache: str) -> Fingerprint:
+    """What a source holds, without reading an image: kind, classes, number of images, digest of names and sizes."""
+    return open_source(name, cache).listing().fingerprint
+
+
+def _open_files(name: str, cache: str) -> Source:
+    match = _ARCHIVE_AND_FOLDER.fullmatch(name)
+    name, inside = match.groups() if match else (name, "")
+    place = Storage(name, cache)
+    if not place.exists():
+        raise UserError(
+            f"source {name!r} is not there: give a folder of class folders, a .zip or .tar(.gz) of one, 'digits', "
+            "'huggingface:<name>' or 'torchvision:<Class>'"
+        )
+    return _open_archive(place.local_file(), inside.strip("/")) if place.is_file() else FolderSource(place)
+
+
+def _open_archive(path: Path, inside: str) -> Source:
+    if zipfile.is_zipfile(path):
+        return ZipSource(path, inside)
+    if tarfile.is_tarfile(path):
+        return TarSource(path, inside)
+    raise UserError(f"source {path}: neither a folder nor a zip nor a tar archive")

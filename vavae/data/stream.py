@@ -1,0 +1,184 @@
+"""The stream of slices that feeds a training run: a map-style dataset over (lane, step), so workers never matter."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vavae.data.config import StreamConfig
+from vavae.data.image import UnreadableImage, decode_image
+from vavae.data.manifest import Manifest
+from vavae.data.mapped import MappedShard, ShardCache
+from vavae.data.order import Location, Round, SampleOrder
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class SliceKey(NamedTuple):
+    """Which slice: the consecutive positions that one lane contributes to one step."""
+
+    lane: int
+    step: int
+
+
+class ImageSlice(NamedTuple):
+    """Images of one slice, as they lie in the shards but cropped and flipped."""
+
+    lane: int
+    step: int
+    images: Tensor
+    """uint8 [S, 3, H, W]."""
+    labels: Tensor
+    """int64 [S]."""
+
+
+SliceT = TypeVar("SliceT", covariant=True)
+
+
+class SliceSource(Protocol, Generic[SliceT]):
+    """A pure function from a key to a slice."""
+
+    def __getitem__(self, key: SliceKey) -> SliceT:
+        """The slice of a lane at a step."""
+
+
+class ImageStream(Dataset[ImageSlice]):
+    """Slices of one split of image shards.
+
+    Args:
+        storage: where the manifest's shards lie.
+        manifest: what there is.
+        split: `train` or `validation`.
+        order: which record comes where.
+        slice_size: images of one slice.
+        config: crop and flip.
+        seed: keys the crops and flips.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        split: str,
+        order: SampleOrder,
+        slice_size: int,
+        config: StreamConfig,
+        seed: int,
+    ) -> None:
+        self._storage, self._split, self._order, self._size = storage, split, order, slice_size
+        self._shards = manifest.splits[split]
+        self._image_size, self._classes = manifest.image_size, len(manifest.classes)
+        self._config, self._seed = config, seed
+        self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
+
+    def __getitem__(self, key: SliceKey) -> ImageSlice:
+        random = numpy_generator(self._seed, "augment", key.lane, key.step)
+        locations = self._order.slice(key.lane, key.step, self._size)
+        images, labels = [], []
+        for location in locations:
+            image, label = self._read(location)
+            images.append(augment(image, self._image_size, self._config, random))
+            labels.append(label)
+        batch = np.stack(images).transpose(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
+        return ImageSlice(key.lane, key.step, torch.from_numpy(np.ascontiguousarray(batch)), torch.tensor(labels))
+
+    def _map(self, shard: int) -> MappedShard:
+        info = self._shards[shard]
+        mapped = MappedShard(self._storage.local_file(f"{self._split}/{info.name}"))
+        if len(mapped) != info.count:
+            raise UserError(
+                f"{self._split}/{info.name}: {len(mapped)} records where the manifest says {info.count}; "
+                "make the shards again"
+            )
+        return mapped
+
+    def _read(self, location: Location) -> tuple[np.ndarray, int]:
+        """The image at a location, or the next readable one of its shard."""
+        shard = self._open.get(location.shard, self._map)
+        for offset in range(len(shard)):
+            record = shard[(location.record + offset) % len(shard)]
+            try:
+                return decode_image(image_bytes(record)), self._label(record)
+            except UnreadableImage as error:
+                name = self._shards[location.shard].name
+                logger.warning("unreadable image in %s/%s, the next one stands in: %s", self._split, name, error)
+        raise UserError(f"{self._split}/{self._shards[location.shard].name}: no readable image in the whole shard")
+
+    def _label(self, record: Mapping[str, bytes]) -> int:
+        label = int(record["cls"])
+        if not 0 <= label < self._classes:
+            raise UserError(f"label {label} in split {self._split}: the manifest has {self._classes} classes")
+        return label
+
+
+def image_bytes(record: Mapping[str, bytes]) -> bytes:
+    """The encoded image among a record's members."""
+    for extension in ("png", "jpg", "jpeg", "webp"):
+        if extension in record:
+            return record[extension]
+    raise UserError(f"a record without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")
+
+
+def augment(image: np.ndarray, size: int, config: StreamConfig, random: np.random.Generator) -> np.ndarray:
+    """Crop uint8 [H, W, 3] to [size, size, 3] and flip it, by keyed draws (two crop offsets, then the flip)."""
+    spare = _spare(image, size)
+    offsets = (random.random(2) * (spare + 1)).astype(int) if config.crop == "random" else spare // 2
+    image = image[offsets[0] : offsets[0] + size, offsets[1] : offsets[1] + size]
+    return image[:, ::-1] if config.flip and random.random() < 0.5 else image
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The central [size, size, 3] of [H, W, 3]."""
+    top, left = _spare(image, size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def _spare(image: np.ndarray, size: int) -> np.ndarray:
+    spare = np.array(image.shape[:2]) - size
+    assert (spare >= 0).all(), f"an image of {image.shape[:2]} in shards of at least {size}"
+    return spare
+
+
+class _Keys(Sampler[SliceKey]):
+    """The keys of one rank from a step on, for ever: every round of a step, then the next step."""
+
+    def __init__(self, rounds: Sequence[Round], first_step: int) -> None:
+        self._rounds, self._first = rounds, first_step
+
+    def __iter__(self) -> Iterator[SliceKey]:
+        for step in count(self._first):
+            for turn in self._rounds:
+                yield SliceKey(turn.lane, step)
+
+
+def load_slices(
+    source: SliceSource[SliceT], rounds: Sequence[Round], first_step: int, workers: int, pin_memory: bool = False
+) -> Iterator[list[SliceT]]:
+    """Lists of the slices of one rank, one list per step from `first_step` on, one slice per round.
+
+    Args:
+        source: makes a slice from its key.
+        rounds: the lanes of this rank.
+        first_step: the step to begin with.
+        workers: loader processes; 0 makes slices in the training process. Their number never changes a slice.
+        pin_memory: for copies to a GPU that do not block.
+    """
+    loader = DataLoader(
+        source,  # type: ignore[arg-type]  # a Dataset by structure
+        sampler=_Keys(rounds, first_step),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        pin_memory=pin_memory,
+    )
+    slices = iter(loader)
+    while True:
+        yield [next(slices) for _ in rounds]

@@ -1,0 +1,61 @@
+"""How velocities are learned and integrated, without torch. Time runs from noise (t = 0) to data (t = 1)."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from vavae.config import Config
+
+
+class TimestepConfig(Config):
+    """The law of the timesteps that are trained on."""
+
+    law: Literal["logit_normal", "uniform"] = "logit_normal"
+    """`logit_normal` is sigmoid(N(mean, std²)); `uniform` knows neither."""
+    mean: float = 0.0
+    """Of the logit; positive leans towards the data."""
+    std: float = Field(1.0, gt=0)
+    """Of the logit."""
+    uniform_after_images: int | None = Field(None, ge=0)
+    """Images seen from which on the law is uniform; null never switches. The released long run did at 614,400,000."""
+
+
+class ObjectiveConfig(Config):
+    """What the velocity is fitted with."""
+
+    direction_weight: float = Field(1.0, ge=0)
+    """Of 1 - cosine(predicted, true velocity) beside their mean squared difference."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that an image is trained without its label, which guidance needs."""
+
+
+class GuidanceConfig(Config):
+    """Classifier-free guidance when sampling."""
+
+    scale: float = Field(1.0, ge=0)
+    """w in v_null + w (v_label - v_null); 1 is no guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Timesteps low <= t <= high that are guided. The released code has a low end only: [cfg_interval_start, 1]."""
+    channels: int | None = Field(None, ge=1)
+    """Guide only that many first channels (the released code: 3); null guides all."""
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> Self:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"interval=[{low}, {high}] must satisfy 0 <= low <= high <= 1; scale=1 switches guidance off"
+            )
+        return self
+
+
+class SolverConfig(Config):
+    """The numerical integration from noise to data."""
+
+    name: Literal["euler", "heun"] = "euler"
+    """`heun` is of second order."""
+    num_steps: int = Field(250, ge=1)
+    """Intervals of the time grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
+    shift: float = Field(1.0, gt=0)
+    """s in t' = s t / (1 + (s - 1) t); below 1 it takes smaller steps near the noise, 1 spaces them evenly."""

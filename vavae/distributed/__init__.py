@@ -1,0 +1,1 @@
+"""Everything that knows ranks, collectives and DeepSpeed; models and losses never do."""

@@ -1,0 +1,45 @@
+"""How many workers train, on what, and how their state is partitioned."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from vavae.config import Config, runtime
+
+
+class WorkersConfig(Config):
+    """The workers of the training jobs and the resources of each. None of it changes what is computed."""
+
+    count: int = runtime(1, ge=1)
+    """Training workers (the world size); at most `stream.lanes`."""
+    use_gpu: bool = runtime(False)
+    """One GPU and NCCL per worker instead of CPU cores and gloo."""
+    cpus: float = runtime(1.0, gt=0)
+    """CPU cores that Ray reserves per worker."""
+    threads: int = runtime(1, ge=1)
+    """Threads of torch per worker; a fixed number keeps CPU results bit-equal between runs."""
+    wait_for_nodes: bool = runtime(False)
+    """Start although the cluster can't hold all workers yet, because it will grow."""
+    dashboard: bool = runtime(False)
+    """Serve the Ray Dashboard on loopback, where the job starts Ray itself."""
+    max_failures: int = runtime(3, ge=0)
+    """Restarts from the last checkpoint after a worker was lost, before the job gives up."""
+
+
+class EngineConfig(Config):
+    """How one set of weights is optimised across the workers."""
+
+    backend: Literal["deepspeed", "torch"] = runtime("deepspeed")
+    """`torch` is plain PyTorch with averaged gradients, the reference that DeepSpeed is tested against."""
+    zero_stage: Literal[0, 1, 2] = runtime(1)
+    """ZeRO stage: partition nothing, optimiser state, and gradients as well."""
+
+
+class OptimizerConfig(Config):
+    """Adam with decoupled weight decay; with `weight_decay` 0 it is plain Adam."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Global gradient norm above which gradients are scaled down; null switches clipping off."""

@@ -1,0 +1,68 @@
+"""The ranks of a training run, and the few collectives that the loop needs."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among the workers of a run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def current(cls, use_gpu: bool = False) -> "World":
+        """The world of an initialised process group, or a world of one where there is none."""
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+        if not dist.is_initialized():
+            return cls(device=device)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that logs, commits and reports."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, on every rank; any picklable object."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in order, on every rank; any picklable objects."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes; every rank gets the same answer."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def sum_terms(self, terms: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Sum scalars of the same names over all ranks in one reduction, in float64 and in sorted order of name."""
+        names = sorted(terms)
+        total = torch.stack([terms[name].detach().to(self.device, torch.float64) for name in names])
+        return dict(zip(names, self.sum(total).tolist(), strict=True))

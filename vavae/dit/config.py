@@ -1,0 +1,95 @@
+"""Sizes and switches of the LightningDiT, without torch."""
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from vavae.config import Config, runtime
+from vavae.errors import UserError
+
+
+class TransformerShape(NamedTuple):
+    """What sets the size of a transformer."""
+
+    depth: int
+    width: int
+    heads: int
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+
+Size = Literal["S", "B", "L", "XL", "1p0B", "1p6B"]
+
+SIZES: dict[Size, TransformerShape] = {
+    "S":    TransformerShape(depth=12, width= 384, heads= 6),
+    "B":    TransformerShape(depth=12, width= 768, heads=12),
+    "L":    TransformerShape(depth=24, width=1024, heads=16),
+    "XL":   TransformerShape(depth=28, width=1152, heads=16),
+    "1p0B": TransformerShape(depth=24, width=1536, heads=24),
+    "1p6B": TransformerShape(depth=28, width=1792, heads=28),
+}  # fmt: skip
+
+
+class LightningDiTConfig(Config):
+    """A named size, or one written out, and the switches of table 1 of the paper; the defaults are its full model."""
+
+    size: Size | None = "XL"
+    """A row of the registry; null takes `depth`, `width` and `heads` as written here."""
+    depth: int | None = Field(None, ge=1)
+    """Transformer blocks; overrides the size's."""
+    width: int | None = Field(None, ge=4)
+    """Channels of a token; overrides the size's."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads; overrides the size's."""
+    patch_size: int = Field(1, ge=1)
+    """Side of the square of latent positions that makes one token."""
+    classes: int | None = Field(None, ge=1)
+    """Labels; one more embedding stands for "no label". Null takes as many as the latents have."""
+    qk_norm: bool = True
+    """Normalise queries and keys per head; the released weights have it off, long runs diverge without it."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward layer; both have about the same number of weights."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation: RMSNorm with a weight, or the LayerNorm of DiT without one."""
+    rope: bool = True
+    """Rotate queries and keys by row and column, beside the sin-cos embedding that is always added."""
+    shift: bool = True
+    """Let the adaptive layer norm of the blocks shift as well as scale and gate."""
+    checkpoint_activations: bool = runtime(False)
+    """Recompute each block in the backward pass: less memory for about a third more time."""
+
+    def with_classes(self, classes: int) -> Self:
+        """The configuration for data of so many classes; UserError where another number is written."""
+        if self.classes not in (None, classes):
+            raise UserError(f"lightningdit.classes={self.classes}, but the data has {classes}: correct or remove it")
+        return self.model_copy(update={"classes": classes})
+
+    @property
+    def shape(self) -> TransformerShape:
+        """Depth, width and heads after overrides."""
+        preset = SIZES[self.size]._asdict() if self.size else {}
+        written = {name: getattr(self, name) for name in TransformerShape._fields if getattr(self, name) is not None}
+        return TransformerShape(**{**preset, **written})
+
+    @model_validator(mode="after")
+    def _shape_is_complete_and_divides(self) -> Self:
+        missing = [name for name in TransformerShape._fields if getattr(self, name) is None]
+        if self.size is None and missing:
+            raise ValueError(
+                f"size is null, so give {', '.join(missing)} as well, or one of {', '.join(SIZES)} as size"
+            )
+        _, width, heads = self.shape
+        if width % 4:
+            raise ValueError(f"width={width} must be a multiple of 4: sine and cosine of row and column share it")
+        if width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        if self.rope and self.shape.head_dim % 4:
+            raise ValueError(
+                f"width={width} / heads={heads} = {self.shape.head_dim} must be a multiple of 4 for rope, "
+                "which rotates pairs by row and by column: change heads or set rope to false"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""From image shards to latent shards through a trained tokenizer."""

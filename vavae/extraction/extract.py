@@ -1,0 +1,185 @@
+"""One image shard in, one latent shard of the same name out; the record of a shard, written last, says that it is done."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vavae.config import digest
+from vavae.data.image import decode_image
+from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, latent_shard
+from vavae.data.manifest import Manifest, ShardInfo
+from vavae.data.mapped import MappedShard
+from vavae.data.pixels import to_float
+from vavae.data.stream import center_crop, image_bytes
+from vavae.extraction.config import LatentsConfig
+from vavae.storage.artefact import FileInfo
+from vavae.storage.storage import Storage, sha256_of
+from vavae.tokenizer.autoencoder import VAVAE
+
+
+class LatentShardRecord(BaseModel):
+    """The commit record of one latent shard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    """Checksum of the image shard."""
+    shard: ShardInfo
+    statistics: dict[str, object]
+    """Partial sums, see `LatentStatistics`."""
+    keys: tuple[str, ...]
+    """Names of the images, in order, as their source calls them."""
+
+
+class ShardTask(NamedTuple):
+    """One shard to encode."""
+
+    split: str
+    index: int
+    first_index: int
+    """Index within the split of its first record."""
+
+
+class Extraction:
+    """Latents of one set of image shards under one tokenizer.
+
+    Args:
+        images: the folder of the image shards.
+        manifest: of the images.
+        latents: the folder of the latents.
+        tokenizer: digest of the tokenizer's export.
+        config: batch and flips.
+    """
+
+    def __init__(
+        self, images: Storage, manifest: Manifest, latents: Storage, tokenizer: str, config: LatentsConfig
+    ) -> None:
+        self._images, self._manifest, self._latents = images, manifest, latents
+        self._tokenizer, self._config = tokenizer, config
+
+    @property
+    def images(self) -> int:
+        """Images of all shards."""
+        return sum(self._manifest.count(split) for split in self._manifest.splits)
+
+    def tasks(self) -> list[ShardTask]:
+        """All shards, in order, done or not."""
+        tasks = []
+        for split, shards in self._manifest.splits.items():
+            first = 0
+            for index, shard in enumerate(shards):
+                tasks.append(ShardTask(split, index, first))
+                first += shard.count
+        return tasks
+
+    def record(self, task: ShardTask) -> LatentShardRecord | None:
+        """The record of a shard that is done; None where it isn't, or was made from another image shard."""
+        source = self._manifest.splits[task.split][task.index]
+        try:
+            record = LatentShardRecord.model_validate_json(self._latents.read_bytes(_record_path(task.split, source)))
+            intact = self._latents.size(f"{task.split}/{record.shard.name}") == record.shard.bytes
+        except (FileNotFoundError, ValidationError):
+            return None
+        return record if intact and record.source == source.sha256 else None
+
+    def encode(self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]) -> None:
+        """Encode one shard, unless it is done; `advance` is told the images done since its last call."""
+        source = self._manifest.splits[task.split][task.index]
+        if self.record(task) is not None:
+            advance(source.count)
+            return
+        path = f"{task.split}/{source.name}"
+        self._latents.delete(_record_path(task.split, source))
+        shard = MappedShard(self._images.local_file(path))
+        statistics = LatentStatistics(model.config.latent_dim)
+        arrays, labels, keys = [], [], []
+        for batch in _batches(shard, self._manifest.image_size, self._config.batch_size):
+            array = self._posteriors(model, batch.images.to(device))
+            for view in range(0, array.shape[1], 2):
+                statistics.update(array[:, view], array[:, view + 1])
+            arrays.append(array)
+            labels += batch.labels
+            keys += batch.keys
+            advance(len(batch.labels))
+        data = latent_shard(np.concatenate(arrays), labels, task.first_index)
+        self._latents.write_bytes(path, data)
+        info = ShardInfo(name=source.name, count=len(labels), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        record = LatentShardRecord(
+            source=source.sha256, shard=info, statistics=statistics.to_json(), keys=tuple(keys)
+        )
+        self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
+
+    def _posteriors(self, model: VAVAE, images: Tensor) -> np.ndarray:
+        """uint8 [B, 3, H, W] → float16 [B, 2 · (1 + flip), C, h, w]; a short batch is padded to the full size."""
+        count = len(images)
+        padded = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
+        views = [padded, padded.flip(-1)] if self._config.flip else [padded]
+        parts = []
+        with torch.inference_mode():
+            for view in views:
+                posterior = model.encode(to_float(view))
+                parts += [posterior.mean[:count], posterior.std[:count]]
+        return torch.stack(parts, dim=1).half().cpu().numpy()
+
+    def finish(self, shape: tuple[int, int, int]) -> tuple[str, dict[str, FileInfo]]:
+        """Write manifest and statistics once all shards are done; the digest of the content, and all files."""
+        splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
+        total = LatentStatistics(shape[0])
+        for task in self.tasks():
+            record = self.record(task)
+            assert record is not None, f"latents of {task} are missing: encode every shard before finishing"
+            splits[task.split].append(record.shard)
+            if task.split == "train":
+                total.merge(LatentStatistics.from_json(record.statistics))
+        manifest = LatentManifest(
+            tokenizer=self._tokenizer,
+            shape=shape,
+            flip=self._config.flip,
+            classes=self._manifest.classes,
+            splits={split: tuple(shards) for split, shards in splits.items()},
+        )
+        self._latents.write_json(MANIFEST, manifest.model_dump(mode="json"))
+        files = {
+            f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
+            for split, shards in splits.items()
+            for shard in shards
+        }
+        with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
+            local = Path(scratch) / STATISTICS
+            save_file({"mean": torch.from_numpy(total.mean), "std": torch.from_numpy(total.std)}, local)
+            self._latents.put_file(local, STATISTICS)
+            files[STATISTICS] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
+        text = self._latents.read_bytes(MANIFEST)
+        files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+        return digest({path: info.sha256 for path, info in files.items()}), files
+
+
+class _Batch(NamedTuple):
+    images: Tensor
+    labels: list[int]
+    keys: list[str]
+
+
+def _batches(shard: MappedShard, image_size: int, batch_size: int) -> Iterator[_Batch]:
+    for start in range(0, len(shard), batch_size):
+        records = [shard[index] for index in range(start, min(start + batch_size, len(shard)))]
+        images = np.stack([center_crop(decode_image(image_bytes(record)), image_size) for record in records])
+        yield _Batch(
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),  # [B, H, W, 3] → [B, 3, H, W]
+            [int(record["cls"]) for record in records],
+            [json.loads(record["json"])["key"] if "json" in record else shard.keys[start + offset]
+             for offset, record in enumerate(records)],
+        )
+
+
+def _record_path(split: str, shard: ShardInfo) -> str:
+    return f"{split}/{shard.name.removesuffix('.tar')}.json"

@@ -1,0 +1,125 @@
+"""Exports: a folder with the weights of a trained model and all that is needed to build it again.
+
+`model.safetensors` holds the weights in the released names, `model.yaml` the sections of the configuration. Nothing in an
+export can run code.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vavae.config import Config
+from vavae.dit.config import LightningDiTConfig
+from vavae.dit.model import LightningDiT
+from vavae.errors import UserError
+from vavae.losses.config import VisionFoundationLossConfig
+from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.storage.artefact import FileInfo
+from vavae.storage.storage import Storage, sha256_of
+from vavae.tokenizer.autoencoder import VAVAE
+from vavae.tokenizer.config import TeacherConfig, TokenizerConfig
+
+WEIGHTS, ALIGNMENT, DESCRIPTION = "model.safetensors", "alignment.safetensors", "model.yaml"
+
+DescriptionT = TypeVar("DescriptionT", bound=Config)
+
+
+class TokenizerDescription(Config):
+    """All that is needed to build a tokenizer and the projection that it was aligned through."""
+
+    tokenizer: TokenizerConfig
+    teacher: TeacherConfig
+    vision_foundation: VisionFoundationLossConfig
+    feature_dim: int
+    """Channels of the teacher's features."""
+
+
+class LightningDiTDescription(Config):
+    """All that is needed to build a LightningDiT."""
+
+    lightningdit: LightningDiTConfig
+    latent_dim: int
+    grid: int
+    tokenizer: str
+    """Digest of the tokenizer whose latents it was trained on."""
+
+
+def save_export(
+    storage: Storage, description: Config, weights: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, FileInfo]:
+    """Write an export.
+
+    Args:
+        storage: the folder.
+        description: sections of the configuration.
+        weights: state dicts by file name.
+
+    Returns:
+        Size and checksum of each file.
+    """
+    with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
+        for name, state in weights.items():
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, Path(scratch, name))
+        text = yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False)
+        Path(scratch, DESCRIPTION).write_text(text, encoding="utf-8")
+        files = {}
+        for path in sorted(Path(scratch).iterdir()):
+            storage.put_file(path, path.name)
+            files[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
+    return files
+
+
+def load_tokenizer(storage: Storage) -> tuple[VAVAE, TokenizerDescription]:
+    """The tokenizer of an export, in evaluation mode on the CPU."""
+    description = _describe(storage, TokenizerDescription)
+    return _load(VAVAE(description.tokenizer), storage, WEIGHTS), description
+
+
+def load_alignment(storage: Storage) -> VisionFoundationLoss:
+    """The projection of an exported tokenizer, inside the loss that it was trained by."""
+    described = _describe(storage, TokenizerDescription)
+    loss = VisionFoundationLoss(described.vision_foundation, described.tokenizer.latent_dim, described.feature_dim)
+    return _load(loss, storage, ALIGNMENT)
+
+
+def load_lightningdit(storage: Storage) -> tuple[LightningDiT, LightningDiTDescription]:
+    """The LightningDiT of an export, in evaluation mode on the CPU."""
+    description = _describe(storage, LightningDiTDescription)
+    model = LightningDiT(description.lightningdit, description.latent_dim, description.grid)
+    return _load(model, storage, WEIGHTS), description
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def _load(module: ModuleT, storage: Storage, name: str) -> ModuleT:
+    try:
+        module.load_state_dict(load_file(storage.local_file(name)))
+    except (RuntimeError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{storage.url(name)}: {reason}; export the model again") from error
+    return module.eval().requires_grad_(False)
+
+
+def _describe(storage: Storage, model: type[DescriptionT]) -> DescriptionT:
+    try:
+        return model.model_validate(yaml.safe_load(storage.read_bytes(DESCRIPTION)))
+    except FileNotFoundError:
+        raise UserError(f"{storage.url()}: no {DESCRIPTION} there, so this is no export") from None
+    except (ValidationError, yaml.YAMLError) as error:
+        raise UserError(f"{storage.url(DESCRIPTION)}: not a description of this model ({error})") from error
+
+
+def whole_state(module: nn.Module, averaged: Mapping[str, Tensor] | None, prefix: str = "") -> dict[str, Tensor]:
+    """A module's state dict below a prefix of names, with the averaged tensors where there are any."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): (averaged[name].to(tensor.dtype) if averaged and name in averaged else tensor)
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,100 @@
+"""The Fréchet distance between two sets of features (Heusel et al. 2017, equation 6), from float64 running sums."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FeatureStatistics:
+    """Sums over features; sums of parts add up to the sums of the whole, to rounding in float64.
+
+    Args:
+        count: number of features n.
+        total: their sum [D], float64.
+        outer: sum of their outer products x xᵀ [D, D], float64.
+    """
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def empty(cls, dimensions: int, device: torch.device | str = "cpu") -> "FeatureStatistics":
+        """The statistics of nothing."""
+        zeros = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
+        return cls(0, zeros[0].clone(), zeros)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "FeatureStatistics":
+        """The inverse of :meth:`tensors`."""
+        return cls(int(tensors["count"]), tensors["total"], tensors["outer"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``count`` (int64), ``total`` and ``outer``: what is stored, or summed over ranks."""
+        count = torch.tensor(self.count, dtype=torch.int64, device=self.total.device)
+        return {"count": count, "total": self.total, "outer": self.outer}
+
+    def update(self, features: Tensor) -> None:
+        """Take in features [B, D] of any floating type."""
+        assert features.shape[1:] == self.total.shape, f"{tuple(features.shape)} into {self.dimensions} dimensions"
+        features = features.to(self.total)
+        self.count += len(features)
+        self.total = self.total + features.sum(0)
+        self.outer = self.outer.addmm(features.T, features)
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """The statistics of both sets together."""
+        return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    @property
+    def dimensions(self) -> int:
+        """D, the length of a feature vector."""
+        return len(self.total)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean [D], float64."""
+        assert self.count > 0, "no features, no mean"
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance [D, D], float64."""
+        assert self.count > 1, f"no covariance of {self.count} features"
+        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+    @property
+    def is_singular(self) -> bool:
+        """Too few features for a covariance of full rank: the distance is defined, but strongly biased upwards."""
+        return self.count <= self.dimensions
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), at least 0.
+
+    The trace of (Σ_a Σ_b)^½ equals that of (Σ_a^½ Σ_b Σ_a^½)^½, whose inner matrix is symmetric: eigenvalues in
+    float64 do, where the square root of a non-symmetric matrix may turn complex. Singular covariances are no exception.
+    """
+    assert a.dimensions == b.dimensions, f"features of {a.dimensions} and {b.dimensions} dimensions"
+    root = _square_root(a.covariance)
+    cross = _eigenvalues(root @ b.covariance @ root).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(0.0, distance.item())
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * _without_rounding(values).sqrt()) @ vectors.T
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    return _without_rounding(torch.linalg.eigvalsh((matrix + matrix.T) / 2))
+
+
+def _without_rounding(values: Tensor) -> Tensor:
+    """Eigenvalues that cannot be told from zero, negative ones among them, made zero: their roots would add up."""
+    threshold = values.amax() * len(values) * torch.finfo(values.dtype).eps
+    return values.where(values > threshold, 0.0)

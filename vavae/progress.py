@@ -1,0 +1,56 @@
+"""How far a long operation is, and the line that says so."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One moment of a stage."""
+
+    stage: str
+    done: int
+    total: int | None
+    unit: str = "images"
+    rate: float | None = None
+    """Units per second of late."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """A few figures worth seeing, such as the loss."""
+
+    def line(self) -> str:
+        """`train_vavae  1,280/19,200 images  61 images/s  4:53 left  loss 0.123`."""
+        total = "" if self.total is None else f"/{self.total:,}"
+        parts = [f"{self.stage:<18} {self.done:,}{total} {self.unit}"]
+        if self.rate:
+            parts.append(f"{self.rate:,.4g} {self.unit}/s")
+            if self.total is not None:
+                parts.append(f"{clock((self.total - self.done) / self.rate)} left")
+        return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in self.terms.items())])
+
+
+class Rate:
+    """Units per second over a sliding window, so that a slow start does not spoil the time left."""
+
+    def __init__(self, window_seconds: float = 20.0) -> None:
+        self._window = window_seconds
+        self._marks: list[tuple[float, int]] = []
+
+    def update(self, done: int) -> float | None:
+        """Note how much is done now; the rate, once there are two marks."""
+        now = time.monotonic()
+        self._marks = [*(mark for mark in self._marks if now - mark[0] <= self._window), (now, done)]
+        (first_time, first_done), (last_time, last_done) = self._marks[0], self._marks[-1]
+        return (last_done - first_done) / (last_time - first_time) if last_time > first_time else None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `4:53` or `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def show(progress: Progress) -> None:
+    """Print the line."""
+    print(progress.line(), flush=True)

@@ -1,0 +1,1 @@
+"""From noise and labels to images: both exported models, guidance and a solver."""

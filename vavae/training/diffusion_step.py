@@ -1,0 +1,132 @@
+"""One optimiser step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vavae.data.latents import LatentSlice, LatentStream
+from vavae.data.order import Round
+from vavae.diffusion.guidance import drop_labels
+from vavae.diffusion.objective import TIMESTEP_BINS, FlowMatchingObjective, TimestepBins, bin_by_timestep
+from vavae.diffusion.path import LinearPath
+from vavae.diffusion.timesteps import sample_timesteps
+from vavae.distributed.engine import Engine, build_engine
+from vavae.distributed.world import World
+from vavae.dit.config import LightningDiTConfig
+from vavae.dit.model import LightningDiT
+from vavae.randomness import torch_generator
+from vavae.tokenizer.normalizer import LatentNormalizer
+from vavae.training.config import RunConfig
+from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.initialise import initialised
+from vavae.training.step import StepResult, TermSum
+
+
+class _Inputs(NamedTuple):
+    """The arguments of `FlowMatchingModel.forward`."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    labels: Tensor
+
+
+class FlowMatchingModel(nn.Module):
+    """The LightningDiT with its losses inside one forward, so that DeepSpeed's hooks see one call."""
+
+    def __init__(self, model: LightningDiT, objective: FlowMatchingObjective) -> None:
+        super().__init__()
+        self.model, self._objective = model, objective
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The losses of one slice.
+
+        Args:
+            latents: normalised, [S, C, H, W].
+            noise: standard normal, likewise.
+            timesteps: [S] in [0, 1].
+            labels: int64 [S], the null label where a label was dropped.
+
+        Returns:
+            The scalar to differentiate, detached means by name, and the detached velocity loss of each sample [S].
+        """
+        point = LinearPath.sample(latents, noise, timesteps)
+        losses = self._objective(self.model(point.x_t, timesteps, labels), point.velocity)
+        terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items()}
+        return losses.total.mean(), terms, losses.velocity.detach()
+
+
+class DiffusionStep:
+    """One update of the LightningDiT from the latents of all rounds.
+
+    Args:
+        config: the run.
+        model: sizes of the LightningDiT, with its number of classes.
+        stream: slices of latents.
+        normalizer: of the latents.
+        rounds: this rank's share of a step.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LightningDiTConfig,
+        stream: LatentStream,
+        normalizer: LatentNormalizer,
+        rounds: Sequence[Round],
+        world: World,
+    ) -> None:
+        training = config.train_lightningdit
+        self._config, self._stream, self._rounds, self._world = config, stream, rounds, world
+        self._normalizer = normalizer.to(world.device)
+        dim, grid = config.tokenizer.latent_dim, config.grid
+        objective = FlowMatchingObjective(config.objective)
+        self.model = initialised(
+            config.seed,
+            "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
+        ).to(world.device)
+        slice_size = training.batch_size // config.stream.lanes
+        self._engine = build_engine(self.model, training.optimizer, training.engine, world, len(rounds), slice_size)
+        self.engines: dict[str, Engine] = {"lightningdit": self._engine}
+        self.ema = ExponentialMovingAverage(self.model, training.ema_decay) if training.ema_decay else None
+
+    def source(self) -> LatentStream:
+        """See `Step.source`."""
+        return self._stream
+
+    def run(self, slices: Sequence[LatentSlice], images_seen: int, learning_rate: float) -> StepResult:
+        """See `Step.run`."""
+        terms = TermSum(self._rounds, self._world.size)
+        bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
+        for turn, item in zip(self._rounds, slices, strict=True):
+            inputs = self._draw(item, images_seen)
+            loss, values, per_sample = self._engine.forward(*inputs)
+            self._engine.backward(loss * turn.weight)
+            terms.add(turn, values)
+            if turn.weight > 0:
+                new = bin_by_timestep(per_sample, inputs.timesteps)
+                bins = TimestepBins(bins.total + new.total, bins.samples + new.samples)
+        norms = {"gradient_norm/lightningdit": self._engine.update(learning_rate)}
+        names = [f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}" for low in range(TIMESTEP_BINS)]
+        ratios = dict(zip(names, zip(*bins, strict=True), strict=True))
+        return StepResult(terms.terms, norms, ratios)
+
+    def _draw(self, item: LatentSlice, images_seen: int) -> _Inputs:
+        """Everything random about a slice: latents from their posteriors, noise, timesteps, dropped labels."""
+        config, device = self._config, self._world.device
+
+        def generator(purpose: str) -> torch.Generator:
+            return torch_generator(config.seed, purpose, item.lane, item.step, device=device)
+
+        mean, std, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.std, item.labels))
+        latents = mean + std * torch.randn(mean.shape, generator=generator("posterior"), device=device)
+        noise = torch.randn(mean.shape, generator=generator("noise"), device=device)
+        timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, generator("timesteps"))
+        null_label = self.model.model.null_label
+        labels = drop_labels(labels, null_label, config.objective.label_dropout, generator("label_dropout"))
+        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels)

@@ -1,0 +1,121 @@
+"""Rows of metrics: averaged over an interval, kept as immutable segments beside the checkpoints, and in TensorBoard."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from vavae.distributed.world import World
+from vavae.storage.storage import Storage
+from vavae.training.step import StepResult
+
+
+class Meter:
+    """Means of the terms since the last row, and where the time went."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._ratios: dict[str, Tensor] = {}
+        self._norms: dict[str, float] = {}
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, result: StepResult, images: int) -> None:
+        """Take one step in."""
+        self._images += images
+        for name, value in result.terms.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        for name, (total, count) in result.ratios.items():
+            for part, value in ((f"{name}#total", total), (f"{name}#count", count)):
+                self._ratios[part] = self._ratios[part] + value if part in self._ratios else value
+        self._norms.update(result.gradient_norms)
+
+    def row(self) -> dict[str, float]:
+        """The means since the last row, over all ranks; every rank calls it."""
+        sums = self._world.sum_terms({**self._sums, **self._ratios})
+        seconds = time.perf_counter() - self._start
+        row = {name: sums[name] / count for name, count in self._counts.items()}
+        for part in self._ratios:
+            name, kind = part.split("#")
+            if kind == "total" and sums[f"{name}#count"]:
+                row[name] = sums[part] / sums[f"{name}#count"]
+        row |= self._norms | {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        self._reset()
+        return row
+
+
+class MetricsLog:
+    """The rows of one training run. One segment per checkpoint, because an object store cannot append.
+
+    Args:
+        stage: name of the job; part of every row.
+        segments: where the segments go.
+        tensorboard: where TensorBoard's files go.
+        active: whether this process writes (rank 0); elsewhere every method does nothing.
+    """
+
+    def __init__(self, stage: str, segments: Storage, tensorboard: Storage, active: bool) -> None:
+        self._stage, self._segments, self._tensorboard, self._active = stage, segments, tensorboard, active
+        self._rows: list[dict[str, Any]] = []
+        self._writer: SummaryWriter | None = None
+
+    def rewind(self, images_seen: int) -> None:
+        """Drop what a former attempt logged after the checkpoint that the run goes on from."""
+        if not self._active:
+            return
+        for name in self._segments.list():
+            if _images(name) > images_seen:
+                self._segments.delete(name)
+        self._folder = Path(self._tensorboard.url()) if self._tensorboard.is_local else Path(tempfile.mkdtemp())
+        self._writer = SummaryWriter(str(self._folder), purge_step=images_seen + 1)
+
+    def add(self, images_seen: int, row: Mapping[str, float]) -> None:
+        """Keep one row."""
+        if not self._active:
+            return
+        assert self._writer is not None, "rewind opens the log"
+        self._rows.append({"stage": self._stage, "images": images_seen, **row})
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, images_seen)
+
+    def flush(self, images_seen: int) -> None:
+        """Write the rows since the last segment as one."""
+        if not self._active:
+            return
+        assert self._writer is not None, "rewind opens the log"
+        text = "".join(json.dumps(row) + "\n" for row in self._rows)
+        self._segments.write_bytes(f"{images_seen:012d}.jsonl", text.encode())
+        self._rows = []
+        self._writer.flush()
+        if not self._tensorboard.is_local:
+            for file in self._folder.iterdir():
+                self._tensorboard.put_file(file, file.name)
+
+
+def read_rows(segments: Storage) -> list[dict[str, Any]]:
+    """All rows of a training run, in order."""
+    return [
+        json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()
+    ]
+
+
+def _images(segment: str) -> int:
+    return int(segment.removesuffix(".jsonl"))

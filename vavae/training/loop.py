@@ -1,0 +1,93 @@
+"""The training loop: the order of things, the same for both models. The mathematics is the step object's."""
+
+import math
+import time
+from collections.abc import Sequence
+
+from vavae.data.order import Round
+from vavae.data.stream import load_slices
+from vavae.distributed.world import World
+from vavae.progress import Progress, Rate
+from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.config import TrainingConfig
+from vavae.training.log import Meter, MetricsLog
+from vavae.training.schedule import learning_rate
+from vavae.training.session import Session
+from vavae.training.step import Step
+
+_PROGRESS_SECONDS = 0.5
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient left the finite numbers. The last checkpoint is the place to go on from."""
+
+
+def train(
+    stage: str,
+    step: Step,
+    rounds: Sequence[Round],
+    config: TrainingConfig,
+    loader_workers: int,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    session: Session,
+    world: World,
+) -> TrainState:
+    """Train until the budget of images is reached or the session asks to stop; returns the state at the end.
+
+    Starts from the newest checkpoint where there is one and leaves one behind. Every rank calls it.
+
+    Args:
+        stage: name of the job, for logs.
+        step: the model, its data and its losses.
+        rounds: this rank's share of every step.
+        config: budget, batch, schedule, intervals.
+        loader_workers: processes that read ahead.
+        checkpoints: where state is kept.
+        log: rows of metrics.
+        session: whoever runs this.
+        world: the ranks.
+    """
+    state = checkpoints.restore(step)
+    log.rewind(state.images_seen)
+    stream = load_slices(
+        step.source(), rounds, state.images_seen // config.batch_size, loader_workers, world.device.type == "cuda"
+    )
+    meter, rate, shown = Meter(world), Rate(), -math.inf
+    row: dict[str, float] = {}
+    stop = state.images_seen >= config.images
+    while not stop:
+        with meter.waiting():
+            slices = next(stream)
+        peak = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
+        result = step.run(slices, state.images_seen, peak)
+        for name, norm in result.gradient_norms.items():
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"{stage}: {name} is {norm} after {state.images_seen} images")
+        if step.ema is not None:
+            step.ema.update()
+        before, state = state.images_seen, state.advanced(config.batch_size)
+        meter.add(result, config.batch_size)
+
+        done = state.images_seen >= config.images
+        stop = world.any(session.stop_requested()) or done
+        save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
+        if save or _crosses(before, state.images_seen, config.log_images):
+            row = meter.row() | {"learning_rate": peak}
+            log.add(state.images_seen, row)
+        if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
+            shown = time.monotonic()
+            shown_terms = {name: row[name] for name in ("loss/total", "data_wait") if name in row}
+            session.progress(
+                Progress(stage, state.images_seen, config.images, rate=rate.update(state.images_seen), terms=shown_terms)
+            )
+        if save:
+            log.flush(state.images_seen)
+            checkpoints.save(step, state)
+            session.checkpoint(state.images_seen, row)
+    return state
+
+
+def _crosses(before: int, after: int, interval: int) -> bool:
+    """Whether a multiple of the interval lies in (before, after]."""
+    return before // interval < after // interval

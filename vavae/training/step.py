@@ -1,0 +1,53 @@
+"""What a step object is: the mathematics of one optimiser step, with the order of things left to the loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vavae.data.order import Round
+from vavae.data.stream import SliceSource
+from vavae.distributed.engine import Engine
+from vavae.training.ema import ExponentialMovingAverage
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step says of itself."""
+
+    terms: Mapping[str, Tensor]
+    """Scalars of this rank; summed over ranks they are means over the global batch."""
+    gradient_norms: Mapping[str, float]
+    """Global gradient norm per engine that was updated; equal on all ranks."""
+    ratios: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Sums and counts of this rank, whose quotient after summing over ranks and steps is a mean."""
+
+
+class Step(Protocol):
+    """One kind of training: its weights, its data and its arithmetic."""
+
+    engines: Mapping[str, Engine]
+    ema: ExponentialMovingAverage | None
+
+    def source(self) -> SliceSource[Any]:
+        """Where slices come from."""
+
+    def run(self, slices: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
+        """Forward and backward for every slice of this rank, then one update of the weights."""
+
+
+class TermSum:
+    """Weighted means of the terms of a step's rounds, kept on the device until somebody asks."""
+
+    def __init__(self, rounds: Sequence[Round], world_size: int) -> None:
+        self._share = 1.0 / (len(rounds) * world_size)
+        self.terms: dict[str, Tensor] = {}
+
+    def add(self, turn: Round, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of one round. A weight-0 round adds nothing, not even its NaN."""
+        if turn.weight == 0:
+            return
+        for name, value in terms.items():
+            part = value.detach().double() * (turn.weight * self._share)
+            self.terms[name] = self.terms[name] + part if name in self.terms else part
