@@ -16,7 +16,6 @@ from vavae.progress import Progress, Rate, clock, show
 _LINE_SECONDS = 1.5
 
 
-@ray.remote(num_cpus=0)
 class _BoardActor:
     """Holds the latest progress, and the messages that go the other way."""
 
@@ -52,7 +51,7 @@ class Board:
     """A handle to the board, for driver and workers alike."""
 
     def __init__(self) -> None:
-        self._actor: Any = _BoardActor.remote()
+        self._actor: Any = ray.remote(num_cpus=0)(_BoardActor).remote()
         self._asked: Any = None
 
     def post(self, progress: Progress) -> None:

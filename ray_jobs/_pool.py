@@ -16,7 +16,6 @@ Work = Callable[[Any, Advance], None]
 """Does one item; tells how many images it has done since the last time."""
 
 
-@ray.remote
 class _Worker:
     def __init__(self, make_work: Callable[[Run], Work], run: Run, board: Board) -> None:
         torch.set_num_threads(run.config.workers.threads)
@@ -40,15 +39,14 @@ def work_through(
         actors: how many work at the same time.
     """
     workers, board = run.config.workers, Board()
-    resources = {"num_cpus": workers.cpus, "num_gpus": 1 if workers.use_gpu else 0}
+    # A lost actor comes back and does its item again; items that are done return at once.
+    actor = ray.remote(
+        num_cpus=workers.cpus,
+        num_gpus=1 if workers.use_gpu else 0,
+        max_restarts=workers.max_failures,
+        max_task_retries=workers.max_failures,
+    )(_Worker)
     with shown(board, job, images):
-        pool = ActorPool(
-            [
-                _Worker.options(max_restarts=workers.max_failures, max_task_retries=workers.max_failures, **resources).remote(
-                    make_work, run, board
-                )
-                for _ in range(min(actors, len(items)))
-            ]
-        )
-        for _ in pool.map_unordered(lambda actor, item: actor.do.remote(item), items):
+        pool = ActorPool([actor.remote(make_work, run, board) for _ in range(min(actors, len(items)))])
+        for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
             pass

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import ray
-import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer

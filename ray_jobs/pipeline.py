@@ -3,9 +3,10 @@
 import sys
 
 from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
-from ray_jobs._command import pipeline
+from ray_jobs._command import Work, pipeline
+from vavae.training.run import Job
 
-WORKS = {
+WORKS: dict[Job, Work] = {
     "prepare_shards": prepare_shards.work,
     "train_vavae": train_vavae.work,
     "precompute_latents": precompute_latents.work,

@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for: every draw is keyed by (seed, purpose, position), never by rank or time."""
+"""Randomness as a function of its use: every draw is keyed by (seed, purpose, position), never by rank or time."""
 
 import hashlib
 
@@ -13,7 +13,9 @@ def key_seed(seed: int, *key: int | str) -> int:
     """
     words = [seed]
     for part in key:
-        words.append(part if isinstance(part, int) else int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "big"))
+        words.append(
+            part if isinstance(part, int) else int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "big")
+        )
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

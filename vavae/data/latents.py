@@ -1,7 +1,7 @@
 """Latent shards: WebDataset tars of constant record size, so that any reader can stream them and ours can map them.
 
-A record is `<nine digits>.latent.npy`, float16 [2 · (1 + flip), C, H, W] with the posterior's mean and standard deviation
-of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label in nine digits.
+A record is `<nine digits>.latent.npy`, float16 [2 · (1 + flip), C, H, W] with the posterior's mean and standard
+deviation of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label in nine digits.
 """
 
 import io
@@ -21,6 +21,7 @@ from vavae.data.manifest import ShardInfo
 from vavae.data.mapped import ShardCache
 from vavae.data.order import SampleOrder
 from vavae.data.stream import SliceKey
+from vavae.data.tar import write_tar
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
@@ -49,26 +50,21 @@ class LatentManifest(BaseModel):
         return (2 * (1 + self.flip), *self.shape)
 
 
-def latent_shard(arrays: np.ndarray, labels: Sequence[int], first_index: int) -> bytes:
-    """The bytes of one shard.
+def write_latents(path: Path, arrays: np.ndarray, labels: Sequence[int], first_index: int) -> None:
+    """Write one shard to a local file.
 
     Args:
+        path: the file.
         arrays: float16 [N, 2 · (1 + flip), C, H, W].
         labels: N class indices.
         first_index: index of the first record in its split; names the members.
     """
     assert arrays.dtype == np.float16, f"latents are stored in float16, not {arrays.dtype}"
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for offset, (array, label) in enumerate(zip(arrays, labels, strict=True)):
-            key = f"{first_index + offset:09d}"
+    with write_tar(path) as tar:
+        for index, (array, label) in enumerate(zip(arrays, labels, strict=True), first_index):
             npy = io.BytesIO()
             np.save(npy, array)
-            for name, data in ((f"{key}.latent.npy", npy.getvalue()), (f"{key}.cls", f"{label:0{_LABEL_DIGITS}d}".encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+            tar.add(index, {"latent.npy": npy.getvalue(), "cls": b"%0*d" % (_LABEL_DIGITS, label)})
 
 
 class MappedLatents:
@@ -99,7 +95,9 @@ class MappedLatents:
         npy_blocks = -(-(header + int(np.prod(shape)) * 2) // _BLOCK)
         stride = _BLOCK * (1 + npy_blocks + 2)  # header, array; header, label
         if len(memory) < count * stride:
-            raise UserError(f"{path}: {len(memory)} bytes where {count} latents need {count * stride}; compute them again")
+            raise UserError(
+                f"{path}: {len(memory)} bytes where {count} latents need {count * stride}; compute them again"
+            )
         records = np.ndarray((count, stride), np.uint8, memory)
         strides = (stride, *np.empty(shape, np.float16).strides)
         self.arrays = np.ndarray((count, *shape), np.float16, memory, offset=_BLOCK + header, strides=strides)
@@ -234,5 +232,7 @@ def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
     try:
         tensors = load_file(storage.local_file(STATISTICS))
     except FileNotFoundError as error:
-        raise UserError(f"{storage.url(STATISTICS)}: no statistics of the latents there; run precompute_latents") from error
+        raise UserError(
+            f"{storage.url(STATISTICS)}: no statistics of the latents there; run precompute_latents"
+        ) from error
     return tensors["mean"], tensors["std"]

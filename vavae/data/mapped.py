@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 
 from vavae.errors import UserError
 
-
 T = TypeVar("T")
 
 

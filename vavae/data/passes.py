@@ -24,7 +24,9 @@ class LabelledImages(NamedTuple):
     """int64 [B]."""
 
 
-def read_images(storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int) -> Iterator[LabelledImages]:
+def read_images(
+    storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int
+) -> Iterator[LabelledImages]:
     """The first `limit` images of a split in batches, centre-cropped.
 
     The shards hold their images in a shuffled order, so the first ones are a fair sample.

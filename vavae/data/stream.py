@@ -171,7 +171,7 @@ def load_slices(
         workers: loader processes; 0 makes slices in the training process. Their number never changes a slice.
         pin_memory: for copies to a GPU that do not block.
     """
-    loader = DataLoader(
+    loader: DataLoader[SliceT] = DataLoader(
         source,  # type: ignore[arg-type]  # a Dataset by structure
         sampler=_Keys(rounds, first_step),
         batch_size=None,

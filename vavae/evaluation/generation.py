@@ -3,13 +3,10 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-
 from vavae.data.passes import LabelledImages
 from vavae.metrics.agreement import class_agreement, within_class_variety
 from vavae.metrics.features import FeatureExtractor
 from vavae.metrics.frechet import FeatureStatistics, frechet_distance
-
-
 
 
 class Judgement(NamedTuple):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import to_float, to_uint8
 from vavae.data.passes import LabelledImages
+from vavae.data.pixels import to_float, to_uint8
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.metrics.features import FeatureExtractor
 from vavae.metrics.frechet import FeatureStatistics, frechet_distance

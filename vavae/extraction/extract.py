@@ -1,4 +1,4 @@
-"""One image shard in, one latent shard of the same name out; the record of a shard, written last, says that it is done."""
+"""One image shard in, one latent shard of the same name out; its record, written last, says that it is done."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vavae.config import digest
 from vavae.data.image import decode_image
-from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, latent_shard
+from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, write_latents
 from vavae.data.manifest import Manifest, ShardInfo
 from vavae.data.mapped import MappedShard
 from vavae.data.pixels import to_float
@@ -44,7 +44,8 @@ class ShardTask(NamedTuple):
     """One shard to encode."""
 
     split: str
-    index: int
+    number: int
+    """Position of the shard in its split."""
     first_index: int
     """Index within the split of its first record."""
 
@@ -76,14 +77,14 @@ class Extraction:
         tasks = []
         for split, shards in self._manifest.splits.items():
             first = 0
-            for index, shard in enumerate(shards):
-                tasks.append(ShardTask(split, index, first))
+            for number, shard in enumerate(shards):
+                tasks.append(ShardTask(split, number, first))
                 first += shard.count
         return tasks
 
     def record(self, task: ShardTask) -> LatentShardRecord | None:
         """The record of a shard that is done; None where it isn't, or was made from another image shard."""
-        source = self._manifest.splits[task.split][task.index]
+        source = self._manifest.splits[task.split][task.number]
         try:
             record = LatentShardRecord.model_validate_json(self._latents.read_bytes(_record_path(task.split, source)))
             intact = self._latents.size(f"{task.split}/{record.shard.name}") == record.shard.bytes
@@ -93,7 +94,7 @@ class Extraction:
 
     def encode(self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]) -> None:
         """Encode one shard, unless it is done; `advance` is told the images done since its last call."""
-        source = self._manifest.splits[task.split][task.index]
+        source = self._manifest.splits[task.split][task.number]
         if self.record(task) is not None:
             advance(source.count)
             return
@@ -110,12 +111,11 @@ class Extraction:
             labels += batch.labels
             keys += batch.keys
             advance(len(batch.labels))
-        data = latent_shard(np.concatenate(arrays), labels, task.first_index)
-        self._latents.write_bytes(path, data)
-        info = ShardInfo(name=source.name, count=len(labels), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        record = LatentShardRecord(
-            source=source.sha256, shard=info, statistics=statistics.to_json(), keys=tuple(keys)
-        )
+        with self._latents.create(path) as local:
+            write_latents(local, np.concatenate(arrays), labels, task.first_index)
+            size, sha256 = local.stat().st_size, sha256_of(local)
+        info = ShardInfo(name=source.name, count=len(labels), bytes=size, sha256=sha256)
+        record = LatentShardRecord(source=source.sha256, shard=info, statistics=statistics.to_json(), keys=tuple(keys))
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
 
     def _posteriors(self, model: VAVAE, images: Tensor) -> np.ndarray:
@@ -176,8 +176,10 @@ def _batches(shard: MappedShard, image_size: int, batch_size: int) -> Iterator[_
         yield _Batch(
             torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),  # [B, H, W, 3] → [B, 3, H, W]
             [int(record["cls"]) for record in records],
-            [json.loads(record["json"])["key"] if "json" in record else shard.keys[start + offset]
-             for offset, record in enumerate(records)],
+            [
+                json.loads(record["json"])["key"] if "json" in record else shard.keys[start + offset]
+                for offset, record in enumerate(records)
+            ],
         )
 
 

@@ -64,7 +64,8 @@ def generation_protocol(generated: int, config: RunConfig) -> str:
     if guidance.scale != 1:
         channels = "" if guidance.channels is None else f" on {guidance.channels} channels"
         guided = f"guidance {guidance.scale:g} for t in [{guidance.interval[0]:g}, {guidance.interval[1]:g}]{channels}"
-    return f"{generated:,} class-balanced samples, {solver.name} {solver.num_steps} steps, shift {solver.shift:g}, {guided}"
+    solved = f"{solver.name} {solver.num_steps} steps, shift {solver.shift:g}"
+    return f"{generated:,} class-balanced samples, {solved}, {guided}"
 
 
 def _extraction(extractor: FeatureExtractor, images: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from vavae.config import digest
 from vavae.config.load import dump
 from vavae.data.manifest import Manifest, read_manifest
-from vavae.data.passes import LabelledImages, gather, read_images
+from vavae.data.passes import gather, read_images
 from vavae.evaluation.generation import judge, measure_distance
 from vavae.evaluation.reconstruction import Reconstruction, measure_reconstruction
 from vavae.interop.export import load_alignment, load_tokenizer
@@ -51,7 +51,9 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     reconstruction = _reconstruct(run, manifest, extractor, advance)
     metrics = reconstruction_metrics(reconstruction, extractor, config)
     metrics += _generation(run, manifest, reconstruction, extractor, advance)
-    pairs = png_bytes(pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=_scale(config.shards.image_size)))
+    pairs = png_bytes(
+        pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=_scale(config.shards.image_size))
+    )
     content = {metric.name: _plain(metric) for metric in metrics}
     files = {
         METRICS: (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(),

@@ -1,6 +1,5 @@
 """From class labels and image indices to images: noise, guidance and solver, latent statistics, decoder."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,9 @@ class Generator(NamedTuple):
     normalizer: LatentNormalizer
 
     @classmethod
-    def load(cls, tokenizer: Storage, tokenizer_digest: str, latents: Storage, lightningdit: Storage, device: torch.device) -> "Generator":
+    def load(
+        cls, tokenizer: Storage, tokenizer_digest: str, latents: Storage, lightningdit: Storage, device: torch.device
+    ) -> "Generator":
         """Load both exports and the statistics of the latents.
 
         Args:

@@ -1,6 +1,5 @@
 """The set of generated images as shards: each a pure function of its number, done when its record is there."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 from PIL import Image

@@ -27,7 +27,9 @@ class ScheduleConfig(Config):
     @model_validator(mode="after")
     def _decay_after_warmup(self) -> Self:
         if self.decay_images is not None and self.decay_images <= self.warmup_images:
-            raise ValueError(f"decay_images={self.decay_images} must be greater than warmup_images={self.warmup_images}")
+            raise ValueError(
+                f"decay_images={self.decay_images} must be greater than warmup_images={self.warmup_images}"
+            )
         return self
 
 
@@ -124,16 +126,18 @@ class RunConfig(Config):
         factor, size, lanes = self.tokenizer.downsample, self.shards.image_size, self.stream.lanes
         if size % factor:
             raise ValueError(
-                f"shards.image_size={size} is no multiple of {factor}, the downsampling of tokenizer.channel_multipliers"
+                f"shards.image_size={size} is no multiple of {factor}, by which the {len(self.tokenizer.channel_multipliers)} "
+                "levels of tokenizer.channel_multipliers downsample"
             )
         if self.grid % self.lightningdit.patch_size:
             raise ValueError(
-                f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the {self.grid} x {self.grid} latent"
+                f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the "
+                f"{self.grid} x {self.grid} latent"
             )
         for section in ("train_vavae", "train_lightningdit"):
             batch = getattr(self, section).batch_size
             if batch % lanes:
                 raise ValueError(f"{section}.batch_size={batch} is no multiple of stream.lanes={lanes}")
         if self.workers.count > lanes:
-            raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: at most one worker per lane")
+            raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
         return self

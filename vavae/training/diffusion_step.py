@@ -87,8 +87,7 @@ class DiffusionStep:
         dim, grid = config.tokenizer.latent_dim, config.grid
         objective = FlowMatchingObjective(config.objective)
         self.model = initialised(
-            config.seed,
-            "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
+            config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
         ).to(world.device)
         slice_size = training.batch_size // config.stream.lanes
         self._engine = build_engine(self.model, training.optimizer, training.engine, world, len(rounds), slice_size)

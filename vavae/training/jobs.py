@@ -66,8 +66,8 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     model = config.lightningdit.with_classes(len(manifest.classes))
     if manifest.shape != (config.tokenizer.latent_dim, config.grid, config.grid):
         raise UserError(
-            f"{latents.url()}: latents {list(manifest.shape)}, but tokenizer.latent_dim={config.tokenizer.latent_dim} on a "
-            f"{config.grid} x {config.grid} grid is configured; compute the latents of this tokenizer"
+            f"{latents.url()}: latents {list(manifest.shape)}, but tokenizer.latent_dim={config.tokenizer.latent_dim} "
+            f"on a {config.grid} x {config.grid} grid is configured; compute the latents of this tokenizer"
         )
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_lightningdit.batch_size // config.stream.lanes
@@ -107,9 +107,7 @@ def _train(run: Run, job: Job, step: Step, config: TrainingConfig, session: Sess
     return state.images_seen >= config.images
 
 
-def _export(
-    run: Run, job: Job, description: Config, weights: Mapping[str, Mapping[str, Tensor]], world: World
-) -> None:
+def _export(run: Run, job: Job, description: Config, weights: Mapping[str, Mapping[str, Tensor]], world: World) -> None:
     """Write the export and commit it, on rank 0."""
     if world.is_first:
         prefix = run.prefix(job)

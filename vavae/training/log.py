@@ -112,9 +112,7 @@ class MetricsLog:
 
 def read_rows(segments: Storage) -> list[dict[str, Any]]:
     """All rows of a training run, in order."""
-    return [
-        json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()
-    ]
+    return [json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()]
 
 
 def _images(segment: str) -> int:

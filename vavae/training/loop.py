@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vavae.data.order import Round
 from vavae.data.stream import load_slices
@@ -16,6 +16,7 @@ from vavae.training.session import Session
 from vavae.training.step import Step
 
 _PROGRESS_SECONDS = 0.5
+_HEADLINE = ("loss/total", "data_wait")
 
 
 class NonFiniteError(ArithmeticError):
@@ -77,15 +78,18 @@ def train(
             log.add(state.images_seen, row)
         if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
             shown = time.monotonic()
-            shown_terms = {name: row[name] for name in ("loss/total", "data_wait") if name in row}
-            session.progress(
-                Progress(stage, state.images_seen, config.images, rate=rate.update(state.images_seen), terms=shown_terms)
-            )
+            seen = state.images_seen
+            session.progress(Progress(stage, seen, config.images, rate=rate.update(seen), terms=_headline(row)))
         if save:
             log.flush(state.images_seen)
             checkpoints.save(step, state)
             session.checkpoint(state.images_seen, row)
     return state
+
+
+def _headline(row: Mapping[str, float]) -> dict[str, float]:
+    """The few figures of a row that a line of progress has room for."""
+    return {name: row[name] for name in _HEADLINE if name in row}
 
 
 def _crosses(before: int, after: int, interval: int) -> bool:

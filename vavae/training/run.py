@@ -118,7 +118,8 @@ class Run:
         record = self.artefact(job)
         if record is None:
             raise UserError(
-                f"{self.storage.url()}: no {STAGES[job].makes} yet; run python -m ray_jobs.{job} with this configuration first"
+                f"{self.storage.url()}: no {STAGES[job].makes} yet; "
+                f"run python -m ray_jobs.{job} with this configuration first"
             )
         return record
 

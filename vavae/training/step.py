@@ -27,8 +27,13 @@ class StepResult:
 class Step(Protocol):
     """One kind of training: its weights, its data and its arithmetic."""
 
-    engines: Mapping[str, Engine]
-    ema: ExponentialMovingAverage | None
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """All sets of weights that the step optimises, by the names of their checkpoint folders."""
+
+    @property
+    def ema(self) -> ExponentialMovingAverage | None:
+        """The average of the weights that is exported, if there is one."""
 
     def source(self) -> SliceSource[Any]:
         """Where slices come from."""
