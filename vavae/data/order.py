@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (counts, seed, position), whatever the number of ranks and loader workers.
 
 Epoch e permutes the shards by (seed, e), concatenates their records, drops the last N mod L and cuts the rest into L
-equal ranges, one per *lane* (a virtual rank). A lane shuffles consecutive blocks of its range by (seed, e, lane, block).
-A step takes one *slice* of consecutive positions from every lane and straddles epochs freely.
+equal ranges, one per *lane* (a virtual rank). A lane shuffles consecutive blocks of its range by
+(seed, e, lane, block). A step takes one *slice* of consecutive positions from every lane and straddles epochs freely.
 """
 
 from collections.abc import Sequence

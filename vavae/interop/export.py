@@ -1,7 +1,7 @@
 """Exports: a folder with the weights of a trained model and all that is needed to build it again.
 
-`model.safetensors` holds the weights in the released names, `model.yaml` the sections of the configuration. Nothing in an
-export can run code.
+`model.safetensors` holds the weights in the released names, `model.yaml` the sections of the configuration. Nothing in
+an export can run code.
 """
 
 import tempfile

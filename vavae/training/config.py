@@ -125,10 +125,7 @@ class RunConfig(Config):
     def _sections_agree(self) -> Self:
         factor, size, lanes = self.tokenizer.downsample, self.shards.image_size, self.stream.lanes
         if size % factor:
-            raise ValueError(
-                f"shards.image_size={size} is no multiple of {factor}, by which the {len(self.tokenizer.channel_multipliers)} "
-                "levels of tokenizer.channel_multipliers downsample"
-            )
+            raise ValueError(f"shards.image_size={size} is no multiple of {factor}, the tokenizer's downsampling")
         if self.grid % self.lightningdit.patch_size:
             raise ValueError(
                 f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the "

@@ -1,0 +1,44 @@
+# Sourced by the scripts of this checkout: a virtual environment in `.venv` with the package and one extra.
+
+# environment EXTRA: make or complete it, and set PYTHON to its interpreter. What is there is not installed again.
+environment() {
+    local extra=$1 checkout python stamp wanted
+    checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    PYTHON="$checkout/.venv/bin/python"
+    stamp="$checkout/.venv/installed-$extra"
+    wanted=$(cksum <"$checkout/pyproject.toml")
+    if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    if [ ! -x "$PYTHON" ]; then
+        python=$(find_python) || {
+            echo "error: no Python 3.10, 3.11 or 3.12 on the path: install one, or name it in VAVAE_PYTHON" >&2
+            return 2
+        }
+        "$python" -m venv "$checkout/.venv" || {
+            echo "error: $python cannot make virtual environments: install its venv package" >&2
+            rm -rf "$checkout/.venv"
+            return 2
+        }
+    fi
+    echo "installing vavae[$extra] into $checkout/.venv (some minutes the first time)"
+    # One command for everything: separate ones may resolve to versions that do not go together.
+    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
+        echo "error: the installation failed; the lines above say why. Run the command again to go on" >&2
+        return 2
+    }
+    # The test extra holds all that the quickstart needs.
+    [ "$extra" = test ] && echo "$wanted" >"$checkout/.venv/installed-quickstart"
+    echo "$wanted" >"$stamp"
+}
+
+find_python() {
+    local candidate
+    for candidate in "${VAVAE_PYTHON:-}" python3 python3.12 python3.11 python3.10 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
