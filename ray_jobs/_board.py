@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -48,11 +49,22 @@ class _BoardActor:
 
 
 class Board:
-    """A handle to the board, for driver and workers alike."""
+    """A handle to the board, for driver and workers alike; the process that makes it keeps the board alive.
 
-    def __init__(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=0)(_BoardActor).remote()
+    Args:
+        name: of a board that there is already; None makes one.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name or f"board-{uuid.uuid4().hex}"
+        self._actor: Any = (
+            ray.get_actor(self._name) if name else ray.remote(num_cpus=0)(_BoardActor).options(name=self._name).remote()
+        )
         self._asked: Any = None
+
+    def __reduce__(self) -> tuple[type["Board"], tuple[str]]:
+        # By name: an actor that got a handle as an argument could not be restarted.
+        return Board, (self._name,)
 
     def post(self, progress: Progress) -> None:
         """Say how far a stage is."""

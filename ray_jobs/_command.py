@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import ray
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,9 @@ from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.errors import UserError
 from vavae.progress import clock
+from vavae.report.results import REPORT
 from vavae.training.config import RunConfig
+from vavae.training.estimate import bytes_to_write
 from vavae.training.run import STAGES, Job, Plan, Run
 
 Work = Callable[[Run], None]
@@ -67,6 +70,8 @@ def _main(
         if found.done:
             print(f"{job:<18} done  {found.why}")
     print(f"the run is in {run.storage.url()}")
+    if run.storage.is_file(REPORT):
+        print(f"report: {run.storage.url(REPORT)}")
     return 0
 
 
@@ -90,13 +95,21 @@ def _do(run: Run, job: Job, work: Work) -> None:
 def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
     """The stages, their artefacts, and what each would take."""
     table = Table(title=f"run {run.config.name} in {run.storage.url()}", title_justify="left")
-    for column in ("job", "makes", "state", "work"):
+    for column in ("job", "makes", "state", "work", "bytes"):
         table.add_column(column)
     for job, found in plans.items():
         state = f"done {found.why}" if found.done else f"to do: {found.why}"
-        table.add_row(job, STAGES[job].makes, state, _effort(run, job))
+        table.add_row(job, STAGES[job].makes, state, _effort(run, job), _bytes(run, job, found))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     console.print(table)
+
+
+def _bytes(run: Run, job: Job, plan: Plan) -> str:
+    """What an artefact takes in storage, or will take at most."""
+    if plan.done:
+        return filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
+    estimate = bytes_to_write(run, job)
+    return "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
 
 
 def _effort(run: Run, job: Job) -> str:

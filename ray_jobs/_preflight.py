@@ -1,5 +1,6 @@
 """Everything that can be checked before a worker starts."""
 
+import importlib.util
 from collections.abc import Sequence
 
 from vavae.backbones.config import BackboneConfig
@@ -26,6 +27,10 @@ def preflight(run: Run, jobs: Sequence[Job]) -> None:
         if config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
             backbones.append(config.losses.perceptual.backbone)
     if "evaluate" in jobs:
+        if config.shards.validation_source is None and not config.shards.validation_fraction:
+            raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
+        if config.evaluate.class_agreement and importlib.util.find_spec("sklearn") is None:
+            raise UserError("evaluate.class_agreement=true needs scikit-learn: pip install 'vavae[quickstart]'")
         backbones.append(BackboneConfig(name=config.evaluate.metrics.extractor))
     for backbone in backbones:
         check_weights(backbone)

@@ -4,12 +4,14 @@ import sys
 
 from ray_jobs._command import main
 from ray_jobs._train import fit
+from vavae.report.results import write_log
 from vavae.training.run import Run
 
 
 def work(run: Run) -> None:
     """Train the LightningDiT on latents and export it."""
     fit(run, "train_lightningdit")
+    write_log(run)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,26 @@
 """The ranks of a training run, and the few collectives that the loop needs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@contextmanager
+def process_group(use_gpu: bool) -> Iterator[None]:
+    """The process group that torchrun's environment describes; nothing where this process was not started by it."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

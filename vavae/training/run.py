@@ -140,7 +140,7 @@ class Run:
         """
         plans: dict[Job, Plan] = {}
         for job, stage in STAGES.items():
-            missing = next((name for name in stage.inputs if not plans[name].done), None)
+            missing = next((name for name in reversed(stage.inputs) if not plans[name].done), None)
             plans[job] = self._plan(job) if missing is None else Plan(stage, False, f"after {STAGES[missing].makes}")
         return plans
 

@@ -1,0 +1,144 @@
+"""The jobs on a real local Ray with two workers; one cluster for all tests of this file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from ray_jobs import _command as command
+from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
+from ray_jobs._cluster import cluster
+from vavae.config import load
+from vavae.training.config import RunConfig
+from vavae.training.run import Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.jobs]
+
+CONFIG = "configs/tiny.yaml"
+DESCRIPTION = "test"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage with a space")
+
+
+@pytest.fixture(scope="module")
+def arguments(root: Path) -> list[str]:
+    return ["--config", CONFIG, f"storage.root={root}", "name=run", "workers.count=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(arguments: list[str]) -> Iterator[None]:
+    with cluster(load(RunConfig, CONFIG, arguments[2:])):
+        yield
+
+
+def run_pipeline(arguments: list[str], *overrides: str) -> int:
+    return command.pipeline(DESCRIPTION, pipeline.WORKS, [*arguments, *overrides])
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: RunConfig) -> None:
+        raise AssertionError("a job with nothing to do must not ask for a cluster")
+
+    monkeypatch.setattr(command, "cluster", refuse)
+
+
+def test_pipeline_makes_everything(arguments: list[str], root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_pipeline(arguments) == 0
+    folder = root / "run"
+    for name in ("samples.png", "reconstructions.png", "report.html", "metrics.jsonl", "config.yaml"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard" / "train_vavae").iterdir())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"psnr", "reconstruction_frechet_distance", "alignment_cosine", "generation_frechet_distance"} <= set(
+        metrics
+    )
+    stages = {json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"train_vavae", "train_lightningdit"}
+    assert f"report: {folder / 'report.html'}" in capfd.readouterr().out
+
+
+def test_finished_pipeline_needs_no_ray(arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_pipeline(arguments) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:6]] == [[job, "done"] for job in pipeline.WORKS]
+
+
+def test_deleted_samples_alone_are_made_again(arguments: list[str], root: Path) -> None:
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    before = {job: run.require(job).digest for job in pipeline.WORKS}
+    stamps = {job: (root / "run" / run.prefix(job) / "artefact.json").stat().st_mtime_ns for job in pipeline.WORKS}
+    run.storage.delete(run.prefix("sample"))
+    assert run_pipeline(arguments) == 0
+    assert {job: run.require(job).digest for job in pipeline.WORKS} == before
+    changed = [
+        job
+        for job in pipeline.WORKS
+        if (root / "run" / run.prefix(job) / "artefact.json").stat().st_mtime_ns != stamps[job]
+    ]
+    assert changed == ["sample"]
+
+
+def test_deleted_training_comes_back_bit_for_bit(arguments: list[str]) -> None:
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    before = run.require("train_lightningdit").digest
+    run.storage.delete("lightningdit")
+    assert run_pipeline(arguments) == 0
+    assert run.require("train_lightningdit").digest == before
+
+
+def test_more_images_go_on_from_the_checkpoint(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    config = load(RunConfig, CONFIG, arguments[2:])
+    budget = config.train_lightningdit.images + config.train_lightningdit.batch_size
+    assert run_pipeline(arguments, f"train_lightningdit.images={budget}") == 0
+    run = Run(load(RunConfig, CONFIG, [*arguments[2:], f"train_lightningdit.images={budget}"]))
+    assert run.require("train_lightningdit").images_seen == budget
+    assert "train_vavae        done" in capfd.readouterr().out
+
+
+def test_changed_identity_is_refused(arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_pipeline(arguments, "train_vavae.batch_size=64") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "train_vavae.batch_size is 64" in error
+
+
+def test_job_without_its_input_says_what_to_run(
+    arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = command.main("sample", DESCRIPTION, sample.work, [*arguments, "name=empty"])
+    assert status == 2
+    assert "run python -m ray_jobs.train_vavae" in capfd.readouterr().err
+
+
+def test_user_error_of_a_worker_is_one_line(
+    arguments: list[str], root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_pipeline(arguments) == 0
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    (shard,) = (root / "run" / "shards" / "train").glob("*.tar")
+    whole = shard.read_bytes()
+    run.storage.delete(run.prefix("precompute_latents"))
+    try:
+        shard.write_bytes(bytes(len(whole)))
+        status = command.main("precompute_latents", DESCRIPTION, precompute_latents.work, arguments)
+    finally:
+        shard.write_bytes(whole)
+    error = capfd.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert shard.name in error
+    assert ray.is_initialized()
+    assert run_pipeline(arguments) == 0
+
+
+def test_every_job_has_a_dry_run(arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]) -> None:
+    for job, module in (("train_vavae", train_vavae), ("evaluate", evaluate)):
+        assert command.main(job, DESCRIPTION, module.work, [*arguments, "--dry-run"]) == 0
+        assert job in capfd.readouterr().out

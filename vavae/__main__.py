@@ -1,0 +1,7 @@
+"""``python -m vavae`` is the console command, so that torchrun can start it."""
+
+import sys
+
+from vavae.cli import main
+
+sys.exit(main())
