@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -80,31 +81,41 @@ class MappedLatents:
     """
 
     def __init__(self, path: Path, count: int, record_shape: tuple[int, ...]) -> None:
-        memory = np.memmap(path, np.uint8, "r")
-        with path.open("rb") as file:
-            file.seek(_BLOCK)
-            try:
-                version = np.lib.format.read_magic(file)
-                assert version == (1, 0), f"npy version {version}"
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            except ValueError as error:
-                raise UserError(f"{path}: not a latent shard ({error}); compute the latents again") from error
-            header = file.tell() - _BLOCK
-        if shape != record_shape or dtype != np.float16 or fortran:
-            raise UserError(f"{path}: latents {dtype}{list(shape)}, expected float16{list(record_shape)}")
-        npy_blocks = -(-(header + int(np.prod(shape)) * 2) // _BLOCK)
+        header = _npy_header_bytes(path, record_shape)
+        npy_blocks = -(-(header + int(np.prod(record_shape)) * 2) // _BLOCK)
         stride = _BLOCK * (1 + npy_blocks + 2)  # header, array; header, label
-        if len(memory) < count * stride:
-            raise UserError(
-                f"{path}: {len(memory)} bytes where {count} latents need {count * stride}; compute them again"
-            )
+        size = path.stat().st_size
+        expected = -(-(count * stride + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE  # with the end mark
+        if size != expected:
+            raise UserError(f"{path}: {size} bytes where {count} latents take {expected}; compute the latents again")
+        memory = np.memmap(path, np.uint8, "r")
         records = np.ndarray((count, stride), np.uint8, memory)
-        strides = (stride, *np.empty(shape, np.float16).strides)
-        self.arrays = np.ndarray((count, *shape), np.float16, memory, offset=_BLOCK + header, strides=strides)
+        strides = (stride, *np.empty(record_shape, np.float16).strides)
+        self.arrays = np.ndarray((count, *record_shape), np.float16, memory, offset=_BLOCK + header, strides=strides)
         """float16 [N, 2 · (1 + flip), C, H, W]."""
         digits = records[:, stride - _BLOCK : stride - _BLOCK + _LABEL_DIGITS] - ord("0")
+        headers = records[:, _BLOCK : _BLOCK + header]
+        if (digits > 9).any() or (headers != headers[0]).any() or memory[count * stride :].any():
+            raise UserError(f"{path}: not {count} records of one size; compute the latents again")
         self.labels = digits.astype(np.int64) @ 10 ** np.arange(_LABEL_DIGITS - 1, -1, -1)
         """int64 [N]."""
+
+
+def _npy_header_bytes(path: Path, record_shape: tuple[int, ...]) -> int:
+    """Length of the npy header of the first record, once it is found to promise float16 of that shape."""
+    with path.open("rb") as file:
+        file.seek(_BLOCK)
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("npy is not of version 1.0")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not a latent shard ({error}); compute the latents again") from error
+        if shape != record_shape or dtype != np.float16 or fortran:
+            raise UserError(
+                f"{path}: latents {dtype}{list(shape)}, expected float16{list(record_shape)}; compute the latents again"
+            )
+        return file.tell() - _BLOCK
 
 
 class LatentSlice(NamedTuple):
@@ -231,7 +242,7 @@ def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [C], float64, of the latents of the training split in a folder."""
     try:
         tensors = load_file(storage.local_file(STATISTICS))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise UserError(
             f"{storage.url(STATISTICS)}: no statistics of the latents there; run precompute_latents"
         ) from error

@@ -11,6 +11,8 @@ from vavae.errors import UserError
 
 T = TypeVar("T")
 
+_END_BYTES = 2 * tarfile.BLOCKSIZE
+
 
 class ShardCache(Generic[T]):
     """The most recently used open shards. Maps stay in the process that made them: a pickled cache arrives empty."""
@@ -33,10 +35,17 @@ class ShardCache(Generic[T]):
 
 
 class MappedShard:
-    """A WebDataset tar in memory. `shard[i]` is the i-th record: extension → bytes."""
+    """A WebDataset tar in memory. `shard[i]` is the i-th record: extension → bytes.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: the shard.
+        count: records that the manifest promises, where there is one.
+
+    Raises:
+        UserError: the file is no tar, ends early or has another count.
+    """
+
+    def __init__(self, path: Path, count: int | None = None) -> None:
         try:
             with path.open("rb") as file:
                 self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -44,6 +53,11 @@ class MappedShard:
                     groups = _group(tar)
         except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{path}: not a readable shard ({error}); make the shards again") from error
+        # A tar that ends between two members reads like a shorter one but for its end mark.
+        if self._memory[-_END_BYTES:] != bytes(_END_BYTES):
+            raise UserError(f"{path}: ends after {len(groups)} records without the end mark; make the shards again")
+        if count not in (None, len(groups)):
+            raise UserError(f"{path}: {len(groups)} records where the manifest says {count}; make the shards again")
         self.keys = list(groups)
         """WebDataset's key of each record."""
         self._records = list(groups.values())

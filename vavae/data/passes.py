@@ -34,7 +34,7 @@ def read_images(
     records = (
         shard[index]
         for info in manifest.splits[split]
-        for shard in [MappedShard(storage.local_file(f"{split}/{info.name}"))]
+        for shard in [MappedShard(storage.local_file(f"{split}/{info.name}"), info.count)]
         for index in range(len(shard))
     )
     chosen = islice(records, limit)

@@ -1,0 +1,97 @@
+"""Mapped shards: the records that any WebDataset reader finds, and no silent end of data."""
+
+import pickle
+
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import small
+
+from vavae.data.mapped import MappedShard, ShardCache
+from vavae.data.tar import write_tar
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    small.write_image_shards(Storage(str(folder)), {"train": (COUNT,)})
+    return folder / "train" / "000000.tar"
+
+
+def test_records_are_those_of_stock_webdataset(shard):
+    mapped = MappedShard(shard, COUNT)
+    stock = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert len(mapped) == len(stock) == COUNT
+    for index, (key, sample) in enumerate(zip(mapped.keys, stock, strict=True)):
+        assert key == sample["__key__"]
+        assert mapped[index] == {name: value for name, value in sample.items() if not name.startswith("__")}
+
+
+def test_members_are_grouped_by_the_name_before_the_first_dot(tmp_path):
+    with write_tar(tmp_path / "a.tar") as tar:
+        tar.add(7, {"latent.npy": b"x", "cls": b"1"})
+        tar.add(8, {"cls": b"2"})
+    mapped = MappedShard(tmp_path / "a.tar")
+    assert mapped.keys == ["000000007", "000000008"]
+    assert [mapped[0], mapped[1]] == [{"latent.npy": b"x", "cls": b"1"}, {"cls": b"2"}]
+
+
+def bytes_of(record):
+    """Bytes that a record takes in a tar."""
+    return sum(512 * (1 + -(-len(data) // 512)) for data in record.values())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_shard_without_its_end_is_an_error_wherever_it_was_cut(shard, tmp_path, data):
+    mapped = MappedShard(shard)
+    content = sum(bytes_of(mapped[index]) for index in range(COUNT))
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(shard.read_bytes()[: data.draw(st.integers(0, content + 1023))])
+    with pytest.raises(UserError, match=r"cut.tar: .*; make the shards again"):
+        MappedShard(cut)
+
+
+def test_a_shard_that_ends_between_two_members_is_an_error(shard, tmp_path):
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(shard.read_bytes()[: bytes_of(MappedShard(shard)[0])])
+    with pytest.raises(UserError, match=r"cut.tar: ends after 1 records without the end mark"):
+        MappedShard(cut)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
+def test_a_foreign_file_is_an_error(tmp_path, content):
+    path = tmp_path / "foreign.tar"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"foreign.tar: not a readable shard"):
+        MappedShard(path)
+
+
+def test_another_count_than_promised_is_an_error(shard):
+    with pytest.raises(UserError, match=r"000000.tar: 5 records where the manifest says 6; make the shards again"):
+        MappedShard(shard, 6)
+
+
+def test_the_cache_keeps_the_most_recently_used():
+    cache, opened = ShardCache(2), []
+
+    def open_shard(shard):
+        opened.append(shard)
+        return f"shard {shard}"
+
+    assert [cache.get(shard, open_shard) for shard in (0, 1, 0, 2, 0, 1)] == [f"shard {i}" for i in (0, 1, 0, 2, 0, 1)]
+    assert opened == [0, 1, 2, 1]
+
+
+def test_a_pickled_cache_arrives_empty_with_its_limit():
+    cache = ShardCache(1)
+    cache.get(0, str)
+    copy, opened = pickle.loads(pickle.dumps(cache)), []
+    for shard in (0, 1, 0):
+        copy.get(shard, opened.append)
+    assert opened == [0, 1, 0]

@@ -1,0 +1,141 @@
+"""The image stream: slices are functions of (lane, step), whoever reads them."""
+
+import logging
+import pickle
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from support import small
+
+from vavae.data.config import StreamConfig
+from vavae.data.order import assign_lanes, order_of
+from vavae.data.stream import ImageStream, SliceKey, augment, center_crop, image_bytes, load_slices
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+COUNTS, SLICE, SEED = (5, 4, 5), 3, 11
+CENTRE = StreamConfig(lanes=2, block=4, crop="center")
+KEYS = [SliceKey(lane, step) for step in range(6) for lane in (0, 1)]
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path))
+
+
+def stream_of(storage, config=CENTRE, height=small.SIZE, width=small.SIZE, damaged=()):
+    manifest = small.write_image_shards(storage, {"train": COUNTS}, height, width, damaged)
+    order = order_of(COUNTS, SEED, config)
+    return ImageStream(storage, manifest, "train", order, SLICE, config, SEED), order
+
+
+def index_of(location):
+    return sum(COUNTS[: location.shard]) + location.record
+
+
+def same(left, right):
+    return (left.lane, left.step) == (right.lane, right.step) and all(
+        torch.equal(a, b) for a, b in zip(left[2:], right[2:], strict=True)
+    )
+
+
+def test_a_slice_holds_the_records_of_the_order(storage):
+    stream, order = stream_of(storage)
+    for key in KEYS:
+        found, indices = stream[key], [index_of(location) for location in order.slice(*key, SLICE)]
+        expected = np.stack([small.image("train", index) for index in indices])
+        assert (found.lane, found.step) == key
+        assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
+        assert found.labels.tolist() == [small.label_of(index) for index in indices]
+        assert (found.images.dtype, found.labels.dtype) == (torch.uint8, torch.int64)
+        assert found.images.is_contiguous()
+
+
+def test_crops_and_flips_are_keyed_by_the_slice_and_not_by_the_reader(storage):
+    config = CENTRE.model_copy(update={"crop": "random", "flip": True, "open_shards": 1})
+    stream, _ = stream_of(storage, config, height=11, width=13)
+    forward = {key: stream[key] for key in KEYS}
+    other = pickle.loads(pickle.dumps(stream))
+    assert all(same(other[key], forward[key]) for key in reversed(KEYS))
+
+
+def test_a_random_crop_reaches_every_window_and_both_sides(storage):
+    config = CENTRE.model_copy(update={"crop": "random", "flip": True})
+    image, random = small.image("train", 0, 9, 10), numpy_generator(0, "test")
+    windows = {
+        image[top : top + 8, left : left + 8, :][:, ::side].tobytes()
+        for top in range(2)
+        for left in range(3)
+        for side in (1, -1)
+    }
+    seen = {augment(image, 8, config, random).tobytes() for _ in range(200)}
+    assert len(windows) == 12
+    assert seen == windows
+
+
+def test_a_central_crop_takes_the_middle_and_draws_nothing():
+    image, random = small.image("train", 0, 11, 14), numpy_generator(0, "test")
+    state = random.bit_generator.state
+    assert np.array_equal(augment(image, 8, CENTRE, random), image[1:9, 3:11])
+    assert np.array_equal(center_crop(image, 8), image[1:9, 3:11])
+    assert random.bit_generator.state == state
+
+
+def test_the_next_readable_image_of_the_shard_stands_in_for_a_damaged_one(storage, caplog):
+    damaged = [("train", index) for index in (7, 8)]  # the last two of the second shard: the first stands in
+    stream, order = stream_of(storage, damaged=damaged)
+    with caplog.at_level(logging.WARNING):
+        for key in KEYS:
+            found = stream[key]
+            for row, location in enumerate(order.slice(*key, SLICE)):
+                index = 5 if index_of(location) in (7, 8) else index_of(location)
+                assert np.array_equal(found.images[row].permute(1, 2, 0), small.image("train", index))
+                assert found.labels[row] == small.label_of(index)
+    assert "train/000001.tar" in caplog.text
+
+
+def test_a_shard_without_a_readable_image_is_an_error(storage):
+    stream, _ = stream_of(storage, damaged=[("train", index) for index in range(sum(COUNTS))])
+    with pytest.raises(UserError, match=r"train/00000\d.tar: no readable image"):
+        stream[SliceKey(0, 0)]
+
+
+def test_a_shard_of_another_length_than_the_manifest_says_is_an_error(storage):
+    stream, _ = stream_of(storage)
+    small.write_image_shards(storage, {"train": (2, 2, 2)})
+    with pytest.raises(UserError, match=r"train/00000\d.tar: 2 records where the manifest says [45]"):
+        stream[SliceKey(0, 0)]
+
+
+def test_a_label_beyond_the_classes_is_an_error(storage):
+    manifest = small.write_image_shards(storage, {"train": COUNTS}).model_copy(update={"classes": ("a",)})
+    stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CENTRE), 14, CENTRE, SEED)
+    with pytest.raises(UserError, match=r"label [12] in split train: the manifest has 1 classes"):
+        stream[SliceKey(0, 0)]
+
+
+def test_a_record_without_an_image_names_what_there_is():
+    with pytest.raises(UserError, match=r"\['cls', 'txt'\]; expected png, jpg, jpeg or webp"):
+        image_bytes({"txt": b"", "cls": b"1"})
+    assert image_bytes({"cls": b"1", "jpg": b"x"}) == b"x"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_world_size_sees_the_same_slices(storage, world_size):
+    stream, _ = stream_of(storage)
+    for rank in range(world_size):
+        rounds = assign_lanes(CENTRE.lanes, rank, world_size)
+        for step, slices in enumerate(islice(load_slices(stream, rounds, 2, workers=0), 3), 2):
+            assert [(found.lane, found.step) for found in slices] == [(turn.lane, step) for turn in rounds]
+            assert all(same(found, stream[SliceKey(found.lane, step)]) for found in slices)
+
+
+def test_loader_processes_change_nothing(storage):
+    config = CENTRE.model_copy(update={"crop": "random", "flip": True})
+    stream, _ = stream_of(storage, config, height=10, width=10)
+    rounds = assign_lanes(config.lanes, 0, 1)
+    here, there = (list(islice(load_slices(stream, rounds, 1, workers), 3)) for workers in (0, 2))
+    assert all(same(a, b) for left, right in zip(here, there, strict=True) for a, b in zip(left, right, strict=True))
