@@ -23,14 +23,18 @@ class Progress:
         total = "" if self.total is None else f"/{self.total:,}"
         parts = [f"{self.stage:<18} {self.done:,}{total} {self.unit}"]
         if self.rate:
-            parts.append(f"{self.rate:,.4g} {self.unit}/s")
+            parts.append(f"{self.rate:{',.0f' if self.rate >= 100 else '.3g'}} {self.unit}/s")
             if self.total is not None:
-                parts.append(f"{clock((self.total - self.done) / self.rate)} left")
+                # Whole steps may go beyond the total.
+                parts.append(f"{clock(max(0, self.total - self.done) / self.rate)} left")
         return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in self.terms.items())])
 
 
 class Rate:
-    """Units per second over a sliding window, so that a slow start does not spoil the time left."""
+    """Units per second over a sliding window, so that a slow start does not spoil the time left.
+
+    Where two updates lie further apart than the window, it spans just the two.
+    """
 
     def __init__(self, window_seconds: float = 20.0) -> None:
         self._window = window_seconds
@@ -39,7 +43,8 @@ class Rate:
     def update(self, done: int) -> float | None:
         """Note how much is done now; the rate, once there are two marks."""
         now = time.monotonic()
-        self._marks = [*(mark for mark in self._marks if now - mark[0] <= self._window), (now, done)]
+        recent = [mark for mark in self._marks if now - mark[0] <= self._window]
+        self._marks = [*(recent or self._marks[-1:]), (now, done)]
         (first_time, first_done), (last_time, last_done) = self._marks[0], self._marks[-1]
         return (last_done - first_done) / (last_time - first_time) if last_time > first_time else None
 

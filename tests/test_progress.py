@@ -1,0 +1,85 @@
+"""The line of progress, and the rate behind it."""
+
+import pytest
+
+from vavae import progress
+from vavae.progress import Progress, Rate, clock, show
+
+
+@pytest.fixture
+def now(monkeypatch):
+    time = {"now": 100.0}
+    monkeypatch.setattr(progress.time, "monotonic", lambda: time["now"])
+
+    def advance(seconds):
+        time["now"] += seconds
+
+    return advance
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (59.6, "1:00"),
+        (293, "4:53"),
+        (3599, "59:59"),
+        (3723, "1:02:03"),
+        (90_000, "25:00:00"),
+    ],
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("moment", "line"),
+    [
+        (Progress("sample", 5, None), "sample             5 images"),
+        (Progress("sample", 5, 1234, unit="shards"), "sample             5/1,234 shards"),
+        (
+            Progress("train_vavae", 1280, 19_200, rate=61.16, terms={"loss": 0.12345, "lr": 1e-4}),
+            "train_vavae        1,280/19,200 images  61.2 images/s  4:53 left  loss 0.1235  lr 0.0001",
+        ),
+        (Progress("sample", 5, None, rate=0.5), "sample             5 images  0.5 images/s"),
+        (Progress("sample", 0, 9, rate=0.0), "sample             0/9 images"),
+        (
+            Progress("latents", 10, 98_775, rate=12_345.6),
+            "latents            10/98,775 images  12,346 images/s  0:08 left",
+        ),
+        (Progress("train_vavae", 1024, 1000, rate=10), "train_vavae        1,024/1,000 images  10 images/s  0:00 left"),
+    ],
+)
+def test_line(moment, line):
+    assert moment.line() == line
+
+
+def test_show_prints_the_line(capsys):
+    show(Progress("sample", 5, 9))
+    assert capsys.readouterr().out == "sample             5/9 images\n"
+
+
+def test_the_rate_looks_at_the_window_alone(now):
+    rate, done = Rate(window_seconds=20), 0
+    assert rate.update(done) is None
+    for per_second in (1, 1, 1, 7, 7):
+        now(10)
+        done += 10 * per_second
+        found = rate.update(done)
+    assert found == 7, "the slow start counts no longer"
+
+
+def test_updates_further_apart_than_the_window_still_have_a_rate(now):
+    rate = Rate(window_seconds=20)
+    rate.update(0)
+    now(50)
+    assert rate.update(100) == 2
+    now(50)
+    assert rate.update(400) == 6
+
+
+def test_two_updates_at_one_moment_have_no_rate(now):
+    rate = Rate()
+    rate.update(0)
+    assert rate.update(5) is None
