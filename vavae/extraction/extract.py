@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vavae.config import digest
+from vavae.config import digest, identity
 from vavae.data.image import decode_image
 from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, write_latents
 from vavae.data.manifest import Manifest, ShardInfo
@@ -31,8 +31,8 @@ class LatentShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str
-    """Checksum of the image shard."""
+    origin: str
+    """Digest of everything that the latents are a function of: image shard, tokenizer and settings."""
     shard: ShardInfo
     statistics: dict[str, object]
     """Partial sums, see `LatentStatistics`."""
@@ -83,14 +83,25 @@ class Extraction:
         return tasks
 
     def record(self, task: ShardTask) -> LatentShardRecord | None:
-        """The record of a shard that is done; None where it isn't, or was made from another image shard."""
+        """The record of a shard that is done; None where it isn't, or was made from something else."""
         source = self._manifest.splits[task.split][task.number]
         try:
             record = LatentShardRecord.model_validate_json(self._latents.read_bytes(_record_path(task.split, source)))
             intact = self._latents.size(f"{task.split}/{record.shard.name}") == record.shard.bytes
         except (FileNotFoundError, ValidationError):
             return None
-        return record if intact and record.source == source.sha256 else None
+        return record if intact and record.origin == self._origin(task) else None
+
+    def _origin(self, task: ShardTask) -> str:
+        return digest(
+            {
+                "source": self._manifest.splits[task.split][task.number].sha256,
+                "image_size": self._manifest.image_size,
+                "first_index": task.first_index,
+                "tokenizer": self._tokenizer,
+                "config": identity(self._config),
+            }
+        )
 
     def encode(self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]) -> None:
         """Encode one shard, unless it is done; `advance` is told the images done since its last call."""
@@ -100,7 +111,7 @@ class Extraction:
             return
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
-        shard = MappedShard(self._images.local_file(path))
+        shard = MappedShard(self._images.local_file(path), source.count)
         statistics = LatentStatistics(model.config.latent_dim)
         arrays, labels, keys = [], [], []
         for batch in _batches(shard, self._manifest.image_size, self._config.batch_size):
@@ -115,7 +126,9 @@ class Extraction:
             write_latents(local, np.concatenate(arrays), labels, task.first_index)
             size, sha256 = local.stat().st_size, sha256_of(local)
         info = ShardInfo(name=source.name, count=len(labels), bytes=size, sha256=sha256)
-        record = LatentShardRecord(source=source.sha256, shard=info, statistics=statistics.to_json(), keys=tuple(keys))
+        record = LatentShardRecord(
+            origin=self._origin(task), shard=info, statistics=statistics.to_json(), keys=tuple(keys)
+        )
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
 
     def _posteriors(self, model: VAVAE, images: Tensor) -> np.ndarray:

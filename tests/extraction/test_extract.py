@@ -1,0 +1,223 @@
+"""Extraction: latents that depend on image and tokenizer alone, made once, in any order, however often it is killed."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import small
+
+from vavae.data.latents import LatentStatistics, MappedLatents, read_latent_manifest, read_statistics
+from vavae.data.pixels import to_float
+from vavae.errors import UserError
+from vavae.extraction.config import LatentsConfig
+from vavae.extraction.extract import Extraction
+from vavae.storage.storage import Storage
+
+COUNTS = {"train": (5, 3), "validation": (2,)}
+SHAPE = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
+CONFIG = LatentsConfig(flip=True, batch_size=4)
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """The tokenizer, with the sizes of the batches that it was given."""
+
+    def __init__(self):
+        self.model, self.batches = small.tokenizer(), []
+        self.config = self.model.config
+
+    def encode(self, images):
+        self.batches.append(len(images))
+        return self.model.encode(images)
+
+
+@pytest.fixture
+def tokenizer():
+    return Recorder()
+
+
+@pytest.fixture
+def images(tmp_path):
+    return Storage(str(tmp_path / "images"))
+
+
+@pytest.fixture
+def manifest(images):
+    return small.write_image_shards(images, COUNTS)
+
+
+@pytest.fixture
+def extract(tmp_path, images, manifest):
+    """Make an extraction into a folder."""
+
+    def make(folder="latents", config=CONFIG, tokenizer="t", manifest=manifest):
+        return Extraction(images, manifest, Storage(str(tmp_path / folder)), tokenizer, config)
+
+    return make
+
+
+def ignore(count):
+    pass
+
+
+def encode_all(extraction, model):
+    for task in extraction.tasks():
+        extraction.encode(task, model, CPU, ignore)
+    return extraction.finish(SHAPE)
+
+
+def contents(tmp_path, folder):
+    storage = Storage(str(tmp_path / folder))
+    return {path: storage.read_bytes(path) for path in storage.list(recursive=True)}
+
+
+def posteriors(split, count):
+    """float32 [N, 4, C, H, W]: mean and deviation of every image and its mirror image, encoded one by one."""
+    model, rows = small.tokenizer(), []
+    for index in range(count):
+        pixels = to_float(torch.from_numpy(small.image(split, index)).permute(2, 0, 1)[None])
+        parts = [
+            part for view in (pixels, pixels.flip(-1)) for part in (model.encode(view).mean, model.encode(view).std)
+        ]
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).numpy()
+
+
+def read_all(tmp_path, manifest, split):
+    folder = tmp_path / "latents" / split
+    shards = [MappedLatents(folder / info.name, info.count, manifest.record_shape) for info in manifest.splits[split]]
+    return np.concatenate([shard.arrays for shard in shards]), np.concatenate([shard.labels for shard in shards])
+
+
+def test_latents_are_the_posteriors_of_the_images(tmp_path, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    latents = Storage(str(tmp_path / "latents"))
+    manifest = read_latent_manifest(latents)
+    assert (manifest.shape, manifest.flip, manifest.tokenizer, manifest.classes) == (SHAPE, True, "t", small.CLASSES)
+    for split, sizes in COUNTS.items():
+        arrays, labels = read_all(tmp_path, manifest, split)
+        np.testing.assert_allclose(arrays, posteriors(split, sum(sizes)), rtol=2e-3, atol=1e-4)
+        assert labels.tolist() == [small.label_of(index) for index in range(sum(sizes))]
+    assert set(tokenizer.batches) == {CONFIG.batch_size}, "a short batch is padded"
+
+
+def test_statistics_are_those_of_the_training_split(tmp_path, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    latents = Storage(str(tmp_path / "latents"))
+    arrays, _ = read_all(tmp_path, read_latent_manifest(latents), "train")
+    expected = LatentStatistics(SHAPE[0])
+    for view in (0, 2):
+        expected.update(arrays[:, view], arrays[:, view + 1])
+    mean, std = read_statistics(latents)
+    np.testing.assert_allclose(mean, expected.mean, rtol=1e-12)
+    np.testing.assert_allclose(std, expected.std, rtol=1e-12)
+    assert load_file(latents.local_file("statistics.safetensors"))["std"].dtype == torch.float64
+
+
+def test_without_flips_the_mirror_images_are_left_out(tmp_path, extract, tokenizer):
+    encode_all(extract(config=LatentsConfig(flip=False, batch_size=4)), tokenizer)
+    manifest = read_latent_manifest(Storage(str(tmp_path / "latents")))
+    arrays, _ = read_all(tmp_path, manifest, "train")
+    np.testing.assert_allclose(arrays, posteriors("train", 8)[:, :2], rtol=2e-3, atol=1e-4)
+
+
+def test_order_and_repetition_change_no_byte(tmp_path, extract, tokenizer):
+    digest, files = encode_all(extract("one"), tokenizer)
+    other = extract("other")
+    for task in [*reversed(other.tasks()), *other.tasks()]:
+        other.encode(task, tokenizer, CPU, ignore)
+    assert other.finish(SHAPE) == (digest, files)
+    assert contents(tmp_path, "other") == contents(tmp_path, "one")
+    assert {path: info.bytes for path, info in files.items()} == {
+        path: len(data) for path, data in contents(tmp_path, "one").items() if path in files
+    }
+
+
+def test_what_is_done_is_not_done_again(tmp_path, extract, tokenizer):
+    result = encode_all(extract(), tokenizer)
+    before = contents(tmp_path, "latents")
+    tokenizer.batches.clear()
+    assert encode_all(extract(), tokenizer) == result
+    assert tokenizer.batches == []
+    (tmp_path / "latents/train/000001.json").unlink()
+    assert encode_all(extract(), tokenizer) == result
+    assert tokenizer.batches == [4, 4], "the second shard alone, image and mirror image"
+    assert contents(tmp_path, "latents") == before
+
+
+def test_a_shard_that_was_broken_off_is_made_from_scratch(tmp_path, extract, tokenizer):
+    encode_all(extract("whole"), tokenizer)
+    extraction = extract()
+
+    def die(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extraction.encode(extraction.tasks()[0], tokenizer, CPU, die)
+    assert contents(tmp_path, "latents") == {}
+    encode_all(extraction, tokenizer)
+    assert contents(tmp_path, "latents") == contents(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "record"])
+def test_a_damaged_shard_is_made_again(tmp_path, extract, tokenizer, damage):
+    encode_all(extract(), tokenizer)
+    before, shard = contents(tmp_path, "latents"), tmp_path / "latents/train/000000.tar"
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-512])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        shard.with_suffix(".json").write_text("{}")
+    tokenizer.batches.clear()
+    encode_all(extract(), tokenizer)
+    assert len(tokenizer.batches) == 4
+    assert contents(tmp_path, "latents") == before
+
+
+def test_latents_of_anything_else_are_made_again(tmp_path, images, manifest, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    assert all(extract().record(task) for task in extract().tasks())
+    for other in (
+        extract(config=LatentsConfig(flip=False, batch_size=4)),
+        extract(config=LatentsConfig(flip=True, batch_size=3)),
+        extract(tokenizer="u"),
+        extract(manifest=manifest.model_copy(update={"image_size": 6})),
+    ):
+        assert not any(other.record(task) for task in other.tasks())
+    shards = manifest.splits["train"]
+    changed = manifest.model_copy(
+        update={"splits": {"train": (shards[0], shards[1].model_copy(update={"sha256": "x"}))}}
+    )
+    assert [extract(manifest=changed).record(task) is not None for task in extract(manifest=changed).tasks()] == [
+        True,
+        False,
+    ]
+    assert extract(config=CONFIG.model_copy(update={"actors": 7})).record(extract().tasks()[0])
+
+
+def test_records_name_the_images_and_progress_counts_them(tmp_path, extract, tokenizer):
+    extraction, counts = extract(), []
+    for _ in range(2):
+        for task in extraction.tasks():
+            extraction.encode(task, tokenizer, CPU, counts.append)
+    assert counts == [4, 1, 3, 2, 5, 3, 2]
+    assert extraction.images == 10
+    assert [extraction.record(task).keys for task in extraction.tasks()] == [
+        tuple(f"train {index}" for index in range(5)),
+        tuple(f"train {index}" for index in range(5, 8)),
+        tuple(f"validation {index}" for index in range(2)),
+    ]
+
+
+def test_finishing_early_is_our_own_mistake(extract, tokenizer):
+    extraction = extract()
+    extraction.encode(extraction.tasks()[0], tokenizer, CPU, ignore)
+    with pytest.raises(AssertionError, match="encode every shard before finishing"):
+        extraction.finish(SHAPE)
+
+
+def test_an_image_shard_of_another_length_is_an_error(images, manifest, extract, tokenizer):
+    small.write_image_shards(images, {"train": (2,)})
+    with pytest.raises(UserError, match=r"train/000000.tar: 2 records where the manifest says 5"):
+        encode_all(extract(), tokenizer)
