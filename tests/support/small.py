@@ -55,11 +55,11 @@ def write_image_shards(storage, counts, height=SIZE, width=SIZE, damaged=()):
     return Manifest(splits=splits, classes=CLASSES, image_size=SIZE, sources={})
 
 
-def randomised(module):
+def randomised(module, scale=0.2):
     """A module in evaluation mode with keyed weights, none of them zero."""
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=torch_generator(0, name)) * 0.1)
+            tensor.copy_(torch.randn(tensor.shape, generator=torch_generator(0, name)) * scale)
     return module.eval().requires_grad_(False)
 
 
@@ -68,4 +68,4 @@ def tokenizer():
 
 
 def lightningdit():
-    return randomised(LightningDiT(LIGHTNINGDIT, TOKENIZER.latent_dim, GRID))
+    return randomised(LightningDiT(LIGHTNINGDIT, TOKENIZER.latent_dim, GRID), scale=0.3)

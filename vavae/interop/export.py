@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -101,7 +102,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def _load(module: ModuleT, storage: Storage, name: str) -> ModuleT:
     try:
         module.load_state_dict(load_file(storage.local_file(name)))
-    except (RuntimeError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        raise UserError(f"{storage.url(name)}: no such file; export the model again") from None
+    except (RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{storage.url(name)}: {reason}; export the model again") from error
     return module.eval().requires_grad_(False)
@@ -113,7 +116,8 @@ def _describe(storage: Storage, model: type[DescriptionT]) -> DescriptionT:
     except FileNotFoundError:
         raise UserError(f"{storage.url()}: no {DESCRIPTION} there, so this is no export") from None
     except (ValidationError, yaml.YAMLError) as error:
-        raise UserError(f"{storage.url(DESCRIPTION)}: not a description of this model ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{storage.url(DESCRIPTION)}: not the description of such a model ({reason})") from error
 
 
 def whole_state(module: nn.Module, averaged: Mapping[str, Tensor] | None, prefix: str = "") -> dict[str, Tensor]:

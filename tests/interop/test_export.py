@@ -1,0 +1,169 @@
+"""Exports: the model that comes back is the model that went in, and anything else is refused in one line."""
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support import small
+from torch import nn
+
+from vavae.errors import UserError
+from vavae.interop.export import (
+    ALIGNMENT,
+    DESCRIPTION,
+    WEIGHTS,
+    LightningDiTDescription,
+    TokenizerDescription,
+    load_alignment,
+    load_lightningdit,
+    load_tokenizer,
+    save_export,
+    whole_state,
+)
+from vavae.losses.config import VisionFoundationLossConfig
+from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.randomness import torch_generator
+from vavae.storage.storage import Storage, sha256_of
+from vavae.tokenizer.config import TeacherConfig
+
+LOSS = VisionFoundationLossConfig(cos_margin=0.3)
+TOKENIZER = TokenizerDescription(
+    tokenizer=small.TOKENIZER, teacher=TeacherConfig(), vision_foundation=LOSS, feature_dim=6
+)
+LIGHTNINGDIT = LightningDiTDescription(
+    lightningdit=small.LIGHTNINGDIT, latent_dim=small.TOKENIZER.latent_dim, grid=small.GRID, tokenizer="t"
+)
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path / "export"))
+
+
+@pytest.fixture
+def alignment():
+    return small.randomised(VisionFoundationLoss(LOSS, small.TOKENIZER.latent_dim, 6))
+
+
+@pytest.fixture
+def tokenizer(storage, alignment):
+    model = small.tokenizer()
+    save_export(storage, TOKENIZER, {WEIGHTS: model.state_dict(), ALIGNMENT: alignment.state_dict()})
+    return model
+
+
+def equal(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_tokenizer_comes_back_with_its_projection(storage, tokenizer, alignment):
+    loaded, description = load_tokenizer(storage)
+    images = torch.rand(2, 3, 8, 8, generator=torch_generator(0, "images"))
+    assert description == TOKENIZER
+    assert equal(loaded, tokenizer)
+    assert torch.equal(loaded.encode(images).mean, tokenizer.encode(images).mean)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert equal(load_alignment(storage), alignment)
+
+
+def test_a_lightningdit_comes_back(storage):
+    model = small.lightningdit()
+    save_export(storage, LIGHTNINGDIT, {WEIGHTS: model.state_dict()})
+    loaded, description = load_lightningdit(storage)
+    assert description == LIGHTNINGDIT
+    assert equal(loaded, model)
+    x, labels = torch.randn(2, *x_shape(), generator=torch_generator(0, "x")), torch.tensor([0, 2])
+    assert torch.equal(loaded(x, torch.tensor([0.2, 0.7]), labels), model(x, torch.tensor([0.2, 0.7]), labels))
+
+
+def x_shape():
+    return small.TOKENIZER.latent_dim, small.GRID, small.GRID
+
+
+def test_the_files_are_named_with_size_and_checksum_and_equal_models_are_equal_bytes(tmp_path, storage):
+    model = small.lightningdit()
+    files = save_export(storage, LIGHTNINGDIT, {WEIGHTS: model.state_dict()})
+    assert set(files) == {WEIGHTS, DESCRIPTION}
+    for name, info in files.items():
+        path = storage.local_file(name)
+        assert (path.stat().st_size, sha256_of(path)) == (info.bytes, info.sha256)
+    assert save_export(Storage(str(tmp_path / "again")), LIGHTNINGDIT, {WEIGHTS: model.state_dict()}) == files
+
+
+def test_strided_and_tracked_tensors_are_stored(storage):
+    weight = nn.Parameter(torch.arange(6.0).reshape(2, 3)).t()
+    save_export(storage, LIGHTNINGDIT, {WEIGHTS: {"weight": weight}})
+    assert torch.equal(load_file(storage.local_file(WEIGHTS))["weight"], weight)
+
+
+def lose_a_tensor(storage):
+    state = small.tokenizer().state_dict()
+    del state["quant_conv.weight"]
+    save_export(storage, TOKENIZER, {WEIGHTS: state})
+
+
+def add_a_tensor(storage):
+    save_export(storage, TOKENIZER, {WEIGHTS: {**small.tokenizer().state_dict(), "more": torch.ones(1)}})
+
+
+def change_a_shape(storage):
+    save_export(storage, TOKENIZER, {WEIGHTS: {**small.tokenizer().state_dict(), "quant_conv.bias": torch.ones(1)}})
+
+
+def truncate(storage):
+    storage.write_bytes(WEIGHTS, storage.read_bytes(WEIGHTS)[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_a_tensor, "quant_conv.weight"),
+        (add_a_tensor, "more"),
+        (change_a_shape, "quant_conv.bias"),
+        (truncate, "header"),
+        (lambda storage: storage.write_bytes(WEIGHTS, b""), "header"),
+        (lambda storage: storage.delete(WEIGHTS), "no such file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line(storage, tokenizer, damage, message):
+    damage(storage)
+    with pytest.raises(UserError, match=f"model.safetensors: .*{message}.*; export the model again$") as caught:
+        load_tokenizer(storage)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "lightningdit: 3",
+        "{half",
+        "!!python/object/apply:os.system ['false']",
+        yaml.safe_dump(LIGHTNINGDIT.model_dump(mode="json")),
+        yaml.safe_dump({**TOKENIZER.model_dump(mode="json"), "more": 1}),
+    ],
+)
+def test_another_description_is_refused_in_one_line(storage, tokenizer, text):
+    storage.write_bytes(DESCRIPTION, text.encode())
+    with pytest.raises(UserError, match=r"model.yaml: not the description of such a model") as caught:
+        load_tokenizer(storage)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_an_export_is_refused(storage):
+    with pytest.raises(UserError, match=r"export: no model.yaml there, so this is no export"):
+        load_lightningdit(storage)
+
+
+def test_averaged_tensors_take_the_place_of_trained_ones_below_a_prefix():
+    module = nn.ModuleDict({"model": nn.BatchNorm1d(2).double(), "teacher": nn.Linear(1, 1)})
+    averaged = {"model.weight": torch.tensor([3.0, 4.0]), "teacher.weight": torch.ones(1, 1)}
+    state = whole_state(module, averaged, "model.")
+    assert set(state) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    assert torch.equal(state["weight"], torch.tensor([3.0, 4.0]).double())
+    assert torch.equal(state["bias"], torch.zeros(2).double())
+    assert state["num_batches_tracked"].dtype == torch.int64
+    assert whole_state(module, None).keys() == module.state_dict().keys()
+    assert torch.equal(whole_state(module, None, "model.")["weight"], torch.ones(2).double())

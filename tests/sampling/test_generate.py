@@ -1,0 +1,103 @@
+"""Generated images: functions of seed, index, label and models, whatever they are computed beside."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import small
+
+from vavae.data.latents import STATISTICS
+from vavae.data.pixels import to_uint8
+from vavae.diffusion.config import GuidanceConfig, SolverConfig
+from vavae.errors import UserError
+from vavae.interop.export import WEIGHTS, LightningDiTDescription, TokenizerDescription, save_export
+from vavae.losses.config import VisionFoundationLossConfig
+from vavae.randomness import torch_generator
+from vavae.sampling.generate import Generator
+from vavae.storage.storage import Storage
+from vavae.tokenizer.config import TeacherConfig
+from vavae.tokenizer.normalizer import LatentNormalizer
+
+MEAN, STD = torch.tensor([0.1, -0.2, 0.3, 0.0]).double(), torch.tensor([1.0, 2.0, 0.5, 1.5]).double()
+GUIDED, PLAIN, SOLVER = GuidanceConfig(scale=6), GuidanceConfig(), SolverConfig(num_steps=3)
+INDICES, LABELS, SEED = [0, 1, 5, 9, 400_000], [0, 1, 2, 0, 1], 7
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(small.tokenizer(), small.lightningdit(), LatentNormalizer(MEAN, STD))
+
+
+@pytest.fixture(scope="module")
+def images(generator):
+    return generator.images(INDICES, LABELS, SEED, GUIDED, SOLVER)
+
+
+def test_images_are_bytes_that_differ(images):
+    assert images.dtype == torch.uint8
+    assert images.shape == (5, 3, small.SIZE, small.SIZE)
+    assert len({image.numpy().tobytes() for image in images}) == 5
+    assert images.float().std() > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_the_batch_an_image_is_in_does_not_matter(generator, images, batch_size):
+    pieces = [
+        generator.images(INDICES[i : i + batch_size], LABELS[i : i + batch_size], SEED, GUIDED, SOLVER)
+        for i in range(0, len(INDICES), batch_size)
+    ]
+    assert (torch.cat(pieces).int() - images.int()).abs().max() <= 1
+
+
+def test_index_label_seed_and_guidance_matter(generator, images):
+    def one(index=0, label=0, seed=SEED, guidance=GUIDED):
+        return generator.images([index], [label], seed, guidance, SOLVER)[0].int()
+
+    assert (one() - images[0].int()).abs().max() <= 1
+    for other in (one(index=1), one(label=1), one(seed=8), one(guidance=PLAIN)):
+        assert (other - one()).abs().max() > 5
+
+
+def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(generator):
+    """Euler in one step from noise: x = noise + velocity(noise, 0), then denormalised and decoded."""
+    shape = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
+    noise = torch.randn(shape, generator=torch_generator(SEED, "sample", 3))[None]
+    velocity = generator.lightningdit(noise, torch.zeros(1), torch.tensor([2]))
+    latent = (noise + velocity) * STD.float()[:, None, None] + MEAN.float()[:, None, None]
+    expected = to_uint8(generator.tokenizer.decode(latent))
+    found = generator.images([3], [2], SEED, PLAIN, SolverConfig(num_steps=1))
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Both exports and the statistics on storage."""
+    tokenizer, latents, lightningdit = (Storage(str(tmp_path / name)) for name in ("tokenizer", "latents", "dit"))
+    described = TokenizerDescription(
+        tokenizer=small.TOKENIZER,
+        teacher=TeacherConfig(),
+        vision_foundation=VisionFoundationLossConfig(),
+        feature_dim=6,
+    )
+    save_export(tokenizer, described, {WEIGHTS: small.tokenizer().state_dict()})
+    description = LightningDiTDescription(
+        lightningdit=small.LIGHTNINGDIT, latent_dim=small.TOKENIZER.latent_dim, grid=small.GRID, tokenizer="a" * 64
+    )
+    save_export(lightningdit, description, {WEIGHTS: small.lightningdit().state_dict()})
+    with latents.create(STATISTICS) as local:
+        save_file({"mean": MEAN, "std": STD}, local)
+    return tokenizer, latents, lightningdit
+
+
+def test_a_generator_from_storage_makes_the_same_images(stored, images):
+    tokenizer, latents, lightningdit = stored
+    loaded = Generator.load(tokenizer, "a" * 64, latents, lightningdit, CPU)
+    assert torch.equal(loaded.images(INDICES, LABELS, SEED, GUIDED, SOLVER), images)
+
+
+def test_a_lightningdit_of_another_tokenizer_is_refused(stored):
+    tokenizer, latents, lightningdit = stored
+    with pytest.raises(
+        UserError, match=rf"dit was trained on latents of tokenizer {'a' * 12}, but .*tokenizer is {'b' * 12}"
+    ):
+        Generator.load(tokenizer, "b" * 64, latents, lightningdit, CPU)

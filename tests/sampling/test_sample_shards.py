@@ -1,0 +1,135 @@
+"""Shards of generated images: balanced over classes, made once, functions of their number."""
+
+import pytest
+import torch
+import webdataset
+from support import small
+
+from vavae.data.passes import gather
+from vavae.diffusion.config import GuidanceConfig, SolverConfig
+from vavae.sampling.config import SampleConfig
+from vavae.sampling.generate import Generator
+from vavae.sampling.sample_shards import SampleSet, read_samples
+from vavae.storage.storage import Storage, sha256_of
+from vavae.tokenizer.normalizer import LatentNormalizer
+
+CONFIG = SampleConfig(images=10, shard_images=4, batch_size=3)
+GUIDANCE, SOLVER, SEED = GuidanceConfig(), SolverConfig(num_steps=1), 3
+
+
+class Recorder:
+    """A generator, with the indices that it was asked for."""
+
+    def __init__(self):
+        channels = small.TOKENIZER.latent_dim
+        normalizer = LatentNormalizer(torch.zeros(channels), torch.ones(channels))
+        self.generator, self.asked = Generator(small.tokenizer(), small.lightningdit(), normalizer), []
+        self.lightningdit = self.generator.lightningdit
+
+    def images(self, indices, *rest):
+        self.asked.append(indices)
+        return self.generator.images(indices, *rest)
+
+
+@pytest.fixture
+def generator():
+    return Recorder()
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path / "samples"))
+
+
+def samples(storage, origin="o", config=CONFIG):
+    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin)
+
+
+def ignore(count):
+    pass
+
+
+def generate_all(found, generator, advance=ignore):
+    for shard in found.shards():
+        found.generate(shard, generator, advance)
+    return found.files()
+
+
+def contents(storage):
+    return {path: storage.read_bytes(path) for path in storage.list(recursive=True)}
+
+
+def test_image_i_is_of_class_i_modulo_the_classes(storage, generator):
+    files, counts = generate_all(samples(storage), generator), []
+    assert list(files) == ["000000.tar", "000001.tar", "000002.tar"]
+    found = gather(read_samples(storage, files))
+    labels = [index % len(small.CLASSES) for index in range(10)]
+    assert found.labels.tolist() == labels
+    expected = generator.generator.images(list(range(10)), labels, SEED, GUIDANCE, SOLVER)
+    assert (found.images.int() - expected.int()).abs().max() <= 1
+    generate_all(samples(storage), generator, counts.append)
+    assert counts == [4, 4, 2]
+
+
+def test_progress_counts_batches(storage, generator):
+    counts = []
+    generate_all(samples(storage), generator, counts.append)
+    assert counts == [3, 1, 3, 1, 2]
+
+
+def test_files_are_named_with_size_and_checksum(storage, generator):
+    for name, info in generate_all(samples(storage), generator).items():
+        path = storage.local_file(name)
+        assert (path.stat().st_size, sha256_of(path)) == (info.bytes, info.sha256)
+
+
+def test_stock_webdataset_reads_the_shards(storage, generator):
+    files = generate_all(samples(storage), generator)
+    dataset = webdataset.WebDataset([storage.url(name) for name in files], shardshuffle=False)
+    assert [sample["__key__"] for sample in dataset.decode("rgb8")] == [f"{index:09d}" for index in range(10)]
+
+
+def test_what_is_done_is_not_done_again(storage, generator):
+    files = generate_all(samples(storage), generator)
+    before = contents(storage)
+    generator.asked.clear()
+    assert generate_all(samples(storage), generator) == files
+    assert generator.asked == []
+    storage.delete("000001.json")
+    assert generate_all(samples(storage), generator) == files
+    assert generator.asked == [[4, 5, 6], [7]]
+    assert contents(storage) == before
+
+
+def test_a_truncated_shard_is_made_again(storage, generator):
+    generate_all(samples(storage), generator)
+    before = contents(storage)
+    storage.write_bytes("000002.tar", before["000002.tar"][:-512])
+    assert samples(storage).record(2) is None
+    generate_all(samples(storage), generator)
+    assert contents(storage) == before
+
+
+def test_a_shard_that_was_broken_off_leaves_nothing(storage, generator):
+    def die(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        samples(storage).generate(0, generator, die)
+    assert contents(storage) == {}
+    assert samples(storage).record(0) is None
+
+
+def test_samples_of_other_models_are_made_again(storage, generator):
+    generate_all(samples(storage, "one"), generator)
+    other = samples(storage, "other")
+    assert not any(other.record(shard) for shard in other.shards())
+    generator.asked.clear()
+    generate_all(other, generator)
+    assert [index for indices in generator.asked for index in indices] == list(range(10))
+
+
+def test_naming_files_early_is_our_own_mistake(storage, generator):
+    samples(storage).generate(0, generator, ignore)
+    with pytest.raises(AssertionError, match="samples of shard 1 are missing"):
+        samples(storage).files()
