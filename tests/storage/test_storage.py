@@ -111,6 +111,7 @@ def test_create_puts_nothing_when_the_block_fails(storage):
         fail()
     assert storage.read_bytes("f") == b"before"
     assert storage.list() == ["f"]
+    assert not storage.is_local or os.listdir(storage.root) == ["f"]
 
 
 def test_a_short_copy_is_an_error(tmp_path, monkeypatch):

@@ -20,8 +20,17 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 Image.init()  # registers every format; Pillow would do it on demand, but not where formats are named
 
-# What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises on damaged files; the last ones come from damaged TIFF tags.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    TypeError,
+    OverflowError,
+)
 
 
 class UnreadableImage(ValueError):  # noqa: N818 - it says what the image is, not what went wrong with us
