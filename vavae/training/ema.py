@@ -11,11 +11,12 @@ class ExponentialMovingAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self._decay = module, decay
-        self.shadow = {name: tensor.float().clone() for name, tensor in self._weights().items()}
+        self.shadow = {name: tensor.clone() for name, tensor in self._weights().items()}
         """fp32 copies by the names of the module's state dict."""
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._module.state_dict().items() if tensor.is_floating_point()}
+        state = self._module.state_dict()
+        return {name: tensor.float() for name, tensor in state.items() if tensor.is_floating_point()}
 
     @torch.no_grad()
     def update(self) -> None:
