@@ -1,0 +1,159 @@
+"""The rooms and the arrows between them: who may import whom, and who alone knows which package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in ("vavae", "ray_jobs")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+LEVELS = (
+    {"config"},
+    {"storage"},
+    {"backbones"},
+    {"tokenizer", "dit", "diffusion", "losses", "data", "metrics", "distributed"},
+    {"interop", "extraction", "sampling"},
+    {"training", "evaluation"},
+    {"report"},
+    {"cli", "__main__", "ray_jobs"},
+)
+"""A room imports rooms of earlier levels and none of its own level."""
+RANK = {room: rank for rank, rooms in enumerate(LEVELS) for room in rooms}
+BESIDE = {("sampling", "interop"), ("__main__", "cli")}
+"""Arrows within a level."""
+FREE = {"errors", "randomness", "progress"}
+"""Modules that every room may import and that import none."""
+OWNERS = {
+    "ray": "ray_jobs",
+    "deepspeed": "vavae.distributed",
+    "fsspec": "vavae.storage",
+    "s3fs": "vavae.storage",
+    "webdataset": "vavae.data",
+}
+
+
+def room_of(module):
+    """The room of a module, `vavae.dit.model` → `dit`; a package of jobs is a room of its own."""
+    package, _, rest = module.partition(".")
+    return (rest.partition(".")[0] or "vavae") if package == "vavae" else package
+
+
+def imports_of(source):
+    """Dotted names of all that a source imports, inside functions too, with the names that are taken from modules."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(source):
+    """The modules of this project among the imports."""
+    return {name for name in imports_of(source) if name in MODULES or f"{name}.__init__" in MODULES}
+
+
+def is_allowed(importer, imported):
+    """Whether one of our modules may import another."""
+    here, there = room_of(importer), room_of(imported)
+    if here == there or there in FREE or there == "vavae":
+        return True
+    if here in FREE:
+        return False
+    pure = importer == "vavae.training.config" and imported.endswith(".config")
+    return RANK[there] < RANK[here] or (here, there) in BESIDE or pure
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("ray_jobs.sample", "vavae.training.run", True),
+        ("vavae.cli", "ray_jobs.sample", False),
+        ("vavae.training.loop", "ray_jobs._board", False),
+        ("vavae.training.loop", "vavae.distributed.world", True),
+        ("vavae.training.config", "vavae.evaluation.config", True),
+        ("vavae.training.run", "vavae.evaluation.config", False),
+        ("vavae.sampling.generate", "vavae.interop.export", True),
+        ("vavae.interop.export", "vavae.sampling.generate", False),
+        ("vavae.dit.model", "vavae.tokenizer.layers", False),
+        ("vavae.metrics.features", "vavae.backbones.load", True),
+        ("vavae.backbones.load", "vavae.tokenizer.config", False),
+        ("vavae.storage.config", "vavae.config", True),
+        ("vavae.config.base", "vavae.storage.storage", False),
+        ("vavae.randomness", "vavae.config", False),
+        ("vavae.config.load", "vavae.errors", True),
+    ],
+)
+def test_the_rules_themselves(importer, imported, allowed):
+    assert is_allowed(importer, imported) == allowed
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = "import a.b, c\nfrom d import e\ndef f():\n    from g.h import i\n"
+    assert set(imports_of(source)) == {"a.b", "c", "d", "d.e", "g.h", "g.h.i"}
+
+
+def test_every_room_has_its_level():
+    assert {room_of(module) for module in MODULES} - FREE - {"__init__"} == set(RANK)
+
+
+def test_arrows_point_one_way():
+    imports = {(module, name) for module, path in MODULES.items() for name in ours(path.read_text())}
+    assert not sorted(arrow for arrow in imports if not is_allowed(*arrow))
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_package_is_known_in_one_place(package):
+    knowing = {
+        module
+        for module, path in MODULES.items()
+        if package in {name.partition(".")[0] for name in imports_of(path.read_text())}
+    }
+    assert not [module for module in knowing if not module.startswith(OWNERS[package])]
+
+
+def test_every_module_says_what_it_is():
+    assert not [module for module, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_rooms_are_light_to_enter():
+    """A room's package holds a docstring alone, so that its configuration can be imported without torch."""
+    heavy = [
+        module
+        for module, path in MODULES.items()
+        if module.endswith("__init__")
+        and module != "vavae.config.__init__"
+        and len(ast.parse(path.read_text()).body) > 1
+    ]
+    assert heavy == []
+
+
+def test_the_global_generator_is_set_in_one_place():
+    setting = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.manual_seed", "torch.random.manual_seed")
+    }
+    assert setting == {"vavae.training.initialise"}
+
+
+def test_configurations_are_imported_without_torch():
+    configs = [module for module in MODULES if module.endswith(".config")]
+    assert "vavae.training.config" in configs
+    check = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
+    found = subprocess.run([sys.executable, "-c", check, *configs], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
