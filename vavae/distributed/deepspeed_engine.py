@@ -2,15 +2,16 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.world import World
-from vavae.errors import UserError
 
 # Read once, when DeepSpeed is imported: without it a CPU worker on a GPU node would pick the GPU.
 if not torch.cuda.is_available():
@@ -36,13 +37,14 @@ class DeepSpeedEngine:
         rounds: int,
         slice_size: int,
     ) -> None:
-        if world.device.type == "cpu":
-            # Otherwise DeepSpeed compiles a shared-memory all-reduce for minutes; gloo does the same work.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
-        self._world = world
+        _join(world)
+        self._stage = config.zero_stage
+        partitioned = {"workers.count": world.size} if self._stage > 0 else {}
+        self.layout: Mapping[str, str | int] = {
+            "engine.backend": config.backend,
+            "engine.zero_stage": self._stage,
+            **partitioned,
+        }
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer([p for p in module.parameters() if p.requires_grad], optimizer),
@@ -74,9 +76,13 @@ class DeepSpeedEngine:
         assert self._engine.is_gradient_accumulation_boundary(), "update before the last round of the step"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # Stage 0 has plain gradients, averaged by now; DeepSpeed tells their norm only where they are partitioned.
+        whole = nn.utils.get_total_norm(self._gradients()) if self._stage == 0 else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self._engine.get_global_grad_norm() if whole is None else whole)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -84,7 +90,18 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        parts = len(list((folder / _TAG).glob("*optim_states.pt")))
-        if parts not in (0, self._world.size):
-            raise UserError(f"{folder}: written by {parts} workers, not {self._world.size}; set workers.count={parts}")
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        assert path is not None, f"{folder}: no state of DeepSpeed's"
+
+
+def _join(world: World) -> None:
+    """Let DeepSpeed adopt the process group; a process on its own gets a group of one."""
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        assert world.size == 1, f"{world.size} ranks without a process group"
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if world.device.type == "cpu":
+        # Otherwise DeepSpeed compiles a shared-memory all-reduce for minutes; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

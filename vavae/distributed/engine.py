@@ -4,6 +4,7 @@ An engine owns the module, its optimiser and the exchange of gradients. A step o
 `forward` and `backward` once per round, then one `update`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.world import World
-from vavae.errors import UserError
+
+_STATE = "engine.pt"
 
 
 class Engine(Protocol):
@@ -20,6 +22,8 @@ class Engine(Protocol):
 
     module: nn.Module
     """The module that is trained, on its device, callable without the engine's hooks."""
+    layout: Mapping[str, str | int]
+    """What `load` needs to be as it was at `save`, by the fields of the configuration that set it."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Call the module so that `backward` on a loss it returned reaches the optimiser."""
@@ -31,10 +35,10 @@ class Engine(Protocol):
         """Apply the gradients of all rounds of a step; returns their global norm before clipping."""
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimiser state below an existing folder. Called on every rank."""
+        """Write this rank's part of weights and optimiser state into an empty folder. Called on every rank."""
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, strictly, at the same world size."""
+        """Restore what `save` wrote under the same `layout`, strictly. Called on every rank, with the files of all."""
 
 
 class TorchEngine:
@@ -42,6 +46,7 @@ class TorchEngine:
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, rounds: int) -> None:
         self.module = module.to(world.device)
+        self.layout: Mapping[str, str | int] = {"engine.backend": "torch"}
         self._world, self._rounds, self._max_norm = world, rounds, optimizer.max_grad_norm
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(self._parameters, optimizer)
@@ -66,27 +71,27 @@ class TorchEngine:
         return float(norm)
 
     def _average_gradients(self) -> None:
-        if self._world.size == 1:
-            return
+        """Average over ranks. A gradient that no loss reached is zero, so that any world size updates alike."""
+        gradients = []
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+            gradients.append(parameter.grad)
+        if self._world.size == 1:
+            return
         flat = self._world.sum(torch.cat([g.flatten() for g in gradients])) / self._world.size
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
-        state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / f"rank_{self._world.rank:05d}.pt")
+        """See `Engine.save`. All ranks hold the same, so the first one's state serves any number of them."""
+        if self._world.is_first:
+            state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
+            torch.save(state, folder / _STATE)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        file = folder / f"rank_{self._world.rank:05d}.pt"
-        if not file.exists():
-            raise UserError(f"{folder}: no state of rank {self._world.rank}; continue with the same workers.count")
-        state = torch.load(file, map_location=self._world.device, weights_only=True)
+        state = torch.load(folder / _STATE, map_location=self._world.device, weights_only=True)
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
 

@@ -1,0 +1,77 @@
+"""Both training steps at a size that takes milliseconds, on slices that are drawn instead of read."""
+
+from typing import Any
+
+import torch
+
+from vavae.data.latents import LatentSlice
+from vavae.data.order import assign_lanes
+from vavae.data.stream import ImageSlice, SliceKey
+from vavae.distributed.world import World
+from vavae.randomness import torch_generator
+from vavae.tokenizer.normalizer import LatentNormalizer
+from vavae.training.config import RunConfig
+from vavae.training.diffusion_step import DiffusionStep
+from vavae.training.run import TRAININGS, Job
+from vavae.training.step import Step
+from vavae.training.tokenizer_step import TokenizerStep
+
+JOBS: tuple[Job, ...] = TRAININGS
+LANES, CLASSES = 4, 3
+BATCH = 2 * LANES
+"""Two images in a slice."""
+
+_RUN: dict[str, Any] = {
+    "name": "tiny",
+    "shards": {"source": "digits", "image_size": 16},
+    "stream": {"lanes": LANES},
+    "tokenizer": {
+        "latent_dim": 4, "channels": 32, "channel_multipliers": [1, 1], "res_blocks": 1, "attention_levels": [1],
+    },
+    "losses": {
+        "perceptual": {"kind": "teacher_features"},
+        "adversarial": {"start_images": 0, "channels": 32, "layers": 1},
+        # Large enough to matter beside the reconstruction.
+        "kl_weight": 1e-2,
+    },
+    "train_vavae": {"images": 1000, "batch_size": BATCH, "optimizer": {"learning_rate": 1e-3}, "ema_decay": 0.9},
+    "lightningdit": {"size": None, "depth": 2, "width": 32, "heads": 2},
+    "train_lightningdit": {"images": 1000, "batch_size": BATCH, "optimizer": {"learning_rate": 1e-3}, "ema_decay": 0.9},
+}  # fmt: skip
+
+
+def tiny_config(**training: Any) -> RunConfig:
+    """The configuration, with some fields of both trainings replaced."""
+    sections = {job: {**_RUN[job], **training} for job in JOBS}
+    return RunConfig.model_validate({**_RUN, **sections})
+
+
+class DrawnImages:
+    """Random images, a function of lane and step."""
+
+    def __getitem__(self, key: SliceKey) -> ImageSlice:
+        """See `SliceSource`."""
+        generator = torch_generator(1, "images", *key)
+        images = torch.randint(0, 256, (BATCH // LANES, 3, 16, 16), generator=generator, dtype=torch.uint8)
+        return ImageSlice(*key, images, torch.zeros(len(images), dtype=torch.int64))
+
+
+class DrawnLatents:
+    """Random posteriors, a function of lane and step."""
+
+    def __getitem__(self, key: SliceKey) -> LatentSlice:
+        """See `SliceSource`."""
+        generator = torch_generator(1, "latents", *key)
+        mean = torch.randn(BATCH // LANES, 4, 8, 8, generator=generator)
+        labels = torch.randint(0, CLASSES, (len(mean),), generator=generator)
+        return LatentSlice(*key, mean, torch.full_like(mean, 0.1), labels)
+
+
+def build_step(job: Job, config: RunConfig, world: World) -> Step:
+    """The step object of a training."""
+    rounds = assign_lanes(LANES, world.rank, world.size)
+    if job == "train_vavae":
+        return TokenizerStep(config, DrawnImages(), rounds, world)  # type: ignore[arg-type]
+    model = config.lightningdit.with_classes(CLASSES)
+    normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
+    return DiffusionStep(config, model, DrawnLatents(), normalizer, rounds, world)  # type: ignore[arg-type]
