@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from safetensors.torch import load_file, save_file
 
-from vavae.config import digest
+from vavae.config import differences, digest
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.storage.artefact import Artefact, FileInfo, commit, discard, is_intact, read
@@ -17,6 +17,8 @@ from vavae.storage.storage import Storage, sha256_of
 from vavae.training.step import Step
 
 logger = logging.getLogger(__name__)
+
+_EMA = "ema.safetensors"
 
 
 class TrainState(BaseModel):
@@ -60,21 +62,29 @@ class Checkpoints:
                 (folder / engine_name).mkdir()
                 engine.save(folder / engine_name)
             if self._world.is_first and step.ema is not None:
-                save_file(step.ema.shadow, folder / "ema.safetensors")
+                save_file(step.ema.shadow, folder / _EMA)
             parts = self._world.gather(self._put(folder, name))
         if self._world.is_first:
             files = {path: info for part in parts for path, info in part.items()}
-            content = digest({path: info.sha256 for path, info in files.items()})
-            details = {"state": state.model_dump()}
-            commit(
-                self._storage,
-                name,
-                Artefact(kind="checkpoint", digest=content, config=state.config, inputs={"data": state.data},
-                         images_seen=state.images_seen, files=files, details=details),
-            )  # fmt: skip
-            for old in self.committed()[: -self._keep]:
-                discard(self._storage, old)
+            record = Artefact(
+                kind="checkpoint",
+                digest=digest({path: info.sha256 for path, info in files.items()}),
+                config=state.config,
+                inputs={"data": state.data},
+                images_seen=state.images_seen,
+                files=files,
+                details={"state": state.model_dump(), "layout": _layout(step)},
+            )
+            commit(self._storage, name, record)
+            self._prune(name)
         self._world.barrier()
+
+    def _prune(self, newest: str) -> None:
+        """Keep the last few committed up to the one just written; what is half-written or lay ahead of it goes."""
+        kept = [name for name in self.committed() if name <= newest][-self._keep :]
+        for name in self._storage.list():
+            if name not in kept:
+                discard(self._storage, name)
 
     def _put(self, folder: Path, name: str) -> dict[str, FileInfo]:
         """Put this rank's files into storage."""
@@ -89,31 +99,41 @@ class Checkpoints:
         """Names of the committed checkpoints, oldest first."""
         return [name for name in self._storage.list() if read(self._storage, name) is not None]
 
-    def latest(self) -> tuple[str, TrainState] | None:
-        """The newest checkpoint whose files are all there; damaged ones are passed over with a warning."""
+    def latest(self) -> tuple[str, Artefact] | None:
+        """Name and record of the newest checkpoint that is whole; others are passed over with a warning."""
         for name in reversed(self._storage.list()):
             record = read(self._storage, name)
-            if record is None:
-                continue
-            if is_intact(self._storage, name, record):
-                return name, TrainState.model_validate(record.details["state"])
+            if record is not None and is_intact(self._storage, name, record):
+                return name, record
             logger.warning("%s is not whole and is passed over", self._storage.url(name))
         return None
 
     def restore(self, step: Step) -> TrainState:
-        """Load the newest checkpoint into the step; the fresh state where there is none. Every rank calls it."""
+        """Load the newest checkpoint into the step; the fresh state where there is none. Every rank calls it.
+
+        Raises:
+            UserError: it was made with another configuration or other data, or its files fit other engines or another
+                number of workers.
+        """
         found = self._world.broadcast(self.latest() if self._world.is_first else None)
         if found is None:
             return self._fresh
-        name, state = found
+        name, record = found
+        state, url = TrainState.model_validate(record.details["state"]), self._storage.url(name)
         for what in ("config", "data"):
             if getattr(state, what) != getattr(self._fresh, what):
-                raise UserError(f"{self._storage.url(name)}: made with another {what}; give the run another name")
+                raise UserError(f"{url}: made with another {what}; give the run another name")
+        changed = differences(record.details["layout"], _layout(step))
+        if changed:
+            field, saved, now = changed[0]
+            raise UserError(
+                f"{url}: saved with {field}={saved}, which is {now} now; set it back to go on with this run"
+            )
         with self._fetched(name) as folder:
             for engine_name, engine in step.engines.items():
                 engine.load(folder / engine_name)
             if step.ema is not None:
-                step.ema.load(load_file(folder / "ema.safetensors"))
+                step.ema.load(load_file(folder / _EMA))
         return state
 
     @contextmanager
@@ -128,3 +148,8 @@ class Checkpoints:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(self._storage.read_bytes(path))
             yield Path(scratch)
+
+
+def _layout(step: Step) -> dict[str, JsonValue]:
+    """What of the engines has to be the same when the checkpoint is loaded; it is for all of a step."""
+    return dict(next(iter(step.engines.values())).layout)

@@ -97,7 +97,7 @@ class TokenizerStep:
         self._generator = build_engine(self.model, training.optimizer, training.engine, world, len(rounds), slice_size)
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
-        if losses.adversarial.weight > 0 and losses.adversarial.start_images < training.images:
+        if losses.adversarial.weight > 0:
             objective = initialised(config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial))
             self._adversary = build_engine(
                 objective.to(world.device), training.optimizer, training.engine, world, len(rounds), slice_size
