@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import vavae.backbones.torchvision_remedy  # noqa: F401  (before torchmetrics)
+import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
 
 # isort: split
 from torchmetrics.image.fid import FrechetInceptionDistance

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vavae.backbones.torchvision_remedy  # noqa: F401  (before timm)
+import vavae.torchvision_remedy  # noqa: F401  (before timm)
 
 # isort: split
 import timm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-import vavae.backbones.torchvision_remedy  # noqa: F401  (before timm)
+import vavae.torchvision_remedy  # noqa: F401  (before timm)
 
 # isort: split
 import timm
