@@ -58,8 +58,6 @@ class MappedShard:
             raise UserError(f"{path}: ends after {len(groups)} records without the end mark; make the shards again")
         if count not in (None, len(groups)):
             raise UserError(f"{path}: {len(groups)} records where the manifest says {count}; make the shards again")
-        self.keys = list(groups)
-        """WebDataset's key of each record."""
         self._records = list(groups.values())
 
     def __len__(self) -> int:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from vavae.config import digest, identity
 from vavae.data.image import decode_image
 from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, write_latents
 from vavae.data.manifest import Manifest, ShardInfo
-from vavae.data.mapped import MappedShard
+from vavae.data.passes import shard_records
 from vavae.data.pixels import to_float
 from vavae.data.stream import center_crop, image_bytes
 from vavae.extraction.config import LatentsConfig
@@ -111,7 +112,7 @@ class Extraction:
             return
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
-        shard = MappedShard(self._images.local_file(path), source.count)
+        shard = shard_records(self._images.local_file(path), source.count)
         statistics = LatentStatistics(model.config.latent_dim)
         arrays, labels, keys = [], [], []
         for batch in _batches(shard, self._manifest.image_size, self._config.batch_size):
@@ -182,17 +183,13 @@ class _Batch(NamedTuple):
     keys: list[str]
 
 
-def _batches(shard: MappedShard, image_size: int, batch_size: int) -> Iterator[_Batch]:
-    for start in range(0, len(shard), batch_size):
-        records = [shard[index] for index in range(start, min(start + batch_size, len(shard)))]
+def _batches(shard: Iterator[dict[str, Any]], image_size: int, batch_size: int) -> Iterator[_Batch]:
+    while records := list(islice(shard, batch_size)):
         images = np.stack([center_crop(decode_image(image_bytes(record)), image_size) for record in records])
         yield _Batch(
             torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),  # [B, H, W, 3] → [B, 3, H, W]
             [int(record["cls"]) for record in records],
-            [
-                json.loads(record["json"])["key"] if "json" in record else shard.keys[start + offset]
-                for offset, record in enumerate(records)
-            ],
+            [json.loads(record["json"])["key"] if "json" in record else record["__key__"] for record in records],
         )
 
 

@@ -6,8 +6,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.image import encode_image
-from vavae.data.mapped import MappedShard
-from vavae.data.passes import LabelledImages, labelled_images
+from vavae.data.passes import LabelledImages, labelled_images, shard_records
 from vavae.data.tar import write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.sampling.config import SampleConfig
@@ -103,8 +102,7 @@ def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabelledIma
         files: names of the shards.
     """
     for name in sorted(files):
-        shard = MappedShard(storage.local_file(name))
-        yield labelled_images(shard[index] for index in range(len(shard)))
+        yield labelled_images(shard_records(storage.local_file(name)))
 
 
 def _path(shard: int) -> str:

@@ -42,7 +42,8 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(run.storage.child(folder), manifest, SPLIT, order, size, config.stream, config.seed)
     step = TokenizerStep(config, stream, _rounds(run, world), world)
-    if _train(run, "train_vavae", step, config.train_vavae, session, world):
+    state = _train(run, "train_vavae", step, config.train_vavae, session, world)
+    if state.images_seen >= config.train_vavae.images:
         averaged = step.ema.shadow if step.ema else None
         description = TokenizerDescription(
             tokenizer=config.tokenizer,
@@ -54,7 +55,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
             WEIGHTS: whole_state(step.model, averaged, "autoencoder."),
             ALIGNMENT: whole_state(step.model, averaged, "alignment."),
         }
-        _export(run, "train_vavae", description, weights, world)
+        _export(run, "train_vavae", description, weights, state, world)
 
 
 def train_lightningdit(run: Run, session: Session, world: World) -> None:
@@ -73,12 +74,13 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     size = config.train_lightningdit.batch_size // config.stream.lanes
     stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
     step = DiffusionStep(config, model, stream, normalizer, _rounds(run, world), world)
-    if _train(run, "train_lightningdit", step, config.train_lightningdit, session, world):
+    state = _train(run, "train_lightningdit", step, config.train_lightningdit, session, world)
+    if state.images_seen >= config.train_lightningdit.images:
         description = LightningDiTDescription(
             lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
         )
         weights = {WEIGHTS: whole_state(step.model, step.ema.shadow if step.ema else None, "model.")}
-        _export(run, "train_lightningdit", description, weights, world)
+        _export(run, "train_lightningdit", description, weights, state, world)
 
 
 TRAININGS: dict[Job, Callable[[Run, Session, World], None]] = {
@@ -92,8 +94,8 @@ def _rounds(run: Run, world: World) -> Sequence[Round]:
     return assign_lanes(run.config.stream.lanes, world.rank, world.size)
 
 
-def _train(run: Run, job: Job, step: Step, config: TrainingConfig, session: Session, world: World) -> bool:
-    """Run the loop; whether the budget was reached."""
+def _train(run: Run, job: Job, step: Step, config: TrainingConfig, session: Session, world: World) -> TrainState:
+    """Run the loop on the run's storage; the state at its end."""
     folder = run.training_prefix(job)
     if world.is_first:
         run.claim(job)
@@ -103,16 +105,22 @@ def _train(run: Run, job: Job, step: Step, config: TrainingConfig, session: Sess
         job, run.storage.child(f"{folder}/log"), run.storage.child(f"tensorboard/{job}"), active=world.is_first
     )
     rounds = _rounds(run, world)
-    state = train(job, step, rounds, config, run.config.stream.workers, checkpoints, log, session, world)
-    return state.images_seen >= config.images
+    return train(job, step, rounds, config, run.config.stream.workers, checkpoints, log, session, world)
 
 
-def _export(run: Run, job: Job, description: Config, weights: Mapping[str, Mapping[str, Tensor]], world: World) -> None:
+def _export(
+    run: Run,
+    job: Job,
+    description: Config,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    state: TrainState,
+    world: World,
+) -> None:
     """Write the export and commit it, on rank 0."""
     if world.is_first:
         prefix = run.prefix(job)
         discard(run.storage, prefix)
         files = save_export(run.storage.child(prefix), description, weights)
         content = digest({name: info.sha256 for name, info in files.items()})
-        commit(run.storage, prefix, run.record(job, content, files, images_seen=run.budget(job)))
+        commit(run.storage, prefix, run.record(job, content, files, images_seen=state.images_seen))
     world.barrier()

@@ -28,7 +28,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._ratios: dict[str, Tensor] = {}
-        self._norms: dict[str, float] = {}
+        self._norms: dict[str, list[float]] = {}
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -46,7 +46,8 @@ class Meter:
         for name, (total, count) in result.ratios.items():
             for part, value in ((f"{name}#total", total), (f"{name}#count", count)):
                 self._ratios[part] = self._ratios[part] + value if part in self._ratios else value
-        self._norms.update(result.gradient_norms)
+        for name, norm in result.gradient_norms.items():
+            self._norms.setdefault(name, []).append(norm)
 
     def row(self) -> dict[str, float]:
         """The means since the last row, over all ranks; every rank calls it."""
@@ -57,7 +58,8 @@ class Meter:
             name, kind = part.split("#")
             if kind == "total" and sums[f"{name}#count"]:
                 row[name] = sums[part] / sums[f"{name}#count"]
-        row |= self._norms | {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        row |= {name: sum(norms) / len(norms) for name, norms in self._norms.items()}
+        row |= {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
         self._reset()
         return row
 
@@ -76,16 +78,17 @@ class MetricsLog:
         self._stage, self._segments, self._tensorboard, self._active = stage, segments, tensorboard, active
         self._rows: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
+        self._scratch = None if tensorboard.is_local else tempfile.TemporaryDirectory(prefix="vavae-")
 
     def rewind(self, images_seen: int) -> None:
-        """Drop what a former attempt logged after the checkpoint that the run goes on from."""
+        """Drop what a former attempt logged after the checkpoint that the run goes on from; opens the log."""
         if not self._active:
             return
         for name in self._segments.list():
             if _images(name) > images_seen:
                 self._segments.delete(name)
-        self._folder = Path(self._tensorboard.url()) if self._tensorboard.is_local else Path(tempfile.mkdtemp())
-        self._writer = SummaryWriter(str(self._folder), purge_step=images_seen + 1)
+        folder = self._scratch.name if self._scratch else self._tensorboard.url()
+        self._writer = SummaryWriter(folder, purge_step=images_seen + 1)
 
     def add(self, images_seen: int, row: Mapping[str, float]) -> None:
         """Keep one row."""
@@ -105,9 +108,16 @@ class MetricsLog:
         self._segments.write_bytes(f"{images_seen:012d}.jsonl", text.encode())
         self._rows = []
         self._writer.flush()
-        if not self._tensorboard.is_local:
-            for file in self._folder.iterdir():
+        if self._scratch:
+            for file in Path(self._scratch.name).iterdir():
                 self._tensorboard.put_file(file, file.name)
+
+    def close(self) -> None:
+        """End it; rows that were not flushed are lost."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 def read_rows(segments: Storage) -> list[dict[str, Any]]:

@@ -48,20 +48,25 @@ def train(
         log: rows of metrics.
         session: whoever runs this.
         world: the ranks.
+
+    Raises:
+        NonFiniteError: a gradient was infinite or not a number; every rank raises it, and nothing is saved.
     """
     state = checkpoints.restore(step)
+    if state.images_seen >= config.images:
+        return state
     log.rewind(state.images_seen)
     stream = load_slices(
         step.source(), rounds, state.images_seen // config.batch_size, loader_workers, world.device.type == "cuda"
     )
     meter, rate, shown = Meter(world), Rate(), -math.inf
     row: dict[str, float] = {}
-    stop = state.images_seen >= config.images
+    stop = False
     while not stop:
         with meter.waiting():
             slices = next(stream)
-        peak = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
-        result = step.run(slices, state.images_seen, peak)
+        lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
+        result = step.run(slices, state.images_seen, lr)
         for name, norm in result.gradient_norms.items():
             if not math.isfinite(norm):
                 raise NonFiniteError(f"{stage}: {name} is {norm} after {state.images_seen} images")
@@ -74,7 +79,7 @@ def train(
         stop = world.any(session.stop_requested()) or done
         save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
         if save or _crosses(before, state.images_seen, config.log_images):
-            row = meter.row() | {"learning_rate": peak}
+            row = meter.row() | {"learning_rate": lr}
             log.add(state.images_seen, row)
         if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
             shown = time.monotonic()
@@ -84,6 +89,7 @@ def train(
             log.flush(state.images_seen)
             checkpoints.save(step, state)
             session.checkpoint(state.images_seen, row)
+    log.close()
     return state
 
 

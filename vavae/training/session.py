@@ -16,7 +16,7 @@ class Session(Protocol):
         """A checkpoint was committed. Called by every rank equally often; may wait for all of them."""
 
     def stop_requested(self) -> bool:
-        """Whether the run should save and leave; asked by rank 0 at every step."""
+        """Whether the run should save and leave. Asked on every rank at every step; one yes is enough."""
 
 
 class LocalSession:
