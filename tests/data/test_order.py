@@ -82,12 +82,22 @@ def test_a_location_is_a_function_of_its_position_alone(order, asked):
 
 
 def test_epochs_lanes_and_seeds_differ():
-    order, other = (SampleOrder([40, 40], seed, 2, 40) for seed in (0, 1))
+    """One shard and lanes of one block: whatever differs, the shuffle makes it."""
+    order, other = (SampleOrder([80], seed, 2, 40) for seed in (0, 1))
+    first = epoch_of(order, 0, 0)
+    assert first != sorted(first)
+    assert first != epoch_of(order, 0, 1)
+    assert first != epoch_of(other, 0, 0)
+    assert first != [location._replace(record=location.record - 40) for location in epoch_of(order, 1, 0)]
+    blocks = SampleOrder([80], 0, 1, 40)
+    assert epoch_of(blocks, 0, 0)[:40] != [
+        location._replace(record=location.record - 40) for location in epoch_of(blocks, 0, 0)[40:]
+    ]
+
+
+def test_epochs_permute_the_shards():
+    order = SampleOrder([1] * 20, 0, 1, 1)
     assert epoch_of(order, 0, 0) != epoch_of(order, 0, 1)
-    assert epoch_of(order, 0, 0) != epoch_of(other, 0, 0)
-    within = [[location.record for location in epoch_of(order, lane, 0)] for lane in (0, 1)]
-    assert within[0] != within[1]
-    assert within[0] != sorted(within[0])
 
 
 @few

@@ -10,7 +10,7 @@ import torch
 from support import small
 
 from vavae.data.config import StreamConfig
-from vavae.data.order import assign_lanes, order_of
+from vavae.data.order import Location, assign_lanes, order_of
 from vavae.data.stream import ImageStream, SliceKey, augment, center_crop, image_bytes, load_slices
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
@@ -60,6 +60,22 @@ def test_crops_and_flips_are_keyed_by_the_slice_and_not_by_the_reader(storage):
     forward = {key: stream[key] for key in KEYS}
     other = pickle.loads(pickle.dumps(stream))
     assert all(same(other[key], forward[key]) for key in reversed(KEYS))
+
+
+class OneImage:
+    """An order of one record."""
+
+    def slice(self, lane, step, size):
+        return [Location(0, 0)] * size
+
+
+def test_every_lane_and_step_has_its_own_crops(storage):
+    manifest = small.write_image_shards(storage, {"train": (1,)}, height=60, width=60)
+    stream = ImageStream(storage, manifest, "train", OneImage(), 2, StreamConfig(), SEED)
+    crops = [
+        image.numpy().tobytes() for lane in (0, 1) for step in range(3) for image in stream[SliceKey(lane, step)].images
+    ]
+    assert len(set(crops)) == len(crops) == 12
 
 
 def test_a_random_crop_reaches_every_window_and_both_sides(storage):

@@ -60,6 +60,10 @@ def ignore(count):
     pass
 
 
+def die(count):
+    raise KeyboardInterrupt
+
+
 def encode_all(extraction, model):
     for task in extraction.tasks():
         extraction.encode(task, model, CPU, ignore)
@@ -148,10 +152,6 @@ def test_what_is_done_is_not_done_again(tmp_path, extract, tokenizer):
 def test_a_shard_that_was_broken_off_is_made_from_scratch(tmp_path, extract, tokenizer):
     encode_all(extract("whole"), tokenizer)
     extraction = extract()
-
-    def die(count):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         extraction.encode(extraction.tasks()[0], tokenizer, CPU, die)
     assert contents(tmp_path, "latents") == {}
@@ -173,6 +173,13 @@ def test_a_damaged_shard_is_made_again(tmp_path, extract, tokenizer, damage):
     encode_all(extract(), tokenizer)
     assert len(tokenizer.batches) == 4
     assert contents(tmp_path, "latents") == before
+
+
+def test_the_record_goes_before_the_shard_is_made_again(tmp_path, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tokenizer="u").encode(extract().tasks()[0], tokenizer, CPU, die)
+    assert "train/000000.json" not in contents(tmp_path, "latents")
 
 
 def test_latents_of_anything_else_are_made_again(tmp_path, images, manifest, extract, tokenizer):

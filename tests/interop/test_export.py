@@ -163,6 +163,7 @@ def test_averaged_tensors_take_the_place_of_trained_ones_below_a_prefix():
     state = whole_state(module, averaged, "model.")
     assert set(state) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     assert torch.equal(state["weight"], torch.tensor([3.0, 4.0]).double())
+    assert state["weight"].dtype == torch.float64
     assert torch.equal(state["bias"], torch.zeros(2).double())
     assert state["num_batches_tracked"].dtype == torch.int64
     assert whole_state(module, None).keys() == module.state_dict().keys()

@@ -49,6 +49,10 @@ def ignore(count):
     pass
 
 
+def die(count):
+    raise KeyboardInterrupt
+
+
 def generate_all(found, generator, advance=ignore):
     for shard in found.shards():
         found.generate(shard, generator, advance)
@@ -111,9 +115,6 @@ def test_a_truncated_shard_is_made_again(storage, generator):
 
 
 def test_a_shard_that_was_broken_off_leaves_nothing(storage, generator):
-    def die(count):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         samples(storage).generate(0, generator, die)
     assert contents(storage) == {}
@@ -127,6 +128,13 @@ def test_samples_of_other_models_are_made_again(storage, generator):
     generator.asked.clear()
     generate_all(other, generator)
     assert [index for indices in generator.asked for index in indices] == list(range(10))
+
+
+def test_the_record_goes_before_the_shard_is_made_again(storage, generator):
+    generate_all(samples(storage), generator)
+    with pytest.raises(KeyboardInterrupt):
+        samples(storage, "other").generate(0, generator, die)
+    assert "000000.json" not in contents(storage)
 
 
 def test_naming_files_early_is_our_own_mistake(storage, generator):
