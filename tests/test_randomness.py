@@ -19,13 +19,8 @@ def test_different_keys_have_different_seeds(one, other):
 
 
 def test_neighbours_are_unrelated():
-    bits = np.array(
-        [
-            [(key_seed(0, "noise", lane, step) >> bit) & 1 for bit in range(63)]
-            for lane in range(20)
-            for step in range(50)
-        ]
-    )
+    seeds = [key_seed(0, "noise", lane, step) for lane in range(20) for step in range(50)]
+    bits = np.array([[(seed >> bit) & 1 for bit in range(63)] for seed in seeds])
     correlation = np.corrcoef(bits.T) - np.eye(63)
     assert abs(bits.mean() - 0.5) < 0.01
     assert np.abs(correlation).max() < 0.2
