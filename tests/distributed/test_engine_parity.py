@@ -1,5 +1,6 @@
 """Every engine on any number of ranks does what plain PyTorch does in one process."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -100,6 +101,12 @@ def test_any_engine_takes_the_steps_of_plain_pytorch(
             assert _difference(rank[job].after, ranks[0][job].after) == 0
 
 
+def test_a_process_on_its_own_needs_no_launcher(gloo: Nursery, plain_sgd: dict[Job, History]) -> None:
+    history = gloo.run(1, train_with_sgd, {"backend": "deepspeed", "zero_stage": 1}, grouped=False)[0]
+    for job in JOBS:
+        _assert_same_figures(history[job], plain_sgd[job])
+
+
 def test_the_steps_are_worth_comparing(plain_sgd: dict[Job, History]) -> None:
     """Every loss takes part, gradients are clipped, and every network moves by far more than the tolerance."""
     for history in plain_sgd.values():
@@ -118,6 +125,25 @@ def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: dict[Job, History
     # the autoencoder are left out.
     for job, engine in (("train_vavae", "discriminator"), ("train_lightningdit", "lightningdit")):
         assert _difference(_of(engine, history[job].after), _of(engine, plain_adam[job].after)) < 1e-5
+
+
+def meet_no_number(world: World) -> list[float]:
+    """The gradient norm of each engine after a step in which only the last lane holds a value that is no number."""
+    norms = []
+    for engine in (_TORCH, *({"backend": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2))):
+        step = build_step("train_lightningdit", tiny_config(engine=engine), world)
+        slices = next(load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
+        for item in slices:
+            if item.lane == LANES - 1:
+                item.mean.fill_(torch.nan)
+        norms += step.run(slices, 0, 1e-3).gradient_norms.values()
+    return norms
+
+
+def test_all_ranks_learn_of_a_gradient_that_is_no_number(gloo: Nursery) -> None:
+    for norms in gloo.run(2, meet_no_number):
+        assert len(norms) == 4
+        assert not any(map(math.isfinite, norms)), norms
 
 
 def _assert_same_figures(history: History, plain: History) -> None:

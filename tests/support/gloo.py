@@ -69,7 +69,7 @@ def _nursery(pipe: Connection) -> None:
         try:
             message = pipe.recv_bytes()
         except EOFError:
-            return
+            os._exit(0)  # tidying up after torch's compiler takes seconds
         pipe.send_bytes(pickle.dumps(_fork_ranks(pickle.loads(message))))
 
 

@@ -1,0 +1,75 @@
+"""A training whose every step costs microseconds: one linear layer, for tests of what lies around the mathematics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vavae.data.order import Round
+from vavae.data.stream import SliceKey
+from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.engine import TorchEngine
+from vavae.distributed.world import World
+from vavae.randomness import torch_generator
+from vavae.storage.storage import Storage
+from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.config import TrainingConfig
+from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.initialise import initialised
+from vavae.training.log import MetricsLog
+from vavae.training.loop import train
+from vavae.training.session import LocalSession, Session
+from vavae.training.step import StepResult
+
+ROUNDS = (Round(lane=0, weight=1.0),)
+FRESH = TrainState(images_seen=0, config="configuration", data="data")
+
+
+class ToyStep:
+    """Draws a batch of its own for every step, and remembers which steps it was asked for."""
+
+    def __init__(self) -> None:
+        self.model = initialised(0, "toy", lambda: nn.Linear(3, 1))
+        self.engine = TorchEngine(self.model, OptimizerConfig(), World(), len(ROUNDS))
+        self.engines = {"toy": self.engine}
+        self.ema = ExponentialMovingAverage(self.model, 0.5)
+        self.rates: list[float] = []
+
+    def source(self) -> "ToyStep":
+        """See `Step.source`."""
+        return self
+
+    def __getitem__(self, key: SliceKey) -> Tensor:
+        return torch.randn(4, 3, generator=torch_generator(0, "toy", *key))
+
+    def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+        """See `Step.run`."""
+        self.rates.append(learning_rate)
+        loss = self.engine.forward(slices[0]).square().mean()
+        self.engine.backward(loss)
+        norm = self.engine.update(learning_rate)
+        return StepResult({"loss/total": loss.detach().double()}, {"gradient_norm/toy": norm})
+
+
+def toy_checkpoints(storage: Storage, keep: int = 2, fresh: TrainState = FRESH) -> Checkpoints:
+    """Checkpoints in a folder of the storage."""
+    return Checkpoints(storage.child("checkpoints"), fresh, keep, World())
+
+
+def train_toy(
+    storage: Storage, step: ToyStep | None = None, session: Session | None = None, keep: int = 2, **config: Any
+) -> TrainState:
+    """The training loop on a toy step."""
+    log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True)
+    return train(
+        "toy",
+        step or ToyStep(),
+        ROUNDS,
+        TrainingConfig(batch_size=4, **config),
+        0,
+        toy_checkpoints(storage, keep),
+        log,
+        session or LocalSession(),
+        World(),
+    )
