@@ -1,0 +1,160 @@
+"""From digits to the report in this process, without Ray: every stage reads what the one before has left on storage."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vavae.config import digest, load
+from vavae.data.manifest import read_manifest
+from vavae.data.writer import write_shards
+from vavae.distributed.world import World
+from vavae.extraction.extract import Extraction
+from vavae.interop.export import load_tokenizer
+from vavae.report.results import write_results, write_samples_picture
+from vavae.sampling.generate import Generator
+from vavae.sampling.sample_shards import SampleSet
+from vavae.storage.artefact import commit
+from vavae.training.config import RunConfig
+from vavae.training.jobs import train_lightningdit, train_vavae
+from vavae.training.run import STAGES, Run
+from vavae.training.session import LocalSession
+
+pytestmark = pytest.mark.jobs
+
+_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+class ImpatientSession(LocalSession):
+    """Asks to stop at the first step."""
+
+    def stop_requested(self) -> bool:
+        return True
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that has gone through all its stages, the trainings in two attempts each."""
+    root = tmp_path_factory.mktemp("runs")
+    engines = [f"{job}.engine.backend=torch" for job in ("train_vavae", "train_lightningdit")]
+    run = Run(load(RunConfig, _CONFIG, [f"storage.root={root}", *engines]))
+    write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, _ignore)
+    for session in (ImpatientSession(), LocalSession()):
+        train_vavae(run, session, World())
+        assert (run.artefact("train_vavae") is None) == isinstance(session, ImpatientSession)
+    _extract(run)
+    for session in (ImpatientSession(), LocalSession()):
+        train_lightningdit(run, session, World())
+        assert (run.artefact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
+    _sample(run)
+    write_results(run, _ignore)
+    return run
+
+
+def _extract(run: Run) -> None:
+    config, images = run.config, run.prefix("prepare_shards")
+    extraction = Extraction(
+        run.storage.child(images),
+        read_manifest(run.storage, images),
+        run.storage.child(run.prefix("precompute_latents")),
+        run.require("train_vavae").digest,
+        config.latents,
+    )
+    tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
+    for task in extraction.tasks():
+        extraction.encode(task, tokenizer, World().device, _ignore)
+    content, files = extraction.finish((config.tokenizer.latent_dim, config.grid, config.grid))
+    commit(run.storage, run.prefix("precompute_latents"), run.record("precompute_latents", content, files))
+
+
+def _sample(run: Run) -> None:
+    config = run.config
+    folders = [
+        run.storage.child(run.prefix(job)) for job in ("train_vavae", "precompute_latents", "train_lightningdit")
+    ]
+    generator = Generator.load(folders[0], run.require("train_vavae").digest, *folders[1:], World().device)
+    storage = run.storage.child(run.prefix("sample"))
+    samples = SampleSet(storage, config.sample, config.seed, config.guidance, config.solver, origin="chain")
+    for shard in samples.shards():
+        samples.generate(shard, generator, _ignore)
+    files = samples.files()
+    beside = write_samples_picture(run)
+    commit(run.storage, run.prefix("sample"), run.record("sample", digest(list(files)), files, beside=beside))
+
+
+def _log(run: Run) -> list[Mapping[str, float | str]]:
+    return [json.loads(line) for line in run.storage.read_bytes("metrics.jsonl").decode().splitlines()]
+
+
+def test_every_stage_is_done(run: Run) -> None:
+    plans = run.plans()
+    assert plans.keys() == STAGES.keys()
+    assert [job for job, plan in plans.items() if not plan.done] == []
+
+
+def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
+    metrics = json.loads(run.storage.read_bytes("metrics.json"))
+    assert metrics.keys() >= {
+        "psnr",
+        "ssim",
+        "reconstruction_frechet_distance",
+        "alignment_cosine",
+        "generation_frechet_distance",
+        "class_agreement",
+    }
+    for metric in metrics.values():
+        assert math.isfinite(metric["value"])
+        assert metric["protocol"]
+        assert metric["better"] in ("higher", "lower")
+
+
+def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:
+    for job in ("train_vavae", "train_lightningdit"):
+        config = getattr(run.config, job)
+        images = [row["images"] for row in _log(run) if row["stage"] == job]
+        # The first attempt stopped after one step and left a row.
+        assert images == [config.batch_size, *range(config.log_images, config.images + 1, config.log_images)]
+
+
+def test_the_log_tells_every_loss(run: Run) -> None:
+    tokenizer = [row for row in _log(run) if row["stage"] == "train_vavae"]
+    diffusion = [row for row in _log(run) if row["stage"] == "train_lightningdit"]
+    common = {"learning_rate", "images_per_second", "data_wait", "loss/total"}
+    assert tokenizer[0].keys() >= common | {"loss/reconstruction", "loss/kl", "adaptive_weight/vf", "alignment"}
+    assert tokenizer[-1].keys() >= {"loss/discriminator", "gradient_norm/discriminator", "adaptive_weight/adversarial"}
+    assert "loss/discriminator" not in tokenizer[0], "the adversary joins later"
+    assert diffusion[-1].keys() >= common | {"loss/velocity", "loss/direction", "gradient_norm/lightningdit"}
+    assert any(name.startswith("loss_at_timestep/") for name in diffusion[-1])
+    assert tokenizer[-1]["loss/reconstruction"] < tokenizer[0]["loss/reconstruction"]
+
+
+def test_pictures_report_and_tensorboard_are_there(run: Run) -> None:
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(run.storage.local_file(name)) as picture:
+            assert min(picture.size) >= run.config.shards.image_size
+    report = run.storage.read_bytes("report.html").decode()
+    assert "generation_frechet_distance" in report or "Fréchet" in report
+    for job in ("train_vavae", "train_lightningdit"):
+        assert any("tfevents" in name for name in run.storage.list(f"tensorboard/{job}"))
+
+
+def test_a_longer_budget_meets_the_adversary_where_the_shorter_one_did_not(run: Run, tmp_path: Path) -> None:
+    """The discriminator is part of the state before it starts."""
+    config = run.config.model_copy(update={"storage": run.config.storage.model_copy(update={"root": str(tmp_path)})})
+    start = config.losses.adversarial.start_images
+    assert start > 0
+    for images in (start, config.train_vavae.images):
+        budget = config.train_vavae.model_copy(update={"images": images})
+        extended = Run(config.model_copy(update={"train_vavae": budget}))
+        if images == start:
+            write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, _ignore)
+        train_vavae(extended, LocalSession(), World())
+        assert extended.require("train_vavae").images_seen == images
+    assert extended.require("train_vavae").digest == run.require("train_vavae").digest
