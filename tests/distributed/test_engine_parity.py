@@ -53,7 +53,8 @@ def _train(world: World, job: Job, training: dict[str, Any]) -> History:
     stream = load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
     before, terms, norms = _parameters(step.engines), [], []
     for number in range(_STEPS):
-        result = step.run(next(stream), number * BATCH, training["optimizer"]["learning_rate"])
+        falling_rate = training["optimizer"]["learning_rate"] / (1 + number)
+        result = step.run(next(stream), number * BATCH, falling_rate)
         terms.append(world.sum_terms(result.terms))
         norms.append(dict(result.gradient_norms))
     return History(terms, norms, before, _parameters(step.engines))
