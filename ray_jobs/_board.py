@@ -121,7 +121,8 @@ def shown(board: Board, stage: str, total: int | None = None, unit: str = "image
 
 
 def _print_lines(board: Board, stage: str, total: int | None, unit: str, ended: threading.Event) -> None:
-    start, rate, last = time.monotonic(), Rate(), None
+    start, rate = time.monotonic(), Rate()
+    last: Progress | None = None
     while not ended.wait(_LINE_SECONDS):
         latest, advanced = board.read()
         if advanced:
@@ -129,7 +130,7 @@ def _print_lines(board: Board, stage: str, total: int | None, unit: str, ended: 
         elapsed = clock(time.monotonic() - start)
         if latest is None:
             print(f"{stage:<18} starting  {elapsed}", flush=True)
-        elif latest == last and latest.done == latest.total:
+        elif last is not None and last.done == latest.done == latest.total:
             print(f"{stage:<18} finishing  {elapsed}", flush=True)
         else:
             show(latest)

@@ -28,6 +28,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         return
     workers = config.workers
     environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}}
+    print("joining the cluster" if "RAY_ADDRESS" in os.environ else "starting Ray", flush=True)
     # The Train tab of the dashboard is empty without it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     if "RAY_ADDRESS" in os.environ:

@@ -10,17 +10,12 @@ from vavae.training.run import Job, Run
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> None:
-    """Check storage access and pretrained weights for the jobs that are to run.
+    """Check pretrained weights, what the jobs need of each other, and storage access.
 
     Raises:
         UserError: storage can't be written, or weights can't be had.
     """
     config = run.config
-    try:
-        run.storage.write_bytes(".access", b"")
-        run.storage.delete(".access")
-    except OSError as error:
-        raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
     backbones: list[BackboneConfig] = []
     if "train_vavae" in jobs:
         backbones.append(config.teacher.backbone)
@@ -34,3 +29,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> None:
         backbones.append(BackboneConfig(name=config.evaluate.metrics.extractor))
     for backbone in backbones:
         check_weights(backbone)
+    try:
+        run.storage.write_bytes(".access", b"")
+        run.storage.delete(".access")
+    except OSError as error:
+        raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
