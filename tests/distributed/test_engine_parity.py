@@ -123,9 +123,9 @@ def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: dict[Job, History
     for job in JOBS:
         _assert_same_figures(history[job], plain_adam[job])
     # Biases in front of a normalisation have no gradient but rounding, which Adam scales up to whole steps: those of
-    # the autoencoder are left out.
+    # the autoencoder are left out, and the tolerance is a tenth of a step.
     for job, engine in (("train_vavae", "discriminator"), ("train_lightningdit", "lightningdit")):
-        assert _difference(_of(engine, history[job].after), _of(engine, plain_adam[job].after)) < 1e-5
+        assert _difference(_of(engine, history[job].after), _of(engine, plain_adam[job].after)) < 1e-4
 
 
 def meet_no_number(world: World) -> list[float]:
