@@ -107,6 +107,20 @@ def test_what_is_done_shows_its_digest(done):
 
 
 @pytest.mark.parametrize(
+    ("override", "job", "culprit"),
+    [
+        ("shards.image_size=16", TOKENIZER, SHARDS),
+        ("guidance.scale=3", MEASURES, SAMPLES),
+        ("latents.flip=false", LIGHTNINGDIT, LATENTS),
+    ],
+)
+def test_a_job_refuses_inputs_of_another_configuration(done, make, override, job, culprit):
+    other = make(override, f"storage.root={done.config.storage.root}")
+    with pytest.raises(UserError, match=rf"another configuration; run python -m ray_jobs.{culprit} with this one"):
+        other.plan(job)
+
+
+@pytest.mark.parametrize(
     ("overrides", "stale"),
     [
         (["workers.count=2", "sample.batch_size=1", "train_vavae.log_images=5", "stream.workers=3"], {}),

@@ -145,13 +145,17 @@ class Run:
         return plans
 
     def plan(self, job: Job) -> Plan:
-        """What one job would do now, taking its inputs as they are.
+        """What one job would do now.
 
         Raises:
-            UserError: as `plans`; or an input is missing.
+            UserError: as `plans`; or an input is missing, or was made with another configuration.
         """
         for name in STAGES[job].inputs:
-            self.require(name)
+            if self.require(name).config != self._configuration(name):
+                raise UserError(
+                    f"{self.storage.url()}: the {STAGES[name].makes} was made with another configuration; "
+                    f"run python -m ray_jobs.{name} with this one, or give the run another name"
+                )
         return self._plan(job)
 
     def _plan(self, job: Job) -> Plan:
@@ -163,7 +167,7 @@ class Run:
         record = self.artefact(job)
         if record is None:
             return Plan(stage, False, "not there yet")
-        if record.config != digest(self.identity(job)):
+        if record.config != self._configuration(job):
             return Plan(stage, False, "made with another configuration")
         if record.inputs != self.inputs(job):
             return Plan(stage, False, "made from other inputs")
@@ -171,6 +175,10 @@ class Run:
         if budget is not None and (record.images_seen or 0) < budget:
             return Plan(stage, False, f"{record.images_seen:,} of {budget:,} images seen")
         return Plan(stage, True, record.digest[:12])
+
+    def _configuration(self, job: Job) -> str:
+        """The digest that the record of an artefact must name as its configuration."""
+        return digest(self.config.shards) if job == "prepare_shards" else digest(self.identity(job))
 
     def budget(self, job: Job) -> int | None:
         """Images that a training sees in whole steps; None for jobs that train nothing."""
