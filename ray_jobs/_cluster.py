@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,7 +48,8 @@ def cluster(config: RunConfig) -> Iterator[None]:
             num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus)),
             include_dashboard=workers.dashboard,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            runtime_env=environment,
+            # Ray starts workers through a shell and leaves the quoting of the interpreter to us.
+            runtime_env={**environment, "py_executable": shlex.quote(sys.executable)},
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
