@@ -2,50 +2,56 @@
 
 import threading
 
+import pytest
+
 from ray_jobs import _board as board
 from vavae.progress import Progress
 
 
-class Silent:
-    def __init__(self, *answers):
-        self._answers = list(answers)
+class Scripted:
+    """A board that answers as written, and ends the show with its last answer."""
+
+    def __init__(self, answers, ended):
+        self._answers, self._ended = list(answers), ended
 
     def read(self):
-        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        answer = self._answers.pop(0)
+        if not self._answers:
+            self._ended.set()
+        return answer
 
 
-def lines_of(answers, total, capsys, monkeypatch, count):
-    monkeypatch.setattr(board, "_LINE_SECONDS", 0.01)
-    ended = threading.Event()
-    printer = threading.Thread(target=board._print_lines, args=(Silent(*answers), "sample", total, "images", ended))
-    printer.start()
-    lines = []
-    while len(lines) < count:
-        lines += capsys.readouterr().out.splitlines()
-    ended.set()
-    printer.join()
-    return lines
+@pytest.fixture
+def lines_of(capsys, monkeypatch):
+    def lines_of(answers, total=None):
+        monkeypatch.setattr(board, "_LINE_SECONDS", 0.01)
+        ended = threading.Event()
+        board._print_lines(Scripted(answers, ended), "sample", total, "images", ended)
+        return capsys.readouterr().out.splitlines()
+
+    return lines_of
 
 
-def test_a_line_comes_even_when_nothing_is_reported(capsys, monkeypatch):
-    lines = lines_of([(None, 0)], 8, capsys, monkeypatch, 3)
-    assert all(line.split()[:2] == ["sample", "starting"] for line in lines)
+def test_a_line_comes_even_when_nothing_is_reported(lines_of):
+    lines = lines_of([(None, 0)] * 3, 8)
+    assert [line.split()[:2] for line in lines] == [["sample", "starting"]] * 3
 
 
-def test_advances_of_pooled_tasks_add_up_to_progress(capsys, monkeypatch):
-    lines = lines_of([(None, 2), (None, 4), (None, 4)], 8, capsys, monkeypatch, 3)
-    assert lines[0].split() == ["sample", "2/8", "images"]
-    assert "images/s" in lines[1]
-    assert "left" in lines[1]
+def test_advances_of_pooled_tasks_add_up_to_progress(lines_of):
+    first, second, third = lines_of([(None, 2), (None, 4), (None, 4)], 8)
+    assert first.split() == ["sample", "2/8", "images"]
+    assert "images/s" in second
+    assert "left" in third
 
 
-def test_a_finished_stage_says_that_it_is_finishing(capsys, monkeypatch):
+def test_a_finished_stage_says_that_it_is_finishing(lines_of):
     done = Progress("train_vavae", 8, 8)
-    lines = lines_of([(done, 0)], None, capsys, monkeypatch, 3)
-    assert lines[0] == done.line()
-    assert lines[1].split()[:2] == ["sample", "finishing"]
+    first, second = lines_of([(done, 0)] * 2)
+    assert first == done.line()
+    assert second.split()[:2] == ["sample", "finishing"]
 
 
-def test_stages_are_shown_by_their_own_progress(capsys, monkeypatch):
-    lines = lines_of([(Progress("train_vavae", 4, 8, rate=2.0), 0)], None, capsys, monkeypatch, 2)
-    assert lines[0] == "train_vavae        4/8 images  2 images/s  0:02 left"
+def test_stages_are_shown_by_their_own_progress(lines_of):
+    assert lines_of([(Progress("train_vavae", 4, 8, rate=2.0), 0)]) == [
+        "train_vavae        4/8 images  2 images/s  0:02 left"
+    ]
