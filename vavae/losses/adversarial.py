@@ -15,7 +15,8 @@ _INIT_STD = 0.02
 class PatchDiscriminator(nn.Module):
     """PatchGAN, arXiv 1611.07004: images [B, 3, H, W] in [-1, 1] -> float32 logits [B, 1, h, w], high for real images.
 
-    Parameters are named and initialised as in the released code (``main.N``).
+    Parameters are named and initialised as in the released code (``main.N``). The norm `sync_batch` is built as a plain
+    batch normalisation, which whoever knows the ranks extends over them.
     """
 
     def __init__(self, config: AdversarialLossConfig) -> None:
@@ -33,9 +34,9 @@ class PatchDiscriminator(nn.Module):
                     kernel_size=4,
                     stride=stride,
                     padding=1,
-                    bias=config.norm != "batch",
+                    bias=config.norm == "group",
                 ),
-                nn.BatchNorm2d(widths[index]) if config.norm == "batch" else nn.GroupNorm(NORM_GROUPS, widths[index]),
+                nn.GroupNorm(NORM_GROUPS, widths[index]) if config.norm == "group" else nn.BatchNorm2d(widths[index]),
                 nn.LeakyReLU(0.2),
             ]
         modules.append(nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vavae.backbones.config import BackboneConfig
-from vavae.config import Config
+from vavae.config import Config, runtime
 
 NORM_GROUPS = 32
 """Groups of the discriminator's group normalisation."""
@@ -34,6 +34,10 @@ class VisionFoundationLossConfig(Config):
 
     adaptive: bool = True
     """Scale by the ratio of gradient norms, equation 4; without it the weight is constant."""
+
+    distmat_tokens_at_once: int = runtime(1024, gt=0)
+    """Grids of more positions have their distance matrices made block by block, and again in the backward pass, in the
+    memory that a grid of this many needs: 32 x 32 in one piece (4 MiB per image and matrix), 64 x 64 in sixteen."""
 
 
 class PerceptualLossConfig(Config):
@@ -78,8 +82,9 @@ class AdversarialLossConfig(Config):
     layers: int = Field(3, gt=0)
     """Convolutions of stride 2."""
 
-    norm: Literal["batch", "group"] = "batch"
-    """Normalisation: over the images of a slice as released, or within each image, for slices of very few images."""
+    norm: Literal["batch", "sync_batch", "group"] = "batch"
+    """Normalisation: over the images of a slice, as released; over the slices of one round on all ranks, whose number
+    is that of the workers, on which results then depend; or within each image. The last two suit very small slices."""
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "AdversarialLossConfig":
@@ -89,13 +94,17 @@ class AdversarialLossConfig(Config):
 
 
 class AdaptiveWeightConfig(Config):
-    """Upper ends of the adaptive weights, before the constant weight is multiplied (released code)."""
+    """How adaptive weights are measured, before the constant weight is multiplied; the limits are the released ones."""
+
+    every: int = Field(1, ge=1)
+    """Steps that one measurement serves, lane by lane; 1 measures in every step, as released, and costs one more
+    backward pass through the decoder each time."""
 
     vision_foundation_max: float = Field(1e8, gt=0)
-    """Of the vision-foundation loss, measured at the encoder's last convolution."""
+    """Upper end for the vision-foundation loss, measured at the encoder's last convolution."""
 
     adversarial_max: float = Field(1e4, gt=0)
-    """Of the adversarial loss, measured at the decoder's last convolution."""
+    """Upper end for the adversarial loss, measured at the decoder's last convolution."""
 
 
 class TokenizerLossConfig(Config):
@@ -111,7 +120,7 @@ class TokenizerLossConfig(Config):
     """The discriminator's opinion."""
 
     adaptive: AdaptiveWeightConfig = AdaptiveWeightConfig()
-    """Limits of the adaptive weights."""
+    """How the two adaptive weights are measured."""
 
     kl_weight: float = Field(1e-6, ge=0)
     """Weight of the KL divergence, in nats per image."""

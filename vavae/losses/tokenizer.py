@@ -45,13 +45,29 @@ class LastLayers(NamedTuple):
     decoder: Tensor
 
 
+class AdaptiveWeights(NamedTuple):
+    """λ_vf and λ_d of one slice: detached float32 scalars, before the constant weights are multiplied.
+
+    None means not measured: the term is off, its weight is constant, or it has not been asked for yet.
+    """
+
+    vision_foundation: Tensor | None = None
+    adversarial: Tensor | None = None
+
+
+UNMEASURED = AdaptiveWeights()
+"""Nothing is known yet."""
+
+
 class TokenizerObjective(NamedTuple):
-    """What to differentiate and what to report."""
+    """What to differentiate, what to report, and what to keep."""
 
     objective: Tensor
     """Scalar: its value and its gradient are those of the total loss."""
     terms: dict[str, Tensor]
     """Detached scalars by name."""
+    adaptive: AdaptiveWeights
+    """The adaptive weights that were used, measured here or handed in."""
 
 
 class _ImageLosses(NamedTuple):
@@ -71,6 +87,7 @@ def tokenizer_objective(
     layers: LastLayers,
     perceptual: Perceptual | None,
     discriminator: Callable[[Tensor], Tensor] | None,
+    known: AdaptiveWeights = UNMEASURED,
 ) -> TokenizerObjective:
     """Compose the losses of one slice; all means are over its images.
 
@@ -80,6 +97,8 @@ def tokenizer_objective(
         layers: the last convolutions' weights.
         perceptual: distance [B] of two batches of images; none leaves the term out.
         discriminator: images to logits, with frozen parameters; none before the adversary starts.
+        known: adaptive weights of an earlier step, used as they are; what is missing and needed is measured. Ranks that
+            partition parameters must know the same ones, because a measurement gathers parameters.
 
     Returns:
         The objective, and the terms ``reconstruction`` (nll per image), ``l1`` (per colour value), ``perceptual``,
@@ -89,9 +108,11 @@ def tokenizer_objective(
     reconstruction = outputs.reconstruction.float()
     leaf = reconstruction.detach().requires_grad_()
     image = _image_losses(config, outputs.images.float(), leaf, perceptual, discriminator)
+    adaptive = _adaptive_weights(config, reconstruction, outputs.alignment, layers, image, known)
     image_grad, adversarial_weight = image.nll_grad, torch.zeros_like(image.nll)
     if image.adversarial_grad is not None:
-        adversarial_weight = _adversarial_weight(config, reconstruction, layers.decoder, image)
+        assert adaptive.adversarial is not None, "an adversary has an adaptive weight"
+        adversarial_weight = config.adversarial.weight * adaptive.adversarial
         image_grad = image_grad + adversarial_weight * image.adversarial_grad
     kl = outputs.kl.mean()
     beyond_images = config.kl_weight * kl
@@ -104,7 +125,9 @@ def tokenizer_objective(
         "adversarial_weight": adversarial_weight,
     }
     if outputs.alignment is not None:
-        vf_weight = _vf_weight(config, reconstruction, layers.encoder, image.nll_grad, outputs.alignment.total)
+        vf_weight = torch.full_like(image.nll, config.vision_foundation.weight)
+        if adaptive.vision_foundation is not None:
+            vf_weight = vf_weight * adaptive.vision_foundation
         beyond_images = beyond_images + vf_weight * outputs.alignment.total
         terms |= {
             "cosine": outputs.alignment.cosine,
@@ -114,7 +137,7 @@ def tokenizer_objective(
         }
     terms["total"] = image.nll + adversarial_weight * image.adversarial + beyond_images.detach()
     surrogate = (reconstruction * image_grad).sum() + beyond_images
-    return TokenizerObjective(surrogate + (terms["total"] - surrogate.detach()), terms)
+    return TokenizerObjective(surrogate + (terms["total"] - surrogate.detach()), terms, adaptive)
 
 
 def _image_losses(
@@ -144,22 +167,40 @@ def _image_losses(
     )
 
 
-def _adversarial_weight(
+def _adaptive_weights(
+    config: TokenizerLossConfig,
+    reconstruction: Tensor,
+    alignment: VisionFoundationTerms | None,
+    layers: LastLayers,
+    image: _ImageLosses,
+    known: AdaptiveWeights,
+) -> AdaptiveWeights:
+    """The weights that the terms of this slice need, as far as possible from those known."""
+    vision_foundation = adversarial = None
+    if image.adversarial_grad is not None:
+        adversarial = known.adversarial
+        if adversarial is None:
+            adversarial = _measure_adversarial(config, reconstruction, layers.decoder, image)
+    if alignment is not None and config.vision_foundation.adaptive and config.vision_foundation.weight > 0:
+        vision_foundation = known.vision_foundation
+        if vision_foundation is None:
+            vision_foundation = _measure_vf(config, reconstruction, layers.encoder, image.nll_grad, alignment.total)
+    return AdaptiveWeights(vision_foundation, adversarial)
+
+
+def _measure_adversarial(
     config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, image: _ImageLosses
 ) -> Tensor:
-    """λ_d · w_d; both gradients end at the decoder's last convolution, so this costs next to nothing."""
+    """λ_d; both gradients end at the decoder's last convolution, so this costs next to nothing."""
     (reference,) = torch.autograd.grad(reconstruction, layer, image.nll_grad, retain_graph=True)
     (adversarial,) = torch.autograd.grad(reconstruction, layer, image.adversarial_grad, retain_graph=True)
-    return config.adversarial.weight * adaptive_weight(reference, adversarial, config.adaptive.adversarial_max)
+    return adaptive_weight(reference, adversarial, config.adaptive.adversarial_max)
 
 
-def _vf_weight(
+def _measure_vf(
     config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, nll_grad: Tensor, vf: Tensor
 ) -> Tensor:
-    """λ_vf · w_vf; the reference passes the whole decoder on its way to the encoder's last convolution."""
-    weight = torch.full_like(vf.detach(), config.vision_foundation.weight)
-    if not config.vision_foundation.adaptive or config.vision_foundation.weight == 0:
-        return weight
+    """λ_vf; the reference passes the whole decoder on its way to the encoder's last convolution."""
     (reference,) = torch.autograd.grad(reconstruction, layer, nll_grad, retain_graph=True)
     (alignment,) = torch.autograd.grad(vf, layer, retain_graph=True)
-    return weight * adaptive_weight(reference, alignment, config.adaptive.vision_foundation_max)
+    return adaptive_weight(reference, alignment, config.adaptive.vision_foundation_max)

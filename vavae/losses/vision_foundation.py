@@ -3,10 +3,13 @@
 Shapes: B batch, C channels of the compared features, h, w latent grid, N = h·w positions.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vavae.losses.config import VisionFoundationLossConfig
 
@@ -34,7 +37,7 @@ def marginal_cosine(cosines: Tensor, margin: float) -> Tensor:
     return F.relu(1.0 - margin - cosines).mean()
 
 
-def marginal_distance_matrix(z: Tensor, features: Tensor, margin: float) -> Tensor:
+def marginal_distance_matrix(z: Tensor, features: Tensor, margin: float, tokens_at_once: int | None = None) -> Tensor:
     """Equation 3: the mean of ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - m2) over images and pairs i, j: scalar.
 
     All pairs of positions within an image count, the diagonal too (released code).
@@ -43,14 +46,32 @@ def marginal_distance_matrix(z: Tensor, features: Tensor, margin: float) -> Tens
         z: projected latents, [B, C, h, w].
         features: teacher features, [B, C', h, w].
         margin: m2.
+        tokens_at_once: above this many positions the matrices are made in blocks of rows, none larger than the whole
+            matrix of so many positions, and made again in the backward pass; none means never.
     """
-    return F.relu((self_similarity(z) - self_similarity(features)).abs() - margin).mean()
+    z, features = _directions(z), _directions(features)
+    batch, _, tokens = z.shape
+    if tokens_at_once is None or tokens <= tokens_at_once:
+        excess = _row_excess(z, z, features, features, margin)
+    else:
+        rows = max(1, tokens_at_once**2 // tokens)
+        blocks = zip(z.split(rows, dim=2), features.split(rows, dim=2), strict=True)
+        excess = torch.stack([_recomputed(z_rows, z, f_rows, features, margin) for z_rows, f_rows in blocks]).sum()
+    return excess / (batch * tokens**2)
 
 
-def self_similarity(features: Tensor) -> Tensor:
-    """Cosines of all pairs of positions within each image: [B, C, h, w] -> [B, N, N]."""
-    directions = F.normalize(features.flatten(2), dim=1)  # [B, C, N]
-    return directions.transpose(1, 2) @ directions
+def _directions(features: Tensor) -> Tensor:
+    """Unit vectors: [B, C, h, w] -> [B, C, N]."""
+    return F.normalize(features.flatten(2), dim=1)
+
+
+def _row_excess(z_rows: Tensor, z: Tensor, f_rows: Tensor, f: Tensor, margin: float) -> Tensor:
+    """What rows of the two matrices differ by beyond the margin, summed: [B, C, R] and [B, C, N] -> scalar."""
+    differences = z_rows.transpose(1, 2) @ z - f_rows.transpose(1, 2) @ f  # [B, R, N]
+    return F.relu(differences.abs() - margin).sum()
+
+
+_recomputed = partial(checkpoint, _row_excess, use_reentrant=False, preserve_rng_state=False)
 
 
 class VisionFoundationLoss(nn.Module):
@@ -75,6 +96,6 @@ class VisionFoundationLoss(nn.Module):
         z, features = z.float(), features.float()
         cosines = F.cosine_similarity(z, features, dim=1)
         cosine = marginal_cosine(cosines, self.config.cos_margin)
-        distance = marginal_distance_matrix(z, features, self.config.distmat_margin)
+        distance = marginal_distance_matrix(z, features, self.config.distmat_margin, self.config.distmat_tokens_at_once)
         total = self.config.cos_weight * cosine + self.config.distmat_weight * distance
         return VisionFoundationTerms(cosine.detach(), distance.detach(), total, cosines.mean().detach())
