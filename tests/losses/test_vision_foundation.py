@@ -1,17 +1,17 @@
 """Both terms of the vision-foundation loss in closed form."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vavae.losses.config import VisionFoundationLossConfig
-from vavae.losses.vision_foundation import (
-    VisionFoundationLoss,
-    marginal_cosine,
-    marginal_distance_matrix,
-    self_similarity,
-)
+from vavae.losses.vision_foundation import VisionFoundationLoss, marginal_cosine, marginal_distance_matrix
 from vavae.randomness import torch_generator
 
 
@@ -43,12 +43,10 @@ def test_distances_ignore_rotation_and_length_of_features():
     assert marginal_distance_matrix(turned, f, margin=0.0).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_self_similarity_is_within_images():
-    f = features(3, 5, 2, 2)
-    together = self_similarity(f)
-    assert together.shape == (3, 4, 4)
-    torch.testing.assert_close(together[1:2], self_similarity(f[1:2]))
-    torch.testing.assert_close(together.diagonal(dim1=1, dim2=2), torch.ones(3, 4))
+def test_distances_are_those_within_images():
+    z, f = features(3, 5, 2, 2), features(3, 4, 2, 2, seed=1)
+    each = [marginal_distance_matrix(z[i : i + 1], f[i : i + 1], margin=0.1) for i in range(3)]
+    torch.testing.assert_close(marginal_distance_matrix(z, f, margin=0.1), torch.stack(each).mean())
 
 
 @pytest.mark.parametrize(
@@ -83,3 +81,81 @@ def test_different_grids_are_refused():
     loss = VisionFoundationLoss(VisionFoundationLossConfig(), latent_dim=3, feature_dim=5)
     with pytest.raises(AssertionError, match="one grid"):
         loss(features(1, 3, 2, 2), features(1, 5, 2, 3))
+
+
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    tokens_at_once=st.integers(1, 40),
+    margin=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_blocks_change_neither_value_nor_gradient(height, width, tokens_at_once, margin, seed):
+    z, f = features(2, 3, height, width, seed=seed), features(2, 5, height, width, seed=seed + 10)
+    whole, blocks = (
+        torch.autograd.functional.vjp(
+            lambda z, f, at_once=at_once: marginal_distance_matrix(z, f, margin, at_once), (z, f), torch.tensor(7.0)
+        )
+        for at_once in (None, tokens_at_once)
+    )
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that any operation makes, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.elements = max(
+            [self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]
+        )
+        return result
+
+
+class Footprint(NamedTuple):
+    """Elements of the largest tensor."""
+
+    made: int
+    """By any operation, forward or backward."""
+    kept: int
+    """From the forward pass for the backward pass."""
+
+
+def footprint(side: int, tokens_at_once: int) -> Footprint:
+    """Of two images with eight features at side² positions."""
+    loss = VisionFoundationLoss(VisionFoundationLossConfig(distmat_tokens_at_once=tokens_at_once), 4, 8)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = loss(features(2, 4, side, side), features(2, 8, side, side, seed=1)).total
+        total.backward()
+    return Footprint(largest.elements, max(kept))
+
+
+def test_blocks_bound_the_memory():
+    """A grid of 256 positions in the memory of one of 64, of which nothing is kept but the features themselves."""
+    assert footprint(side=16, tokens_at_once=256) == Footprint(made=2 * 256**2, kept=2 * 256**2)
+    assert footprint(side=16, tokens_at_once=64) == Footprint(made=2 * 64**2, kept=2 * 8 * 256)
+    assert footprint(side=8, tokens_at_once=64).made == 2 * 64**2
+
+
+def test_blocks_can_be_differentiated_twice():
+    """As the step does: first for the adaptive weight, then as part of the objective."""
+    z, f = features(2, 3, 4, 4), features(2, 5, 4, 4, seed=1)
+    gradients = []
+    for at_once in (16, 5):
+        torch.manual_seed(0)
+        loss = VisionFoundationLoss(VisionFoundationLossConfig(distmat_tokens_at_once=at_once), 3, 5)
+        total = loss(z, f).total
+        (first,) = torch.autograd.grad(total, loss.projection.weight, retain_graph=True)
+        (first.norm().detach() * total).backward()
+        gradients.append((first, loss.projection.weight.grad))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
