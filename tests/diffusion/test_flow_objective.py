@@ -15,11 +15,12 @@ from vavae.diffusion.path import LinearPath
 VELOCITY = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_losses_per_sample_equal_the_public_implementation():
+def test_the_path_equals_the_public_implementation_bit_for_bit_and_its_losses_do():
     golden = load_file(Path(__file__).parents[1] / "golden" / "flow_euler.safetensors")
     path = LinearPath.sample(golden["loss.x1"], golden["loss.x0"], golden["loss.t"])
-    torch.testing.assert_close(path.x_t, golden["loss.xt"], atol=1e-6, rtol=0)
+    assert torch.equal(path.x_t, golden["loss.xt"])
     losses = FlowMatchingObjective(ObjectiveConfig())(path.x_t.tanh(), path.velocity)
+    # Equal to the last bit where a mean adds in the same order, which depends on the processor.
     torch.testing.assert_close(losses.velocity, golden["loss.mse"], atol=1e-6, rtol=0)
     torch.testing.assert_close(losses.direction, golden["loss.cos"], atol=1e-6, rtol=0)
     torch.testing.assert_close(losses.total, golden["loss.mse"] + golden["loss.cos"], atol=1e-6, rtol=0)

@@ -63,17 +63,6 @@ def test_output_loss_and_gradients_equal_the_public_implementation(name):
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("B", 130.56), ("L", 458.15), ("XL", 675.26), ("1p0B", 1029.40), ("1p6B", 1631.77)]
-)
-def test_parameters_of_each_size_are_the_published_number(size, millions):
-    with torch.device("meta"):
-        model = LightningDiT(LightningDiTConfig(size=size, classes=1000, qk_norm=False), 32, 16)
-    # The public count includes the fixed position embedding, there a frozen parameter.
-    count = sum(parameter.numel() for parameter in model.parameters()) + model.pos_embed.numel()
-    assert count / 1e6 == pytest.approx(millions, abs=0.005)
-
-
-@pytest.mark.parametrize(
     ("switches", "gone", "new"),
     [
         ({"qk_norm": False}, {"attn.q_norm.weight", "attn.k_norm.weight"}, set()),
@@ -165,14 +154,6 @@ def test_a_grid_may_be_rectangular_and_its_transpose_is_another_model():
 def test_patches_must_tile_the_grid():
     with pytest.raises(UserError, match="patch_size=3 does not divide the 4 x 4 latent"):
         tiny(patch_size=3)
-
-
-def test_checkpointed_activations_give_the_same_gradients():
-    plain, checkpointed = tiny(), tiny(checkpoint_activations=True)
-    for model in (plain, checkpointed):
-        model(*inputs(model)).square().sum().backward()
-    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
 
 
 def test_checkpointing_keeps_fewer_activations():

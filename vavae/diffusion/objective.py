@@ -37,7 +37,7 @@ class FlowMatchingObjective:
         """Compare predicted and true velocities [B, C, H, W] of any float dtype."""
         prediction, velocity = prediction.float(), velocity.float()
         squared = (prediction - velocity).square().flatten(1).mean(1)
-        direction = 1 - F.cosine_similarity(prediction, velocity, dim=1).flatten(1).mean(1)
+        direction = (1 - F.cosine_similarity(prediction, velocity, dim=1)).flatten(1).mean(1)
         return FlowMatchingLosses(squared, direction, squared + self.direction_weight * direction)
 
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -22,4 +21,4 @@ class LinearPath:
     def sample(data: Tensor, noise: Tensor, t: Tensor) -> PathSample:
         """The path at t [B] for normalised latents and unit Gaussian noise, both [B, C, H, W]; exact at both ends."""
         weight = t.to(data.dtype).view(-1, 1, 1, 1)
-        return PathSample(torch.lerp(noise, data, weight), data - noise)
+        return PathSample(weight * data + (1 - weight) * noise, data - noise)

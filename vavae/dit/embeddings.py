@@ -52,20 +52,26 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(y)
 
 
-def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
-    """The fixed embedding of a token grid (h, w), float32 [1, N, D].
+def sincos_position_embedding(width: int, grid: tuple[int, int], span: tuple[int, int] | None = None) -> Tensor:
+    """The fixed embedding of a token grid (h, w), float32 [1, N, D]; for `span` see :func:`token_positions`.
 
     The first half of the channels encodes the column, the second the row, each as [sin | cos] (released code).
     """
-    row, column = token_positions(grid)
+    row, column = token_positions(grid, span)
     exponent = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
     angle = torch.stack([column, row], dim=1)[:, :, None] * MAX_PERIOD**-exponent  # [N, 2, D/4]
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)[None].float()
 
 
-def token_positions(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row and column of each token of a grid (h, w), both float64 [N], in the order of :class:`PatchEmbedding`."""
-    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+def token_positions(grid: tuple[int, int], span: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Row and column of each token of a grid (h, w), both float64 [N], in the order of :class:`PatchEmbedding`.
+
+    Neighbours are one apart; with a span (h', w') they are h' / h and w' / w apart, so that the grid reaches as far as
+    one of h' x w' tokens.
+    """
+    ends = zip(grid, span or grid, strict=True)
+    sides = [torch.arange(count, dtype=torch.float64) * (reach / count) for count, reach in ends]
+    row, column = torch.meshgrid(*sides, indexing="ij")
     return row.flatten(), column.flatten()
 
 
@@ -80,17 +86,18 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding on a grid (EVA-02 form), as tables under the released buffer names.
 
     Consecutive pairs of channels are rotated, in the first half of the head by row and in the second by column.
+    For `span` see :func:`token_positions`.
     """
 
     freqs_cos: Tensor
     freqs_sin: Tensor
 
-    def __init__(self, head_dim: int, grid: tuple[int, int]) -> None:
+    def __init__(self, head_dim: int, grid: tuple[int, int], span: tuple[int, int] | None = None) -> None:
         super().__init__()
         # In float32 from here on, and in this order of operations, the tables equal the released ones to the last bit.
         exponent = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
         frequency = 1 / MAX_PERIOD**exponent
-        angle = torch.stack(token_positions(grid), dim=1).float()[:, :, None] * frequency  # [N, 2, head_dim / 4]
+        angle = torch.stack(token_positions(grid, span), dim=1).float()[:, :, None] * frequency  # [N, 2, head_dim / 4]
         angle = angle.flatten(1).repeat_interleave(2, dim=1)  # [N, head_dim]
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())

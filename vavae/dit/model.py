@@ -4,6 +4,8 @@ Time runs from noise (t = 0) to data (t = 1); the model predicts the velocity da
 Shapes: B batch, C latent channels, H x W latent grid, h x w = N tokens, D width, P patch size.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,8 +26,8 @@ from vavae.errors import UserError
 class LightningDiT(nn.Module):
     """velocity(x_t, t, y) for latents of one grid.
 
-    latent_dim: C. grid: H and W, or both as one number; the position tables are computed from it, so another
-    resolution is another grid. generator: draws the initial weights; None takes the global one.
+    latent_dim: C. grid: H and W, or both as one number; the position tables are computed from it, see `at_grid`.
+    generator: draws the initial weights; None takes the global one.
     Raises UserError where the patches do not tile the grid.
     """
 
@@ -40,22 +42,43 @@ class LightningDiT(nn.Module):
     ) -> None:
         super().__init__()
         patch, shape = config.patch_size, config.shape
-        height, width = (grid, grid) if isinstance(grid, int) else grid
-        if height % patch or width % patch:
-            raise UserError(f"patch_size={patch} does not divide the {height} x {width} latent: choose a divisor")
-        self.config, self.latent_dim, self.grid = config, latent_dim, (height, width)
-        self.tokens = (height // patch, width // patch)
+        self.config, self.latent_dim = config, latent_dim
         assert config.classes is not None, "the number of classes comes with the data: see with_classes"
         self.null_label = config.classes
 
         self.x_embedder = PatchEmbedding(latent_dim, shape.width, patch)
         self.t_embedder = TimestepEmbedding(shape.width)
         self.y_embedder = LabelEmbedding(self.null_label, shape.width)
-        self.register_buffer("pos_embed", sincos_position_embedding(shape.width, self.tokens))
-        self.feat_rope = RotaryEmbedding(shape.head_dim, self.tokens) if config.rope else None
+        self._lay_out(grid)
         self.blocks = nn.ModuleList(Block(config) for _ in range(shape.depth))
         self.final_layer = FinalLayer(config, patch * patch * latent_dim)
         initialize(self, generator)
+
+    def _lay_out(self, grid: int | tuple[int, int], span: tuple[int, int] | None = None) -> None:
+        """Set the grid and compute the position tables for it, beside the weights and in their dtype."""
+        patch, shape, weight = self.config.patch_size, self.config.shape, self.x_embedder.proj.weight
+        height, width = (grid, grid) if isinstance(grid, int) else grid
+        if height % patch or width % patch:
+            raise UserError(f"patch_size={patch} does not divide the {height} x {width} latent: choose a divisor")
+        self.grid, self.tokens = (height, width), (height // patch, width // patch)
+        self.span = span or self.tokens
+        self.register_buffer("pos_embed", sincos_position_embedding(shape.width, self.tokens, span).to(weight))
+        self.feat_rope: RotaryEmbedding | None = None
+        if self.config.rope:
+            self.feat_rope = RotaryEmbedding(shape.head_dim, self.tokens, span).to(weight.device, weight.dtype)
+
+    def at_grid(self, grid: int | tuple[int, int], *, rescale: bool = False) -> "LightningDiT":
+        """A copy with the same weights for latents of another grid, H and W or both as one number.
+
+        Only the tables of positions are computed again. By default they are extended: neighbouring tokens stay one
+        apart, as in a model that is built for the new grid (released code). With `rescale` the positions stay within
+        the range that this model knows, with fractions between them (EVA-02), so that a token keeps its place in
+        the picture. Both tables are part of the state dict, so a checkpoint remembers which it was.
+        Raises UserError where the patches do not tile the grid.
+        """
+        model = copy.deepcopy(self)
+        model._lay_out(grid, self.span if rescale else None)
+        return model
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity [B, C, H, W], in the dtype of x.
