@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from vavae.losses.adaptive import adaptive_weight
 from vavae.losses.adversarial import DiscriminatorObjective, PatchDiscriminator, generator_loss, hinge, vanilla
-from vavae.losses.config import AdversarialLossConfig
+from vavae.losses.config import AdaptiveWeightConfig, AdversarialLossConfig
 from vavae.randomness import torch_generator
 
 SMALL = AdversarialLossConfig(channels=16, layers=2)
@@ -41,6 +41,16 @@ def test_group_normalisation_sees_each_image_alone():
     torch.testing.assert_close(discriminator(images(0))[:1], discriminator(images(0)[:1]), rtol=1e-4, atol=1e-6)
     batch = PatchDiscriminator(SMALL)
     assert not torch.allclose(batch(images(0))[:1], batch(images(0)[:2])[:1])
+
+
+def test_a_norm_over_ranks_is_built_as_one_within_a_rank():
+    """Same tensors, same values; extending it over the ranks is another room's business."""
+    networks = []
+    for norm in ("batch", "sync_batch"):
+        torch.manual_seed(0)
+        networks.append(PatchDiscriminator(SMALL.model_copy(update={"norm": norm})))
+    torch.testing.assert_close(networks[0].state_dict(), networks[1].state_dict(), rtol=0, atol=0)
+    assert torch.equal(networks[0](images(0)), networks[1](images(0)))
 
 
 def test_groups_that_do_not_divide_are_refused():
@@ -78,3 +88,11 @@ def test_adaptive_weight_is_the_ratio_of_norms():
     assert adaptive_weight(reference, gradient, 1.5).item() == 1.5
     assert adaptive_weight(reference, torch.zeros(2), 1e8).item() == pytest.approx(5e4)
     assert not adaptive_weight(reference.requires_grad_(), gradient, 1.0).requires_grad
+
+
+def test_released_limits():
+    reference, nothing = torch.tensor([3e5, 4e5]), torch.zeros(2)
+    limits = AdaptiveWeightConfig()
+    assert adaptive_weight(reference, nothing, limits.adversarial_max).item() == 1e4
+    assert adaptive_weight(reference, nothing, limits.vision_foundation_max).item() == 1e8
+    assert adaptive_weight(nothing, reference, limits.adversarial_max).item() == 0.0

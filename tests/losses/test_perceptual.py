@@ -2,14 +2,18 @@
 
 import math
 
+import huggingface_hub
 import pytest
 import torch
+from support.tiny import tiny_config
 
+from ray_jobs._preflight import preflight
 from vavae.backbones.load import meta_backbone
 from vavae.errors import UserError
-from vavae.losses.config import PerceptualLossConfig
+from vavae.losses.config import PerceptualLossConfig, TokenizerLossConfig
 from vavae.losses.perceptual import LPIPS, TeacherFeatureDistance, build_perceptual, published_heads, squared_distances
 from vavae.randomness import torch_generator
+from vavae.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +31,48 @@ def images(seed: int) -> torch.Tensor:
     return 2 * torch.rand(2, 3, 32, 32, generator=torch_generator(seed, "images")) - 1
 
 
+def value_and_gradient(distance):
+    """Of the distance of two batches, with respect to the second."""
+    reconstruction = images(1).requires_grad_()
+    values = distance(images(0), reconstruction).flatten()
+    return values.detach(), *torch.autograd.grad(values.sum(), reconstruction)
+
+
 def test_lpips_equals_that_of_torchmetrics(vgg_layers, monkeypatch):
     from torchmetrics.functional.image import lpips as torchmetrics_lpips  # after torchvision has been made importable
 
     monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda net, pretrained: vgg_layers)
-    theirs = torchmetrics_lpips._LPIPS(net="vgg")
-    ours = LPIPS(vgg_layers, published_heads()).train()
-    expected = theirs(images(0), images(1)).flatten()
-    assert (expected > 1e-3).all()
-    torch.testing.assert_close(ours(images(0), images(1)), expected)
+    expected = value_and_gradient(torchmetrics_lpips._LPIPS(net="vgg"))
+    assert (expected[0] > 1e-3).all()
+    ours = value_and_gradient(LPIPS(vgg_layers, published_heads()).train())
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_lpips_equals_the_released_form(vgg_layers):
+    """Which adds its epsilon to the length, not to the squared length: no difference where anything is active."""
+    heads = published_heads()
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
+
+    def features(x):
+        x = (x - shift) / scale
+        for index, layer in enumerate(vgg_layers):
+            x = layer(x)
+            if index in (3, 8, 15, 22, 29):
+                yield x / (torch.sqrt((x**2).sum(dim=1, keepdim=True)) + 1e-10)
+
+    def released(first, second):
+        stages = zip(heads, features(first), features(second), strict=True)
+        return sum(torch.einsum("c,bchw->bhw", head, (f - s) ** 2).mean(dim=(1, 2)) for head, f, s in stages)
+
+    ours = value_and_gradient(LPIPS(vgg_layers, heads))
+    torch.testing.assert_close(ours, value_and_gradient(released), rtol=1e-4, atol=1e-5)
 
 
 def test_positions_without_any_activation_have_a_finite_gradient():
     features = torch.zeros(1, 4, 2, 2).requires_grad_()
-    squared_distances(features, torch.ones(1, 4, 2, 2)).sum().backward()
+    distances = squared_distances(features, torch.ones(1, 4, 2, 2))
+    torch.testing.assert_close(distances.sum(dim=1), torch.ones(1, 2, 2))
+    distances.sum().backward()
     assert features.grad.isfinite().all()
 
 
@@ -77,3 +109,21 @@ def test_kinds():
         build_perceptual(PerceptualLossConfig(weights="/absent/vgg.pth"), list)
     with pytest.raises(ValueError, match="reads no weights"):
         PerceptualLossConfig(kind="none", weights="/absent/vgg.pth")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, r"weights of vgg16\.tv_in1k .*download https://\S+ .*set `weights`"),
+        ("/absent/vgg.pth", r"no weights of vgg16\.tv_in1k at /absent/vgg\.pth"),
+    ],
+)
+def test_missing_weights_are_found_before_a_worker_starts(weights, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = tiny_config().model_copy(
+        update={"losses": TokenizerLossConfig(perceptual=PerceptualLossConfig(weights=weights))}
+    )
+    with pytest.raises(UserError, match=message) as error:
+        preflight(Run(config), ["train_vavae"])
+    assert "\n" not in str(error.value)
