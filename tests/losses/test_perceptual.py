@@ -5,15 +5,13 @@ import math
 import huggingface_hub
 import pytest
 import torch
-from support.tiny import tiny_config
 
-from ray_jobs._preflight import preflight
 from vavae.backbones.load import meta_backbone
+from vavae.backbones.weights import check_weights
 from vavae.errors import UserError
-from vavae.losses.config import PerceptualLossConfig, TokenizerLossConfig
+from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.perceptual import LPIPS, TeacherFeatureDistance, build_perceptual, published_heads, squared_distances
 from vavae.randomness import torch_generator
-from vavae.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +116,10 @@ def test_kinds():
         ("/absent/vgg.pth", r"no weights of vgg16\.tv_in1k at /absent/vgg\.pth"),
     ],
 )
-def test_missing_weights_are_found_before_a_worker_starts(weights, message, tmp_path, monkeypatch):
+def test_missing_weights_are_found_without_building_the_network(weights, message, tmp_path, monkeypatch):
+    """By the check that jobs make before a worker starts."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config = tiny_config().model_copy(
-        update={"losses": TokenizerLossConfig(perceptual=PerceptualLossConfig(weights=weights))}
-    )
     with pytest.raises(UserError, match=message) as error:
-        preflight(Run(config), ["train_vavae"])
+        check_weights(PerceptualLossConfig(weights=weights).backbone)
     assert "\n" not in str(error.value)
