@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import ray
 from rich import filesize
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs._cluster import cluster
-from ray_jobs._preflight import preflight
+from ray_jobs._preflight import missing_sources, preflight
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.errors import UserError
@@ -53,14 +53,15 @@ def _main(
         print(dump(config), end="")
         return 0
     run = Run(config)
+    if arguments.dry_run:
+        _dry_run(run, plan, works)
+        return 0
     plans = plan(run)
     to_do = [job for job, found in plans.items() if not found.done]
-    if arguments.dry_run:
-        preflight(run, to_do)
-        _print_plan(run, plans)
-        return 0
     if to_do:
-        preflight(run, to_do)
+        missing = preflight(run, to_do)
+        if missing:
+            raise UserError(missing[0])
         _print_plan(run, plans)
         run.storage.write_bytes("config.yaml", dump(config).encode())
         with cluster(config):
@@ -73,6 +74,23 @@ def _main(
     if run.storage.is_file(REPORT):
         print(f"report: {run.storage.url(REPORT)}")
     return 0
+
+
+def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], works: Mapping[Job, Work]) -> None:
+    """Print the plan, and what has to be fetched before it can be carried out."""
+    missing = missing_sources(run) if "prepare_shards" in works else []
+    plans = _plans_without_images(works) if missing else plan(run)
+    missing += preflight(run, [job for job, found in plans.items() if not found.done])
+    _print_plan(run, plans)
+    for line in missing:
+        print(f"still needed: {line}")
+
+
+def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
+    """All is to do: what there may be can't be told to be made from images that are not here."""
+    first = STAGES["prepare_shards"]
+    why = {first.job: "its images are not here"}
+    return {job: Plan(STAGES[job], False, why.get(job, f"after {first.makes}")) for job in jobs}
 
 
 def _do(run: Run, job: Job, work: Work) -> None:

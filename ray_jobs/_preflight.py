@@ -4,33 +4,62 @@ import importlib.util
 from collections.abc import Sequence
 
 from vavae.backbones.config import BackboneConfig
-from vavae.backbones.weights import check_weights
+from vavae.backbones.weights import check_weights, timm_name
+from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
 
 
-def preflight(run: Run, jobs: Sequence[Job]) -> None:
-    """Check pretrained weights, what the jobs need of each other, and storage access.
+def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
+    """Check what the jobs need of each other, storage access, and pretrained weights.
+
+    Returns:
+        One line for each pretrained network whose weights can't be had from here, with where to get them.
 
     Raises:
-        UserError: storage can't be written, or weights can't be had.
+        UserError: storage can't be written, or the configuration asks for what can't be.
     """
     config = run.config
-    backbones: list[BackboneConfig] = []
-    if "train_vavae" in jobs:
-        backbones.append(config.teacher.backbone)
-        if config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
-            backbones.append(config.losses.perceptual.backbone)
     if "evaluate" in jobs:
         if config.shards.validation_source is None and not config.shards.validation_fraction:
             raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
         if config.evaluate.class_agreement and importlib.util.find_spec("sklearn") is None:
             raise UserError("evaluate.class_agreement=true needs scikit-learn: pip install 'vavae[quickstart]'")
-        backbones.append(BackboneConfig(name=config.evaluate.metrics.extractor))
-    for backbone in backbones:
-        check_weights(backbone)
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")
     except OSError as error:
         raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
+    missing = []
+    for section, backbone in _backbones(config, jobs).items():
+        timm_name(backbone)  # a network that there is not is a mistake, not something to fetch
+        try:
+            check_weights(backbone)
+        except UserError as error:
+            missing.append(f"{section}: {error}")
+    return missing
+
+
+def missing_sources(run: Run) -> list[str]:
+    """One line for each source of images that can't be opened from here."""
+    missing = []
+    for source in (run.config.shards.source, run.config.shards.validation_source):
+        if source is not None:
+            try:
+                open_source(source, run.storage.cache)
+            except UserError as error:
+                missing.append(f"shards: {error}")
+    return missing
+
+
+def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:
+    """The pretrained networks of jobs, by the section of the configuration that asks for them."""
+    backbones: dict[str, BackboneConfig] = {}
+    if "train_vavae" in jobs or "evaluate" in jobs:
+        backbones["teacher"] = config.teacher.backbone
+    if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
+        backbones["losses.perceptual"] = config.losses.perceptual.backbone
+    if "evaluate" in jobs:
+        backbones["evaluate.metrics.extractor"] = BackboneConfig(name=config.evaluate.metrics.extractor)
+    return backbones
