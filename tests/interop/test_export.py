@@ -14,11 +14,11 @@ from vavae.interop.export import (
     WEIGHTS,
     LightningDiTDescription,
     TokenizerDescription,
+    below,
     load_alignment,
     load_lightningdit,
     load_tokenizer,
     save_export,
-    whole_state,
 )
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
@@ -157,14 +157,8 @@ def test_a_folder_without_an_export_is_refused(storage):
         load_lightningdit(storage)
 
 
-def test_averaged_tensors_take_the_place_of_trained_ones_below_a_prefix():
-    module = nn.ModuleDict({"model": nn.BatchNorm1d(2).double(), "teacher": nn.Linear(1, 1)})
-    averaged = {"model.weight": torch.tensor([3.0, 4.0]), "teacher.weight": torch.ones(1, 1)}
-    state = whole_state(module, averaged, "model.")
-    assert set(state) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    assert torch.equal(state["weight"], torch.tensor([3.0, 4.0]).double())
-    assert state["weight"].dtype == torch.float64
-    assert torch.equal(state["bias"], torch.zeros(2).double())
-    assert state["num_batches_tracked"].dtype == torch.int64
-    assert whole_state(module, None).keys() == module.state_dict().keys()
-    assert torch.equal(whole_state(module, None, "model.")["weight"], torch.ones(2).double())
+def test_a_part_of_a_module_is_named_as_if_it_were_alone():
+    module = nn.ModuleDict({"model": nn.BatchNorm1d(2), "teacher": nn.Linear(1, 1)})
+    part = below("model.", module.state_dict())
+    assert part.keys() == module["model"].state_dict().keys()
+    assert part["weight"].data_ptr() == module["model"].weight.data_ptr()

@@ -33,7 +33,7 @@ class ToyStep:
         self.model = initialised(0, "toy", lambda: nn.Linear(3, 1))
         self.engine = TorchEngine(self.model, OptimizerConfig(), World(), len(ROUNDS))
         self.engines = {"toy": self.engine}
-        self.ema = ExponentialMovingAverage(self.model, 0.5)
+        self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
         self.rates: list[float] = []
 
     def source(self) -> "ToyStep":

@@ -28,7 +28,7 @@ def test_restore_gives_back_weights_optimiser_average_and_position(storage: Stor
     state = toy_checkpoints(storage).restore(other)
     assert state.images_seen == 12
     assert other.model.weight.equal(step.model.weight)
-    assert other.ema.shadow["weight"].equal(step.ema.shadow["weight"])
+    assert other.ema.weights()["weight"].equal(step.ema.weights()["weight"])
     # Equal moments: both go on alike.
     for each in (step, other):
         each.run([each[SliceKey(lane=0, step=3)]], 12, 1e-3)

@@ -76,7 +76,7 @@ def test_a_stop_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     assert train_toy(stopped, again, images=24, log_images=4).images_seen == 24
     assert len(again.rates) == 3
     assert again.model.weight.equal(step.model.weight)
-    assert again.ema.shadow["weight"].equal(step.ema.shadow["weight"])
+    assert again.ema.weights()["weight"].equal(step.ema.weights()["weight"])
     assert _rows(stopped) == _rows(straight)
 
 

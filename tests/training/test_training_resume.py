@@ -51,9 +51,9 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job) -> End:
     rounds = assign_lanes(LANES, world.rank, world.size)
     train(job, step, rounds, getattr(config, job), 0, checkpoints, log, LocalSession(), world)
     assert step.ema is not None
-    weights = {f"ema.{name}": tensor for name, tensor in step.ema.shadow.items()}
+    weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}
     for name, trained in step.engines.items():
-        weights |= {f"{name}.{key}": parameter.detach() for key, parameter in trained.module.named_parameters()}
+        weights |= {f"{name}.{key}": tensor for key, tensor in trained.weights().items()}
     other = ("stage", "images_per_second", "data_wait")
     rows = [{key: value for key, value in row.items() if key not in other} for row in read_rows(storage.child("log"))]
     record = read(storage, f"checkpoints/{_ALL:012d}")

@@ -26,13 +26,19 @@ class WorkersConfig(Config):
     """Restarts from the last checkpoint after a worker was lost, before the job gives up."""
 
 
+Precision = Literal["fp32", "bf16"]
+"""Of the forward pass; weights, gradients, optimiser and losses are always fp32."""
+
+
 class EngineConfig(Config):
     """How one set of weights is optimised across the workers."""
 
     backend: Literal["deepspeed", "torch"] = runtime("deepspeed")
     """`torch` is plain PyTorch with averaged gradients, the reference that DeepSpeed is tested against."""
-    zero_stage: Literal[0, 1, 2] = runtime(1)
-    """ZeRO stage: partition nothing, optimiser state, and gradients as well."""
+    zero_stage: Literal[0, 1, 2, 3] = runtime(1)
+    """ZeRO stage: partition nothing, the optimiser's state, gradients as well, and the weights as well."""
+    persistence_threshold: int | None = runtime(None, ge=0)
+    """In stage 3, tensors of fewer weights than this stay whole on every rank; null is DeepSpeed's own choice."""
 
 
 class OptimizerConfig(Config):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
+from vavae.distributed.fragments import Fragment, Partition, fragments_of, whole
 from vavae.distributed.world import World
 
 # Read once, when DeepSpeed is imported: without it a CPU worker on a GPU node would pick the GPU.
@@ -38,7 +39,7 @@ class DeepSpeedEngine:
         slice_size: int,
     ) -> None:
         _join(world)
-        self._stage = config.zero_stage
+        self._stage, self._world = config.zero_stage, world
         partitioned = {"workers.count": world.size} if self._stage > 0 else {}
         self.layout: Mapping[str, str | int] = {
             "engine.backend": config.backend,
@@ -52,7 +53,7 @@ class DeepSpeedEngine:
                 "train_micro_batch_size_per_gpu": slice_size,
                 "gradient_accumulation_steps": rounds,
                 "gradient_clipping": optimizer.max_grad_norm or 0.0,
-                "zero_optimization": {"stage": config.zero_stage},
+                "zero_optimization": _zero_section(config),
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 1 << 62,
@@ -84,6 +85,14 @@ class DeepSpeedEngine:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
+    def fragments(self) -> dict[str, Fragment]:
+        """See `Engine.fragments`."""
+        return fragments_of(self.module, self._world, _partition)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
+        return whole(self.fragments(), self._world)
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._engine.save_checkpoint(str(folder), tag=_TAG)
@@ -92,6 +101,20 @@ class DeepSpeedEngine:
         """See `Engine.load`."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         assert path is not None, f"{folder}: no state of DeepSpeed's"
+
+
+def _zero_section(config: EngineConfig) -> dict[str, int]:
+    """DeepSpeed's `zero_optimization`."""
+    section: dict[str, int] = {"stage": config.zero_stage}
+    if config.persistence_threshold is not None:
+        section["stage3_param_persistence_threshold"] = config.persistence_threshold
+    return section
+
+
+def _partition(parameter: nn.Parameter) -> Partition | None:
+    """What stage 3 has left of a parameter on this rank."""
+    values: Tensor | None = getattr(parameter, "ds_tensor", None)
+    return None if values is None else Partition(values, parameter.ds_shape)  # type: ignore[attr-defined]
 
 
 def _join(world: World) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vavae.distributed.config import EngineConfig, OptimizerConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision
+from vavae.distributed.fragments import Fragment, fragments_of, whole
 from vavae.distributed.world import World
 
 _STATE = "engine.pt"
@@ -33,6 +34,12 @@ class Engine(Protocol):
 
     def update(self, learning_rate: float) -> float:
         """Apply the gradients of all rounds of a step; returns their global norm before clipping."""
+
+    def fragments(self) -> dict[str, Fragment]:
+        """This rank's part of the module's state dict, as trained and in place; see `fragments_of`."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's whole state dict, as trained, on the CPU. Called on every rank."""
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimiser state into an empty folder. Called on every rank."""
@@ -83,6 +90,14 @@ class TorchEngine:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def fragments(self) -> dict[str, Fragment]:
+        """See `Engine.fragments`."""
+        return fragments_of(self.module, self._world)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
+        return whole(self.fragments(), self._world)
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`. All ranks hold the same, so the first one's state serves any number of them."""
         if self._world.is_first:
@@ -104,15 +119,26 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 
 
 def build_engine(
-    module: nn.Module, optimizer: OptimizerConfig, config: EngineConfig, world: World, rounds: int, slice_size: int
+    module: nn.Module,
+    optimizer: OptimizerConfig,
+    config: EngineConfig,
+    precision: Precision,
+    world: World,
+    rounds: int,
+    slice_size: int,
 ) -> Engine:
     """The engine that `config` names.
 
     Args:
-        module: the module to train; its initial weights are equal on all ranks.
+        module: the module to train, in fp32; its initial weights are equal on all ranks.
+        precision: of the networks in the module's forward, and of those that it is handed.
         rounds: forward and backward passes per update on every rank.
         slice_size: images of one round.
     """
+    if precision == "bf16":
+        # On the module, because DeepSpeed switches an autocast around its engine off, and its own would average
+        # gradients in bf16. No cache: it would keep a second copy of all weights alive, whole ones in stage 3.
+        module.forward = torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False)(module.forward)
     if config.backend == "torch":
         return TorchEngine(module, optimizer, world, rounds)
     from vavae.distributed.deepspeed_engine import DeepSpeedEngine  # its import compiles and logs: only where used

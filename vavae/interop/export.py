@@ -120,10 +120,6 @@ def _describe(storage: Storage, model: type[DescriptionT]) -> DescriptionT:
         raise UserError(f"{storage.url(DESCRIPTION)}: not the description of such a model ({reason})") from error
 
 
-def whole_state(module: nn.Module, averaged: Mapping[str, Tensor] | None, prefix: str = "") -> dict[str, Tensor]:
-    """A module's state dict below a prefix of names, with the averaged tensors where there are any."""
-    state = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefix)}
-    return {
-        name.removeprefix(prefix): (averaged[name].to(tensor.dtype) if averaged and name in averaged else tensor)
-        for name, tensor in state.items()
-    }
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state dict whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
-from safetensors.torch import load_file, save_file
 
 from vavae.config import differences, digest
 from vavae.distributed.world import World
@@ -18,7 +17,7 @@ from vavae.training.step import Step
 
 logger = logging.getLogger(__name__)
 
-_EMA = "ema.safetensors"
+_EMA = "ema"
 
 
 class TrainState(BaseModel):
@@ -61,8 +60,8 @@ class Checkpoints:
             for engine_name, engine in step.engines.items():
                 (folder / engine_name).mkdir()
                 engine.save(folder / engine_name)
-            if self._world.is_first and step.ema is not None:
-                save_file(step.ema.shadow, folder / _EMA)
+            if step.ema is not None:
+                step.ema.save(folder / _EMA)
             parts = self._world.gather(self._put(folder, name))
         if self._world.is_first:
             files = {path: info for part in parts for path, info in part.items()}
@@ -133,7 +132,7 @@ class Checkpoints:
             for engine_name, engine in step.engines.items():
                 engine.load(folder / engine_name)
             if step.ema is not None:
-                step.ema.load(load_file(folder / _EMA))
+                step.ema.load(folder / _EMA)
         return state
 
     @contextmanager

@@ -1,12 +1,14 @@
 """The training sections, and `RunConfig`, the one configuration that all jobs of a run share."""
 
+import sys
+
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from vavae.config import Config, runtime
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig, TimestepConfig
-from vavae.distributed.config import EngineConfig, OptimizerConfig, WorkersConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, WorkersConfig
 from vavae.dit.config import LightningDiTConfig
 from vavae.evaluation.config import EvaluateConfig
 from vavae.extraction.config import LatentsConfig
@@ -14,6 +16,7 @@ from vavae.losses.config import TokenizerLossConfig
 from vavae.sampling.config import SampleConfig
 from vavae.storage.config import StorageConfig
 from vavae.tokenizer.config import TeacherConfig, TokenizerConfig
+from vavae.training.stages import Part, TokenizerStage, TokenizerStageConfig, resolve
 
 
 class ScheduleConfig(Config):
@@ -44,6 +47,8 @@ class TrainingConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported; null exports the weights themselves."""
+    precision: Precision = "fp32"
+    """Of the networks in the forward pass; `bf16` leaves weights, gradients, optimiser and losses in fp32."""
     engine: EngineConfig = EngineConfig()
     log_images: int = runtime(1024, ge=1)
     """Images between two rows of metrics."""
@@ -76,7 +81,25 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Training of the VA-VAE and its discriminator."""
 
     optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
-    """Of the generator and, alike, of the discriminator."""
+    """Of the generator, and of the discriminator where it has none of its own."""
+    discriminator_optimizer: TokenizerOptimizerConfig | None = None
+    """Of the discriminator; its rate follows the same schedule."""
+    frozen: tuple[Part, ...] = ()
+    """Parts that do not learn."""
+    stages: tuple[TokenizerStageConfig, ...] = ()
+    """What changes in the course of the training; each stage begins with the weights of the last and fresh moments."""
+
+    @model_validator(mode="after")
+    def _stages_rise(self) -> Self:
+        before = -1
+        for index, stage in enumerate(self.stages):
+            if stage.from_images <= before or stage.from_images % self.batch_size:
+                raise ValueError(
+                    f"stages.{index}.from_images={stage.from_images} must be a multiple of batch_size="
+                    f"{self.batch_size}" + (f" above {before}" if index else "")
+                )
+            before = stage.from_images
+        return self
 
 
 class LightningDiTTrainingConfig(TrainingConfig):
@@ -120,6 +143,31 @@ class RunConfig(Config):
     def grid(self) -> int:
         """Height and width of a latent."""
         return self.shards.image_size // self.tokenizer.downsample
+
+    @property
+    def tokenizer_stages(self) -> list[TokenizerStage]:
+        """The stages of the tokenizer's training up to its budget, at least one."""
+        training = self.train_vavae
+        return resolve(training.stages, self.losses, training.frozen, training.images)
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether any stage of the tokenizer, within the budget or not, has an adversary."""
+        changes = [stage.losses.adversarial.weight for stage in self.train_vavae.stages]
+        return any([self.losses.adversarial.weight, *changes])
+
+    @model_validator(mode="after")
+    def _stages_can_learn(self) -> Self:
+        for stage in resolve(self.train_vavae.stages, self.losses, self.train_vavae.frozen, sys.maxsize):
+            for part, term in (("encoder", "vision_foundation"), ("decoder", "adversarial")):
+                if part in stage.frozen and getattr(stage.losses, term).weight > 0:
+                    raise ValueError(
+                        f"train_vavae: from image {stage.from_images:,} on the {part} is frozen, where the adaptive "
+                        f"weight of losses.{term} is measured; set losses.{term}.weight=0 in that stage"
+                    )
+            if {"encoder", "decoder"} <= {*stage.frozen}:
+                raise ValueError(f"train_vavae: from image {stage.from_images:,} on nothing is left to train")
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

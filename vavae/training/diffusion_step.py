@@ -90,9 +90,11 @@ class DiffusionStep:
             config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
         ).to(world.device)
         slice_size = training.batch_size // config.stream.lanes
-        self._engine = build_engine(self.model, training.optimizer, training.engine, world, len(rounds), slice_size)
+        self._engine = build_engine(
+            self.model, training.optimizer, training.engine, training.precision, world, len(rounds), slice_size
+        )
         self.engines: dict[str, Engine] = {"lightningdit": self._engine}
-        self.ema = ExponentialMovingAverage(self.model, training.ema_decay) if training.ema_decay else None
+        self.ema = ExponentialMovingAverage(self._engine, training.ema_decay, world) if training.ema_decay else None
 
     def source(self) -> LatentStream:
         """See `Step.source`."""

@@ -1,31 +1,55 @@
 """Exponential moving average of weights, in fp32."""
 
-from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vavae.distributed.engine import Engine
+from vavae.distributed.fragments import Fragment, load_fragments, save_fragments, whole
+from vavae.distributed.world import World
 
 
 class ExponentialMovingAverage:
-    """shadow ← decay · shadow + (1 - decay) · weights, once a step, for every floating-point entry of a state dict."""
+    """average ← decay · average + (1 - decay) · weights, once a step, for every floating-point entry of a state dict.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._module, self._decay = module, decay
-        self.shadow = {name: tensor.clone() for name, tensor in self._weights().items()}
-        """fp32 copies by the names of the module's state dict."""
+    Each rank averages and stores its own fragments alone, in every engine; they load on any number of ranks.
 
-    def _weights(self) -> dict[str, Tensor]:
-        state = self._module.state_dict()
-        return {name: tensor.float() for name, tensor in state.items() if tensor.is_floating_point()}
+    Args:
+        engine: whose weights to average.
+        decay: per step.
+        world: the ranks.
+    """
+
+    def __init__(self, engine: Engine, decay: float, world: World) -> None:
+        self._engine, self._decay, self._world = engine, decay, world
+        self.fragments = {name: part._replace(values=part.values.clone()) for name, part in self._present().items()}
+        """This rank's part of the average, fp32, by the names of the module's state dict."""
+
+    def _present(self) -> dict[str, Fragment]:
+        parts = self._engine.fragments()
+        return {
+            name: part._replace(values=part.values.float())
+            for name, part in parts.items()
+            if part.values.is_floating_point()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the module's present weights in."""
-        weights = self._weights()
-        torch._foreach_lerp_(list(self.shadow.values()), [weights[name] for name in self.shadow], 1 - self._decay)
+        """Take the engine's present weights in."""
+        present = self._present()
+        averages = [part.values for part in self.fragments.values()]
+        torch._foreach_lerp_(averages, [present[name].values for name in self.fragments], 1 - self._decay)
 
-    def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Restore a saved shadow, strictly."""
-        assert shadow.keys() == self.shadow.keys(), "the saved average is of another module"
-        for name, tensor in self.shadow.items():
-            tensor.copy_(shadow[name])
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged state dict, whole, on the CPU; entries that have no average are as they are. On every rank."""
+        return whole({**self._engine.fragments(), **self.fragments}, self._world)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part into a folder. Called on every rank."""
+        folder.mkdir(exist_ok=True)
+        save_fragments(self.fragments, folder / f"{self._world.rank:05d}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Restore what any number of ranks saved, strictly. Called on every rank, with the files of all."""
+        load_fragments(self.fragments, folder)

@@ -16,8 +16,8 @@ from vavae.interop.export import (
     WEIGHTS,
     LightningDiTDescription,
     TokenizerDescription,
+    below,
     save_export,
-    whole_state,
 )
 from vavae.storage.artefact import commit, discard
 from vavae.tokenizer.normalizer import LatentNormalizer
@@ -44,7 +44,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     step = TokenizerStep(config, stream, _rounds(run, world), world)
     state = _train(run, "train_vavae", step, config.train_vavae, session, world)
     if state.images_seen >= config.train_vavae.images:
-        averaged = step.ema.shadow if step.ema else None
+        whole = _trained(step, "generator")
         description = TokenizerDescription(
             tokenizer=config.tokenizer,
             teacher=config.teacher,
@@ -52,8 +52,8 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
             feature_dim=step.teacher.feature_dim,
         )
         weights = {
-            WEIGHTS: whole_state(step.model, averaged, "autoencoder."),
-            ALIGNMENT: whole_state(step.model, averaged, "alignment."),
+            WEIGHTS: below("autoencoder.", whole),
+            ALIGNMENT: below("alignment.", whole),
         }
         _export(run, "train_vavae", description, weights, state, world)
 
@@ -79,7 +79,7 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
         description = LightningDiTDescription(
             lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
         )
-        weights = {WEIGHTS: whole_state(step.model, step.ema.shadow if step.ema else None, "model.")}
+        weights = {WEIGHTS: below("model.", _trained(step, "lightningdit"))}
         _export(run, "train_lightningdit", description, weights, state, world)
 
 
@@ -106,6 +106,11 @@ def _train(run: Run, job: Job, step: Step, config: TrainingConfig, session: Sess
     )
     rounds = _rounds(run, world)
     return train(job, step, rounds, config, run.config.stream.workers, checkpoints, log, session, world)
+
+
+def _trained(step: Step, engine: str) -> dict[str, Tensor]:
+    """The weights to export: averaged, if the step keeps an average. Every rank calls it."""
+    return step.engines[engine].weights() if step.ema is None else step.ema.weights()
 
 
 def _export(

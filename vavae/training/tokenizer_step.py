@@ -1,6 +1,7 @@
 """One optimiser step of the VA-VAE and its discriminator."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
 from vavae.training.step import StepResult, TermSum
 
+Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
 
 
@@ -43,7 +45,7 @@ class TokenizerModel(nn.Module):
         self,
         images: Tensor,
         noise: Tensor,
-        features: Tensor | None,
+        teacher: Teacher | None,
         perceptual: Perceptual | None,
         discriminator: Discriminator | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -52,7 +54,7 @@ class TokenizerModel(nn.Module):
         Args:
             images: [S, 3, H, W] in [-1, 1].
             noise: of the posterior, standard normal, [S, C, h, w].
-            features: of the teacher, [S, C_f, h, w]; None where the vision-foundation loss is off.
+            teacher: images → features [S, C_f, h, w]; None where the vision-foundation loss is off.
             perceptual: distance of two batches of images; None where it is off.
             discriminator: frozen, images → logits; None before its start.
 
@@ -62,7 +64,7 @@ class TokenizerModel(nn.Module):
         posterior = self.autoencoder.encode(images)
         z = posterior.at(noise)
         reconstruction = self.autoencoder.decode(z)
-        alignment = None if features is None else self.alignment(z, features)
+        alignment = None if teacher is None else self.alignment(z, teacher(images))
         objective = tokenizer_objective(
             self.losses,
             TokenizerOutputs(images, reconstruction, posterior.kl(), alignment),
@@ -93,17 +95,28 @@ class TokenizerStep:
         self.model = initialised(
             config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
         ).to(world.device)
-        slice_size = training.batch_size // config.stream.lanes
-        self._generator = build_engine(self.model, training.optimizer, training.engine, world, len(rounds), slice_size)
+        self._generator = self._engine(self.model)
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
         if losses.adversarial.weight > 0:
             objective = initialised(config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial))
-            self._adversary = build_engine(
-                objective.to(world.device), training.optimizer, training.engine, world, len(rounds), slice_size
-            )
+            self._adversary = self._engine(objective.to(world.device))
             self.engines["discriminator"] = self._adversary
-        self.ema = ExponentialMovingAverage(self.model, training.ema_decay) if training.ema_decay else None
+        decay = training.ema_decay
+        self.ema = ExponentialMovingAverage(self._generator, decay, world) if decay else None
+
+    def _engine(self, module: nn.Module) -> Engine:
+        training = self._config.train_vavae
+        slice_size = training.batch_size // self._config.stream.lanes
+        return build_engine(
+            module,
+            training.optimizer,
+            training.engine,
+            training.precision,
+            self._world,
+            len(self._rounds),
+            slice_size,
+        )
 
     def source(self) -> ImageStream:
         """See `Step.source`."""
@@ -140,13 +153,13 @@ class TokenizerStep:
         generator = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
         noise = torch.randn(shape, generator=generator, device=self._world.device)
         wanted = config.losses.vision_foundation.weight > 0
-        features = self.teacher(images, (config.grid, config.grid)) if wanted else None
+        teacher = partial(self.teacher, grid=(config.grid, config.grid)) if wanted else None
         if adversary is None:
-            return self._generator.forward(images, noise, features, self._perceptual, None)
+            return self._generator.forward(images, noise, teacher, self._perceptual, None)
         # The module itself, not the engine: a generator's gradient must not pass the discriminator's hooks.
         judge = adversary.module.discriminator
         judge.requires_grad_(False)
-        result = self._generator.forward(images, noise, features, self._perceptual, judge)
+        result = self._generator.forward(images, noise, teacher, self._perceptual, judge)
         judge.requires_grad_(True)
         return result
 
