@@ -1,0 +1,192 @@
+"""Files of weights that others wrote or will read: tensors by name, and nothing that can run code."""
+
+import argparse
+import os
+import pickle
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+_SAFETENSORS = ".safetensors"
+_PICKLED = (".pt", ".pth", ".ckpt")
+_NESTS = ("ema", "model", "state_dict")
+"""Keys under which training scripts keep a state dict beside other things, the one to prefer first."""
+_WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that wrappers (data parallelism, compilation) put before every name."""
+_HARMLESS: list[Any] = [argparse.Namespace]
+"""Scripts of the DiT family store their arguments so; it holds attributes and does nothing."""
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
+"""What PyTorch raises for a file that is cut off, has wrong bytes in it or is no checkpoint at all."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The tensors of one file by name, as they are stored."""
+
+    url: str
+    tensors: Mapping[str, Tensor]
+    """Mapped into memory where the format allows it, so what nobody copies is never read."""
+
+    def shape(self, kind: str, name: str, dims: int) -> tuple[int, ...]:
+        """Shape of a tensor that every file of a kind ("LightningDiT", ...) has, with so many dimensions.
+
+        Raises:
+            UserError: there is no such tensor, or it has other dimensions.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.url}: no tensor {name}, which every {kind} has; this looks like {self._likeness()}")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != dims:
+            raise UserError(f"{self.url}: {name} is {list(shape)}, expected {dims} dimensions; this is no {kind}")
+        return shape
+
+    def expect(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor that every file of a kind has, of a shape that is known.
+
+        Raises:
+            UserError: it is missing or of another shape.
+        """
+        found = self.shape(kind, name, len(shape))
+        if found != tuple(shape):
+            raise UserError(f"{self.url}: {name} is {list(found)}, expected {list(shape)}")
+        return self.tensors[name]
+
+    def part(self, *prefixes: str) -> "WeightsFile":
+        """The tensors whose names begin with one of the prefixes."""
+        return WeightsFile(self.url, {name: self.tensors[name] for name in self.tensors if name.startswith(prefixes)})
+
+    def without(self, *prefixes: str) -> "WeightsFile":
+        """All other tensors."""
+        dropped = self.part(*prefixes).tensors
+        return WeightsFile(self.url, {name: self.tensors[name] for name in self.tensors if name not in dropped})
+
+    def _likeness(self) -> str:
+        """What the names remind of, for people."""
+        for mark, kind in _MARKS.items():
+            if mark in self.tensors:
+                return kind
+        examples = ", ".join(list(self.tensors)[:3])
+        return f"none of the models known here: {len(self.tensors)} tensors, such as {examples}"
+
+
+_MARKS = {
+    "decoder.mid.attn_1.q.weight": "a tokenizer",
+    "decoder.mid_block.resnets.0.conv1.weight": "an AutoencoderKL of diffusers",
+    "blocks.0.adaLN_modulation.1.weight": "a LightningDiT or DiT",
+    "main.0.weight": "a patch discriminator",
+    "cls_token": "a vision transformer",
+    "layer1.0.conv1.weight": "a ResNet",
+    "features.0.weight": "a VGG",
+}
+"""A tensor of each kind of model that somebody might take for another."""
+
+
+def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
+    """Read a checkpoint: a state dict, or one under `ema`, `model` or `state_dict` (the first of these that is there).
+
+    Args:
+        path: local path or storage URL of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
+
+    Raises:
+        UserError: no such file, it is damaged, holds no state dict, or can't be read without running code from it.
+    """
+    storage = Storage(os.fspath(path))
+    url, suffix = storage.url(), _suffix(path)
+    try:
+        local = storage.local_file()
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such file") from None
+    stored = _read_safetensors(url, local) if suffix == _SAFETENSORS else _read_pickled(url, local)
+    return WeightsFile(url, _unwrapped(_state_dict(url, stored)))
+
+
+def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], nest: str) -> None:
+    """Write tensors as they are, bit for bit: a flat `.safetensors` file, or `{nest: tensors}` for `torch.load`.
+
+    Raises:
+        UserError: the suffix is none of those that `read_weights` takes, or the file can't be written.
+    """
+    storage, suffix = Storage(os.fspath(path)), _suffix(path)
+    # A view would take the whole tensor that it is part of into the file.
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    try:
+        with storage.create("") as local:
+            if suffix == _SAFETENSORS:
+                save_file(owned, local)
+            else:
+                torch.save({nest: owned}, local)
+    except OSError as error:
+        raise UserError(f"{storage.url()}: cannot write there ({error.strerror or error})") from error
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    suffix = PurePosixPath(os.fspath(path)).suffix
+    if suffix not in (_SAFETENSORS, *_PICKLED):
+        raise UserError(f"{os.fspath(path)}: a file of weights ends in {', '.join([*_PICKLED, _SAFETENSORS])}")
+    return suffix
+
+
+def _read_safetensors(url: str, local: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(local)
+    except SafetensorError as error:
+        raise UserError(f"{url}: cut off, or no safetensors file ({error}); fetch it again") from error
+
+
+def _read_pickled(url: str, local: Path) -> Any:
+    with local.open("rb") as file:
+        zipped = file.read(2) == b"PK"  # the format before PyTorch 1.6 is no archive and cannot be mapped
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(local, map_location="cpu", weights_only=True, mmap=zipped)
+    except _DAMAGE as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code is None:
+            raise UserError(f"{url}: cut off, or no PyTorch checkpoint; fetch it again") from error
+        raise UserError(
+            f"{url}: holds a {code[1]}, and reading that can run code; where you trust the file, convert it once: load "
+            "it with weights_only=False and save its state dict alone"
+        ) from error
+
+
+def _state_dict(url: str, stored: Any) -> Mapping[str, Tensor]:
+    if isinstance(stored, Mapping):
+        nested = (stored[nest] for nest in _NESTS if isinstance(stored.get(nest), Mapping) and stored[nest])
+        found = next(nested, stored)
+        if found and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
+            return found
+        held = f"a mapping of {', '.join(map(str, list(found)[:5]))}" if found else "nothing"
+    else:
+        held = f"a {type(stored).__name__}"
+    raise UserError(f"{url}: holds {held}, expected tensors by name, or such a mapping under {', '.join(_NESTS)}")
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same tensors, without what wrappers have put before all their names."""
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            return _unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+    return tensors

@@ -1,0 +1,101 @@
+"""From the tensors of a released file to the class that trains: sizes are told by the tensors, and none of them may be
+missing, left over or of another shape.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from vavae.config import Config, identity
+from vavae.errors import UserError
+from vavae.interop.checkpoint_file import WeightsFile
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Conversion(Generic[ConfigT, ModuleT]):
+    """How one class of model is released."""
+
+    config: type[ConfigT]
+    build: Callable[..., ModuleT]
+    """The class: takes a configuration and, by name, the sizes that are no fields of it."""
+    infer: Callable[[WeightsFile, Mapping[str, Any]], dict[str, Any]]
+    """Fields of the configuration and further sizes as the tensors tell them, given the overrides."""
+    released: str = ""
+    """What the released names begin with, in place of `ours`."""
+    ours: str = ""
+
+    def load(self, weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> ModuleT:
+        """The model of a file, in training mode with gradients on, its tensors in the dtype that they have there.
+
+        Args:
+            weights: the file, with this model alone below `released`.
+            overrides: fields and sizes that go before what the tensors tell.
+            section: what the names of the overrides begin with in messages.
+
+        Raises:
+            UserError: a tensor is missing, left over or of another shape than the others and the overrides demand; or
+                an override does not exist or has no valid value.
+        """
+        inferred = self.infer(weights, overrides)
+        values = {**inferred, **overrides}
+        sizes = {name: values.pop(name) for name in inferred if name not in self.config.model_fields}
+        config = self._configure(weights.url, values, section)
+        with torch.device("meta"):  # for the shapes alone
+            module = self.build(config, **sizes)
+        found = {self._ours(name): tensor for name, tensor in weights.part(self.released).tensors.items()}
+        problems = list(self._problems(found, module.state_dict()))
+        if problems:
+            asked = [
+                f"{'' if name in sizes else section}{name}={overrides[name]}"
+                for name, told in inferred.items()
+                if identity(overrides.get(name, told)) != identity(told)
+            ]
+            demand = f"with {', '.join(asked)}: correct that or take another file" if asked else "by the other tensors"
+            count = f" (the first of {len(problems)} such tensors)" if len(problems) > 1 else ""
+            raise UserError(f"{weights.url}: {problems[0]} {demand}{count}")
+        # What is mapped from a file lives and dies with the file.
+        owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
+        module.load_state_dict(owned, assign=True)
+        return module
+
+    def state(self, module: ModuleT) -> dict[str, Tensor]:
+        """The tensors of a model by their released names."""
+        return {self._released(name): tensor for name, tensor in module.state_dict().items()}
+
+    def _configure(self, url: str, values: Mapping[str, Any], section: str) -> ConfigT:
+        try:
+            return self.config.model_validate(values)
+        except ValidationError as error:
+            reason = error.errors()[0]
+            if reason["type"] == "extra_forbidden":
+                known = ", ".join(self.config.model_fields)
+                raise UserError(f"{url}: no setting {section}{reason['loc'][0]}; there are {known}") from error
+            place = section + ".".join(map(str, reason["loc"])) + ": " if reason["loc"] else ""
+            raise UserError(f"{url}: {place}{reason['msg'].removeprefix('Value error, ')}") from error
+
+    def _ours(self, name: str) -> str:
+        return self.ours + name.removeprefix(self.released)
+
+    def _released(self, name: str) -> str:
+        return self.released + name.removeprefix(self.ours)
+
+    def _problems(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+        """One sentence for each tensor that is not as expected."""
+        for name, tensor in expected.items():
+            shape = list(tensor.shape)
+            if name not in found:
+                yield f"no tensor {self._released(name)}, expected {shape}"
+            elif list(found[name].shape) != shape:
+                yield f"{self._released(name)} is {list(found[name].shape)}, expected {shape}"
+            elif found[name].is_floating_point() != tensor.is_floating_point():
+                yield f"{self._released(name)} holds {found[name].dtype}, expected {tensor.dtype}"
+        for name in found:
+            if name not in expected:
+                yield f"{self._released(name)} is {list(found[name].shape)}, expected no such tensor"

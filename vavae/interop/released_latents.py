@@ -1,0 +1,169 @@
+"""Latents as the public extraction writes them, out of ours and into ours.
+
+A folder of `latents_rank{rr}_shard{sss}.safetensors`, each with one posterior sample per image (`latents`, float32
+[N, C, h, w]), one of its mirror image (`latents_flip`) and `labels` (int64 [N]); and `latents_stats.pt`, mean and
+standard deviation per channel (float32 [1, C, 1, 1]).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vavae.data.config import ShardsConfig
+from vavae.data.latents import (
+    MANIFEST,
+    STATISTICS,
+    LatentManifest,
+    LatentStatistics,
+    MappedLatents,
+    read_latent_manifest,
+    read_statistics,
+    write_latents,
+)
+from vavae.data.manifest import ShardInfo
+from vavae.errors import UserError
+from vavae.interop.checkpoint_file import read_weights
+from vavae.randomness import torch_generator
+from vavae.storage.storage import Storage, sha256_of
+
+_KIND = "file of released latents"
+_SHARD = re.compile(r"latents_rank\d+_shard\d+\.safetensors")
+_RELEASED_STATISTICS = "latents_stats.pt"
+_VIEWS = ("latents", "latents_flip")
+
+
+def export_released_latents(latents: Storage, split: str, target: Storage, seed: int) -> None:
+    """Write latents and their statistics in the public layout, a file per shard.
+
+    The noise of each sample is keyed by seed, view and index of the image, so equal calls write equal files.
+
+    Args:
+        latents: a folder of latent shards, with mirror images.
+        split: which images.
+        target: the folder to write.
+        seed: of the posterior samples.
+
+    Raises:
+        UserError: the latents are without mirror images, which the public data set draws from.
+    """
+    manifest = read_latent_manifest(latents)
+    if not manifest.flip:
+        raise UserError(f"{latents.url()}: no mirror images, which the public layout has; set latents.flip=true")
+    first = 0
+    for number, info in enumerate(manifest.splits[split]):
+        shard = MappedLatents(latents.local_file(f"{split}/{info.name}"), info.count, manifest.record_shape)
+        tensors = {name: _samples(shard.arrays, 2 * view, first, seed) for view, name in enumerate(_VIEWS)}
+        tensors["labels"] = torch.from_numpy(shard.labels)
+        metadata = {"total_size": str(info.count), "dtype": "torch.float32", "device": "cpu"}
+        with target.create(f"latents_rank00_shard{number:03d}.safetensors") as local:
+            save_file(tensors, local, metadata)
+        first += info.count
+    statistics = dict(zip(("mean", "std"), read_statistics(latents), strict=True))
+    with target.create(_RELEASED_STATISTICS) as local:
+        torch.save({name: values.float()[None, :, None, None] for name, values in statistics.items()}, local)
+
+
+def import_released_latents(
+    source: Storage,
+    target: Storage,
+    split: str,
+    tokenizer: str,
+    classes: Sequence[str],
+    shard_images: int = ShardsConfig.model_fields["shard_images"].default,
+) -> LatentManifest:
+    """Write latents of the public layout as latent shards, with their statistics.
+
+    A sample becomes a mean with deviation 0. Shards hold float16, so values are rounded by at most 2⁻¹¹ of themselves;
+    the statistics stay exact: those of the file where there is one, else computed from all samples before rounding.
+
+    Args:
+        source: a folder in the public layout.
+        target: the folder to write.
+        split: what the images are: `train` or `validation`.
+        tokenizer: digest of the tokenizer that made the latents.
+        classes: names of the classes; a label is an index into them.
+        shard_images: most images in a shard.
+
+    Raises:
+        UserError: no such files, damaged ones, or tensors of other names, shapes or values than expected.
+    """
+    shards: list[ShardInfo] = []
+    images, statistics = 0, None
+    for batch in _batches(source, len(classes), shard_images):
+        _, views, *shape = batch.views.shape
+        statistics = statistics or LatentStatistics(shape[0])
+        arrays = np.zeros((len(batch.labels), 2 * views, *shape), np.float16)  # mean and deviation of each view
+        arrays[:, ::2] = batch.views
+        name = f"{len(shards):06d}.tar"
+        with target.create(f"{split}/{name}") as local:
+            write_latents(local, arrays, batch.labels.tolist(), images)
+            info = ShardInfo(name=name, count=len(arrays), bytes=local.stat().st_size, sha256=sha256_of(local))
+        for view in range(views):
+            statistics.update(batch.views[:, view], np.zeros_like(batch.views[:, view]))
+        shards.append(info)
+        images += info.count
+    assert statistics is not None, "every file holds a batch"
+    manifest = LatentManifest(
+        tokenizer=tokenizer, shape=tuple(shape), flip=True, classes=tuple(classes), splits={split: tuple(shards)}
+    )
+    with target.create(STATISTICS) as local:
+        save_file(_statistics(source, statistics), local)
+    target.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+class _Batch(NamedTuple):
+    views: np.ndarray
+    """float32 [N, 2, C, h, w]: images and their mirror images."""
+    labels: np.ndarray
+    """int64 [N]."""
+
+
+def _batches(source: Storage, classes: int, size: int) -> Iterator[_Batch]:
+    """The samples of all files, in the order of their names, at most so many at a time and none across files."""
+    names = [name for name in source.list() if _SHARD.fullmatch(name)]
+    if not names:
+        raise UserError(f"{source.url()}: no latents_rank00_shard000.safetensors or the like there")
+    shape: tuple[int, ...] | None = None
+    for name in names:
+        file = read_weights(source.url(name))
+        count, *found = file.shape(_KIND, "latents", 4)
+        shape = shape or tuple(found)
+        views = [file.expect(_KIND, view, (count, *shape)) for view in _VIEWS]
+        labels = file.expect(_KIND, "labels", (count,))
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            batch = _Batch(torch.stack([view[part] for view in views], dim=1).numpy(), labels[part].numpy())
+            _check_values(file.url, batch, classes)
+            yield batch
+
+
+def _check_values(url: str, batch: _Batch, classes: int) -> None:
+    if batch.labels.min() < 0 or batch.labels.max() >= classes:
+        raise UserError(f"{url}: labels {batch.labels.min()} to {batch.labels.max()}, expected 0 to {classes - 1}")
+    if not np.abs(batch.views).max() <= np.finfo(np.float16).max:
+        raise UserError(f"{url}: latents as large as {np.abs(batch.views).max():g}, which float16 cannot hold")
+
+
+def _statistics(source: Storage, computed: LatentStatistics) -> dict[str, Tensor]:
+    """Mean and standard deviation, float64 [C]."""
+    if not source.is_file(_RELEASED_STATISTICS):
+        return {"mean": torch.from_numpy(computed.mean), "std": torch.from_numpy(computed.std)}
+    file = read_weights(source.url(_RELEASED_STATISTICS))
+    shape = (1, len(computed.sum), 1, 1)
+    return {name: file.expect(_KIND, name, shape).double().flatten() for name in ("mean", "std")}
+
+
+def _samples(arrays: np.ndarray, part: int, first: int, seed: int) -> Tensor:
+    """One posterior sample per image of a view, float32 [N, C, h, w]."""
+    noise = [
+        torch.randn(arrays.shape[2:], generator=torch_generator(seed, "released latents", part, index))
+        for index in range(first, first + len(arrays))
+    ]
+    mean, std = (torch.from_numpy(arrays[:, index].astype(np.float32)) for index in (part, part + 1))
+    return torch.addcmul(mean, std, torch.stack(noise))
