@@ -7,6 +7,7 @@ from vavae.backbones.config import BackboneConfig
 from vavae.backbones.weights import check_weights, timm_name
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.tokenizer.teacher import check_teacher
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
 
@@ -31,6 +32,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         run.storage.delete(".access")
     except OSError as error:
         raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
+    if "train_vavae" in jobs or "evaluate" in jobs:
+        check_teacher(config.teacher, (config.grid, config.grid))
     missing = []
     for section, backbone in _backbones(config, jobs).items():
         timm_name(backbone)  # a network that there is not is a mistake, not something to fetch

@@ -16,6 +16,7 @@ from vavae.losses.adversarial import PatchDiscriminator
 from vavae.tokenizer.autoencoder import VAVAE
 from vavae.tokenizer.config import TokenizerConfig
 from vavae.training.config import RunConfig
+from vavae.training.stages import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "imagenet").glob("*.yaml"))
@@ -138,7 +139,8 @@ STAGED = ["f16d32_dinov2_stages", *(name for name in LIGHTNINGDITS if name.start
 @pytest.mark.parametrize("name", STAGED)
 def test_the_released_tokenizer_has_three_stages(name):
     config = recipe(name)
-    stages = config.tokenizer_stages
+    training = config.train_vavae
+    stages = resolve(training.stages, config.losses, training.frozen, training.images)
     assert [stage.from_images for stage in stages] == [0, 100 * EPOCH, 115 * EPOCH]
     assert [stage.until_images for stage in stages] == [100 * EPOCH, 115 * EPOCH, 130 * EPOCH]
     aligned = [stage.losses.vision_foundation for stage in stages]
@@ -310,6 +312,13 @@ def test_without_weights_a_run_refuses_in_one_line_before_ray_starts(offline, ca
     assert re.fullmatch(r"error: teacher: the weights of vit_large\S+ .* download https://\S+ .*\n", error)
 
 
-def test_a_teacher_that_does_not_exist_is_an_error_even_when_planning(offline, capfd):
-    assert run(CONFIGS / "quickstart.yaml", "--dry-run", "teacher.name=vit_large_patch15") == 2
-    assert "vit_large_patch15" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("teacher.name=vit_large_patch15", "vit_large_patch15"),
+        ("teacher.stage_stride=5", "stage_stride is one of"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_an_error_even_when_planning(teacher, message, offline, capfd):
+    assert run(CONFIGS / "quickstart.yaml", "--dry-run", teacher) == 2
+    assert re.fullmatch(rf"error: .*{message}.*\n", capfd.readouterr().err)
