@@ -24,6 +24,7 @@ from vavae.distributed.engine import build_optimizer
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 _TAG = "engine"
+_ANY_NUMBER = 1 << 62
 
 
 class DeepSpeedEngine:
@@ -64,7 +65,18 @@ class DeepSpeedEngine:
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """See `Engine.forward`."""
+        if self._stage == 3:
+            self._allow_gradients_within()
         return self._engine(*inputs, **named)
+
+    def _allow_gradients_within(self) -> None:
+        """Let a graph be differentiated any number of times, as the adaptive weights do within the forward.
+
+        Stage 3 gathers a layer's weights again for as many passes back through it as it had forward passes. In all
+        further ones it would find them released.
+        """
+        for layer in self.module.modules():
+            layer.applied_pre_backward_ref_cnt = _ANY_NUMBER  # type: ignore[assignment]
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
