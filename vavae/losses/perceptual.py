@@ -40,8 +40,8 @@ def build_perceptual(config: PerceptualLossConfig, teacher_features: Features) -
 
 
 def squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Squared difference of two feature maps after each position is scaled to unit length: [B, C, H, W] -> same."""
-    return (_unit(first) - _unit(second)).square()
+    """Squared difference of two feature maps after each position is scaled to unit length: [B, C, H, W] -> float32."""
+    return (_unit(first.float()) - _unit(second.float())).square()
 
 
 def _unit(features: Tensor) -> Tensor:

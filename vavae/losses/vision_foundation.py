@@ -67,7 +67,8 @@ def _directions(features: Tensor) -> Tensor:
 
 def _row_excess(z_rows: Tensor, z: Tensor, f_rows: Tensor, f: Tensor, margin: float) -> Tensor:
     """What rows of the two matrices differ by beyond the margin, summed: [B, C, R] and [B, C, N] -> scalar."""
-    differences = z_rows.transpose(1, 2) @ z - f_rows.transpose(1, 2) @ f  # [B, R, N]
+    with torch.autocast(z.device.type, enabled=False):  # which would multiply in half precision
+        differences = z_rows.transpose(1, 2) @ z - f_rows.transpose(1, 2) @ f  # [B, R, N]
     return F.relu(differences.abs() - margin).sum()
 
 

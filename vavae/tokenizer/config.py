@@ -5,7 +5,7 @@ import difflib
 from pydantic import Field, field_validator, model_validator
 
 from vavae.backbones.config import EMBEDDED, BackboneConfig
-from vavae.config import Config
+from vavae.config import Config, runtime
 
 NORM_GROUPS = 32
 """Groups of every group normalisation (released code); they divide the channels of every level."""
@@ -49,6 +49,9 @@ class TokenizerConfig(Config):
 
     attention_levels: tuple[int, ...] = (4,)
     """Levels whose residual blocks are followed by self-attention, counted from the image inwards, from 0."""
+
+    checkpoint_activations: bool = runtime(False)
+    """Recompute each block of every level in each backward pass: less memory for more time."""
 
     @property
     def downsample(self) -> int:

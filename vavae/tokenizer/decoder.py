@@ -20,7 +20,13 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_dim, widths[-1], kernel_size=3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
-            Level(width_in, width, blocks=config.res_blocks + 1, attention=index in config.attention_levels)
+            Level(
+                width_in,
+                width,
+                blocks=config.res_blocks + 1,
+                attention=index in config.attention_levels,
+                recompute=config.checkpoint_activations,
+            )
             for index, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         for level, width in zip(self.up[1:], widths[1:], strict=True):

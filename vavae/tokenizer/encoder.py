@@ -18,7 +18,13 @@ class Encoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(3, config.channels, kernel_size=3, padding=1)
         self.down = nn.ModuleList(
-            Level(width_in, width, blocks=config.res_blocks, attention=index in config.attention_levels)
+            Level(
+                width_in,
+                width,
+                blocks=config.res_blocks,
+                attention=index in config.attention_levels,
+                recompute=config.checkpoint_activations,
+            )
             for index, (width_in, width) in enumerate(zip([config.channels, *widths[:-1]], widths, strict=True))
         )
         for level, width in zip(self.down[:-1], widths[:-1], strict=True):

@@ -3,8 +3,10 @@
 Shapes: B batch, C channels, H height, W width, N = H·W positions.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vavae.tokenizer.config import NORM_GROUPS
 
@@ -58,11 +60,13 @@ class AttentionBlock(nn.Module):
 class Level(nn.Module):
     """What happens at one resolution: residual blocks, each followed by attention or not, then a change of size.
 
-    A decoder applies the same parts in the same order; its change of size is an :class:`Upsample`.
+    A decoder applies the same parts in the same order; its change of size is an :class:`Upsample`. With `recompute`,
+    a graph through it keeps only what enters its blocks.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, blocks: int, attention: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, blocks: int, attention: bool, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute
         widths = [in_channels] + [out_channels] * (blocks - 1)
         self.block = nn.ModuleList(ResnetBlock(width, out_channels) for width in widths)
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in widths if attention)
@@ -70,13 +74,18 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H', W']."""
         for index, block in enumerate(self.block):
-            x = block(x)
+            x = self._run(block, x)
             if self.attn:
-                x = self.attn[index](x)
+                x = self._run(self.attn[index], x)
         for name in ("downsample", "upsample"):
             if hasattr(self, name):
                 x = getattr(self, name)(x)
         return x
+
+    def _run(self, part: nn.Module, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, x, use_reentrant=False, preserve_rng_state=False)
+        return part(x)
 
 
 class Middle(nn.Module):
