@@ -1,5 +1,6 @@
 """Both training steps at a size that takes milliseconds, on slices that are drawn instead of read."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ _RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_config(**training: Any) -> RunConfig:
-    """The configuration, with some fields of both trainings replaced."""
+def tiny_config(train_vavae: Mapping[str, Any] | None = None, **training: Any) -> RunConfig:
+    """The configuration, with some fields of both trainings replaced, and then some of the tokenizer's."""
     sections = {job: {**_RUN[job], **training} for job in JOBS}
+    sections["train_vavae"] |= train_vavae or {}
     return RunConfig.model_validate({**_RUN, **sections})
 
 
@@ -71,7 +73,7 @@ def build_step(job: Job, config: RunConfig, world: World) -> Step:
     """The step object of a training."""
     rounds = assign_lanes(LANES, world.rank, world.size)
     if job == "train_vavae":
-        return TokenizerStep(config, DrawnImages(), rounds, world)  # type: ignore[arg-type]
+        return TokenizerStep(config, config.tokenizer_stages()[0], None, DrawnImages(), rounds, world)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
     return DiffusionStep(config, model, DrawnLatents(), normalizer, rounds, world)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from vavae.training.initialise import initialised
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
 from vavae.training.session import LocalSession, Session
-from vavae.training.step import StepResult
+from vavae.training.step import StepMemory, StepResult
 
 ROUNDS = (Round(lane=0, weight=1.0),)
 FRESH = TrainState(images_seen=0, config="configuration", data="data")
@@ -35,6 +35,7 @@ class ToyStep:
         self.engines = {"toy": self.engine}
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
         self.rates: list[float] = []
+        self.remembered: StepMemory = {}
 
     def source(self) -> "ToyStep":
         """See `Step.source`."""
@@ -51,6 +52,14 @@ class ToyStep:
         norm = self.engine.update(learning_rate)
         return StepResult({"loss/total": loss.detach().double()}, {"gradient_norm/toy": norm})
 
+    def memory(self) -> StepMemory:
+        """See `Step.memory`."""
+        return self.remembered
+
+    def recall(self, memory: StepMemory) -> None:
+        """See `Step.recall`."""
+        self.remembered = memory
+
 
 def toy_checkpoints(storage: Storage, keep: int = 2, fresh: TrainState = FRESH) -> Checkpoints:
     """Checkpoints in a folder of the storage."""
@@ -62,11 +71,13 @@ def train_toy(
 ) -> TrainState:
     """The training loop on a toy step."""
     log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True)
+    training = TrainingConfig(batch_size=4, **config)
     return train(
         "toy",
         step or ToyStep(),
         ROUNDS,
-        TrainingConfig(batch_size=4, **config),
+        range(training.images),
+        training,
         0,
         toy_checkpoints(storage, keep),
         log,

@@ -63,6 +63,7 @@ class Checkpoints:
             if step.ema is not None:
                 step.ema.save(folder / _EMA)
             parts = self._world.gather(self._put(folder, name))
+        memories = self._world.gather(step.memory())
         if self._world.is_first:
             files = {path: info for part in parts for path, info in part.items()}
             record = Artefact(
@@ -72,7 +73,11 @@ class Checkpoints:
                 inputs={"data": state.data},
                 images_seen=state.images_seen,
                 files=files,
-                details={"state": state.model_dump(), "layout": _layout(step)},
+                details={
+                    "state": state.model_dump(),
+                    "layout": _layout(step),
+                    "memory": {lane: values for memory in memories for lane, values in memory.items()},
+                },
             )
             commit(self._storage, name, record)
             self._prune(name)
@@ -107,8 +112,18 @@ class Checkpoints:
             logger.warning("%s is not whole and is passed over", self._storage.url(name))
         return None
 
-    def restore(self, step: Step) -> TrainState:
+    def images_seen(self) -> int:
+        """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
+        found = self._world.broadcast(self.latest() if self._world.is_first else None)
+        return 0 if found is None else TrainState.model_validate(found[1].details["state"]).images_seen
+
+    def restore(self, step: Step, begin: int = 0) -> TrainState:
         """Load the newest checkpoint into the step; the fresh state where there is none. Every rank calls it.
+
+        Args:
+            step: what to load it into.
+            begin: images seen at which the step's stage begins. A checkpoint of that moment belongs to the stage
+                before: the step has its weights already, and other optimisers.
 
         Raises:
             UserError: it was made with another configuration or other data, or its files fit other engines or another
@@ -122,6 +137,8 @@ class Checkpoints:
         for what in ("config", "data"):
             if getattr(state, what) != getattr(self._fresh, what):
                 raise UserError(f"{url}: made with another {what}; give the run another name")
+        if state.images_seen == begin:
+            return state
         changed = differences(record.details["layout"], _layout(step))
         if changed:
             field, saved, now = changed[0]
@@ -133,6 +150,7 @@ class Checkpoints:
                 engine.load(folder / engine_name)
             if step.ema is not None:
                 step.ema.load(folder / _EMA)
+        step.recall(record.details["memory"])
         return state
 
     @contextmanager

@@ -89,6 +89,11 @@ class TokenizerTrainingConfig(TrainingConfig):
     stages: tuple[TokenizerStageConfig, ...] = ()
     """What changes in the course of the training; each stage begins with the weights of the last and fresh moments."""
 
+    @property
+    def of_discriminator(self) -> OptimizerConfig:
+        """The optimiser of the discriminator."""
+        return self.discriminator_optimizer or self.optimizer
+
     @model_validator(mode="after")
     def _stages_rise(self) -> Self:
         before = -1
@@ -144,11 +149,10 @@ class RunConfig(Config):
         """Height and width of a latent."""
         return self.shards.image_size // self.tokenizer.downsample
 
-    @property
-    def tokenizer_stages(self) -> list[TokenizerStage]:
-        """The stages of the tokenizer's training up to its budget, at least one."""
+    def tokenizer_stages(self, images: int = 0) -> list[TokenizerStage]:
+        """The stages of the tokenizer's training, at least one, up to its budget or to more images than that."""
         training = self.train_vavae
-        return resolve(training.stages, self.losses, training.frozen, training.images)
+        return resolve(training.stages, self.losses, training.frozen, max(training.images, images))
 
     @property
     def adversarial(self) -> bool:
@@ -158,7 +162,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _stages_can_learn(self) -> Self:
-        for stage in resolve(self.train_vavae.stages, self.losses, self.train_vavae.frozen, sys.maxsize):
+        for stage in self.tokenizer_stages(sys.maxsize):
             for part, term in (("encoder", "vision_foundation"), ("decoder", "adversarial")):
                 if part in stage.frozen and getattr(stage.losses, term).weight > 0:
                     raise ValueError(
@@ -174,6 +178,12 @@ class RunConfig(Config):
         factor, size, lanes = self.tokenizer.downsample, self.shards.image_size, self.stream.lanes
         if size % factor:
             raise ValueError(f"shards.image_size={size} is no multiple of {factor}, the tokenizer's downsampling")
+        channels = self.guidance.channels
+        if channels is not None and channels > self.tokenizer.latent_dim:
+            raise ValueError(
+                f"guidance.channels={channels} exceeds tokenizer.latent_dim={self.tokenizer.latent_dim}: "
+                "lower it, or null guides all"
+            )
         if self.grid % self.lightningdit.patch_size:
             raise ValueError(
                 f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the "

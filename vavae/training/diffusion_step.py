@@ -21,7 +21,7 @@ from vavae.tokenizer.normalizer import LatentNormalizer
 from vavae.training.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
-from vavae.training.step import StepResult, TermSum
+from vavae.training.step import StepMemory, StepResult, TermSum
 
 
 class _Inputs(NamedTuple):
@@ -116,6 +116,14 @@ class DiffusionStep:
         names = [f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}" for low in range(TIMESTEP_BINS)]
         ratios = dict(zip(names, zip(*bins, strict=True), strict=True))
         return StepResult(terms.terms, norms, ratios)
+
+    def memory(self) -> StepMemory:
+        """See `Step.memory`: a LightningDiT remembers nothing."""
+        return {}
+
+    def recall(self, memory: StepMemory) -> None:
+        """See `Step.recall`."""
+        assert not memory, "a checkpoint of another training"
 
     def _draw(self, item: LatentSlice, images_seen: int) -> _Inputs:
         """Everything random about a slice: latents from their posteriors, noise, timesteps, dropped labels."""

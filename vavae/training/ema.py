@@ -1,5 +1,6 @@
 """Exponential moving average of weights, in fp32."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -44,6 +45,12 @@ class ExponentialMovingAverage:
     def weights(self) -> dict[str, Tensor]:
         """The averaged state dict, whole, on the CPU; entries that have no average are as they are. On every rank."""
         return whole({**self._engine.fragments(), **self.fragments}, self._world)
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from an average that `weights` has told, strictly."""
+        for name, (offset, values, shape) in self.fragments.items():
+            assert weights[name].shape == shape, f"{name}: the average of another module"
+            values.copy_(weights[name].flatten()[offset : offset + len(values)])
 
     def save(self, folder: Path) -> None:
         """Write this rank's part into a folder. Called on every rank."""

@@ -41,21 +41,30 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(run.storage.child(folder), manifest, SPLIT, order, size, config.stream, config.seed)
-    step = TokenizerStep(config, stream, _rounds(run, world), world)
-    state = _train(run, "train_vavae", step, config.train_vavae, session, world)
-    if state.images_seen >= config.train_vavae.images:
-        whole = _trained(step, "generator")
-        description = TokenizerDescription(
-            tokenizer=config.tokenizer,
-            teacher=config.teacher,
-            vision_foundation=config.losses.vision_foundation,
-            feature_dim=step.teacher.feature_dim,
+    checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, world)
+    seen, start = checkpoints.images_seen(), None
+    for stage in config.tokenizer_stages(seen):
+        if stage.until_images < seen:
+            continue
+        if start is not None and world.any(session.stop_requested()):
+            return
+        step = TokenizerStep(config, stage, start, stream, _rounds(run, world), world)
+        state = _train(
+            run, "train_vavae", step, range(stage.from_images, stage.until_images), checkpoints, session, world
         )
-        weights = {
-            WEIGHTS: below("autoencoder.", whole),
-            ALIGNMENT: below("alignment.", whole),
-        }
-        _export(run, "train_vavae", description, weights, state, world)
+        if state.images_seen < stage.until_images:
+            return
+        start = step.weights()
+    assert start is not None, "a budget has at least one stage"
+    description = TokenizerDescription(
+        tokenizer=config.tokenizer,
+        teacher=config.teacher,
+        vision_foundation=config.losses.vision_foundation,
+        feature_dim=step.teacher.feature_dim,
+    )
+    whole = start.engines["generator"] if start.average is None else start.average
+    weights = {WEIGHTS: below("autoencoder.", whole), ALIGNMENT: below("alignment.", whole)}
+    _export(run, "train_vavae", description, weights, state, world)
 
 
 def train_lightningdit(run: Run, session: Session, world: World) -> None:
@@ -74,13 +83,16 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     size = config.train_lightningdit.batch_size // config.stream.lanes
     stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
     step = DiffusionStep(config, model, stream, normalizer, _rounds(run, world), world)
-    state = _train(run, "train_lightningdit", step, config.train_lightningdit, session, world)
-    if state.images_seen >= config.train_lightningdit.images:
-        description = LightningDiTDescription(
-            lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
-        )
-        weights = {WEIGHTS: below("model.", _trained(step, "lightningdit"))}
-        _export(run, "train_lightningdit", description, weights, state, world)
+    training = config.train_lightningdit
+    checkpoints = _checkpoints(run, "train_lightningdit", training, world)
+    state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world)
+    if state.images_seen < training.images:
+        return
+    description = LightningDiTDescription(
+        lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
+    )
+    whole = step.engines["lightningdit"].weights() if step.ema is None else step.ema.weights()
+    _export(run, "train_lightningdit", description, {WEIGHTS: below("model.", whole)}, state, world)
 
 
 TRAININGS: dict[Job, Callable[[Run, Session, World], None]] = {
@@ -94,23 +106,28 @@ def _rounds(run: Run, world: World) -> Sequence[Round]:
     return assign_lanes(run.config.stream.lanes, world.rank, world.size)
 
 
-def _train(run: Run, job: Job, step: Step, config: TrainingConfig, session: Session, world: World) -> TrainState:
-    """Run the loop on the run's storage; the state at its end."""
-    folder = run.training_prefix(job)
+def _checkpoints(run: Run, job: Job, config: TrainingConfig, world: World) -> Checkpoints:
+    """The checkpoints of a training, which is claimed for this configuration."""
     if world.is_first:
         run.claim(job)
     fresh = TrainState(images_seen=0, config=digest(run.identity(job)), data=digest(run.inputs(job)))
-    checkpoints = Checkpoints(run.storage.child(f"{folder}/checkpoints"), fresh, config.keep_checkpoints, world)
+    storage = run.storage.child(f"{run.training_prefix(job)}/checkpoints")
+    return Checkpoints(storage, fresh, config.keep_checkpoints, world)
+
+
+def _train(
+    run: Run, job: Job, step: Step, span: range, checkpoints: Checkpoints, session: Session, world: World
+) -> TrainState:
+    """Run the loop on the run's storage; the state at its end."""
     log = MetricsLog(
-        job, run.storage.child(f"{folder}/log"), run.storage.child(f"tensorboard/{job}"), active=world.is_first
+        job,
+        run.storage.child(f"{run.training_prefix(job)}/log"),
+        run.storage.child(f"tensorboard/{job}"),
+        active=world.is_first,
     )
-    rounds = _rounds(run, world)
-    return train(job, step, rounds, config, run.config.stream.workers, checkpoints, log, session, world)
-
-
-def _trained(step: Step, engine: str) -> dict[str, Tensor]:
-    """The weights to export: averaged, if the step keeps an average. Every rank calls it."""
-    return step.engines[engine].weights() if step.ema is None else step.ema.weights()
+    config: TrainingConfig = getattr(run.config, job)
+    workers = run.config.stream.workers
+    return train(job, step, _rounds(run, world), span, config, workers, checkpoints, log, session, world)
 
 
 def _export(

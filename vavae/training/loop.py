@@ -27,6 +27,7 @@ def train(
     stage: str,
     step: Step,
     rounds: Sequence[Round],
+    span: range,
     config: TrainingConfig,
     loader_workers: int,
     checkpoints: Checkpoints,
@@ -34,7 +35,7 @@ def train(
     session: Session,
     world: World,
 ) -> TrainState:
-    """Train until the budget of images is reached or the session asks to stop; returns the state at the end.
+    """Train until enough images are seen or the session asks to stop; returns the state at the end.
 
     Starts from the newest checkpoint where there is one and leaves one behind. Every rank calls it.
 
@@ -42,7 +43,8 @@ def train(
         stage: name of the job, for logs.
         step: the model, its data and its losses.
         rounds: this rank's share of every step.
-        config: budget, batch, schedule, intervals.
+        span: images seen at which to begin, with the weights that the step has got, and at which to end.
+        config: batch, schedule, intervals, and the budget to be shown.
         loader_workers: processes that read ahead.
         checkpoints: where state is kept.
         log: rows of metrics.
@@ -52,8 +54,8 @@ def train(
     Raises:
         NonFiniteError: a gradient was infinite or not a number; every rank raises it, and nothing is saved.
     """
-    state = checkpoints.restore(step)
-    if state.images_seen >= config.images:
+    state = checkpoints.restore(step, span.start)
+    if state.images_seen >= span.stop:
         return state
     log.rewind(state.images_seen)
     stream = load_slices(
@@ -75,7 +77,7 @@ def train(
         before, state = state.images_seen, state.advanced(config.batch_size)
         meter.add(result, config.batch_size)
 
-        done = state.images_seen >= config.images
+        done = state.images_seen >= span.stop
         stop = world.any(session.stop_requested()) or done
         save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
         if save or _crosses(before, state.images_seen, config.log_images):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -24,6 +24,19 @@ class StepResult:
     """Sums and counts of this rank, whose quotient after summing over ranks and steps is a mean."""
 
 
+class StepWeights(NamedTuple):
+    """The weights of a step, whole and on the CPU."""
+
+    engines: Mapping[str, Mapping[str, Tensor]]
+    """State dicts by the names of the engines."""
+    average: Mapping[str, Tensor] | None
+    """Of the averaged one, if it is averaged."""
+
+
+StepMemory = Mapping[str, Sequence[float | None]]
+"""What a step remembers besides its weights: by lane."""
+
+
 class Step(Protocol):
     """One kind of training: its weights, its data and its arithmetic."""
 
@@ -40,6 +53,12 @@ class Step(Protocol):
 
     def run(self, slices: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
         """Forward and backward for every slice of this rank, then one update of the weights."""
+
+    def memory(self) -> StepMemory:
+        """What a checkpoint has to hold besides weights and optimisers, for the lanes of this rank."""
+
+    def recall(self, memory: StepMemory) -> None:
+        """Restore what all ranks remembered."""
 
 
 class TermSum:

@@ -1,7 +1,8 @@
 """One optimiser step of the VA-VAE and its discriminator."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from vavae.data.order import Round
 from vavae.data.pixels import to_float
 from vavae.data.stream import ImageSlice, ImageStream
+from vavae.distributed.batch_norm import synchronised
+from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine, build_engine
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import TokenizerLossConfig
 from vavae.losses.perceptual import Perceptual, build_perceptual
-from vavae.losses.tokenizer import LastLayers, TokenizerOutputs, tokenizer_objective
+from vavae.losses.tokenizer import UNMEASURED, AdaptiveWeights, LastLayers, TokenizerOutputs, tokenizer_objective
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.randomness import torch_generator
 from vavae.tokenizer.autoencoder import VAVAE
@@ -23,10 +26,24 @@ from vavae.tokenizer.teacher import VisionFoundationTeacher
 from vavae.training.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
-from vavae.training.step import StepResult, TermSum
+from vavae.training.stages import Part, TokenizerStage
+from vavae.training.step import StepMemory, StepResult, StepWeights, TermSum
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
+
+
+class TokenizerLosses(NamedTuple):
+    """What comes out of a slice."""
+
+    objective: Tensor
+    """The scalar to differentiate."""
+    reconstruction: Tensor
+    """[S, 3, H, W], detached."""
+    terms: dict[str, Tensor]
+    """Detached scalars by name."""
+    adaptive: AdaptiveWeights
+    """The adaptive weights that were used."""
 
 
 class TokenizerModel(nn.Module):
@@ -48,7 +65,8 @@ class TokenizerModel(nn.Module):
         teacher: Teacher | None,
         perceptual: Perceptual | None,
         discriminator: Discriminator | None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        known: AdaptiveWeights,
+    ) -> TokenizerLosses:
         """The losses of one slice.
 
         Args:
@@ -57,9 +75,7 @@ class TokenizerModel(nn.Module):
             teacher: images → features [S, C_f, h, w]; None where the vision-foundation loss is off.
             perceptual: distance of two batches of images; None where it is off.
             discriminator: frozen, images → logits; None before its start.
-
-        Returns:
-            The scalar to differentiate, the detached reconstruction [S, 3, H, W], and detached terms by name.
+            known: adaptive weights that need not be measured.
         """
         posterior = self.autoencoder.encode(images)
         z = posterior.at(noise)
@@ -71,8 +87,18 @@ class TokenizerModel(nn.Module):
             LastLayers(self.autoencoder.encoder.conv_out.weight, self.autoencoder.decoder.conv_out.weight),
             perceptual,
             discriminator,
+            known,
         )
-        return objective.objective, reconstruction.detach(), objective.terms
+        return TokenizerLosses(objective.objective, reconstruction.detach(), objective.terms, objective.adaptive)
+
+    def parts(self) -> dict[Part, tuple[nn.Module, ...]]:
+        """The modules of what a stage can freeze."""
+        autoencoder = self.autoencoder
+        return {
+            "encoder": (autoencoder.encoder, autoencoder.quant_conv),
+            "decoder": (autoencoder.decoder, autoencoder.post_quant_conv),
+            "projection": (self.alignment.projection,),
+        }
 
 
 class TokenizerStep:
@@ -80,37 +106,59 @@ class TokenizerStep:
 
     Args:
         config: the run.
+        stage: losses and frozen parts.
+        start: weights to begin with instead of random ones; of a former stage, or of another training.
         stream: slices of images.
         rounds: this rank's share of a step.
         world: the ranks.
     """
 
-    def __init__(self, config: RunConfig, stream: ImageStream, rounds: Sequence[Round], world: World) -> None:
-        training, losses = config.train_vavae, config.losses
-        self._config, self._stream, self._rounds, self._world = config, stream, rounds, world
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: TokenizerStage,
+        start: StepWeights | None,
+        stream: ImageStream,
+        rounds: Sequence[Round],
+        world: World,
+    ) -> None:
+        training, losses = config.train_vavae, stage.losses
+        self._config, self._losses, self._stream, self._rounds, self._world = config, losses, stream, rounds, world
+        self._measured: dict[int, AdaptiveWeights] = {}
         self.teacher = VisionFoundationTeacher(config.teacher).to(world.device)
         self._perceptual = build_perceptual(losses.perceptual, self.teacher.early_features)
         if self._perceptual is not None:
             self._perceptual.to(world.device)
         self.model = initialised(
             config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
-        ).to(world.device)
-        self._generator = self._engine(self.model)
+        )
+        for part in stage.frozen:
+            for module in self.model.parts()[part]:
+                module.requires_grad_(False)
+        self._generator = self._engine("generator", self.model, training.optimizer, start)
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
-        if losses.adversarial.weight > 0:
-            objective = initialised(config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial))
-            self._adversary = self._engine(objective.to(world.device))
+        if config.adversarial:
+            objective: nn.Module = initialised(
+                config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial)
+            )
+            if losses.adversarial.norm == "sync_batch":
+                objective = synchronised(objective, world)
+            self._adversary = self._engine("discriminator", objective, training.of_discriminator, start)
             self.engines["discriminator"] = self._adversary
         decay = training.ema_decay
         self.ema = ExponentialMovingAverage(self._generator, decay, world) if decay else None
+        if self.ema is not None and start is not None and start.average is not None:
+            self.ema.take(start.average)
 
-    def _engine(self, module: nn.Module) -> Engine:
+    def _engine(self, name: str, module: nn.Module, optimizer: OptimizerConfig, start: StepWeights | None) -> Engine:
         training = self._config.train_vavae
         slice_size = training.batch_size // self._config.stream.lanes
+        if start is not None and name in start.engines:
+            module.load_state_dict(start.engines[name])
         return build_engine(
-            module,
-            training.optimizer,
+            module.to(self._world.device),
+            optimizer,
             training.engine,
             training.precision,
             self._world,
@@ -124,16 +172,17 @@ class TokenizerStep:
 
     def run(self, slices: Sequence[ImageSlice], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
-        started = images_seen >= self._config.losses.adversarial.start_images
+        adversarial = self._losses.adversarial
+        started = adversarial.weight > 0 and images_seen >= adversarial.start_images
         adversary = self._adversary if started else None
         terms = TermSum(self._rounds, self._world.size)
         pairs = []
         for turn, item in zip(self._rounds, slices, strict=True):
             images = to_float(item.images.to(self._world.device, non_blocking=True))
-            loss, reconstruction, values = self._generate(images, item, adversary)
-            self._generator.backward(loss * turn.weight)
-            terms.add(turn, {_log_name(name): value for name, value in values.items()})
-            pairs.append((turn, images, reconstruction))
+            losses = self._generate(images, item, adversary)
+            self._generator.backward(losses.objective * turn.weight)
+            terms.add(turn, {_log_name(name): value for name, value in losses.terms.items()})
+            pairs.append((turn, images, losses.reconstruction))
         norms = {"gradient_norm/generator": self._generator.update(learning_rate)}
         if adversary is not None:
             for turn, images, reconstruction in pairs:
@@ -141,27 +190,53 @@ class TokenizerStep:
                 adversary.backward(judged.objective * turn.weight)
                 judgement = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
                 terms.add(turn, {_log_name(name): value for name, value in judgement.items()})
-            norms["gradient_norm/discriminator"] = adversary.update(learning_rate)
+            training = self._config.train_vavae
+            ratio = training.of_discriminator.learning_rate / training.optimizer.learning_rate
+            norms["gradient_norm/discriminator"] = adversary.update(learning_rate * ratio)
         return StepResult(terms.terms, norms)
 
-    def _generate(
-        self, images: Tensor, item: ImageSlice, adversary: Engine | None
-    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    def _generate(self, images: Tensor, item: ImageSlice, adversary: Engine | None) -> TokenizerLosses:
         """Forward of one slice through the generator and everything that judges it."""
         config = self._config
         shape = (len(images), config.tokenizer.latent_dim, config.grid, config.grid)
         generator = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
         noise = torch.randn(shape, generator=generator, device=self._world.device)
-        wanted = config.losses.vision_foundation.weight > 0
+        wanted = self._losses.vision_foundation.weight > 0
         teacher = partial(self.teacher, grid=(config.grid, config.grid)) if wanted else None
-        if adversary is None:
-            return self._generator.forward(images, noise, teacher, self._perceptual, None)
+        measures = item.step % self._losses.adaptive.every == 0
+        known = UNMEASURED if measures else self._measured.get(item.lane, UNMEASURED)
         # The module itself, not the engine: a generator's gradient must not pass the discriminator's hooks.
-        judge = adversary.module.discriminator
-        judge.requires_grad_(False)
-        result = self._generator.forward(images, noise, teacher, self._perceptual, judge)
-        judge.requires_grad_(True)
-        return result
+        judge = None if adversary is None else adversary.module.discriminator
+        if judge is not None:
+            judge.requires_grad_(False)
+        losses: TokenizerLosses = self._generator.forward(images, noise, teacher, self._perceptual, judge, known)
+        if judge is not None:
+            judge.requires_grad_(True)
+        self._measured[item.lane] = losses.adaptive
+        return losses
+
+    def weights(self) -> StepWeights:
+        """All that another stage begins with. Every rank calls it."""
+        engines = {name: engine.weights() for name, engine in self.engines.items()}
+        return StepWeights(engines, None if self.ema is None else self.ema.weights())
+
+    def memory(self) -> StepMemory:
+        """See `Step.memory`: the adaptive weights by lane, where they are kept for longer than a step."""
+        if self._losses.adaptive.every == 1:
+            return {}
+        return {
+            str(lane): [None if weight is None else weight.item() for weight in weights]
+            for lane, weights in self._measured.items()
+        }
+
+    def recall(self, memory: StepMemory) -> None:
+        """See `Step.recall`."""
+        self._measured = {
+            int(lane): AdaptiveWeights(
+                *(None if weight is None else torch.tensor(weight, device=self._world.device) for weight in weights)
+            )
+            for lane, weights in memory.items()
+        }
 
 
 def _log_name(term: str) -> str:
