@@ -78,8 +78,8 @@ def import_released_latents(
 ) -> LatentManifest:
     """Write latents of the public layout as latent shards, with their statistics.
 
-    A sample becomes a mean with deviation 0. Shards hold float16, so values are rounded by at most 2⁻¹¹ of themselves;
-    the statistics stay exact: those of the file where there is one, else computed from all samples before rounding.
+    A sample becomes a mean with deviation 0. Shards hold float16, so a value is rounded by at most 2⁻¹¹ of itself (2⁻²⁵
+    below 2⁻¹⁴); the statistics stay exact: those of the file where there is one, else of all samples before rounding.
 
     Args:
         source: a folder in the public layout.
