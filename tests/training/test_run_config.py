@@ -34,7 +34,7 @@ def path(tmp_path):
             ["shards.image_size=30"],
             r"^\S*run.yaml: shards.image_size=30 is no multiple of 4, the tokenizer's downsampling",
         ),
-        (["guidance.channels=5"], r"guidance.channels=5 exceeds tokenizer.latent_dim=4: lower it"),
+        (["guidance.channels=33"], r"guidance.channels=33 exceeds tokenizer.latent_dim=32: lower it"),
         (["lightningdit.patch_size=3"], r"lightningdit.patch_size=3 does not divide the 8 x 8 latent"),
         (["train_vavae.batch_size=62"], r"train_vavae.batch_size=62 is no multiple of stream.lanes=4"),
         (["train_lightningdit.batch_size=6"], r"train_lightningdit.batch_size=6 is no multiple of stream.lanes=4"),
