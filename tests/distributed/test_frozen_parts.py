@@ -33,7 +33,7 @@ def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tens
     slices, start, seen = load_slices(DrawnImages(), rounds, 0, workers=0), None, []  # type: ignore[type-var]
     for stage in config.tokenizer_stages():
         step = TokenizerStep(config, stage, start, DrawnImages(), rounds, world)  # type: ignore[arg-type]
-        step.run(next(slices), stage.from_images, 1e-2)
+        step.run(next(slices), stage.from_images, 1e-3)
         assert step.ema is not None
         step.ema.update()
         start = step.weights()
