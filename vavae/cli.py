@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vavae.config.command import run_command
 from vavae.config.load import load
+from vavae.errors import UserError
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
 
@@ -23,10 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train one model in this process, or under torchrun in several")
     train.add_argument("model", choices=list(_MODELS))
     train.set_defaults(act=_train)
-    for command in (status, train):
+    bring = commands.add_parser("import", help="make released weights a run's own, as if they had been trained there")
+    bring.set_defaults(act=_exchange, verb="import", format="released")
+    give = commands.add_parser("export", help="write the weights of a run as a released checkpoint")
+    give.add_argument("--format", choices=("released", "diffusers"), default="released", help="default: %(default)s")
+    give.set_defaults(act=_exchange, verb="export")
+    for command in (bring, give):
+        command.add_argument("model", choices=("tokenizer", "lightningdit"))
+        command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for diffusers")
+    for command in (status, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
-    arguments = parser.parse_args(argv)
+    # argparse closes the list of overrides at the first option; those that stand after one are left over.
+    arguments, overrides = parser.parse_known_args(argv)
+    if any(override.startswith("-") for override in overrides):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    arguments.overrides += overrides
     return run_command(lambda: arguments.act(arguments))
 
 
@@ -50,6 +63,25 @@ def _train(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(run.config.workers.threads)
     with process_group(run.config.workers.use_gpu):
         TRAININGS[_MODELS[arguments.model]](run, LocalSession(), World.current(run.config.workers.use_gpu))
+    return 0
+
+
+def _exchange(arguments: argparse.Namespace) -> int:
+    from vavae.training import exchange
+
+    run = Run(load(RunConfig, arguments.config, arguments.overrides))
+    acts = {
+        ("import", "tokenizer", "released"): exchange.import_tokenizer,
+        ("import", "lightningdit", "released"): exchange.import_lightningdit,
+        ("export", "tokenizer", "released"): exchange.export_tokenizer,
+        ("export", "tokenizer", "diffusers"): exchange.export_diffusers_tokenizer,
+        ("export", "lightningdit", "released"): exchange.export_lightningdit,
+    }
+    act = acts.get((arguments.verb, arguments.model, arguments.format))
+    if act is None:
+        raise UserError(f"--format {arguments.format}: there is no {arguments.model} in that format, only a tokenizer")
+    act(run, arguments.file)
+    print(f"{arguments.verb}ed the {arguments.model} of {run.storage.url()}: {arguments.file}")
     return 0
 
 

@@ -26,8 +26,8 @@ class Reconstruction(NamedTuple):
     ssim: float
     frechet_distance: float
     """Between originals and reconstructions."""
-    alignment: float
-    """Mean cosine of projected latents and teacher features over images and positions."""
+    alignment: float | None
+    """Mean cosine of projected latents and teacher features over images and positions; none without a projection."""
     features: FeatureStatistics
     """Of the originals."""
     pairs: tuple[Tensor, Tensor]
@@ -38,8 +38,8 @@ class Reconstruction(NamedTuple):
 def measure_reconstruction(
     batches: Iterator[LabelledImages],
     tokenizer: VAVAE,
-    alignment: VisionFoundationLoss,
-    teacher: VisionFoundationTeacher,
+    alignment: VisionFoundationLoss | None,
+    teacher: VisionFoundationTeacher | None,
     extractor: FeatureExtractor,
     seed: int,
     pictures: int,
@@ -50,8 +50,8 @@ def measure_reconstruction(
     Args:
         batches: held-out images.
         tokenizer: the autoencoder.
-        alignment: its projection.
-        teacher: what it was aligned with.
+        alignment: its projection; none leaves that measure out.
+        teacher: what it was aligned with, if it was.
         extractor: of the Fréchet distance.
         seed: keys the posterior noise, together with the index of the image.
         pictures: pairs to keep.
@@ -68,8 +68,9 @@ def measure_reconstruction(
         restored = to_uint8(tokenizer.decode(z))
         psnrs.append(psnr(restored, batch.images))
         ssims.append(ssim(restored, batch.images))
-        features = teacher(pixels, (z.shape[2], z.shape[3]))
-        cosines.append(alignment(z, features).alignment.expand(len(z)))
+        if alignment is not None and teacher is not None:
+            features = teacher(pixels, (z.shape[2], z.shape[3]))
+            cosines.append(alignment(z, features).alignment.expand(len(z)))
         originals.update(extractor(batch.images))
         reconstructions.update(extractor(restored))
         if done < pictures:
@@ -82,7 +83,7 @@ def measure_reconstruction(
         psnr=torch.cat(psnrs).mean().item(),
         ssim=torch.cat(ssims).mean().item(),
         frechet_distance=frechet_distance(originals, reconstructions),
-        alignment=torch.cat(cosines).mean().item(),
+        alignment=torch.cat(cosines).mean().item() if cosines else None,
         features=originals,
         pairs=(shown[0], shown[1]),
     )

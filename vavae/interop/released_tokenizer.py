@@ -18,8 +18,8 @@ from vavae.tokenizer.autoencoder import VAVAE
 from vavae.tokenizer.config import TokenizerConfig
 
 _ALIGNMENT, _DISCRIMINATOR = "linear_proj.", "loss.discriminator."
-_BESIDE = (_ALIGNMENT, "loss.", "foundation_model.")
-"""What a checkpoint of training holds beside the autoencoder."""
+_BESIDE = (_ALIGNMENT, "loss.", "foundation_model.", "model_ema.")
+"""What checkpoints of training hold beside the autoencoder; those of SD-VAE have the last."""
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from vavae.training.config import RunConfig
 def reconstruction_metrics(measured: Reconstruction, extractor: FeatureExtractor, config: RunConfig) -> list[Metric]:
     """Of the tokenizer on held-out images."""
     images = f"{measured.images:,} held-out images, one posterior sample each"
-    return [
+    metrics = [
         Metric("psnr", measured.psnr, "dB", images, "higher"),
         Metric("ssim", measured.ssim, "", images, "higher"),
         Metric(
@@ -21,14 +21,11 @@ def reconstruction_metrics(measured: Reconstruction, extractor: FeatureExtractor
             f"{images}; {_extraction(extractor, measured.images)}",
             "lower",
         ),
-        Metric(
-            "alignment_cosine",
-            measured.alignment,
-            "",
-            f"{images}; projected latents against features of {config.teacher.name}",
-            "higher",
-        ),
     ]
+    if measured.alignment is not None:
+        protocol = f"{images}; projected latents against features of {config.teacher.name}"
+        metrics.append(Metric("alignment_cosine", measured.alignment, "", protocol, "higher"))
+    return metrics
 
 
 def distance_metric(

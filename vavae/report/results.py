@@ -13,7 +13,7 @@ from vavae.data.manifest import Manifest, read_manifest
 from vavae.data.passes import gather, read_images
 from vavae.evaluation.generation import judge, measure_distance
 from vavae.evaluation.reconstruction import Reconstruction, measure_reconstruction
-from vavae.interop.export import load_alignment, load_tokenizer
+from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.metrics.features import FeatureExtractor
 from vavae.report.curves import training_curves
 from vavae.report.grid import image_grid, pair_grid, png_bytes
@@ -107,11 +107,12 @@ def _reconstruct(
 ) -> Reconstruction:
     config, export = run.config.evaluate, run.storage.child(run.prefix("train_vavae"))
     tokenizer, description = load_tokenizer(export)
+    aligned = ALIGNMENT in run.require("train_vavae").files  # an imported tokenizer may never have been
     return measure_reconstruction(
         _images(run, manifest, "validation", config.images),
         tokenizer,
-        load_alignment(export),
-        VisionFoundationTeacher(description.teacher),
+        load_alignment(export) if aligned else None,
+        VisionFoundationTeacher(description.teacher) if aligned else None,
         extractor,
         run.config.seed,
         config.pictures,

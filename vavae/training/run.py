@@ -56,6 +56,9 @@ STAGES: dict[Job, Stage] = {
 
 TRAININGS: tuple[Job, ...] = ("train_vavae", "train_lightningdit")
 
+IMPORTED = "imported"
+"""Among the details of a record: name of the file from which the weights were imported, in place of a training."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -167,14 +170,21 @@ class Run:
         record = self.artefact(job)
         if record is None:
             return Plan(stage, False, "not there yet")
-        if record.config != self._configuration(job):
-            return Plan(stage, False, "made with another configuration")
-        if record.inputs != self.inputs(job):
-            return Plan(stage, False, "made from other inputs")
+        differs = self._differs(job, record)
+        if differs and IMPORTED in record.details:
+            raise UserError(f"{self.storage.url()}: the {stage.makes} was imported {differs}; import it again")
+        if differs:
+            return Plan(stage, False, f"made {differs}")
         budget = self.budget(job)
-        if budget is not None and (record.images_seen or 0) < budget:
+        if budget is not None and IMPORTED not in record.details and (record.images_seen or 0) < budget:
             return Plan(stage, False, f"{record.images_seen:,} of {budget:,} images seen")
         return Plan(stage, True, record.digest[:12])
+
+    def _differs(self, job: Job, record: Artefact) -> str:
+        """What an artefact was made with or from that is not so now; empty where all is the same."""
+        if record.config != self._configuration(job):
+            return "with another configuration"
+        return "from other inputs" if record.inputs != self.inputs(job) else ""
 
     def _configuration(self, job: Job) -> str:
         """The digest that the record of an artefact must name as its configuration."""
@@ -189,9 +199,15 @@ class Run:
         """Note under which configuration a training starts, before it has anything to show.
 
         Raises:
-            UserError: it was started under another one.
+            UserError: it was started under another one, or its weights were imported.
         """
         self._check_claim(job)
+        record = self.artefact(job)
+        if record is not None and IMPORTED in record.details:
+            raise UserError(
+                f"{self.storage.url()}: the {STAGES[job].makes} is imported from {record.details[IMPORTED]}; "
+                "give the run another name to train one"
+            )
         self.storage.write_json(self._claim_path(job), self.identity(job))
 
     def _check_claim(self, job: Job) -> None:
