@@ -30,7 +30,7 @@ from vavae.data.stream import SliceKey
 from vavae.data.tar import write_tar
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
-from vavae.storage.storage import Storage
+from vavae.storage.storage import Storage, sha256_of
 
 SHAPE, COUNTS, SEED = (3, 2, 5), (7, 6), 4
 
@@ -149,7 +149,9 @@ def write_set(storage, flip):
     for number, count in enumerate(COUNTS):
         with storage.create(f"train/{number:06d}.tar") as path:
             write_latents(path, arrays_of(count, 1 + flip), labels_of(count), first_index=0)
-            infos.append(ShardInfo(name=f"{number:06d}.tar", count=count, bytes=path.stat().st_size, sha256=""))
+            infos.append(
+                ShardInfo(name=f"{number:06d}.tar", count=count, bytes=path.stat().st_size, sha256=sha256_of(path))
+            )
     return LatentManifest(tokenizer="t", shape=SHAPE, flip=flip, classes=("a",) * 1000, splits={"train": tuple(infos)})
 
 
@@ -238,3 +240,33 @@ def test_nothing_readable_there_names_the_job_to_run(storage, name, read, conten
         storage.write_bytes(name, content)
     with pytest.raises(UserError, match=f"{name}: no .* of .*latents there; run precompute_latents"):
         read(storage)
+
+
+def first_slice(storage, manifest):
+    stream = LatentStream(storage, manifest, "train", order_of(COUNTS, SEED, StreamConfig(lanes=2)), 4, SEED, 2)
+    return [stream[SliceKey(lane, 0)] for lane in (0, 1)]
+
+
+@pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "classes"])
+def test_a_shard_that_the_manifest_does_not_describe_is_refused_in_one_line(storage, damage):
+    manifest = write_set(storage, flip=False)
+    path = storage.local_file("train/000000.tar")
+    data = bytearray(path.read_bytes())
+    message = {
+        "changed": r"train/000000.tar: its checksum is not the manifest's",
+        "shorter": r"train/000000.tar: \d+ bytes where the manifest says \d+",
+        "gone": r"train/000000.tar is gone, but the manifest names it",
+        "classes": r"train/00000\d.tar: label \d+, but the manifest has 3 classes; compute the latents again",
+    }[damage]
+    if damage == "changed":
+        data[700] ^= 1
+        path.write_bytes(data)
+    elif damage == "shorter":
+        path.write_bytes(data[:-512])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        manifest = manifest.model_copy(update={"classes": ("a", "b", "c")})
+    with pytest.raises(UserError, match=message) as caught:
+        first_slice(storage, manifest)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,8 @@
 """Mapped shards: the records that any WebDataset reader finds, and no silent end of data."""
 
+import io
 import pickle
+import tarfile
 
 import pytest
 import webdataset
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from support import small
 
 from vavae.data.mapped import MappedShard, ShardCache
+from vavae.data.passes import shard_records
 from vavae.data.tar import write_tar
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
@@ -45,6 +48,54 @@ def bytes_of(record):
     return sum(512 * (1 + -(-len(data) // 512)) for data in record.values())
 
 
+def write_members(path, names, form=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=form) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name.encode())
+            tar.addfile(info, io.BytesIO(name.encode()))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]), st.data())
+def test_any_kind_of_tar_is_read_as_by_stock_webdataset(tmp_path, count, form, data):
+    """Folders, accents and names too long for a plain header."""
+    stems = st.sampled_from(["{}", "a/b/{}", "é{}", "x" * 60 + "/" + "y" * 60 + "{}", "z" * 120 + "{}"])
+    if form == tarfile.USTAR_FORMAT:
+        stems = stems.filter(lambda stem: len(stem) < 110 or "/" in stem)
+    names = [data.draw(stems).format(index) for index in range(count)]
+    path = tmp_path / "made.tar"
+    write_members(path, [f"{name}.{end}" for name in names for end in ("JPG", "seg.png", "cls")], form)
+    mapped, stock = MappedShard(path), list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [mapped.key(index) for index in range(len(mapped))] == [sample["__key__"] for sample in stock]
+    for index, sample in enumerate(stock):
+        assert mapped[index] == {name: value for name, value in sample.items() if not name.startswith("__")}
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["1.png", "1.cls", "2.png", "1.txt"], "key '1' comes twice"),
+        (["1.png", "1.png"], "member '1.png' comes twice"),
+        (["1.png", "1.PNG"], "member '1.PNG' comes twice"),
+        (["a/../../1.png"], r"member 'a/\.\./\.\./1.png' leads out of the shard's folder"),
+        (["/etc/1.png"], "member '/etc/1.png' leads out of the shard's folder"),
+    ],
+)
+def test_twins_and_names_that_lead_elsewhere_are_refused(tmp_path, names, complaint):
+    write_members(tmp_path / "bad.tar", names)
+    for read in (MappedShard, lambda path: list(shard_records(path))):
+        with pytest.raises(UserError, match=rf"bad.tar: not a readable shard \({complaint}\); make the shards again"):
+            read(tmp_path / "bad.tar")
+
+
+def test_a_shard_of_nothing_has_no_records_and_is_another_count(tmp_path):
+    write_members(tmp_path / "empty.tar", [])
+    assert len(MappedShard(tmp_path / "empty.tar")) == 0
+    with pytest.raises(UserError, match=r"empty.tar: 0 records where the manifest says 3"):
+        MappedShard(tmp_path / "empty.tar", 3)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_shard_without_its_end_is_an_error_wherever_it_was_cut(shard, tmp_path, data):
@@ -52,14 +103,15 @@ def test_a_shard_without_its_end_is_an_error_wherever_it_was_cut(shard, tmp_path
     content = sum(bytes_of(mapped[index]) for index in range(COUNT))
     cut = tmp_path / "cut.tar"
     cut.write_bytes(shard.read_bytes()[: data.draw(st.integers(0, content + 511))])
-    with pytest.raises(UserError, match=r"cut.tar: .*; make the shards again"):
-        MappedShard(cut)
+    for read in (MappedShard, lambda path: list(shard_records(path))):
+        with pytest.raises(UserError, match=r"cut.tar: .*; make the shards again"):
+            read(cut)
 
 
 def test_a_shard_that_ends_between_two_members_is_an_error(shard, tmp_path):
     cut = tmp_path / "cut.tar"
     cut.write_bytes(shard.read_bytes()[: bytes_of(MappedShard(shard)[0])])
-    with pytest.raises(UserError, match=r"cut.tar: ends after 1 records without the end mark"):
+    with pytest.raises(UserError, match=r"cut.tar: not a readable shard \(ends after 1 records without the end mark\)"):
         MappedShard(cut)
 
 

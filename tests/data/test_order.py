@@ -112,6 +112,26 @@ def test_resuming_at_a_step_equals_going_through(order, size, first):
     ]
 
 
+def global_batch(order, size, world_size, step):
+    """What all ranks together learn from at a step: the records of each lane, in the order of the lanes."""
+    found = {}
+    for rank in range(world_size):
+        rounds = assign_lanes(order.lanes, rank, world_size)
+        slices = next(load_slices(Locations(order, size), rounds, step, workers=0))
+        found |= {key.lane: records for turn, (key, records) in zip(rounds, slices, strict=True) if turn.weight}
+    return [record for lane in sorted(found) for record in found[lane]]
+
+
+@few
+@given(orders(), st.integers(1, 5), st.integers(0, 30), st.data())
+def test_a_run_that_resumes_with_another_world_size_sees_the_same_global_batches(order, size, step, data):
+    sizes = st.integers(1, order.lanes)
+    before, after = data.draw(sizes), data.draw(sizes)
+    batches = [global_batch(order, size, 1, at) for at in (step, step + 1)]
+    assert [global_batch(order, size, before, step), global_batch(order, size, after, step + 1)] == batches
+    assert len(batches[0]) == order.lanes * size
+
+
 @few
 @given(st.integers(1, 40).flatmap(lambda lanes: st.tuples(st.just(lanes), st.integers(1, lanes))))
 def test_every_world_size_gives_every_lane_once_with_an_exact_mean(sizes):

@@ -11,7 +11,7 @@ from support import small
 
 from vavae.data.config import StreamConfig
 from vavae.data.order import Location, assign_lanes, order_of
-from vavae.data.stream import ImageStream, SliceKey, augment, center_crop, image_bytes, load_slices
+from vavae.data.stream import ImageStream, SliceKey, augment, center_crop, image_bytes, label_of, load_slices
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
@@ -38,7 +38,7 @@ def index_of(location):
 
 def same(left, right):
     return (left.lane, left.step) == (right.lane, right.step) and all(
-        torch.equal(a, b) for a, b in zip(left[2:], right[2:], strict=True)
+        torch.equal(a, b) for a, b in zip(left[2:4], right[2:4], strict=True)
     )
 
 
@@ -122,14 +122,70 @@ def test_a_shard_without_a_readable_image_is_an_error(storage):
 def test_a_shard_of_another_length_than_the_manifest_says_is_an_error(storage):
     stream, _ = stream_of(storage)
     small.write_image_shards(storage, {"train": (2, 2, 2)})
-    with pytest.raises(UserError, match=r"train/00000\d.tar: 2 records where the manifest says [45]"):
+    with pytest.raises(UserError, match=r"train/00000\d.tar: \d+ bytes where the manifest says \d+"):
         stream[SliceKey(0, 0)]
+
+
+def test_a_manifest_that_counts_otherwise_is_an_error(storage):
+    stream, _ = stream_of(storage)
+    stream._shards = tuple(shard.model_copy(update={"count": 9}) for shard in stream._shards)
+    with pytest.raises(UserError, match=r"train/00000\d.tar: [45] records where the manifest says 9"):
+        stream[SliceKey(0, 0)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanished_is_one_line_from_any_process(storage, workers):
+    stream, _ = stream_of(storage)
+    for number in range(len(COUNTS)):
+        storage.delete(f"train/{number:06d}.tar")
+    with pytest.raises(UserError, match=r"train/00000\d.tar is gone, but the manifest names it") as caught:
+        next(load_slices(stream, assign_lanes(2, 0, 1), 0, workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_images_are_counted_and_named_up_to_a_limit(storage):
+    damaged = [("train", index) for index in (1, 7)]
+    names = {"train/000000.tar#000000001", "train/000001.tar#000000007"}
+    stream, order = stream_of(storage, damaged=damaged)
+    epoch = -(-order.records_per_lane // SLICE)
+    for _ in range(2):  # going through it again names no image twice
+        list(islice(load_slices(stream, assign_lanes(2, 0, 1), 0, workers=0), epoch))
+        assert stream.quarantine.names == names
+    strict, _ = stream_of(storage, CENTRE.model_copy(update={"unreadable_limit": 1}), damaged=damaged)
+    with pytest.raises(UserError, match=r"2 unreadable images, such as train/0.*: more than stream.unreadable_limit=1"):
+        list(islice(load_slices(strict, assign_lanes(2, 0, 1), 0, workers=0), epoch))
+
+
+@pytest.mark.parametrize("text", [b"", b"dog", b"-1", b"1.5"])
+def test_a_class_that_is_no_index_is_an_error(text):
+    with pytest.raises(UserError, match=r"here: its class is b'.*'; expected a member cls with 0 to 2"):
+        label_of({"cls": text}, 3, "here")
+    assert label_of({"cls": b"2\n"}, 3, "here") == 2
+
+
+def test_resuming_opens_the_current_blocks_alone(storage):
+    """40 shards of 4 records, 2 lanes of blocks of 8: a block lies in at most three shards."""
+    counts, config = (4,) * 40, StreamConfig(lanes=2, block=8, crop="center")
+    manifest = small.write_image_shards(storage, {"train": counts})
+    order, opened = order_of(counts, SEED, config), []
+
+    class Counting(ImageStream):
+        def _map(self, shard):
+            opened.append(shard)
+            return super()._map(shard)
+
+    for step in (0, 5, 19, 33):  # blocks begin at multiples of 8 = 2 slices of 4; step 20 begins an epoch
+        opened.clear()
+        stream = Counting(storage, manifest, "train", order, 4, config, SEED)
+        next(load_slices(stream, assign_lanes(2, 0, 1), step, workers=0))
+        assert 1 <= len(opened) <= 2 * 3
+        assert len(set(opened)) == len(opened)
 
 
 def test_a_label_beyond_the_classes_is_an_error(storage):
     manifest = small.write_image_shards(storage, {"train": COUNTS}).model_copy(update={"classes": ("a",)})
     stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CENTRE), 14, CENTRE, SEED)
-    with pytest.raises(UserError, match=r"label [12] in split train: the manifest has 1 classes"):
+    with pytest.raises(UserError, match=r"train/00000\d.tar#\d+: label [12], but the manifest has 1 classes"):
         stream[SliceKey(0, 0)]
 
 

@@ -63,3 +63,6 @@ class StreamConfig(Config):
 
     open_shards: int = runtime(64, ge=1)
     """Shards that a process keeps mapped."""
+
+    unreadable_limit: int = runtime(100, ge=0)
+    """Images that may turn out unreadable, each replaced by the next of its shard, before the training stops."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vavae.data.manifest import ShardInfo
+from vavae.data.manifest import ShardInfo, shard_file
 from vavae.data.mapped import ShardCache
 from vavae.data.order import SampleOrder
 from vavae.data.stream import SliceKey
@@ -176,8 +176,14 @@ class LatentStream(Dataset[LatentSlice]):
 
     def _map(self, shard: int) -> MappedLatents:
         info = self._manifest.splits[self._split][shard]
-        path = self._storage.local_file(f"{self._split}/{info.name}")
-        return MappedLatents(path, info.count, self._manifest.record_shape)
+        path = shard_file(self._storage, self._split, info)
+        mapped, classes = MappedLatents(path, info.count, self._manifest.record_shape), len(self._manifest.classes)
+        if mapped.labels.max(initial=0) >= classes:
+            raise UserError(
+                f"{path}: label {mapped.labels.max()}, but the manifest has {classes} classes; "
+                "compute the latents again"
+            )
+        return mapped
 
 
 class LatentStatistics:

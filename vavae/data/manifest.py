@@ -1,10 +1,13 @@
 """What a set of image shards is: written beside them, read by everything that streams them."""
 
+from functools import lru_cache
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from vavae.config import digest
 from vavae.errors import UserError
-from vavae.storage.storage import Storage
+from vavae.storage.storage import Storage, sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -72,3 +75,41 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest:
         raise UserError(
             f"{storage.url(path)} is no manifest ({reason}); delete its folder and prepare it again"
         ) from error
+
+
+def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
+    """A local file with the content of a shard, checked against the manifest once in a process.
+
+    Args:
+        storage: the folder of the manifest.
+        split: of the shard.
+        shard: its entry in the manifest.
+
+    Raises:
+        UserError: the shard is not there, or its size or checksum is another.
+    """
+    name = f"{split}/{shard.name}"
+    try:
+        path = storage.local_file(name)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{storage.url(name)} is gone, but the manifest names it: run the job that made it again"
+        ) from error
+    state = path.stat()
+    if state.st_size != shard.bytes:
+        raise UserError(
+            f"{storage.url(name)}: {state.st_size} bytes where the manifest says {shard.bytes}: "
+            "run the job that made it again"
+        )
+    if _checksum(path, state.st_size, state.st_mtime_ns) != shard.sha256:
+        raise UserError(
+            f"{storage.url(name)}: its checksum is not the manifest's ({shard.sha256[:12]}...), so its content is "
+            "damaged: delete it and run the job that made it again"
+        )
+    return path
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, size: int, modified_ns: int) -> str:
+    """Of a file as it was then; size and time are keys alone."""
+    return sha256_of(path)

@@ -1,6 +1,5 @@
 """Passes over whole shards, in their order."""
 
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -12,9 +11,9 @@ from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vavae.data.image import decode_image
-from vavae.data.manifest import Manifest
+from vavae.data.manifest import Manifest, shard_file
+from vavae.data.mapped import MappedShard
 from vavae.data.stream import center_crop, image_bytes
-from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
 
@@ -37,16 +36,9 @@ def shard_records(path: Path, count: int | None = None) -> Iterator[dict[str, An
     Raises:
         UserError: the shard is damaged or has another count.
     """
-    number = 0
-    try:
-        with path.open("rb") as stream:
-            members = tar_file_expander([{"url": str(path), "stream": stream}])
-            for number, record in enumerate(group_by_keys(members), 1):  # noqa: B007  (counted after the loop)
-                yield record
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a readable shard ({error}); make the shards again") from error
-    if count not in (None, number):
-        raise UserError(f"{path}: {number} records where the manifest says {count}; make the shards again")
+    MappedShard(path, count)  # looks through all names: a stream would notice damage only when it gets there
+    with path.open("rb") as stream:
+        yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
 
 
 def read_images(
@@ -57,9 +49,7 @@ def read_images(
     The shards hold their images in a shuffled order, so the first ones are a fair sample.
     """
     shards = manifest.splits[split]
-    records = chain.from_iterable(
-        shard_records(storage.local_file(f"{split}/{info.name}"), info.count) for info in shards
-    )
+    records = chain.from_iterable(shard_records(shard_file(storage, split, info), info.count) for info in shards)
     chosen = islice(records, limit)
     while batch := list(islice(chosen, batch_size)):
         yield labelled_images(batch, manifest.image_size)

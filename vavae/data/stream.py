@@ -1,9 +1,9 @@
 """The stream of slices that feeds a training run: a map-style dataset over (lane, step), so workers never matter."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vavae.data.config import StreamConfig
 from vavae.data.image import UnreadableImage, decode_image
-from vavae.data.manifest import Manifest
+from vavae.data.manifest import Manifest, shard_file
 from vavae.data.mapped import MappedShard, ShardCache
 from vavae.data.order import Location, Round, SampleOrder
 from vavae.errors import UserError
@@ -38,6 +38,39 @@ class ImageSlice(NamedTuple):
     """uint8 [S, 3, H, W]."""
     labels: Tensor
     """int64 [S]."""
+    unreadable: Sequence[str] = ()
+    """Images that could not be read and had others stand in for them: `<split>/<shard>#<key>`."""
+
+
+class _Found(NamedTuple):
+    pixels: np.ndarray
+    label: int
+    unreadable: list[str]
+
+
+class Quarantine:
+    """The unreadable images of a stream, by name, as the training process learns of them.
+
+    Args:
+        limit: how many are borne.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.names: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Take names in, known ones or new.
+
+        Raises:
+            UserError: there are more than the limit.
+        """
+        self.names.update(names)
+        if len(self.names) > self._limit:
+            raise UserError(
+                f"{len(self.names)} unreadable images, such as {min(self.names)}: more than "
+                f"stream.unreadable_limit={self._limit}; make the shards again or raise it"
+            )
 
 
 SliceT = TypeVar("SliceT", covariant=True)
@@ -78,39 +111,50 @@ class ImageStream(Dataset[ImageSlice]):
         self._image_size, self._classes = manifest.image_size, len(manifest.classes)
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
+        self.quarantine = Quarantine(config.unreadable_limit)
+        """What `load_slices` met in this process; the slices themselves stay functions of their keys."""
 
     def __getitem__(self, key: SliceKey) -> ImageSlice:
         random = numpy_generator(self._seed, "augment", key.lane, key.step)
         locations = self._order.slice(key.lane, key.step, self._size)
         images, labels = [], []
+        unreadable: list[str] = []
         for location in locations:
-            image, label = self._read(location)
-            images.append(augment(image, self._image_size, self._config, random))
-            labels.append(label)
+            found = self._read(location)
+            images.append(augment(found.pixels, self._image_size, self._config, random))
+            labels.append(found.label)
+            unreadable += found.unreadable
         batch = np.stack(images).transpose(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
-        return ImageSlice(key.lane, key.step, torch.from_numpy(np.ascontiguousarray(batch)), torch.tensor(labels))
+        pixels = torch.from_numpy(np.ascontiguousarray(batch))
+        return ImageSlice(key.lane, key.step, pixels, torch.tensor(labels), tuple(unreadable))
 
     def _map(self, shard: int) -> MappedShard:
         info = self._shards[shard]
-        return MappedShard(self._storage.local_file(f"{self._split}/{info.name}"), info.count)
+        return MappedShard(shard_file(self._storage, self._split, info), info.count)
 
-    def _read(self, location: Location) -> tuple[np.ndarray, int]:
+    def _read(self, location: Location) -> _Found:
         """The image at a location, or the next readable one of its shard."""
-        shard = self._open.get(location.shard, self._map)
+        shard, name = self._open.get(location.shard, self._map), self._shards[location.shard].name
+        unreadable: list[str] = []
         for offset in range(len(shard)):
-            record = shard[(location.record + offset) % len(shard)]
+            index = (location.record + offset) % len(shard)
+            record, place = shard[index], f"{self._split}/{name}#{shard.key(index)}"
             try:
-                return decode_image(image_bytes(record)), self._label(record)
+                return _Found(decode_image(image_bytes(record)), label_of(record, self._classes, place), unreadable)
             except UnreadableImage as error:
-                name = self._shards[location.shard].name
-                logger.warning("unreadable image in %s/%s, the next one stands in: %s", self._split, name, error)
-        raise UserError(f"{self._split}/{self._shards[location.shard].name}: no readable image in the whole shard")
+                logger.warning("unreadable image %s, the next one stands in: %s", place, error)
+                unreadable.append(place)
+        raise UserError(f"{self._split}/{name}: no readable image in the whole shard")
 
-    def _label(self, record: Mapping[str, bytes]) -> int:
-        label = int(record["cls"])
-        if not 0 <= label < self._classes:
-            raise UserError(f"label {label} in split {self._split}: the manifest has {self._classes} classes")
-        return label
+
+def label_of(record: Mapping[str, bytes], classes: int, place: str) -> int:
+    """The class of a record, an index; UserError with its place where there is none, or one beyond the classes."""
+    text = record.get("cls", b"")
+    if not text.strip().isdigit():
+        raise UserError(f"{place}: its class is {text[:20]!r}; expected a member cls with 0 to {classes - 1}")
+    if int(text) >= classes:
+        raise UserError(f"{place}: label {int(text)}, but the manifest has {classes} classes; make the shards again")
+    return int(text)
 
 
 def image_bytes(record: Mapping[str, bytes]) -> bytes:
@@ -164,9 +208,12 @@ def load_slices(
         first_step: the step to begin with.
         workers: loader processes; 0 makes slices in the training process. Their number never changes a slice.
         pin_memory: for copies to a GPU that do not block.
+
+    Raises:
+        UserError: as the source does, in whatever process; more images are unreadable than their stream allows.
     """
-    loader: DataLoader[SliceT] = DataLoader(
-        source,  # type: ignore[arg-type]  # a Dataset by structure
+    loader: DataLoader[SliceT | _Refusal] = DataLoader(
+        _Refusing(source),
         sampler=_Keys(rounds, first_step),
         batch_size=None,
         num_workers=workers,
@@ -175,4 +222,29 @@ def load_slices(
     )
     slices = iter(loader)
     while True:
-        yield [next(slices) for _ in rounds]
+        yield [_received(source, next(slices)) for _ in rounds]
+
+
+class _Refusal(NamedTuple):
+    message: str
+
+
+class _Refusing(Dataset[Any]):
+    """A source whose errors of users come back as values: a loader process would add its traceback to them."""
+
+    def __init__(self, source: SliceSource[Any]) -> None:
+        self._source = source
+
+    def __getitem__(self, key: SliceKey) -> Any:
+        try:
+            return self._source[key]
+        except UserError as error:
+            return _Refusal(str(error))
+
+
+def _received(source: SliceSource[SliceT], item: SliceT | _Refusal) -> SliceT:
+    if isinstance(item, _Refusal):
+        raise UserError(item.message)
+    if isinstance(source, ImageStream) and isinstance(item, ImageSlice):
+        source.quarantine.add(item.unreadable)
+    return item

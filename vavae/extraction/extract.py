@@ -17,7 +17,7 @@ from torch import Tensor
 from vavae.config import digest, identity
 from vavae.data.image import decode_image
 from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, write_latents
-from vavae.data.manifest import Manifest, ShardInfo
+from vavae.data.manifest import Manifest, ShardInfo, shard_file
 from vavae.data.passes import shard_records
 from vavae.data.pixels import to_float
 from vavae.data.stream import center_crop, image_bytes
@@ -112,7 +112,7 @@ class Extraction:
             return
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
-        shard = shard_records(self._images.local_file(path), source.count)
+        shard = shard_records(shard_file(self._images, task.split, source), source.count)
         statistics = LatentStatistics(model.config.latent_dim)
         arrays, labels, keys = [], [], []
         for batch in _batches(shard, self._manifest.image_size, self._config.batch_size):
