@@ -24,14 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train one model in this process, or under torchrun in several")
     train.add_argument("model", choices=list(_MODELS))
     train.set_defaults(act=_train)
-    bring = commands.add_parser("import", help="make released weights a run's own, as if they had been trained there")
+    bring = commands.add_parser(
+        "import", help="make released weights or latents a run's own, as if they had been made there"
+    )
     bring.set_defaults(act=_exchange, verb="import", format="released")
-    give = commands.add_parser("export", help="write the weights of a run as a released checkpoint")
+    give = commands.add_parser("export", help="write weights or latents of a run as they are released")
     give.add_argument("--format", choices=("released", "diffusers"), default="released", help="default: %(default)s")
     give.set_defaults(act=_exchange, verb="export")
     for command in (bring, give):
-        command.add_argument("model", choices=("tokenizer", "lightningdit"))
-        command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for diffusers")
+        command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
+        command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for latents and for diffusers")
     for command in (status, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
@@ -73,15 +75,17 @@ def _exchange(arguments: argparse.Namespace) -> int:
     acts = {
         ("import", "tokenizer", "released"): exchange.import_tokenizer,
         ("import", "lightningdit", "released"): exchange.import_lightningdit,
+        ("import", "latents", "released"): exchange.import_latents,
         ("export", "tokenizer", "released"): exchange.export_tokenizer,
         ("export", "tokenizer", "diffusers"): exchange.export_diffusers_tokenizer,
         ("export", "lightningdit", "released"): exchange.export_lightningdit,
+        ("export", "latents", "released"): exchange.export_latents,
     }
-    act = acts.get((arguments.verb, arguments.model, arguments.format))
+    act = acts.get((arguments.verb, arguments.what, arguments.format))
     if act is None:
-        raise UserError(f"--format {arguments.format}: there is no {arguments.model} in that format, only a tokenizer")
+        raise UserError(f"--format {arguments.format}: only the tokenizer can be written in that format")
     act(run, arguments.file)
-    print(f"{arguments.verb}ed the {arguments.model} of {run.storage.url()}: {arguments.file}")
+    print(f"{arguments.verb}ed the {arguments.what} of {run.storage.url()}: {arguments.file}")
     return 0
 
 

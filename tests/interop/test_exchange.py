@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import small
 
 from vavae.cli import main
 from vavae.config import digest, load
+from vavae.data.latents import read_latent_manifest, read_statistics
 from vavae.data.manifest import read_manifest
 from vavae.data.writer import write_shards
 from vavae.distributed.world import World
@@ -227,7 +228,7 @@ def test_what_was_trained_here_is_not_replaced(exchange, capsys):
     run = exchange.run()
     run.storage.write_bytes(f"{run.training_prefix('train_vavae')}/checkpoints/000000000008/made", b"")
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 2
-    assert "a tokenizer is trained here; give the run another name" in capsys.readouterr().err
+    assert "has its own tokenizer; give the run another name" in capsys.readouterr().err
     run.storage.delete(run.training_prefix("train_vavae"))
     commit(run.storage, run.prefix("train_vavae"), run.record("train_vavae", "content", {}, images_seen=64))
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 2
@@ -246,7 +247,7 @@ def test_formats_of_an_export(exchange, capsys):
     assert "linear_proj.weight" in load_file(exchange.folder / "flat.safetensors")
     assert load_released_tokenizer(exchange.folder / "flat.safetensors").config == small.TOKENIZER
     assert exchange.command("export", "lightningdit", "x", "--format", "diffusers") == 2
-    assert "--format diffusers: there is no lightningdit in that format" in capsys.readouterr().err
+    assert "--format diffusers: only the tokenizer can be written in that format" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_projection_is_imported_with_a_word_on_it(exchange, capsys, caplog):
@@ -257,3 +258,40 @@ def test_a_tokenizer_without_projection_is_imported_with_a_word_on_it(exchange, 
     ]
     assert capsys.readouterr().out.startswith(f"imported the tokenizer of {exchange.folder}/runs/run: ")
     assert ALIGNMENT not in exchange.run().require("train_vavae").files
+
+
+def test_latents_go_out_and_into_another_run(exchange, capsys):
+    exchange.write_tokenizer()
+    exchange.command("import", "tokenizer", "epoch=1.ckpt")
+    exchange.extract()
+    assert exchange.command("export", "latents", "public") == 0
+    assert exchange.command("import", "latents", "public") == 2
+    assert "has its own latents; give the run another name" in capsys.readouterr().err
+    other = exchange.run("name=other")
+    write_shards(other.storage, "shards", other.config.shards, lambda *_: None)
+    exchange.command("import", "tokenizer", "epoch=1.ckpt", "name=other")
+    for _ in range(2):
+        assert exchange.command("import", "latents", "public", "name=other") == 0
+    assert other.plan("precompute_latents").done
+    assert other.require("precompute_latents").details["imported"] == "public"
+    ours, theirs = (run.storage.child(run.prefix("precompute_latents")) for run in (exchange.run(), other))
+    assert read_latent_manifest(theirs).tokenizer == other.require("train_vavae").digest
+    for mean, again in zip(read_statistics(ours), read_statistics(theirs), strict=True):
+        assert torch.equal(mean.float(), again.float())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"latents is [2, 3, 8, 8], expected [2, 4, 8, 8]"),
+        (["latents.flip=false"], "the public layout holds mirror images too, so set latents.flip=true"),
+        (["name=empty"], "no tokenizer yet"),
+    ],
+)
+def test_latents_of_another_configuration_are_refused(exchange, capsys, words, message):
+    exchange.write_tokenizer()
+    exchange.command("import", "tokenizer", "epoch=1.ckpt")
+    (exchange.folder / "public").mkdir()
+    save_file({"latents": torch.zeros(2, 3, 8, 8)}, exchange.folder / "public" / "latents_rank00_shard000.safetensors")
+    assert exchange.command("import", "latents", "public", *words) == 2
+    assert message in capsys.readouterr().err

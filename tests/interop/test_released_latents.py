@@ -18,7 +18,7 @@ from vavae.data.latents import (
 from vavae.data.manifest import ShardInfo
 from vavae.errors import UserError
 from vavae.interop.released_latents import export_released_latents, import_released_latents
-from vavae.storage.storage import Storage
+from vavae.storage.storage import Storage, sha256_of
 
 SHAPE = (3, 2, 4)
 COUNTS = (5, 2)
@@ -48,7 +48,7 @@ def write_ours(storage, flip, counts=COUNTS):
         name = f"{number:06d}.tar"
         with storage.create(f"train/{name}") as local:
             write_latents(local, arrays, [index % len(CLASSES) for index in range(first, first + count)], first)
-            infos.append(ShardInfo(name=name, count=count, bytes=local.stat().st_size, sha256=""))
+            infos.append(ShardInfo(name=name, count=count, bytes=local.stat().st_size, sha256=sha256_of(local)))
         first += count
     manifest = LatentManifest(tokenizer="t", shape=SHAPE, flip=flip, classes=CLASSES, splits={"train": tuple(infos)})
     storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
@@ -89,7 +89,7 @@ def read_ours(storage):
 
 
 def do_import(source, target, **arguments):
-    return import_released_latents(source, target, "train", "t", CLASSES, **arguments)
+    return import_released_latents(source, target, "train", SHAPE, "t", CLASSES, **arguments)
 
 
 def test_the_public_files_hold_one_sample_of_each_posterior(ours, public):

@@ -25,7 +25,7 @@ from vavae.data.latents import (
     read_statistics,
     write_latents,
 )
-from vavae.data.manifest import ShardInfo
+from vavae.data.manifest import ShardInfo, shard_file
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
 from vavae.randomness import torch_generator
@@ -56,7 +56,7 @@ def export_released_latents(latents: Storage, split: str, target: Storage, seed:
         raise UserError(f"{latents.url()}: no mirror images, which the public layout has; set latents.flip=true")
     first = 0
     for number, info in enumerate(manifest.splits[split]):
-        shard = MappedLatents(latents.local_file(f"{split}/{info.name}"), info.count, manifest.record_shape)
+        shard = MappedLatents(shard_file(latents, split, info), info.count, manifest.record_shape)
         tensors = {name: _samples(shard.arrays, 2 * view, first, seed) for view, name in enumerate(_VIEWS)}
         tensors["labels"] = torch.from_numpy(shard.labels)
         metadata = {"total_size": str(info.count), "dtype": "torch.float32", "device": "cpu"}
@@ -72,6 +72,7 @@ def import_released_latents(
     source: Storage,
     target: Storage,
     split: str,
+    shape: tuple[int, int, int],
     tokenizer: str,
     classes: Sequence[str],
     shard_images: int = ShardsConfig.model_fields["shard_images"].default,
@@ -85,6 +86,7 @@ def import_released_latents(
         source: a folder in the public layout.
         target: the folder to write.
         split: what the images are: `train` or `validation`.
+        shape: C, h, w that the latents must have.
         tokenizer: digest of the tokenizer that made the latents.
         classes: names of the classes; a label is an index into them.
         shard_images: most images in a shard.
@@ -93,23 +95,21 @@ def import_released_latents(
         UserError: no such files, damaged ones, or tensors of other names, shapes or values than expected.
     """
     shards: list[ShardInfo] = []
-    images, statistics = 0, None
-    for batch in _batches(source, len(classes), shard_images):
-        _, views, *shape = batch.views.shape
-        statistics = statistics or LatentStatistics(shape[0])
-        arrays = np.zeros((len(batch.labels), 2 * views, *shape), np.float16)  # mean and deviation of each view
+    images, statistics = 0, LatentStatistics(shape[0])
+    for batch in _batches(source, shape, len(classes), shard_images):
+        # Mean and deviation of each view.
+        arrays = np.zeros((len(batch.labels), 2 * len(_VIEWS), *shape), np.float16)
         arrays[:, ::2] = batch.views
         name = f"{len(shards):06d}.tar"
         with target.create(f"{split}/{name}") as local:
             write_latents(local, arrays, batch.labels.tolist(), images)
             info = ShardInfo(name=name, count=len(arrays), bytes=local.stat().st_size, sha256=sha256_of(local))
-        for view in range(views):
+        for view in range(len(_VIEWS)):
             statistics.update(batch.views[:, view], np.zeros_like(batch.views[:, view]))
         shards.append(info)
         images += info.count
-    assert statistics is not None, "every file holds a batch"
     manifest = LatentManifest(
-        tokenizer=tokenizer, shape=tuple(shape), flip=True, classes=tuple(classes), splits={split: tuple(shards)}
+        tokenizer=tokenizer, shape=shape, flip=True, classes=tuple(classes), splits={split: tuple(shards)}
     )
     with target.create(STATISTICS) as local:
         save_file(_statistics(source, statistics), local)
@@ -124,16 +124,14 @@ class _Batch(NamedTuple):
     """int64 [N]."""
 
 
-def _batches(source: Storage, classes: int, size: int) -> Iterator[_Batch]:
+def _batches(source: Storage, shape: tuple[int, int, int], classes: int, size: int) -> Iterator[_Batch]:
     """The samples of all files, in the order of their names, at most so many at a time and none across files."""
     names = [name for name in source.list() if _SHARD.fullmatch(name)]
     if not names:
         raise UserError(f"{source.url()}: no latents_rank00_shard000.safetensors or the like there")
-    shape: tuple[int, ...] | None = None
     for name in names:
         file = read_weights(source.url(name))
-        count, *found = file.shape(_KIND, "latents", 4)
-        shape = shape or tuple(found)
+        count = file.shape(_KIND, "latents", 4)[0]
         views = [file.expect(_KIND, view, (count, *shape)) for view in _VIEWS]
         labels = file.expect(_KIND, "labels", (count,))
         for start in range(0, count, size):

@@ -1,4 +1,4 @@
-"""Released weights into a run, and a run's weights out: ``vavae import`` and ``vavae export``."""
+"""Released weights and latents into a run, and a run's out: ``vavae import`` and ``vavae export``."""
 
 import logging
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vavae.config import Config, digest
 from vavae.data.latents import read_latent_manifest
+from vavae.data.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights
 from vavae.interop.diffusers_tokenizer import save_diffusers_tokenizer
@@ -21,6 +22,7 @@ from vavae.interop.export import (
     load_tokenizer,
     save_export,
 )
+from vavae.interop.released_latents import export_released_latents, import_released_latents
 from vavae.interop.released_lightningdit import convert_lightningdit, save_released_lightningdit
 from vavae.interop.released_tokenizer import (
     convert_alignment,
@@ -29,11 +31,13 @@ from vavae.interop.released_tokenizer import (
     save_released_tokenizer,
 )
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.storage.artefact import commit, discard
+from vavae.storage.artefact import FileInfo, commit, discard
+from vavae.storage.storage import Storage, sha256_of
 from vavae.tokenizer.teacher import teacher_geometry
 from vavae.training.config import RunConfig
-from vavae.training.run import IMPORTED, STAGES, Job, Run
+from vavae.training.run import IMPORTED, STAGES, TRAININGS, Job, Run
 
+SPLIT = "train"
 _log = logging.getLogger(__name__)
 
 
@@ -43,8 +47,8 @@ def import_tokenizer(run: Run, path: str) -> None:
     Without a projection in the file there is none in the run, and its evaluation leaves the alignment out.
 
     Raises:
-        UserError: the file can't be used (see :mod:`vavae.interop.released_tokenizer`), has other sizes than the
-            configuration, or the run has a tokenizer of its own; there are no image shards yet.
+        UserError: the file can't be used (see :mod:`vavae.interop.released_tokenizer`) or has other sizes than the
+            configuration, the run has a tokenizer of its own, or there are no image shards yet.
     """
     _refuse_to_replace(run, "train_vavae")
     config, weights = run.config, read_weights(path)
@@ -66,6 +70,9 @@ def import_tokenizer(run: Run, path: str) -> None:
 def import_lightningdit(run: Run, path: str) -> None:
     """Make a released LightningDiT the run's own, as if it had been trained here on the run's latents.
 
+    It samples with the run's statistics of the latents. Those that it was trained with come from 10,000 images; where
+    they have to be the same to the last digit, import the latents too.
+
     Raises:
         UserError: as :func:`import_tokenizer`; or there are no latents yet.
     """
@@ -81,6 +88,32 @@ def import_lightningdit(run: Run, path: str) -> None:
         lightningdit=model, latent_dim=latent_dim, grid=grid, tokenizer=manifest.tokenizer
     )
     _put(run, "train_lightningdit", weights, description, states)
+
+
+def import_latents(run: Run, folder: str) -> None:
+    """Make latents in the public layout those of the run, in place of encoding its training images.
+
+    They are of the run's tokenizer, and of classes in the order of its image shards; nothing in them tells.
+
+    Raises:
+        UserError: they have another shape than the configured tokenizer's, the run has computed latents of its own, or
+            there is no tokenizer yet.
+    """
+    job: Job = "precompute_latents"
+    config = run.config
+    tokenizer = run.require("train_vavae").digest
+    _refuse_to_replace(run, job)
+    if not config.latents.flip:
+        raise UserError(f"{folder}: the public layout holds mirror images too, so set latents.flip=true")
+    classes = read_manifest(run.storage, run.prefix("prepare_shards")).classes
+    target, source = run.storage.child(run.prefix(job)), Storage(folder)
+    shape = (config.tokenizer.latent_dim, config.grid, config.grid)
+    discard(run.storage, run.prefix(job))
+    import_released_latents(source, target, SPLIT, shape, tokenizer, classes, config.shards.shard_images)
+    files = {
+        name: FileInfo(bytes=size, sha256=sha256_of(target.local_file(name))) for name, size in target.sizes().items()
+    }
+    _commit(run, job, files, source.url())
 
 
 def export_tokenizer(run: Run, path: str) -> None:
@@ -117,6 +150,17 @@ def export_lightningdit(run: Run, path: str) -> None:
     save_released_lightningdit(path, model)
 
 
+def export_latents(run: Run, folder: str) -> None:
+    """Write the run's latents of its training images and their statistics in the public layout.
+
+    Raises:
+        UserError: there are no latents yet, or they are without mirror images.
+    """
+    run.require("precompute_latents")
+    latents = run.storage.child(run.prefix("precompute_latents"))
+    export_released_latents(latents, SPLIT, Storage(folder), run.config.seed)
+
+
 def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> VisionFoundationLoss:
     """The projection of a file, once it is found to lead to the features of the configured teacher."""
     settings = {**config.losses.vision_foundation.model_dump(), "latent_dim": config.tokenizer.latent_dim}
@@ -133,19 +177,22 @@ def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> Vis
 
 
 def _refuse_to_replace(run: Run, job: Job) -> None:
-    """Keep what was trained here: weights that took days are not overwritten by a command of seconds."""
+    """Keep what was made here: what took days is not overwritten by a command of minutes."""
     record = run.artefact(job)
-    trained = record is not None and IMPORTED not in record.details
-    if trained or run.storage.exists(f"{run.training_prefix(job)}/checkpoints"):
-        raise UserError(f"{run.storage.url()}: a {STAGES[job].makes} is trained here; give the run another name")
+    begun = job in TRAININGS and run.storage.exists(f"{run.training_prefix(job)}/checkpoints")
+    if begun or (record is not None and IMPORTED not in record.details):
+        raise UserError(f"{run.storage.url()} has its own {STAGES[job].makes}; give the run another name")
 
 
 def _put(
     run: Run, job: Job, weights: WeightsFile, description: Config, states: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Write and commit the export of a training that took place elsewhere."""
-    prefix = run.prefix(job)
-    discard(run.storage, prefix)
-    files = save_export(run.storage.child(prefix), description, states)
+    discard(run.storage, run.prefix(job))
+    files = save_export(run.storage.child(run.prefix(job)), description, states)
+    _commit(run, job, files, weights.url)
+
+
+def _commit(run: Run, job: Job, files: Mapping[str, FileInfo], url: str) -> None:
     content = digest({name: info.sha256 for name, info in files.items()})
-    commit(run.storage, prefix, run.record(job, content, files, **{IMPORTED: PurePosixPath(weights.url).name}))
+    commit(run.storage, run.prefix(job), run.record(job, content, files, **{IMPORTED: PurePosixPath(url).name}))
