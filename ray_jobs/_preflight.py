@@ -7,6 +7,7 @@ from vavae.backbones.config import BackboneConfig
 from vavae.backbones.weights import check_weights, timm_name
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.storage.storage import Storage
 from vavae.tokenizer.teacher import check_teacher
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
@@ -32,6 +33,9 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         run.storage.delete(".access")
     except OSError as error:
         raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
+    start = config.train_vavae.start_from
+    if "train_vavae" in jobs and start is not None and not Storage(start).exists():
+        raise UserError(f"train_vavae.start_from={start}: nothing there; name a tokenizer/export or a released file")
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, (config.grid, config.grid))
     missing = []

@@ -11,6 +11,10 @@ from torch import Tensor
 from vavae.config import load
 from vavae.data.writer import write_shards
 from vavae.distributed.world import World
+from vavae.errors import UserError
+from vavae.interop.export import load_alignment, load_tokenizer
+from vavae.interop.released_tokenizer import save_released_tokenizer
+from vavae.losses.adversarial import PatchDiscriminator
 from vavae.storage.artefact import read
 from vavae.training.config import RunConfig
 from vavae.training.jobs import train_vavae
@@ -76,6 +80,12 @@ def _weights(run: Run, images: int) -> dict[str, Tensor]:
     return state["module"]
 
 
+def _discriminator(run: Run, images: int) -> dict[str, Tensor]:
+    folder = Path(run.storage.url(f"{run.training_prefix('train_vavae')}/checkpoints/{images:012d}"))
+    state = torch.load(folder / "discriminator" / "engine.pt", weights_only=True)
+    return state["module"]
+
+
 def _moved(run: Run, since: int, until: int) -> set[str]:
     before, after = _weights(run, since), _weights(run, until)
     return {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
@@ -110,15 +120,8 @@ def test_stopped_anywhere_it_ends_up_the_same(shards: Path, straight: Run, tmp_p
     assert ours is not None
     assert theirs is not None
     assert ours.digest == theirs.digest
-    moments = [
-        torch.load(
-            Path(each.storage.url(f"{each.training_prefix('train_vavae')}/checkpoints/{112:012d}"))
-            / "discriminator/engine.pt",
-            weights_only=True,
-        )["module"]
-        for each in (run, straight)
-    ]
-    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+    theirs_judge = _discriminator(straight, 112)
+    assert all(torch.equal(tensor, theirs_judge[name]) for name, tensor in _discriminator(run, 112).items())
 
 
 def test_a_smaller_budget_afterwards_exports_what_there_is(straight: Run, tmp_path: Path) -> None:
@@ -129,3 +132,59 @@ def test_a_smaller_budget_afterwards_exports_what_there_is(straight: Run, tmp_pa
     train_vavae(run, LocalSession(), World())
     after = load_file(run.storage.local_file("tokenizer/export/model.safetensors"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+_STILL = ["train_vavae.images=16", "train_vavae.optimizer.learning_rate=1e-12", "train_vavae.stages=[]"]
+
+
+def _started(shards: Path, root: Path, start: str, *overrides: str) -> Run:
+    """A training that begins with given weights and does not move them."""
+    shutil.copytree(shards, root)
+    run = _run(root, *_STILL, "train_vavae.discriminator_optimizer=null", f"train_vavae.start_from={start}", *overrides)
+    train_vavae(run, LocalSession(), World())
+    return run
+
+
+def _assert_same_export(ours: Run, theirs: Run) -> None:
+    for name in ("model.safetensors", "alignment.safetensors"):
+        mine, other = (load_file(run.storage.local_file(f"tokenizer/export/{name}")) for run in (ours, theirs))
+        assert all(torch.allclose(mine[key], other[key], atol=1e-9) for key in other)
+
+
+def test_a_training_begins_with_the_export_of_another(shards: Path, straight: Run, tmp_path: Path) -> None:
+    _assert_same_export(_started(shards, tmp_path / "runs", straight.storage.url("tokenizer/export")), straight)
+
+
+def test_a_training_begins_with_a_released_file(shards: Path, straight: Run, tmp_path: Path) -> None:
+    export = straight.storage.child("tokenizer/export")
+    judge = PatchDiscriminator(straight.config.losses.adversarial)
+    judged = {name.removeprefix("discriminator."): tensor for name, tensor in _discriminator(straight, 112).items()}
+    judge.load_state_dict(judged)
+    file = tmp_path / "released.ckpt"
+    save_released_tokenizer(file, load_tokenizer(export)[0], load_alignment(export), judge)
+    run = _started(shards, tmp_path / "runs", str(file))
+    _assert_same_export(run, straight)
+    weight = "discriminator.main.0.weight"
+    assert torch.equal(_discriminator(run, 16)[weight], judged["main.0.weight"])
+
+
+def test_a_start_without_projection_trains_a_new_one(shards: Path, straight: Run, tmp_path: Path) -> None:
+    file = tmp_path / "plain.safetensors"
+    save_released_tokenizer(file, load_tokenizer(straight.storage.child("tokenizer/export"))[0])
+    run = _started(shards, tmp_path / "runs", str(file))
+    ours, theirs = (_weights(each, images) for each, images in ((run, 16), (straight, 16)))
+    assert not torch.equal(ours["alignment.projection.weight"], theirs["alignment.projection.weight"])
+    assert run.storage.is_file("tokenizer/export/alignment.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["export", "file"])
+def test_a_start_of_another_size_is_refused(shards: Path, straight: Run, tmp_path: Path, kind: str) -> None:
+    export, file = straight.storage.child("tokenizer/export"), tmp_path / "plain.safetensors"
+    save_released_tokenizer(file, load_tokenizer(export)[0])
+    start, message = (
+        (export.url(), r"made with tokenizer.latent_dim=4, which is 8 here")
+        if kind == "export"
+        else (str(file), r"expected .* with tokenizer.latent_dim=8")
+    )
+    with pytest.raises(UserError, match=message):
+        _started(shards, tmp_path / "runs", start, "tokenizer.latent_dim=8")

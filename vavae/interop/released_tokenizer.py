@@ -55,7 +55,7 @@ def load_released_discriminator(path: str | os.PathLike[str], **overrides: Any) 
 
     Overrides are fields of `AdversarialLossConfig`. Everything else is as for :func:`load_released_tokenizer`.
     """
-    return _PATCH_DISCRIMINATOR.load(read_weights(path), overrides)
+    return convert_discriminator(read_weights(path), overrides)
 
 
 def convert_tokenizer(weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> VAVAE:
@@ -76,6 +76,16 @@ def convert_alignment(weights: WeightsFile, overrides: Mapping[str, Any], sectio
 def holds_alignment(weights: WeightsFile) -> bool:
     """Whether a tokenizer was trained with a projection."""
     return any(name.startswith(_ALIGNMENT) for name in weights.tensors)
+
+
+def convert_discriminator(weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> PatchDiscriminator:
+    """The discriminator from tensors that are read; `section` is what the overrides' names begin with in messages."""
+    return _PATCH_DISCRIMINATOR.load(weights, overrides, section)
+
+
+def holds_discriminator(weights: WeightsFile) -> bool:
+    """Whether a file has kept the discriminator."""
+    return any(name.startswith(_DISCRIMINATOR) for name in weights.tensors)
 
 
 def save_released_tokenizer(

@@ -84,6 +84,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Of the generator, and of the discriminator where it has none of its own."""
     discriminator_optimizer: TokenizerOptimizerConfig | None = None
     """Of the discriminator; its rate follows the same schedule."""
+    start_from: str | None = Field(None, min_length=1)
+    """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""
     stages: tuple[TokenizerStageConfig, ...] = ()

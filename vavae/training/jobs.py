@@ -21,6 +21,7 @@ from vavae.interop.export import (
 )
 from vavae.storage.artefact import commit, discard
 from vavae.tokenizer.normalizer import LatentNormalizer
+from vavae.tokenizer.teacher import teacher_geometry
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
 from vavae.training.diffusion_step import DiffusionStep
@@ -28,6 +29,7 @@ from vavae.training.log import MetricsLog
 from vavae.training.loop import train
 from vavae.training.run import Job, Run
 from vavae.training.session import Session
+from vavae.training.start import starting_weights
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
 
@@ -42,11 +44,12 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(run.storage.child(folder), manifest, SPLIT, order, size, config.stream, config.seed)
     checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, world)
-    seen, start = checkpoints.images_seen(), None
+    seen = checkpoints.images_seen()
+    start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
     for stage in config.tokenizer_stages(seen):
         if stage.until_images < seen:
             continue
-        if start is not None and world.any(session.stop_requested()):
+        if stage.from_images and world.any(session.stop_requested()):
             return
         step = TokenizerStep(config, stage, start, stream, _rounds(run, world), world)
         state = _train(

@@ -155,7 +155,8 @@ class TokenizerStep:
         training = self._config.train_vavae
         slice_size = training.batch_size // self._config.stream.lanes
         if start is not None and name in start.engines:
-            module.load_state_dict(start.engines[name])
+            # What the start lacks (a projection, where there was no teacher) stays as it was initialised.
+            module.load_state_dict({**module.state_dict(), **start.engines[name]})
         return build_engine(
             module.to(self._world.device),
             optimizer,
