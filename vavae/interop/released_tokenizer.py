@@ -29,7 +29,7 @@ def load_released_tokenizer(path: str | os.PathLike[str], **overrides: Any) -> V
 
     Args:
         path: local path or storage URL of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
-        overrides: fields of `TokenizerConfig`; all of them are told by the tensors, so they can only be confirmed.
+        overrides: fields of `TokenizerConfig`; the tensors tell all sizes, so those can only be confirmed.
 
     Returns:
         The model in training mode, its tensors bit for bit those of the file.
@@ -64,7 +64,7 @@ def convert_tokenizer(weights: WeightsFile, overrides: Mapping[str, Any], sectio
     autoencoder = _AUTOENCODER.load(weights.without(*_BESIDE), overrides, section)
     if beside:
         counts = ", ".join(f"{count} under {prefix.rstrip('.')}" for prefix, count in beside.items())
-        _log.warning("%s: took the autoencoder alone; dropped %d tensors: %s", weights.url, beside.total(), counts)
+        _log.warning("%s: dropped %d tensors beside the autoencoder: %s", weights.url, beside.total(), counts)
     return autoencoder
 
 
