@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vavae.data import image as images
 from vavae.data.config import ShardsConfig
-from vavae.data.image import UnreadableImage, center_crop_resize, decode_image, encode_image, stored_image
+from vavae.data.image import (
+    UnreadableImage,
+    center_crop_resize,
+    decode_image,
+    encode_image,
+    prepare_image,
+    stored_image,
+)
 
 
 def saved(image, form="PNG", **options):
@@ -62,6 +69,115 @@ def test_other_modes():
     assert (decode_image(saved(Image.fromarray(alpha))) == RGB).all()
     cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # cyan
     assert np.abs(decode_image(saved(cmyk, "JPEG")).astype(int) - (0, 255, 255)).max() <= 2
+
+
+SCENE = Image.fromarray(noise(9, 12)).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(SCENE, "JPEG", quality=70),
+        saved(SCENE, "JPEG", subsampling=0, progressive=True),
+        saved(SCENE.convert("L"), "JPEG"),
+        saved(SCENE.convert("CMYK"), "JPEG"),
+        saved(SCENE, "JPEG", keep_rgb=True),
+        saved(SCENE.crop((0, 0, 33, 17)), "JPEG"),
+        saved(SCENE, "JPEG")[:40] + b"\0\0\0" + saved(SCENE, "JPEG")[40:],
+        b"".join(saved(SCENE, "JPEG").partition(b"\xff\xdb")[:1]) + b"\0\0" + saved(SCENE, "JPEG")[20:],
+    ],
+)
+def test_jpegs_are_decoded_as_pillow_decodes_them(data):
+    try:
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except OSError:
+        with pytest.raises(UnreadableImage):
+            decode_image(data)
+    else:
+        assert np.array_equal(decode_image(data), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpegs_are_turned_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(SCENE, "JPEG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(decode_image(data), np.asarray(expected))
+
+
+def test_a_jpeg_may_be_decoded_smaller_but_never_below_what_is_asked():
+    data, photograph = saved(SCENE.resize((1200, 900)), "JPEG", quality=95), SCENE.resize((1200, 900))
+    for shorter, width in (
+        (900, 1200),
+        (451, 1200),
+        (450, 600),
+        (338, 450),
+        (225, 300),
+        (20, 150),
+        (1000, 1200),
+        (0, 1200),
+    ):
+        found = decode_image(data, shorter)
+        assert found.shape == (-(-width * 3 // 4), width, 3)
+        expected = np.asarray(photograph.resize((width, found.shape[0]), Image.Resampling.BOX)).astype(int)
+        assert np.abs(found - expected).mean() < 2
+
+
+def test_the_centre_is_adm_s_and_never_decoded_smaller():
+    data = saved(SCENE.resize((1200, 900)), "JPEG")
+    expected = center_crop_resize(Image.open(io.BytesIO(data)), 64)
+    assert np.array_equal(prepare_image(data, 64), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (10, 14), (8, 8), (5, 6)])
+def test_a_random_crop_scales_the_shorter_side_and_reaches_every_window(height, width):
+    pixels, random = noise(height, width), np.random.default_rng(0)
+    scale = 8 / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    scaled = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    windows = {
+        scaled[top : top + 8, left : left + 8].tobytes() for top in range(size[1] - 7) for left in range(size[0] - 7)
+    }
+    data = saved(Image.fromarray(pixels))
+    assert {prepare_image(data, 8, "random", random).tobytes() for _ in range(100)} == windows
+
+
+def test_a_large_jpeg_is_cut_at_random_from_a_smaller_decode(monkeypatch):
+    data, asked = saved(SCENE.resize((1200, 900)), "JPEG"), []
+    monkeypatch.setattr(images, "decode_image", lambda data, shorter=0: asked.append(shorter) or decode_image(data))
+    assert prepare_image(data, 64, "random", np.random.default_rng(0)).shape == (64, 64, 3)
+    assert asked == [128]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000))
+def test_random_parts_lie_within_and_keep_their_area_and_aspect(width, height, seed):
+    left, top, right, bottom = images._random_box(width, height, np.random.default_rng(seed))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    w, h = right - left, bottom - top
+    if min(width, height) > 60 and max(width, height) < 1.2 * min(width, height):
+        assert 0.07 < w * h / (width * height) <= 1
+        assert 0.7 < w / h < 1.42
+
+
+def test_random_parts_have_the_areas_of_a_uniform_draw():
+    random = np.random.default_rng(0)
+    boxes = np.array([images._random_box(1000, 1000, random) for _ in range(4000)])
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 1e6
+    fitting = areas[areas < 0.7]  # whatever the aspect, such a part fits; larger ones are sometimes drawn again
+    for quantile in (0.25, 0.5, 0.75):
+        assert abs(np.quantile(fitting, quantile) - (0.08 + quantile * (0.7 - 0.08))) < 0.02
+    assert boxes[:, 0].min() == boxes[:, 1].min() == 0
+    assert boxes[:, 2].max() == boxes[:, 3].max() == 1000
+
+
+def test_a_random_part_is_scaled_to_the_size():
+    data = saved(Image.new("RGB", (50, 40), (9, 8, 7)))
+    assert (
+        prepare_image(data, 16, "random_resized", np.random.default_rng(0)) == np.full((16, 16, 3), (9, 8, 7))
+    ).all()
 
 
 def test_exif_turns_the_image_upright():

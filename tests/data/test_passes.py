@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import small
 
+from vavae.data.image import center_crop_resize
 from vavae.data.passes import gather, read_images
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
@@ -31,10 +33,11 @@ def test_the_first_images_in_order_whatever_the_batch(storage, limit, batch_size
     assert (found.images.dtype, found.labels.dtype) == (torch.uint8, torch.int64)
 
 
-def test_larger_images_are_cropped_at_their_centre(storage):
-    manifest = small.write_image_shards(storage, {"validation": (1,)}, height=13, width=10)
+def test_larger_images_are_cut_as_adm_cuts_them(storage):
+    manifest = small.write_image_shards(storage, {"validation": (1,)}, height=33, width=20)
     (batch,) = read_images(storage, manifest, "validation", 1, 1)
-    assert np.array_equal(batch.images[0].permute(1, 2, 0), small.image("validation", 0, 13, 10)[2:10, 1:9])
+    expected = center_crop_resize(Image.fromarray(small.image("validation", 0, 33, 20)), small.SIZE)
+    assert np.array_equal(batch.images[0].permute(1, 2, 0), np.asarray(expected))
 
 
 def test_a_shard_with_fewer_images_than_promised_is_an_error(storage):

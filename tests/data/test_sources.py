@@ -1,5 +1,6 @@
 """Sources: the same images in the same order however they are packed, and a message for whatever is not a source."""
 
+import importlib
 import io
 import os
 import sys
@@ -232,6 +233,7 @@ class Unlabelled(Numbers):
 
 @pytest.fixture
 def torchvision(monkeypatch):
+    importlib.import_module("vavae.torchvision_remedy")  # it would put the real module back
     module = types.SimpleNamespace(Pets=Pets, Numbers=Numbers, Unlabelled=Unlabelled, wrap=print)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
 

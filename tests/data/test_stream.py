@@ -7,13 +7,14 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import small
 
 from vavae.data.config import StreamConfig
+from vavae.data.image import center_crop_resize
 from vavae.data.order import Location, assign_lanes, order_of
-from vavae.data.stream import ImageStream, SliceKey, augment, center_crop, image_bytes, label_of, load_slices
+from vavae.data.stream import ImageStream, SliceKey, image_bytes, label_of, load_slices
 from vavae.errors import UserError
-from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
 
 COUNTS, SLICE, SEED = (5, 4, 5), 3, 11
@@ -70,7 +71,7 @@ class OneImage:
 
 
 def test_every_lane_and_step_has_its_own_crops(storage):
-    manifest = small.write_image_shards(storage, {"train": (1,)}, height=60, width=60)
+    manifest = small.write_image_shards(storage, {"train": (1,)}, height=8, width=4000)
     stream = ImageStream(storage, manifest, "train", OneImage(), 2, StreamConfig(), SEED)
     crops = [
         image.numpy().tobytes() for lane in (0, 1) for step in range(3) for image in stream[SliceKey(lane, step)].images
@@ -78,26 +79,28 @@ def test_every_lane_and_step_has_its_own_crops(storage):
     assert len(set(crops)) == len(crops) == 12
 
 
-def test_a_random_crop_reaches_every_window_and_both_sides(storage):
-    config = CENTRE.model_copy(update={"crop": "random", "flip": True})
-    image, random = small.image("train", 0, 9, 10), numpy_generator(0, "test")
-    windows = {
-        image[top : top + 8, left : left + 8, :][:, ::side].tobytes()
-        for top in range(2)
-        for left in range(3)
-        for side in (1, -1)
-    }
-    seen = {augment(image, 8, config, random).tobytes() for _ in range(200)}
-    assert len(windows) == 12
-    assert seen == windows
+def test_half_of_the_images_are_mirrored(storage):
+    manifest = small.write_image_shards(storage, {"train": (1,)})
+    stream = ImageStream(storage, manifest, "train", OneImage(), 200, CENTRE.model_copy(update={"flip": True}), SEED)
+    image = torch.from_numpy(small.image("train", 0)).permute(2, 0, 1)
+    seen = stream[SliceKey(0, 0)].images
+    mirrored = [torch.equal(found, image.flip(-1)) for found in seen]
+    assert all(mirror or torch.equal(found, image) for mirror, found in zip(mirrored, seen, strict=True))
+    assert 70 < sum(mirrored) < 130
 
 
-def test_a_central_crop_takes_the_middle_and_draws_nothing():
-    image, random = small.image("train", 0, 11, 14), numpy_generator(0, "test")
-    state = random.bit_generator.state
-    assert np.array_equal(augment(image, 8, CENTRE, random), image[1:9, 3:11])
-    assert np.array_equal(center_crop(image, 8), image[1:9, 3:11])
-    assert random.bit_generator.state == state
+@pytest.mark.parametrize("crop", ["center", "random", "random_resized"])
+def test_originals_come_at_the_size_of_training(storage, crop):
+    config = CENTRE.model_copy(update={"crop": crop})
+    stream, order = stream_of(storage, config, height=40, width=29)
+    found = stream[SliceKey(1, 2)]
+    assert found.images.shape == (SLICE, 3, small.SIZE, small.SIZE)
+    if crop == "center":
+        pixels = [
+            small.image("train", index_of(location), 40, 29) for location in order.slice(*SliceKey(1, 2), size=SLICE)
+        ]
+        expected = [np.asarray(center_crop_resize(Image.fromarray(image), small.SIZE)) for image in pixels]
+        assert np.array_equal(found.images.permute(0, 2, 3, 1), np.stack(expected))
 
 
 def test_the_next_readable_image_of_the_shard_stands_in_for_a_damaged_one(storage, caplog):

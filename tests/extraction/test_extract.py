@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import small
 
+from vavae.data.image import center_crop_resize
 from vavae.data.latents import LatentStatistics, MappedLatents, read_latent_manifest, read_statistics
 from vavae.data.pixels import to_float
 from vavae.errors import UserError
@@ -228,3 +230,31 @@ def test_an_image_shard_of_another_length_is_an_error(images, manifest, extract,
     small.write_image_shards(images, {"train": (2,)})
     with pytest.raises(UserError, match=r"train/000000.tar: \d+ bytes where the manifest says \d+"):
         encode_all(extract(), tokenizer)
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tokenizer):
+    manifest = small.write_image_shards(images, COUNTS, damaged=[("train", 1), ("train", 6)])
+    extraction = extract(manifest=manifest)
+    encode_all(extraction, tokenizer)
+    records = [extraction.record(task) for task in extraction.tasks()]
+    assert [record.skipped for record in records] == [("train 1",), ("train 6",), ()]
+    assert [record.shard.count for record in records] == [4, 2, 2]
+    latents = read_latent_manifest(Storage(str(tmp_path / "latents")))
+    arrays, labels = read_all(tmp_path, latents, "train")
+    kept = [0, 2, 3, 4, 5, 7]
+    np.testing.assert_allclose(arrays, posteriors("train", 8)[kept], atol=2e-3, rtol=1e-3)
+    assert labels.tolist() == [small.label_of(index) for index in kept]
+
+
+def test_a_shard_without_a_readable_image_is_an_error(images, extract, tokenizer):
+    manifest = small.write_image_shards(images, {"train": (2,)}, damaged=[("train", 0), ("train", 1)])
+    with pytest.raises(UserError, match=r"train/000000.tar: no readable image in the whole shard"):
+        encode_all(extract(manifest=manifest), tokenizer)
+
+
+def test_originals_are_encoded_after_adm_s_crop(tmp_path, images, extract, tokenizer):
+    encode_all(extract(manifest=small.write_image_shards(images, {"train": (2,)}, 35, 20)), tokenizer)
+    pixels = [center_crop_resize(Image.fromarray(small.image("train", index, 35, 20)), small.SIZE) for index in (0, 1)]
+    batch = to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+    arrays, _ = read_all(tmp_path, read_latent_manifest(Storage(str(tmp_path / "latents"))), "train")
+    np.testing.assert_allclose(arrays[:, 0], small.tokenizer().encode(batch).mean, atol=2e-3, rtol=1e-3)

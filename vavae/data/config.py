@@ -6,6 +6,8 @@ from pydantic import Field
 
 from vavae.config import Config, runtime
 
+Crop = Literal["center", "random", "random_resized"]
+
 
 class ShardsConfig(Config):
     """How a set of images becomes shards.
@@ -52,8 +54,9 @@ class StreamConfig(Config):
     block: int | None = Field(None, ge=1)
     """Consecutive records of a lane that are shuffled together; null makes all lanes together shuffle 65,536."""
 
-    crop: Literal["random", "center"] = "random"
-    """Where an image larger than `shards.image_size` is cut."""
+    crop: Crop = "random"
+    """How a square of `shards.image_size` is cut from an image of another size: `center` as ADM does; `random` scales
+    the shorter side and cuts anywhere; `random_resized` cuts a random part and scales it."""
 
     flip: bool = False
     """Mirror half of the images that train the tokenizer."""

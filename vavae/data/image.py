@@ -1,14 +1,16 @@
-"""From the bytes of an image file to RGB pixels and back, and the crop that ImageNet generation is measured on."""
+"""From the bytes of an image file to RGB pixels and back, and the cuts that training and measuring make of them."""
 
 import io
+import math
 import struct
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from vavae.data.config import ShardsConfig
+from vavae.data.config import Crop, ShardsConfig
 
 MAX_PIXELS = 100_000_000
 """More than this in one image is taken for a decompression bomb."""
@@ -33,6 +35,12 @@ _DAMAGE = (
 )
 
 
+_START, _SCAN = b"\xff\xd8", b"\xda"  # of a JPEG
+_FAST_COLOURS = ("YCbCr", "Gray", "RGB")
+_OVERSIZE = 2  # scaled decoding leaves the last halving to a better filter
+_AREA, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
+
+
 class UnreadableImage(ValueError):  # noqa: N818 - it says what the image is, not what went wrong with us
     """These bytes are no image, or a damaged one, or one too large to be honest."""
 
@@ -44,17 +52,62 @@ class StoredImage(NamedTuple):
     extension: str
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """RGB pixels of an image file: uint8 [H, W, 3], upright (EXIF), from any mode; UnreadableImage otherwise."""
+def prepare_image(
+    data: bytes, size: int, crop: Crop = "center", random: np.random.Generator | None = None
+) -> np.ndarray:
+    """The square of an image file that training, extraction and evaluation see: uint8 [size, size, 3].
+
+    Args:
+        data: the file.
+        size: side in pixels.
+        crop: `center` is ADM's crop and draws nothing; `random` scales the shorter side to `size` and cuts anywhere
+            (the public training of the tokenizer); `random_resized` cuts 8 to 100 % of the area at an aspect ratio of
+            3/4 to 4/3 and scales that (Szegedy et al. 2015, with torchvision's bounds).
+        random: of the cut.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
+    if crop == "center":  # published figures rest on these very pixels: no scaled decoding
+        pixels = decode_image(data)
+        if pixels.shape[:2] == (size, size):
+            return pixels
+        return np.asarray(center_crop_resize(Image.fromarray(pixels), size))
+    assert random is not None, f"crop {crop} needs a generator"
+    if crop == "random_resized":
+        pixels = decode_image(data)
+        image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], random)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    pixels = decode_image(data, shorter=_OVERSIZE * size)
+    if min(pixels.shape[:2]) != size:
+        pixels = np.asarray(_scale_shorter_side(Image.fromarray(pixels), size))
+    spare = np.array(pixels.shape[:2]) - size
+    top, left = (random.random(2) * (spare + 1)).astype(int)
+    return pixels[top : top + size, left : left + size]
+
+
+def decode_image(data: bytes, shorter: int = 0) -> np.ndarray:
+    """RGB pixels of an image file: uint8 [H, W, 3], upright (EXIF), from any mode.
+
+    Args:
+        data: the file.
+        shorter: where not 0, a JPEG may come two to eight times smaller, with no side below this.
+
+    Raises:
+        UnreadableImage: no image, a damaged or an absurdly large one.
+    """
+    if data.startswith(_START) and _is_upright(data):
+        pixels = _decode_jpeg(data, shorter)
+        if pixels is not None:
+            return pixels
     return np.asarray(_load(_open(data)))
 
 
 def stored_image(data: bytes, config: ShardsConfig) -> StoredImage:
     """The form in which the shards hold an image file; UnreadableImage where it cannot be decoded."""
-    file = _open(data)
-    image = _load(file)
-    if config.keep_original and file.format in EXTENSIONS and min(image.size) >= config.image_size:
-        return StoredImage(data, EXTENSIONS[file.format])
+    form, image = _open(data).format, Image.fromarray(decode_image(data))
+    if config.keep_original and form in EXTENSIONS and min(image.size) >= config.image_size:
+        return StoredImage(data, EXTENSIONS[form])
     return encode_image(center_crop_resize(image, config.image_size), config.format, config.jpeg_quality)
 
 
@@ -66,12 +119,9 @@ def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{image.width} x {image.height} pixels: too elongated to crop")
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    image = _scale_shorter_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def encode_image(image: Image.Image, form: str, jpeg_quality: int = 95) -> StoredImage:
@@ -82,6 +132,66 @@ def encode_image(image: Image.Image, form: str, jpeg_quality: int = 95) -> Store
     else:
         image.save(buffer, "PNG")
     return StoredImage(buffer.getvalue(), EXTENSIONS[form.upper()])
+
+
+def _scale_shorter_side(image: Image.Image, size: int) -> Image.Image:
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{image.width} x {image.height} pixels: too elongated to crop")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _random_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part; the centre, as wide as the ratios allow, where none fits."""
+    for _ in range(_ATTEMPTS):
+        area = width * height * random.uniform(*_AREA)
+        ratio = math.exp(random.uniform(*np.log(_RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _is_upright(data: bytes) -> bool:
+    """Whether a JPEG surely needs no turning; only one with EXIF has to be opened to tell."""
+    if not _has_exif(data):
+        return True
+    image = _open(data)
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except _DAMAGE:
+        return False
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before the scan of a JPEG is EXIF's: marker (2 bytes), length (2 bytes), content."""
+    at = len(_START)
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != _SCAN:
+        if data.startswith(b"Exif\0", at + 4):
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def _decode_jpeg(data: bytes, shorter: int) -> np.ndarray | None:
+    """Pixels as Pillow decodes them, but faster; None where Pillow has to judge (CMYK, damage)."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            raise UnreadableImage(f"{width} x {height} pixels: more than {MAX_PIXELS}")
+        if colours not in _FAST_COLOURS:
+            return None
+        return simplejpeg.decode_jpeg(
+            data, "RGB", min_height=shorter, min_width=shorter, min_factor=2 if shorter else 1
+        )
+    except UnreadableImage:
+        raise
+    except ValueError:
+        return None
 
 
 def _open(data: bytes) -> ImageFile:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from vavae.data.image import decode_image
+from vavae.data.image import decode_image, prepare_image
 from vavae.data.manifest import Manifest, shard_file
 from vavae.data.mapped import MappedShard
-from vavae.data.stream import center_crop, image_bytes
+from vavae.data.stream import image_bytes
 from vavae.storage.storage import Storage
 
 
@@ -55,12 +55,12 @@ def read_images(
         yield labelled_images(batch, manifest.image_size)
 
 
-def labelled_images(records: Iterable[Mapping[str, bytes]], size: int | None = None) -> LabelledImages:
-    """Decode records of one image size, or crop them to `size`."""
+def labelled_images(records: Iterable[Mapping[str, Any]], size: int | None = None) -> LabelledImages:
+    """Decode records of one image size, or cut ADM's centre crop of `size` from each."""
     images, labels = [], []
     for record in records:
-        image = decode_image(image_bytes(record))
-        images.append(image if size is None else center_crop(image, size))
+        data = image_bytes(record)
+        images.append(decode_image(data) if size is None else prepare_image(data, size))
         labels.append(int(record["cls"]))
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
     return LabelledImages(pixels, torch.tensor(labels))

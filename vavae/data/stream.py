@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vavae.data.config import StreamConfig
-from vavae.data.image import UnreadableImage, decode_image
+from vavae.data.image import UnreadableImage, prepare_image
 from vavae.data.manifest import Manifest, shard_file
 from vavae.data.mapped import MappedShard, ShardCache
 from vavae.data.order import Location, Round, SampleOrder
@@ -120,8 +120,8 @@ class ImageStream(Dataset[ImageSlice]):
         images, labels = [], []
         unreadable: list[str] = []
         for location in locations:
-            found = self._read(location)
-            images.append(augment(found.pixels, self._image_size, self._config, random))
+            found = self._read(location, random)
+            images.append(found.pixels)
             labels.append(found.label)
             unreadable += found.unreadable
         batch = np.stack(images).transpose(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
@@ -132,7 +132,7 @@ class ImageStream(Dataset[ImageSlice]):
         info = self._shards[shard]
         return MappedShard(shard_file(self._storage, self._split, info), info.count)
 
-    def _read(self, location: Location) -> _Found:
+    def _read(self, location: Location, random: np.random.Generator) -> _Found:
         """The image at a location, or the next readable one of its shard."""
         shard, name = self._open.get(location.shard, self._map), self._shards[location.shard].name
         unreadable: list[str] = []
@@ -140,7 +140,10 @@ class ImageStream(Dataset[ImageSlice]):
             index = (location.record + offset) % len(shard)
             record, place = shard[index], f"{self._split}/{name}#{shard.key(index)}"
             try:
-                return _Found(decode_image(image_bytes(record)), label_of(record, self._classes, place), unreadable)
+                pixels = prepare_image(image_bytes(record), self._image_size, self._config.crop, random)
+                if self._config.flip and random.random() < 0.5:
+                    pixels = pixels[:, ::-1]
+                return _Found(pixels, label_of(record, self._classes, place), unreadable)
             except UnreadableImage as error:
                 logger.warning("unreadable image %s, the next one stands in: %s", place, error)
                 unreadable.append(place)
@@ -163,26 +166,6 @@ def image_bytes(record: Mapping[str, bytes]) -> bytes:
         if extension in record:
             return record[extension]
     raise UserError(f"a record without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")
-
-
-def augment(image: np.ndarray, size: int, config: StreamConfig, random: np.random.Generator) -> np.ndarray:
-    """Crop uint8 [H, W, 3] to [size, size, 3] and flip it, by keyed draws (two crop offsets, then the flip)."""
-    spare = _spare(image, size)
-    offsets = (random.random(2) * (spare + 1)).astype(int) if config.crop == "random" else spare // 2
-    image = image[offsets[0] : offsets[0] + size, offsets[1] : offsets[1] + size]
-    return image[:, ::-1] if config.flip and random.random() < 0.5 else image
-
-
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The central [size, size, 3] of [H, W, 3]."""
-    top, left = _spare(image, size) // 2
-    return image[top : top + size, left : left + size]
-
-
-def _spare(image: np.ndarray, size: int) -> np.ndarray:
-    spare = np.array(image.shape[:2]) - size
-    assert (spare >= 0).all(), f"an image of {image.shape[:2]} in shards of at least {size}"
-    return spare
 
 
 class _Keys(Sampler[SliceKey]):

@@ -84,7 +84,7 @@ def index_tar(path: Path, memory: memoryview) -> list[TarRecord]:
 
 
 def _members(path: Path, memory: memoryview) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar, ten times as fast as `tarfile` where plain headers suffice."""
+    """Name, offset and size of every file in a tar, three times as fast as `tarfile` where plain headers suffice."""
     at = 0
     while at + _BLOCK <= len(memory):
         header = bytes(memory[at : at + _BLOCK])

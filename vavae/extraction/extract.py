@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vavae.config import digest, identity
-from vavae.data.image import decode_image
+from vavae.data.image import UnreadableImage, prepare_image
 from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, write_latents
 from vavae.data.manifest import Manifest, ShardInfo, shard_file
 from vavae.data.passes import shard_records
 from vavae.data.pixels import to_float
-from vavae.data.stream import center_crop, image_bytes
+from vavae.data.stream import image_bytes, label_of
+from vavae.errors import UserError
 from vavae.extraction.config import LatentsConfig
 from vavae.storage.artefact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 from vavae.tokenizer.autoencoder import VAVAE
+
+_log = logging.getLogger(__name__)
 
 
 class LatentShardRecord(BaseModel):
@@ -39,6 +43,8 @@ class LatentShardRecord(BaseModel):
     """Partial sums, see `LatentStatistics`."""
     keys: tuple[str, ...]
     """Names of the images, in order, as their source calls them."""
+    skipped: tuple[str, ...] = ()
+    """Names of those that could not be read and have no latent."""
 
 
 class ShardTask(NamedTuple):
@@ -112,10 +118,11 @@ class Extraction:
             return
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
-        shard = shard_records(shard_file(self._images, task.split, source), source.count)
+        records = shard_records(shard_file(self._images, task.split, source), source.count)
+        images = _ReadableImages(records, path, self._manifest.image_size, len(self._manifest.classes))
         statistics = LatentStatistics(model.config.latent_dim)
         arrays, labels, keys = [], [], []
-        for batch in _batches(shard, self._manifest.image_size, self._config.batch_size):
+        for batch in images.batches(self._config.batch_size):
             array = self._posteriors(model, batch.images.to(device))
             for view in range(0, array.shape[1], 2):
                 statistics.update(array[:, view], array[:, view + 1])
@@ -123,12 +130,20 @@ class Extraction:
             labels += batch.labels
             keys += batch.keys
             advance(len(batch.labels))
+        if not labels:
+            raise UserError(f"{self._images.url(path)}: no readable image in the whole shard; make the shards again")
+        if images.skipped:
+            advance(len(images.skipped))
         with self._latents.create(path) as local:
             write_latents(local, np.concatenate(arrays), labels, task.first_index)
             size, sha256 = local.stat().st_size, sha256_of(local)
         info = ShardInfo(name=source.name, count=len(labels), bytes=size, sha256=sha256)
         record = LatentShardRecord(
-            origin=self._origin(task), shard=info, statistics=statistics.to_json(), keys=tuple(keys)
+            origin=self._origin(task),
+            shard=info,
+            statistics=statistics.to_json(),
+            keys=tuple(keys),
+            skipped=tuple(images.skipped),
         )
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
 
@@ -183,14 +198,39 @@ class _Batch(NamedTuple):
     keys: list[str]
 
 
-def _batches(shard: Iterator[dict[str, Any]], image_size: int, batch_size: int) -> Iterator[_Batch]:
-    while records := list(islice(shard, batch_size)):
-        images = np.stack([center_crop(decode_image(image_bytes(record)), image_size) for record in records])
-        yield _Batch(
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),  # [B, H, W, 3] → [B, 3, H, W]
-            [int(record["cls"]) for record in records],
-            [json.loads(record["json"])["key"] if "json" in record else record["__key__"] for record in records],
-        )
+class _ReadableImages:
+    """Batches of the readable images of a shard, full but for the last.
+
+    Args:
+        records: of the shard.
+        place: its name.
+        image_size: side in pixels of ADM's centre crop.
+        classes: how many there are.
+    """
+
+    def __init__(self, records: Iterable[dict[str, Any]], place: str, image_size: int, classes: int) -> None:
+        self._records, self._place, self._size, self._classes = records, place, image_size, classes
+        self.skipped: list[str] = []
+        """Names of those that were left out so far."""
+
+    def batches(self, batch_size: int) -> Iterator[_Batch]:
+        """All images, in order."""
+        samples = self._samples()
+        while chosen := list(islice(samples, batch_size)):
+            images, labels, keys = zip(*chosen, strict=True)
+            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
+            yield _Batch(pixels, list(labels), list(keys))
+
+    def _samples(self) -> Iterator[tuple[np.ndarray, int, str]]:
+        for record in self._records:
+            key = json.loads(record["json"])["key"] if "json" in record else record["__key__"]
+            try:
+                pixels = prepare_image(image_bytes(record), self._size)
+            except UnreadableImage as error:
+                _log.warning("%s: left out %s: %s", self._place, key, error)
+                self.skipped.append(key)
+            else:
+                yield pixels, label_of(record, self._classes, f"{self._place}#{record['__key__']}"), key
 
 
 def _record_path(split: str, shard: ShardInfo) -> str:
