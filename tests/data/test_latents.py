@@ -21,6 +21,7 @@ from vavae.data.latents import (
     LatentStream,
     MappedLatents,
     read_latent_manifest,
+    read_latents_of,
     read_statistics,
     write_latents,
 )
@@ -270,3 +271,13 @@ def test_a_shard_that_the_manifest_does_not_describe_is_refused_in_one_line(stor
     with pytest.raises(UserError, match=message) as caught:
         first_slice(storage, manifest)
     assert "\n" not in str(caught.value)
+
+
+def test_latents_of_another_tokenizer_or_size_are_refused_in_one_line(storage):
+    manifest = write_set(storage, flip=True)
+    storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    assert read_latents_of(storage, "t", SHAPE) == manifest
+    with pytest.raises(UserError, match=r"latents of the tokenizer t, but the run's is u; run precompute_latents"):
+        read_latents_of(storage, "u", SHAPE)
+    with pytest.raises(UserError, match=r"latents \[3, 2, 5\], but tokenizer.latent_dim=3 on a 2 x 4 grid"):
+        read_latents_of(storage, "t", (3, 2, 4))

@@ -1,5 +1,7 @@
 """Extraction: latents that depend on image and tokenizer alone, made once, in any order, however often it is killed."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from vavae.errors import UserError
 from vavae.extraction.config import LatentsConfig
 from vavae.extraction.extract import Extraction
 from vavae.storage.storage import Storage
+from vavae.tokenizer.normalizer import LatentNormalizer
 
 COUNTS = {"train": (5, 3), "validation": (2,)}
 SHAPE = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
@@ -258,3 +261,88 @@ def test_originals_are_encoded_after_adm_s_crop(tmp_path, images, extract, token
     batch = to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
     arrays, _ = read_all(tmp_path, read_latent_manifest(Storage(str(tmp_path / "latents"))), "train")
     np.testing.assert_allclose(arrays[:, 0], small.tokenizer().encode(batch).mean, atol=2e-3, rtol=1e-3)
+
+
+def test_a_scale_stands_in_for_the_statistics_and_changes_no_latent(tmp_path, extract, tokenizer):
+    whitened, files = encode_all(extract("latents"), tokenizer)
+    tokenizer.batches.clear()
+    scaled, _ = encode_all(extract("latents", config=CONFIG.model_copy(update={"scale": 0.18215})), tokenizer)
+    assert tokenizer.batches == []
+    assert scaled != whitened
+    mean, std = read_statistics(Storage(str(tmp_path / "latents")))
+    z = torch.randn(2, SHAPE[0], 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(LatentNormalizer(mean, std).normalize(z), z * 0.18215)
+    assert encode_all(extract("latents"), tokenizer) == (whitened, files)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Killer:
+    """Lets so many changes of a storage happen and then ends the process, before the next or right after the last."""
+
+    def __init__(self, monkeypatch, survived, after):
+        self.left, self.after = survived, after
+        for name in ("write_bytes", "delete"):
+            self._wrap(monkeypatch, name)
+        create = Storage.create
+
+        @contextmanager
+        def killing_create(storage, path):
+            with create(storage, path) as local:
+                yield local
+                self.before()
+            self.done()
+
+        monkeypatch.setattr(Storage, "create", killing_create)
+
+    def _wrap(self, monkeypatch, name):
+        whole = getattr(Storage, name)
+
+        def killing(storage, *arguments):
+            self.before()
+            whole(storage, *arguments)
+            self.done()
+
+        monkeypatch.setattr(Storage, name, killing)
+
+    def before(self):
+        if not self.after and not self.left:
+            raise Killed
+
+    def done(self):
+        self.left -= 1
+        if self.after and self.left < 0:
+            raise Killed
+
+
+CHANGES = 3 * 3 + 2
+"""Of three shards (the old record goes, the shard, the record), the manifest and the statistics."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("survived", range(CHANGES))
+def test_killed_at_any_write_it_goes_on_with_other_actors(tmp_path, extract, tokenizer, monkeypatch, survived, after):
+    """Another number of actors is another order of the shards."""
+    result = encode_all(extract("whole"), tokenizer)
+    with monkeypatch.context() as patch:
+        Killer(patch, survived, after)
+        with pytest.raises(Killed):
+            encode_all(extract(), tokenizer)
+    extraction = extract()
+    done = [extraction.record(task) is not None for task in extraction.tasks()]
+    assert sum(done) == min((survived + after) // 3, 3)
+    tokenizer.batches.clear()
+    for task in reversed(extraction.tasks()):
+        extraction.encode(task, tokenizer, CPU, ignore)
+    batches = [4, 2, 2]  # of five, three and two images, and their mirror images
+    assert len(tokenizer.batches) == sum(count for count, there in zip(batches, done, strict=True) if not there)
+    assert extraction.finish(SHAPE) == result
+    assert contents(tmp_path, "latents") == contents(tmp_path, "whole")
+
+
+def test_there_are_no_other_writes(extract, tokenizer, monkeypatch):
+    killer = Killer(monkeypatch, 100, after=False)
+    encode_all(extract(), tokenizer)
+    assert killer.left == 100 - CHANGES

@@ -244,6 +244,31 @@ def read_latent_manifest(storage: Storage) -> LatentManifest:
         raise UserError(f"{storage.url(MANIFEST)}: no manifest of latents there; run precompute_latents") from error
 
 
+def read_latents_of(storage: Storage, tokenizer: str, shape: tuple[int, int, int]) -> LatentManifest:
+    """The manifest of the latents that a model is to be trained on.
+
+    Args:
+        storage: their folder.
+        tokenizer: digest of the tokenizer whose latents they must be.
+        shape: C, H, W of one latent as the model takes it.
+
+    Raises:
+        UserError: there are none, or they are another tokenizer's or of another size.
+    """
+    manifest = read_latent_manifest(storage)
+    if manifest.tokenizer != tokenizer:
+        raise UserError(
+            f"{storage.url()}: latents of the tokenizer {manifest.tokenizer[:12]}, but the run's is {tokenizer[:12]}; "
+            "run precompute_latents"
+        )
+    if manifest.shape != shape:
+        raise UserError(
+            f"{storage.url()}: latents {list(manifest.shape)}, but tokenizer.latent_dim={shape[0]} on a "
+            f"{shape[1]} x {shape[2]} grid is configured; compute the latents of this tokenizer"
+        )
+    return manifest
+
+
 def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [C], float64, of the latents of the training split in a folder."""
     try:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vavae.config import digest, identity
+from vavae.config import digest
 from vavae.data.image import UnreadableImage, prepare_image
 from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, LatentStatistics, write_latents
 from vavae.data.manifest import Manifest, ShardInfo, shard_file
@@ -106,7 +106,7 @@ class Extraction:
                 "image_size": self._manifest.image_size,
                 "first_index": task.first_index,
                 "tokenizer": self._tokenizer,
-                "config": identity(self._config),
+                "config": {"flip": self._config.flip, "batch_size": self._config.batch_size},
             }
         )
 
@@ -184,12 +184,19 @@ class Extraction:
         }
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
-            save_file({"mean": torch.from_numpy(total.mean), "std": torch.from_numpy(total.std)}, local)
+            save_file(self._normalisation(total), local)
             self._latents.put_file(local, STATISTICS)
             files[STATISTICS] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
         text = self._latents.read_bytes(MANIFEST)
         files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
         return digest({path: info.sha256 for path, info in files.items()}), files
+
+    def _normalisation(self, total: LatentStatistics) -> dict[str, Tensor]:
+        """What the diffusion subtracts and divides by, per channel: float64 [C]."""
+        mean, std, scale = torch.from_numpy(total.mean), torch.from_numpy(total.std), self._config.scale
+        if scale is not None:
+            mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / scale)
+        return {"mean": mean, "std": std}
 
 
 class _Batch(NamedTuple):

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from vavae.config import Config, digest
-from vavae.data.latents import LatentStream, read_latent_manifest, read_statistics
+from vavae.data.latents import LatentStream, read_latents_of, read_statistics
 from vavae.data.manifest import read_manifest
 from vavae.data.order import Round, assign_lanes, order_of
 from vavae.data.stream import ImageStream
 from vavae.distributed.world import World
-from vavae.errors import UserError
 from vavae.interop.export import (
     ALIGNMENT,
     WEIGHTS,
@@ -74,14 +73,10 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     """Train the LightningDiT on the run's latents and export it. Every rank calls it."""
     config = run.config
     latents = run.storage.child(run.prefix("precompute_latents"))
-    manifest = read_latent_manifest(latents)
+    shape = (config.tokenizer.latent_dim, config.grid, config.grid)
+    manifest = read_latents_of(latents, run.require("train_vavae").digest, shape)
     normalizer = LatentNormalizer(*read_statistics(latents))
     model = config.lightningdit.with_classes(len(manifest.classes))
-    if manifest.shape != (config.tokenizer.latent_dim, config.grid, config.grid):
-        raise UserError(
-            f"{latents.url()}: latents {list(manifest.shape)}, but tokenizer.latent_dim={config.tokenizer.latent_dim} "
-            f"on a {config.grid} x {config.grid} grid is configured; compute the latents of this tokenizer"
-        )
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_lightningdit.batch_size // config.stream.lanes
     stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
