@@ -71,7 +71,7 @@ class DrawnLatents:
 
 def build_step(job: Job, config: RunConfig, world: World) -> Step:
     """The step object of a training."""
-    rounds = assign_lanes(LANES, world.rank, world.size)
+    rounds = assign_lanes(config.stream.lanes, world.rank, world.size)
     if job == "train_vavae":
         return TokenizerStep(config, config.tokenizer_stages()[0], None, DrawnImages(), rounds, world)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
