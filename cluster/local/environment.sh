@@ -27,9 +27,11 @@ environment() {
         echo "error: the installation failed; the lines above say why. Run the command again to go on" >&2
         return 2
     }
-    # The test extra holds all that the quickstart needs.
-    [ "$extra" = test ] && echo "$wanted" >"$checkout/.venv/installed-quickstart"
-    echo "$wanted" >"$stamp"
+    # Each extra holds the ones before it.
+    for extra in quickstart s3 test; do
+        echo "$wanted" >"$checkout/.venv/installed-$extra"
+        [ "$checkout/.venv/installed-$extra" = "$stamp" ] && break
+    done
 }
 
 find_python() {

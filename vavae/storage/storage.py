@@ -1,54 +1,69 @@
-"""Files under one root, in a folder or an object store; the only place that knows fsspec.
+"""Files under one root, in a folder or an object store.
 
 Every write is whole or absent. On a local disk that is: temporary file in the same folder, fsync, rename, fsync of the
-folder; an object store puts a whole object by itself. What the file system needs to know (endpoint, profile, key) comes
-from fsspec's own configuration and the usual chain of credentials.
+folder; an object store puts a whole object by itself. A store is asked again while its errors are of the kind that
+passes; keys come from the usual chain of credentials.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import tokenize
 
 from vavae.errors import UserError
-from vavae.storage.config import DEFAULT_CACHE
+from vavae.storage.cache import Cache
+from vavae.storage.config import DEFAULT_CACHE, StorageConfig, StorageOptions
+from vavae.storage.filesystem import explained, open_place
+from vavae.storage.local import PARTIAL, local_sizes, replacing, sha256_of
+from vavae.storage.retry import COUNTERS, Retry
 
-_PARTIAL = ".partial"
-_BLOCK_BYTES = 1 << 20
+__all__ = ["Storage", "sha256_of"]
+
+_PART_BYTES = 16 << 20
+_FETCHES = 2
+
+Result = TypeVar("Result")
 
 
 class Storage:
-    """Files named by paths relative to ``root``, with "/" between the parts. Small to pickle.
+    """Files named by paths relative to ``root``, with "/" between the parts. Small to pickle; may cross a fork.
 
     ``root`` is a folder or a URL; a relative folder becomes absolute, so that workers with another working directory
-    mean the same one. ``cache`` is a local folder for :meth:`local_file`. A path that could leave the root raises
-    UserError; a missing file raises FileNotFoundError; what the file system raises beyond that passes through.
+    mean the same one. ``cache`` is a local folder for :meth:`local_file`. ``options`` say how a store is reached.
+    ``Storage.counters`` holds this process's totals over all storages. A path that could leave the root raises
+    UserError, and so does a store that refuses access; a missing file raises FileNotFoundError; a store that goes on
+    failing raises :class:`vavae.storage.retry.StorageUnavailableError`.
     """
 
-    def __init__(self, root: str, cache: str = DEFAULT_CACHE) -> None:
-        try:
-            # Other processes write too: a listing kept in this one would miss their files.
-            self._fs, base = url_to_fs(root, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"storage {root!r}: {error}; give a folder or a URL whose fsspec package is here"
-            ) from error
-        self.is_local = isinstance(self._fs, LocalFileSystem)
-        self.root = os.path.abspath(base) if self.is_local else root
+    counters = COUNTERS
+
+    def __init__(self, root: str, cache: str = DEFAULT_CACHE, options: StorageOptions | None = None) -> None:
+        self.options = StorageOptions() if options is None else options
+        self._place, self._process = open_place(root, self.options), os.getpid()
+        self.is_local = isinstance(self._place.filesystem, LocalFileSystem)
+        self.root = os.path.abspath(self._place.base) if self.is_local else root
         self.cache = cache
-        self._base = (self.root if self.is_local else base).rstrip("/")
+        self._base = (self.root if self.is_local else self._place.base).rstrip("/")
+        self._retry = Retry.of(self.options)
+
+    @staticmethod
+    def of(config: StorageConfig) -> "Storage":
+        """The storage that a configuration describes."""
+        options = StorageOptions(**{name: getattr(config, name) for name in StorageOptions.model_fields})
+        return Storage(config.root, config.cache, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Storage, (self.root, self.cache)
+        return _restore, (self.root, self.cache, self.options.model_dump(exclude_defaults=True))
 
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
@@ -60,53 +75,68 @@ class Storage:
 
     def child(self, prefix: str) -> "Storage":
         """The storage whose root is a folder of this one."""
-        return Storage(self.url(prefix), self.cache)
+        return self.at(self.url(prefix))
+
+    def at(self, root: str) -> "Storage":
+        """The storage at another folder or URL, reached with the same options."""
+        return Storage(root, self.cache, self.options)
 
     def exists(self, path: str = "") -> bool:
         """Whether there is a file or a folder of this name."""
-        return self._fs.exists(self._name(path))
+        return self._kind(path) is not None
 
     def is_file(self, path: str = "") -> bool:
         """Whether there is a file of this name; without one, whether the root is no folder but a file."""
-        return self._fs.isfile(self._name(path))
+        return self._kind(path) == "file"
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
-        return self._fs.size(self._name(path))
+        return self._info(path)["size"]
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Bytes of every file beneath a folder, at any depth, by sorted path; empty where there is no such folder."""
         name = self._name(prefix)
         if self.is_local:
-            return dict(sorted((self._relative(path), size) for path, size in _local_sizes(name)))
-        return {self._relative(path): info["size"] for path, info in sorted(self._fs.find(name, detail=True).items())}
+            return dict(sorted((self._relative(path), size) for path, size in local_sizes(name)))
+        found = self._ask(prefix, lambda: self._fs.find(name, detail=True))
+        return {self._relative(path): info["size"] for path, info in sorted(found.items())}
 
     def list(self, prefix: str = "", recursive: bool = False) -> list[str]:
         """Sorted paths of what lies directly in a folder (files and folders), or of all files beneath it."""
         if recursive:
             return [*self.sizes(prefix)]
+        name = self._name(prefix)
         try:
-            found = self._fs.ls(self._name(prefix), detail=False)
+            found = self._ask(prefix, lambda: self._fs.ls(name, detail=False))
         except FileNotFoundError:
             return []
-        return sorted(self._relative(path.rstrip("/")) for path in found if not path.endswith(_PARTIAL))
+        return sorted(self._relative(path.rstrip("/")) for path in found if not path.endswith(PARTIAL))
 
     def read_bytes(self, path: str) -> bytes:
         """The whole content of a file."""
-        return self._fs.cat_file(self._name(path))
+        name = self._name(path)
+        return self._read(path, lambda: self._fs.cat_file(name))
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to before ``stop`` of a file, ``0 <= start < stop``; fewer where the file ends before."""
+        assert 0 <= start < stop, f"no bytes from {start} to {stop}"
+        name = self._name(path)
+        return self._read(path, lambda: self._fs.cat_file(name, start=start, end=stop))
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Put a whole file, in place of one that is there."""
-        if not self.is_local:
-            self._fs.pipe_file(self._name(path), data)
-            return
-        with _replacing(Path(self._name(path))) as temporary:
-            temporary.write_bytes(data)
+        name = self._name(path)
+        if self.is_local:
+            with replacing(Path(name)) as temporary:
+                temporary.write_bytes(data)
+        else:
+            self._write(path, len(data), lambda: self._fs.pipe_file(name, data))
 
     def read_json(self, path: str) -> Any:
         """The value in a JSON file; UserError where it holds something else."""
+        data = self.read_bytes(path)
         try:
-            return json.loads(self.read_bytes(path))
+            return json.loads(data)
         except ValueError as error:
             raise UserError(f"{self.url(path)} holds no JSON ({error}): delete it to have it made again") from error
 
@@ -117,47 +147,132 @@ class Storage:
     @contextmanager
     def create(self, path: str) -> Iterator[Path]:
         """A local file to write into; put under ``path`` when the block ends, dropped when it raises."""
+        name = self._name(path)
         if self.is_local:
-            with _replacing(Path(self._name(path))) as temporary:
+            with replacing(Path(name)) as temporary:
                 yield temporary
         else:
             with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
                 temporary = Path(folder, "file")
                 yield temporary
-                self._fs.put_file(str(temporary), self._name(path))
+                self._write(path, temporary.stat().st_size, lambda: self._fs.put_file(str(temporary), name))
 
     def put_file(self, local: str | os.PathLike[str], path: str) -> None:
         """Put a copy of a local file."""
         with self.create(path) as temporary:
             shutil.copyfile(local, temporary)
 
-    def local_file(self, path: str = "") -> Path:
+    def local_file(self, path: str = "", sha256: str | None = None) -> Path:
         """A local file with this content, to be read only: the file itself, or a copy in the cache.
 
         The copy is keyed by the full URL and by size and checksum as the store tells them, so another version or a file
-        of the same name elsewhere is never taken for it.
+        of the same name elsewhere is never taken for it. With ``sha256`` it is keyed by that: a copy that is here needs
+        no request. Open it at once, for the cache may drop it; what is open or mapped stays readable.
+
+        Raises:
+            UserError: the file's SHA-256 is another than ``sha256``, when fetched a second time too.
         """
         name = self._name(path)
         if self.is_local:
             if not os.path.isfile(name):
                 raise FileNotFoundError(name)
+            if sha256 is not None and sha256_of(name) != sha256:
+                raise self._damaged(path, sha256)
             return Path(name)
-        size = self.size(path)
-        key = hashlib.sha256(f"{self.url(path)} {size} {self._fs.checksum(name)}".encode()).hexdigest()
-        copy = Path(self.cache).expanduser() / "files" / key / name.rpartition("/")[2]
-        if not copy.exists():
-            with _replacing(copy) as temporary:
-                self._fs.get_file(name, str(temporary))
-                if temporary.stat().st_size != size:
-                    raise OSError(f"{self.url(path)}: got {temporary.stat().st_size} of {size} bytes")
-        return copy
+        info = self._info(path) if sha256 is None else {}
+        version = sha256 or f"{info['size']} {_version(info)}"
+        return Cache(self.cache, self.options.cache_bytes).get(
+            hashlib.sha256(f"{self.url(path)} {version}".encode()).hexdigest(),
+            name.rpartition("/")[2],
+            lambda: info["size"] if info else self.size(path),
+            lambda file: self._fetch(path, file, _version(info) if sha256 is None else None, sha256),
+        )
 
     def delete(self, path: str) -> None:
         """Delete a file, or a folder with all that is in it; nothing there is no error."""
         assert path, "the root of a storage is not ours to delete"
         name = self._name(path)
-        if self._fs.exists(name):
-            self._fs.rm(name, recursive=True)
+        if self.exists(path):
+            self._ask(path, lambda: self._fs.rm(name, recursive=True))
+
+    @property
+    def _fs(self) -> Any:
+        """The file system, opened anew in a forked process: connections cannot be shared."""
+        if self._process != os.getpid():
+            self._place, self._process = open_place(self.root, self.options), os.getpid()
+        return self._place.filesystem
+
+    def _ask(self, path: str, operation: Callable[[], Result]) -> Result:
+        """The result of a call of the file system, asked for again while its errors pass."""
+        if self.is_local:
+            return operation()
+        url = self.url(path)
+        try:
+            return self._retry.call(url, operation)
+        except Exception as error:
+            better = explained(error, url)
+            if better is None:
+                raise
+            raise better from None
+
+    def _read(self, path: str, operation: Callable[[], bytes]) -> bytes:
+        data = self._ask(path, operation)
+        if not self.is_local:
+            COUNTERS.add(bytes_read=len(data))
+        return data
+
+    def _write(self, path: str, size: int, operation: Callable[[], Any]) -> None:
+        try:
+            self._ask(path, operation)
+        except FileNotFoundError:
+            raise UserError(f"{self.url(path)}: there is no such bucket: make it, or correct its name") from None
+        COUNTERS.add(bytes_written=size)
+
+    def _info(self, path: str) -> dict[str, Any]:
+        """What the file system tells of a file or folder: at least its size and type."""
+        name = self._name(path)
+        return self._ask(path, lambda: self._fs.info(name))
+
+    def _kind(self, path: str) -> str | None:
+        """ "file", "directory", or None where there is nothing."""
+        name = self._name(path)
+        if self.is_local:
+            return "file" if os.path.isfile(name) else "directory" if os.path.isdir(name) else None
+        try:
+            return self._info(path)["type"]
+        except FileNotFoundError:
+            return None
+
+    def _fetch(self, path: str, file: IO[bytes], version: str | None, sha256: str | None) -> None:
+        """Write a file's content into a local one of its size, and check it."""
+        for _ in range(_FETCHES):
+            self._download(path, file)
+            COUNTERS.add(fetched_files=1)
+            if sha256 is None or sha256_of(file.name) == sha256:
+                break
+        else:
+            raise self._damaged(path, sha256)
+        if version is not None and _version(self._info(path)) != version:
+            raise OSError(f"{self.url(path)} was changed while it was fetched")
+
+    def _download(self, path: str, file: IO[bytes]) -> None:
+        """Fill a local file from a store, some parts of it at a time."""
+        size = os.fstat(file.fileno()).st_size
+
+        def fetch_part(start: int) -> None:
+            stop = min(start + _PART_BYTES, size)
+            data = self.read_range(path, start, stop)
+            if len(data) != stop - start:
+                raise OSError(f"{self.url(path)}: got {len(data)} of {stop - start} bytes at {start}")
+            if os.pwrite(file.fileno(), data, start) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+        with ThreadPoolExecutor(self.options.connections) as pool:
+            for _ in pool.map(fetch_part, range(0, size, _PART_BYTES)):
+                pass
+
+    def _damaged(self, path: str, sha256: str | None) -> UserError:
+        return UserError(f"{self.url(path)}: its SHA-256 is not {sha256}: the file is damaged; restore or remake it")
 
     def _name(self, path: str) -> str:
         """The file system's own name of a relative path."""
@@ -171,46 +286,10 @@ class Storage:
         return name.removeprefix(f"{self._base}/")
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a local file, in hexadecimal."""
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            state.update(block)
-    return state.hexdigest()
+def _restore(root: str, cache: str, options: dict[str, Any]) -> Storage:
+    return Storage(root, cache, StorageOptions(**options))
 
 
-def _local_sizes(folder: str) -> Iterator[tuple[str, int]]:
-    """Files beneath a local folder, through links. What vanishes meanwhile is left out, a closed folder is an error."""
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise error
-
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in names:
-            path = f"{parent.rstrip('/')}/{name}"
-            if not name.endswith(_PARTIAL) and os.path.isfile(path):
-                yield path, os.path.getsize(path)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``target`` that takes its place, durably, when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}{_PARTIAL}")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _version(info: dict[str, Any]) -> str:
+    """What tells this version of a file from another one."""
+    return info.get("ETag") or tokenize(info)

