@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from vavae.data.image import decode_image
 from vavae.data.sources.opening import describe, open_source
@@ -132,6 +133,89 @@ def test_digits():
     block_means = image[..., 0].reshape(8, 4, 8, 4).mean((1, 3)) * 16 / 255  # [8, 8]
     assert np.abs(block_means - load_digits().images[42]).mean() < 1
     assert np.corrcoef(block_means.ravel(), load_digits().images[42].ravel())[0, 1] > 0.98
+
+
+def tar_of(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_a_tar_of_class_tars_as_imagenet_comes(tmp_path):
+    tars = {"n02.tar": tar_of({"n02_1.PNG": png(5), "n02_0.PNG": png(6)}), "n01.tar": tar_of({"n01_7.PNG": png(7)})}
+    name = file(tmp_path, "ILSVRC2012_img_train.tar", tar_of(tars))
+    assert contents(name) == (
+        ("n01", "n02"),
+        [("n01/n01_7.PNG", 0, 7), ("n02/n02_0.PNG", 1, 6), ("n02/n02_1.PNG", 1, 5)],
+    )
+
+
+FLAT = {f"val_{number}.png": png(number) for number in (1, 2, 3)}
+
+
+def devkit():
+    """Classes numbered in an order of their own, with an inner node of the tree among them."""
+    synsets = np.array(
+        [(1, "n03", 0), (2, "n01", 0), (1001, "n00", 2)],
+        dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")],
+    )
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets})
+    folder = "ILSVRC2012_devkit_t12/data"
+    truth = b"2\n1\n2\n"
+    return tar_of({f"{folder}/meta.mat": meta.getvalue(), f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth})
+
+
+LABELS = {
+    "devkit": devkit(),
+    "kaggle": b"ImageId,PredictionString\nval_2,n03 85 1 499 272 \nval_1,n01 1 2 3 4 n01 5 6 7 8\nval_3,n01 0 0 1 1\n",
+    "names": b"val_3.png n01\nval_1.png n01\nval_2.png n03\n",
+    "in order": b"n01\nn03\nn01\n",
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flat_set_with_a_label_file(tmp_path, kind, labels):
+    name, labels = pack(tmp_path, kind, FLAT), file(tmp_path, "labels", LABELS[labels])
+    source = open_source(name, str(tmp_path), labels)
+    listing = source.listing()
+    assert listing.classes == ("n01", "n03")
+    assert [(record.key, record.label) for record in listing.records] == [
+        ("val_1.png", 0),
+        ("val_2.png", 1),
+        ("val_3.png", 0),
+    ]
+    assert [decode_image(source.read(record))[0, 0, 0] for record in listing.records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (b"n01\nn02\n", "2 classes for the 3 images of"),
+        (b"val_1 n01\nval_2 n01\n", "no class for val_3 of"),
+        (b"n01\nval_2 n01\n", "expected a class, or a name and a class, on every line"),
+        (b"", "expected a class, or a name"),
+        (b"\xff\xfe\x00", "neither a text nor ImageNet's development kit"),
+        (tar_of({"meta.mat": b""}), "not ImageNet's development kit"),
+        (None, "is not there: name the file with the classes"),
+    ],
+)
+def test_messages_about_labels(tmp_path, labels, message):
+    path = tmp_path / "labels"
+    if labels is not None:
+        path.write_bytes(labels)
+    with pytest.raises(UserError, match=rf"validation_labels .*{message}"):
+        open_source(pack(tmp_path, "folder", FLAT), "", str(path)).listing()
+
+
+def test_sets_that_bring_classes_take_no_label_file():
+    with pytest.raises(UserError, match="digits brings its classes along"):
+        open_source("digits", "", "labels.txt")
 
 
 MESSAGES = {

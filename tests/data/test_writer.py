@@ -15,6 +15,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from vavae.config import digest
 from vavae.data import writer
@@ -291,6 +292,26 @@ def test_validation_source(storage, config, tmp_path):
     strange = make_zip(tmp_path / "strange.zip", classes=("bird", "cow"))
     with pytest.raises(UserError, match=r"class cow is not among the 3 of .*images\.zip"):
         plan_shards(config.model_copy(update={"validation_source": strange}), "")
+
+
+def test_a_flat_validation_set_with_its_labels(storage, config, tmp_path):
+    with zipfile.ZipFile(make_zip(tmp_path / "test.zip", classes=CLASSES[1:], per_class=2)) as archive:
+        images = [archive.read(name) for name in sorted(archive.namelist()) if name.endswith(("png", "jpg"))]
+    for number, data in enumerate(images):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / f"{number}.jpg").write_bytes(data)
+    (tmp_path / "labels.txt").write_text("bird\n" * (len(images) - 1) + "cat\n")
+    update = {"validation_source": str(tmp_path / "flat"), "validation_labels": str(tmp_path / "labels.txt")}
+    manifest = write_shards(storage, "shards", config.model_copy(update=update), silent)
+    found = samples(storage, manifest)["validation"]
+    assert {original: label for _, original, label, _ in found} == {
+        f"{number}.jpg": 2 if number == len(images) - 1 else 1 for number in range(len(images))
+    }
+
+
+def test_labels_without_images_are_refused():
+    with pytest.raises(ValidationError, match="validation_labels=x without a validation_source: name its images"):
+        ShardsConfig(source="digits", validation_labels="x")
 
 
 def test_an_empty_split_is_refused(config):

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from vavae.config import Config, runtime
 
@@ -17,11 +18,16 @@ class ShardsConfig(Config):
 
     source: str = runtime(min_length=1)
     """Images with a class each: a folder of class folders, a .zip or .tar(.gz) of such a folder (path or URL; `#train`
-    after an archive means its folder `train`), `digits`, `huggingface:<name>[#split]` or
-    `torchvision:<Class>[#split]`."""
+    after an archive means its folder `train`), a .tar of one .tar per class such as ILSVRC2012_img_train.tar,
+    `digits`, `huggingface:<name>[#split]` or `torchvision:<Class>[#split]`."""
 
     validation_source: str | None = runtime(None, min_length=1)
     """Held-out images with the same classes, named likewise."""
+
+    validation_labels: str | None = runtime(None, min_length=1)
+    """Classes of held-out images that lie in no class folders, such as ILSVRC2012_img_val.tar: ImageNet's development
+    kit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's LOC_val_solution.csv, or a text with the class of one image on each
+    line, in the order of their names or after its name."""
 
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Where there is no validation source: the expected share of images held out, chosen by a hash of their names."""
@@ -43,6 +49,12 @@ class ShardsConfig(Config):
 
     seed: int = Field(0, ge=0)
     """Keys the order of the images and the choice of the held-out ones."""
+
+    @model_validator(mode="after")
+    def _labels_need_images(self) -> Self:
+        if self.validation_labels and not self.validation_source:
+            raise ValueError(f"validation_labels={self.validation_labels} without a validation_source: name its images")
+        return self
 
 
 class StreamConfig(Config):

@@ -88,7 +88,10 @@ def _source_names(config: ShardsConfig) -> dict[str, str]:
 
 
 def _list_sources(config: ShardsConfig, cache: str) -> dict[str, Listing]:
-    return {split: open_source(name, cache).listing() for split, name in _source_names(config).items()}
+    labels = {VALIDATION: config.validation_labels}
+    return {
+        split: open_source(name, cache, labels.get(split)).listing() for split, name in _source_names(config).items()
+    }
 
 
 def _split(listings: dict[str, Listing], config: ShardsConfig) -> dict[str, Sequence[Record]]:

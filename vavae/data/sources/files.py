@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import posixpath
 import shutil
 import tarfile
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from vavae.data.sources.listing import File, Listing, Record, list_class_folders
+from vavae.data.sources.listing import Arrange, File, Listing, Record, list_class_folders
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
@@ -21,13 +22,13 @@ _GZIP_MAGIC = b"\x1f\x8b"
 class FolderSource:
     """A folder of class folders, local or in an object store."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, arrange: Arrange = list_class_folders) -> None:
+        self._storage, self._arrange = storage, arrange
 
     def listing(self) -> Listing:
         """See :class:`~vavae.data.sources.listing.Source`; folders within a class folder belong to the class."""
         files = (File(path, 0, size) for path, size in self._storage.sizes().items())
-        return list_class_folders("folder", self._storage.root, files)
+        return self._arrange("folder", self._storage.root, files)
 
     def read(self, record: Record) -> bytes:
         """The file."""
@@ -37,8 +38,8 @@ class FolderSource:
 class ZipSource:
     """Class folders in a zip; `inside` names a folder of it to stay within."""
 
-    def __init__(self, path: Path, inside: str) -> None:
-        self._path, self._inside = path, inside
+    def __init__(self, path: Path, inside: str, arrange: Arrange = list_class_folders) -> None:
+        self._path, self._inside, self._arrange = path, inside, arrange
         try:
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
@@ -50,7 +51,7 @@ class ZipSource:
         if any(member.flag_bits & 1 for member in members):
             raise UserError(f"source {self._path}: encrypted; unpack it and name the folder")
         files = (File(member.filename, 0, member.file_size) for member in members)
-        return list_class_folders("zip", str(self._path), files, self._inside)
+        return self._arrange("zip", str(self._path), files, self._inside)
 
     def read(self, record: Record) -> bytes:
         """The member, verified by its checksum."""
@@ -63,10 +64,13 @@ class ZipSource:
 
 
 class TarSource:
-    """Class folders in a tar, plain or gzipped; a gzipped one is unpacked into a nameless temporary file first."""
+    """Class folders in a tar, plain or gzipped; a gzipped one is unpacked into a nameless temporary file first.
 
-    def __init__(self, path: Path, inside: str) -> None:
-        self._path, self._inside = path, inside
+    A tar within the tar counts as a folder of its name, as ImageNet's training set comes.
+    """
+
+    def __init__(self, path: Path, inside: str, arrange: Arrange = list_class_folders) -> None:
+        self._path, self._inside, self._arrange = path, inside, arrange
         try:
             self._file = _plain_tar(path)
         except (OSError, EOFError, zlib.error) as error:
@@ -75,7 +79,7 @@ class TarSource:
     def listing(self) -> Listing:
         """See :class:`~vavae.data.sources.listing.Source`."""
         try:
-            return list_class_folders("tar", str(self._path), self._members(), self._inside)
+            return self._arrange("tar", str(self._path), self._members(), self._inside)
         except tarfile.TarError as error:
             raise UserError(f"source {self._path}: no zip or tar archive, or a damaged one ({error})") from error
 
@@ -87,12 +91,23 @@ class TarSource:
         return data
 
     def _members(self) -> Iterator[File]:
-        self._file.seek(0)
-        with tarfile.open(fileobj=self._file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    yield File(member.name.removeprefix("./"), member.offset_data, member.size)
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+        for member in _regular_files(self._file, 0):
+            folder, suffix = posixpath.splitext(member.path)
+            if suffix != ".tar":
+                yield member
+            else:
+                inner = _regular_files(self._file, member.position)
+                yield from (file._replace(path=f"{folder}/{file.path}") for file in inner)
+
+
+def _regular_files(file: IO[bytes], start: int) -> Iterator[File]:
+    """Files of the plain tar that begins at a byte; their positions count from the beginning of the file."""
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.isreg():
+                yield File(member.name.removeprefix("./"), member.offset_data, member.size)
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
 
 
 def _plain_tar(path: Path) -> IO[bytes]:

@@ -58,6 +58,13 @@ class Source(Protocol):
         """The bytes of an image file as the source has them; UserError where the source is damaged."""
 
 
+class Arrange(Protocol):
+    """Gives files their classes."""
+
+    def __call__(self, kind: str, place: str, files: Iterable["File"], inside: str = "") -> Listing:
+        """See `list_class_folders`."""
+
+
 class File(NamedTuple):
     """A file in a folder or an archive."""
 
@@ -75,11 +82,7 @@ def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str
         files: all files in it; those that are no images, and hidden ones, are left out.
         inside: the folder to stay within; "" for all.
     """
-    images = sorted(file for file in files if _is_image(file.path) and file.path.startswith(inside and f"{inside}/"))
-    if not images:
-        raise UserError(
-            f"source {place}: no images{inside and f' in {inside}/'}; it must hold class/name.jpg (or .png, ...)"
-        )
+    images = images_among(files, place, inside, "class/name.jpg (or .png, ...)")
     parts = [file.path.split("/") for file in images]
     depth = _wrapping_folders(parts)
     stray = next((file.path for file, names in zip(images, parts, strict=True) if len(names) < depth + 2), None)
@@ -97,6 +100,14 @@ def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str
         for file, names in zip(images, parts, strict=True)
     ]
     return Listing(kind, tuple(classes), records)
+
+
+def images_among(files: Iterable[File], place: str, inside: str, expected: str) -> list[File]:
+    """The images within a folder of a source, sorted; UserError where there are none."""
+    images = sorted(file for file in files if _is_image(file.path) and file.path.startswith(inside and f"{inside}/"))
+    if not images:
+        raise UserError(f"source {place}: no images{inside and f' in {inside}/'}; it must hold {expected}")
+    return images
 
 
 def _is_image(path: str) -> bool:

@@ -8,24 +8,28 @@ from pathlib import Path
 
 from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
 from vavae.data.sources.files import FolderSource, TarSource, ZipSource
-from vavae.data.sources.listing import Fingerprint, Source
+from vavae.data.sources.labels import LabelFile, read_label_file
+from vavae.data.sources.listing import Arrange, Fingerprint, Source, list_class_folders
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
 _ARCHIVE_AND_FOLDER = re.compile(r"(.+\.(?:zip|tar|tar\.gz|tgz))#(.+)")
 
 
-def open_source(name: str, cache: str) -> Source:
+def open_source(name: str, cache: str, labels: str | None = None) -> Source:
     """Open a source by the name that :class:`~vavae.data.config.ShardsConfig` documents.
 
     Args:
         name: path, URL, or name of a data set.
         cache: folder of this machine for what has to be fetched.
+        labels: path or URL of a file with the classes of images that lie in no class folders.
 
     Raises:
         UserError: nothing is there, or it is neither a folder nor an archive, or its package is missing.
     """
     kind, _, rest = name.partition(":")
+    if labels is not None and (name == "digits" or kind in ("huggingface", "torchvision")):
+        raise UserError(f"validation_labels {labels}: {name} brings its classes along; leave the option out")
     if name == "digits":
         return DigitsSource()
     if kind in ("huggingface", "torchvision"):
@@ -33,7 +37,7 @@ def open_source(name: str, cache: str) -> Source:
         if kind == "huggingface":
             return HuggingFaceSource(data_set, split)
         return TorchvisionSource(data_set, split, Path(cache).expanduser() / "torchvision")
-    return _open_files(name, cache)
+    return _open_files(name, cache, list_class_folders if labels is None else _read_labels(labels, cache).arrange)
 
 
 @lru_cache(maxsize=2)
@@ -47,7 +51,14 @@ def describe(name: str, cache: str) -> Fingerprint:
     return open_source(name, cache).listing().fingerprint
 
 
-def _open_files(name: str, cache: str) -> Source:
+def _read_labels(name: str, cache: str) -> LabelFile:
+    place = Storage(name, cache)
+    if not place.is_file():
+        raise UserError(f"validation_labels {name!r} is not there: name the file with the classes")
+    return read_label_file(place.local_file())
+
+
+def _open_files(name: str, cache: str, arrange: Arrange) -> Source:
     match = _ARCHIVE_AND_FOLDER.fullmatch(name)
     name, inside = match.groups() if match else (name, "")
     place = Storage(name, cache)
@@ -56,12 +67,14 @@ def _open_files(name: str, cache: str) -> Source:
             f"source {name!r} is not there: give a folder of class folders, a .zip or .tar(.gz) of one, 'digits', "
             "'huggingface:<name>' or 'torchvision:<Class>'"
         )
-    return _open_archive(place.local_file(), inside.strip("/")) if place.is_file() else FolderSource(place)
+    if place.is_file():
+        return _open_archive(place.local_file(), inside.strip("/"), arrange)
+    return FolderSource(place, arrange)
 
 
-def _open_archive(path: Path, inside: str) -> Source:
+def _open_archive(path: Path, inside: str, arrange: Arrange) -> Source:
     if zipfile.is_zipfile(path):
-        return ZipSource(path, inside)
+        return ZipSource(path, inside, arrange)
     if tarfile.is_tarfile(path):
-        return TarSource(path, inside)
+        return TarSource(path, inside, arrange)
     raise UserError(f"source {path}: neither a folder nor a zip nor a tar archive")
