@@ -1,0 +1,131 @@
+"""The same few steps of both trainings under any engine, and what they did."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
+from torch import Tensor, nn
+
+import vavae.distributed.deepspeed_engine
+import vavae.distributed.engine
+from vavae.data.order import assign_lanes
+from vavae.data.stream import ImageSlice, load_slices
+from vavae.distributed.world import World
+from vavae.training.config import RunConfig
+from vavae.training.run import Job
+
+TORCH: dict[str, Any] = {"backend": "torch"}
+ZERO: list[dict[str, Any]] = [
+    {"backend": "deepspeed", "zero_stage": stage, "persistence_threshold": 0} for stage in range(4)
+]
+"""By stage; without the threshold, stage 3 would leave so small a network whole."""
+
+
+class Setup(NamedTuple):
+    """What may differ between two runs of the same trainings."""
+
+    engine: dict[str, Any]
+    lanes: int = LANES
+    recompute: bool = False
+    """Checkpoint activations: the adaptive weights differentiate the recomputed graph several times."""
+    smooth: bool = False
+    """Networks, losses and images without kinks, on either side of which two engines may end up by rounding."""
+    sgd: bool = True
+    """An optimiser with which an error of a gradient is as large in the weights, instead of Adam."""
+    precision: str = "fp32"
+    steps: int = 10
+
+
+class History(NamedTuple):
+    """What some steps of a training did."""
+
+    figures: list[dict[str, float]]
+    """Losses, adaptive weights and gradient norms of every step, means over the global batch."""
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    """Parameters of all engines."""
+    drift: float
+    """Largest difference of a parameter on this rank from the gathered one, where ranks hold whole ones."""
+
+
+Histories = dict[Job, History]
+
+
+def train(world: World, setup: Setup) -> Histories:
+    """A few steps of both trainings."""
+    if setup.sgd:
+        for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
+            module.build_optimizer = lambda parameters, config: torch.optim.SGD(parameters, config.learning_rate)
+    return {job: _train(world, job, setup) for job in JOBS}
+
+
+def _config(setup: Setup) -> RunConfig:
+    rates = (1e-5, 1e-2, 5e-2) if setup.sgd else (1e-4, 1e-4, 1e-4)
+    generator, discriminator = ({"learning_rate": rate, "max_grad_norm": None} for rate in rates[:2])
+    config = tiny_config(
+        engine=setup.engine,
+        precision=setup.precision,
+        batch_size=BATCH // LANES * setup.lanes,
+        # A LightningDiT begins with an infinite gradient, but for an epsilon: see the velocity direction loss.
+        optimizer={"learning_rate": rates[2], "max_grad_norm": 1.0},
+        train_vavae={"optimizer": generator, "discriminator_optimizer": discriminator},
+    )
+    alignment = {"distmat_weight": 0.0} if setup.smooth else {}
+    vision_foundation = config.losses.vision_foundation.model_copy(update=alignment)
+    # Adam makes whole steps of the rounding in the gradients of biases that a normalisation cancels: those in front of
+    # one with as many groups as channels, which no network has that one would train.
+    tokenizer = {"channels": 32 if setup.sgd else 64, "checkpoint_activations": setup.recompute}
+    sections = {
+        "stream": config.stream.model_copy(update={"lanes": setup.lanes}),
+        "losses": config.losses.model_copy(update={"vision_foundation": vision_foundation}),
+        "tokenizer": config.tokenizer.model_copy(update=tokenizer),
+        "lightningdit": config.lightningdit.model_copy(update={"checkpoint_activations": setup.recompute}),
+    }
+    return config.model_copy(update=sections)
+
+
+def _train(world: World, job: Job, setup: Setup) -> History:
+    config = _config(setup)
+    training = getattr(config, job)
+    step = build_step(job, config, world)
+    stream = load_slices(step.source(), assign_lanes(setup.lanes, world.rank, world.size), 0, workers=0)
+    if setup.smooth:
+        _smooth([*(engine.module for engine in step.engines.values()), getattr(step, "teacher", nn.Identity())])
+    before, figures = _parameters(step.engines), []
+    for number in range(setup.steps):
+        slices = next(stream)
+        for item in slices:
+            if setup.smooth and isinstance(item, ImageSlice):
+                item.images.copy_(255 * (item.images > 127))  # no reconstruction meets black or white
+        result = step.run(slices, number * training.batch_size, training.optimizer.learning_rate / (1 + number))
+        figures.append(world.sum_terms(result.terms) | dict(result.gradient_norms))
+    after = _parameters(step.engines)
+    here = {
+        f"{engine}.{name}": parameter.detach()
+        for engine in step.engines
+        for name, parameter in step.engines[engine].module.named_parameters()
+        if not hasattr(parameter, "ds_tensor")
+    }
+    return History(figures, before, after, max((error(here[name], after[name]) for name in here), default=0.0))
+
+
+def _smooth(networks: list[nn.Module]) -> None:
+    for layer in [layer for network in networks for layer in network.modules()]:
+        for name, child in layer.named_children():
+            if isinstance(child, (nn.ReLU, nn.ReLU6, nn.LeakyReLU)):
+                setattr(layer, name, nn.SiLU())
+
+
+def _parameters(engines: Mapping[str, Any]) -> dict[str, Tensor]:
+    whole = {name: engine.weights() for name, engine in engines.items()}
+    return {
+        f"{engine}.{name}": whole[engine][name]
+        for engine in engines
+        for name, _ in engines[engine].module.named_parameters()
+    }
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference of an element."""
+    return (ours - theirs).abs().max().item()
