@@ -184,6 +184,7 @@ def test_lightningdits_are_trained_and_sampled_as_published(name, expected):
 def test_latents_of_sd_vae_make_as_many_tokens_as_those_of_va_vae():
     config = recipe("sd_vae_f8d4")
     assert config.losses.vision_foundation.weight == 0
+    assert config.latents.scale == 0.18215
     assert (config.tokenizer.latent_dim, config.grid, config.grid // config.lightningdit.patch_size) == (4, 32, 16)
 
 
