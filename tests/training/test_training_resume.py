@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.gloo import Nursery
+from support.parity import TORCH, ZERO
 from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
@@ -23,8 +24,6 @@ from vavae.training.session import LocalSession
 pytestmark = pytest.mark.gloo
 
 _HALF, _ALL, _ROW = 2 * BATCH, 4 * BATCH, 3 * BATCH
-_TORCH: dict[str, Any] = {"backend": "torch"}
-_ZERO: list[dict[str, Any]] = [{"backend": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2)]
 
 
 class End(NamedTuple):
@@ -69,7 +68,7 @@ def _interrupted(folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(("world_size", "engine"), [(2, _TORCH), (1, _ZERO[0]), (2, _ZERO[1]), (2, _ZERO[2])])
+@pytest.mark.parametrize(("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3])])
 def test_resumed_is_bit_equal_to_uninterrupted(
     gloo: Nursery, tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
@@ -85,8 +84,8 @@ def test_resumed_is_bit_equal_to_uninterrupted(
 
 
 def test_another_number_of_ranks_goes_on_where_all_hold_the_whole_state(gloo: Nursery, tmp_path: Path) -> None:
-    straight = gloo.run(2, train_all, tmp_path / "straight", _TORCH)[0]
-    resumed = gloo.run(3, train_all, _interrupted(tmp_path / "straight", tmp_path / "resumed"), _TORCH)[0]
+    straight = gloo.run(2, train_all, tmp_path / "straight", TORCH)[0]
+    resumed = gloo.run(3, train_all, _interrupted(tmp_path / "straight", tmp_path / "resumed"), TORCH)[0]
     for job in JOBS:
         for ours, theirs in zip(resumed[job].rows, straight[job].rows, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
@@ -95,9 +94,10 @@ def test_another_number_of_ranks_goes_on_where_all_hold_the_whole_state(gloo: Nu
 @pytest.mark.parametrize(
     ("engine", "field"),
     [
-        (_ZERO[1], "workers.count=2, which is 1 now"),
-        (_ZERO[2], "engine.zero_stage=1, which is 2 now"),
-        (_TORCH, "engine.backend=deepspeed, which is torch now"),
+        (ZERO[1], "workers.count=2, which is 1 now"),
+        (ZERO[2], "engine.zero_stage=1, which is 2 now"),
+        (ZERO[3], "engine.zero_stage=1, which is 3 now"),
+        (TORCH, "engine.backend=deepspeed, which is torch now"),
     ],
 )
 def test_state_of_other_engines_is_refused(
@@ -113,5 +113,5 @@ def test_state_of_other_engines_is_refused(
 def partitioned(gloo: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose optimiser lies in parts on two ranks."""
     folder = tmp_path_factory.mktemp("runs") / "partitioned"
-    gloo.run(2, train_all, folder, _ZERO[1])
+    gloo.run(2, train_all, folder, ZERO[1])
     return folder
