@@ -10,11 +10,12 @@ from vavae.training.run import Run
 
 
 def work(run: Run) -> None:
-    """Write the missing shards, then the manifest."""
+    """Write the missing shards, unless others made them, then the manifest."""
     prefix = run.prefix("prepare_shards")
     plan = plan_shards(run.config.shards, run.storage.cache)
     claim(run.storage, prefix, run.config.shards, plan.sources)
-    work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, run.config.workers.count)
+    if plan.shards:
+        work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, run.config.workers.count)
     manifest = finish(run.storage, prefix, plan)
     if manifest.skipped_count:
         print(f"{manifest.skipped_count} unreadable images left out, such as {manifest.skipped[0]}", flush=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vavae.config.command import run_command
 from vavae.config.load import load
+from vavae.data.command import add_commands as add_data_commands
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
@@ -34,14 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (bring, give):
         command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
         command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for latents and for diffusers")
+    data = commands.add_parser("data", help="index, verify and describe shards of images")
+    data.set_defaults(overrides=None)
+    add_data_commands(data)
     for command in (status, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
     # argparse closes the list of overrides at the first option; those that stand after one are left over.
     arguments, overrides = parser.parse_known_args(argv)
-    if any(override.startswith("-") for override in overrides):
+    if any(override.startswith("-") for override in overrides) or (overrides and arguments.overrides is None):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    arguments.overrides += overrides
+    if overrides:
+        arguments.overrides += overrides
     return run_command(lambda: arguments.act(arguments))
 
 

@@ -19,7 +19,8 @@ class ShardsConfig(Config):
     source: str = runtime(min_length=1)
     """Images with a class each: a folder of class folders, a .zip or .tar(.gz) of such a folder (path or URL; `#train`
     after an archive means its folder `train`), a .tar of one .tar per class such as ILSVRC2012_img_train.tar,
-    `digits`, `huggingface:<name>[#split]` or `torchvision:<Class>[#split]`."""
+    `digits`, `huggingface:<name>[#split]` or `torchvision:<Class>[#split]`. Or `indexed:<folder>`: the shards of a
+    manifest that `vavae data index` wrote, with both splits, used where they lie."""
 
     validation_source: str | None = runtime(None, min_length=1)
     """Held-out images with the same classes, named likewise."""

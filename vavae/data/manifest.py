@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 
 
 class ShardInfo(BaseModel):
-    """One shard of a split; it lies at `<split>/<name>`."""
+    """One shard of a split; it lies at `<split>/<name>` unless it has a URL of its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,6 +22,8 @@ class ShardInfo(BaseModel):
     """Images in it."""
     bytes: int
     sha256: str
+    url: str | None = None
+    """Where a shard lies that others made."""
 
 
 class Manifest(BaseModel):
@@ -36,7 +38,7 @@ class Manifest(BaseModel):
     """Names of the classes; an image's label is an index into them."""
 
     image_size: int
-    """No side of any image is shorter, in pixels."""
+    """Side in pixels of the images that training sees; those that are stored otherwise are scaled and cut."""
 
     sources: dict[str, dict[str, JsonValue]]
     """Fingerprints of what the shards were made from, by split."""
@@ -60,12 +62,12 @@ class Manifest(BaseModel):
 
 def write_manifest(storage: Storage, prefix: str, manifest: Manifest) -> None:
     """Put the manifest beside its shards."""
-    storage.write_json(f"{prefix}/{MANIFEST}", manifest.model_dump(mode="json"))
+    storage.write_json(_path(prefix), manifest.model_dump(mode="json", exclude_none=True))
 
 
-def read_manifest(storage: Storage, prefix: str) -> Manifest:
+def read_manifest(storage: Storage, prefix: str = "") -> Manifest:
     """The manifest of the shards in a folder; UserError where there is none, or a damaged one."""
-    path = f"{prefix}/{MANIFEST}"
+    path = _path(prefix)
     try:
         return Manifest.model_validate_json(storage.read_bytes(path))
     except FileNotFoundError as error:
@@ -75,6 +77,10 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest:
         raise UserError(
             f"{storage.url(path)} is no manifest ({reason}); delete its folder and prepare it again"
         ) from error
+
+
+def _path(prefix: str) -> str:
+    return f"{prefix}/{MANIFEST}" if prefix else MANIFEST
 
 
 def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
@@ -89,6 +95,8 @@ def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
         UserError: the shard is not there, or its size or checksum is another.
     """
     name = f"{split}/{shard.name}"
+    if shard.url is not None:
+        storage, name = Storage(shard.url, storage.cache), ""
     try:
         path = storage.local_file(name)
     except FileNotFoundError as error:

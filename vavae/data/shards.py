@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from vavae.config import digest, identity
 from vavae.data.config import ShardsConfig
+from vavae.data.manifest import Manifest, read_manifest
 from vavae.data.sources.listing import Fingerprint, Listing, Record
-from vavae.data.sources.opening import open_source
+from vavae.data.sources.opening import INDEXED, open_source
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -56,6 +58,9 @@ def plan_shards(config: ShardsConfig, cache: str) -> ShardPlan:
         UserError: a source is missing, empty or not arranged in classes; the validation source has a class of its
             own; a split comes out empty.
     """
+    index = read_index(config, cache)
+    if index is not None:
+        return ShardPlan(config, index.classes, describe_sources(config, cache), ())
     names, listings = _source_names(config), _list_sources(config, cache)
     sources = {split: listing.fingerprint for split, listing in listings.items()}
     plan = digest(origin(config, sources))
@@ -69,7 +74,21 @@ def plan_shards(config: ShardsConfig, cache: str) -> ShardPlan:
 
 def describe_sources(config: ShardsConfig, cache: str) -> dict[str, Fingerprint]:
     """Fingerprints of the sources by split, from names and sizes; raises UserError as `plan_shards` does."""
+    index = read_index(config, cache)
+    if index is not None:
+        return {
+            split: {"kind": INDEXED, "classes": [*index.classes], "images": index.count(split), "digest": index.digest}
+            for split in index.splits
+        }
     return {split: listing.fingerprint for split, listing in _list_sources(config, cache).items()}
+
+
+def read_index(config: ShardsConfig, cache: str) -> Manifest | None:
+    """The manifest of shards that others made, with the image size of the configuration; None for any other source."""
+    kind, _, folder = config.source.partition(":")
+    if kind != INDEXED:
+        return None
+    return read_manifest(Storage(folder, cache)).model_copy(update={"image_size": config.image_size})
 
 
 def input_digests(sources: Mapping[str, Fingerprint]) -> dict[str, str]:

@@ -140,7 +140,7 @@ class ImageStream(Dataset[ImageSlice]):
             index = (location.record + offset) % len(shard)
             record, place = shard[index], f"{self._split}/{name}#{shard.key(index)}"
             try:
-                pixels = prepare_image(image_bytes(record), self._image_size, self._config.crop, random)
+                pixels = prepare_image(image_bytes(record, place), self._image_size, self._config.crop, random)
                 if self._config.flip and random.random() < 0.5:
                     pixels = pixels[:, ::-1]
                 return _Found(pixels, label_of(record, self._classes, place), unreadable)
@@ -160,12 +160,15 @@ def label_of(record: Mapping[str, bytes], classes: int, place: str) -> int:
     return int(text)
 
 
-def image_bytes(record: Mapping[str, bytes]) -> bytes:
-    """The encoded image among a record's members."""
-    for extension in ("png", "jpg", "jpeg", "webp"):
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+
+def image_bytes(record: Mapping[str, bytes], place: str = "a record") -> bytes:
+    """The encoded image among a record's members; UserError with its place where there is none."""
+    for extension in IMAGE_EXTENSIONS:
         if extension in record:
             return record[extension]
-    raise UserError(f"a record without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")
+    raise UserError(f"{place}: without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")
 
 
 class _Keys(Sampler[SliceKey]):

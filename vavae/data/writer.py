@@ -16,7 +16,7 @@ from vavae.config import differences, digest
 from vavae.data.config import ShardsConfig
 from vavae.data.image import UnreadableImage, stored_image
 from vavae.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
-from vavae.data.shards import PlannedShard, ShardPlan, describe_sources, input_digests, origin, plan_shards
+from vavae.data.shards import PlannedShard, ShardPlan, describe_sources, input_digests, origin, plan_shards, read_index
 from vavae.data.sources.listing import Fingerprint, Source
 from vavae.data.sources.opening import reopen_source
 from vavae.data.tar import ShardWriter, write_tar
@@ -148,6 +148,14 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     Raises:
         UserError: not a single image of a split could be read; nothing is left in the folder then.
     """
+    manifest = read_index(plan.config, storage.cache) or _gather(storage, prefix, plan)
+    write_manifest(storage, prefix, manifest)
+    commit(storage, prefix, _artefact(storage, prefix, plan, manifest))
+    return manifest
+
+
+def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
+    """The manifest of the shards that were written."""
     records = {shard.name: read_record(storage, prefix, shard) for shard in plan.shards}
     splits: dict[str, list[ShardInfo]] = {}
     skipped: list[str] = []
@@ -159,7 +167,7 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     if empty:
         storage.delete(prefix)
         raise UserError(f"no image of split {empty} can be read ({skipped[0]}, ...): check {plan.config.source}")
-    manifest = Manifest(
+    return Manifest(
         splits={split: tuple(shard for shard in shards if shard.count) for split, shards in splits.items()},
         classes=plan.classes,
         image_size=plan.config.image_size,
@@ -167,9 +175,6 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
         skipped=tuple(skipped[:_SKIPPED_NAMES]),
         skipped_count=len(skipped),
     )
-    write_manifest(storage, prefix, manifest)
-    commit(storage, prefix, _artefact(storage, prefix, plan, manifest))
-    return manifest
 
 
 def _refuse_others(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
@@ -214,6 +219,7 @@ def _artefact(storage: Storage, prefix: str, plan: ShardPlan, manifest: Manifest
         f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
         for split, shards in manifest.splits.items()
         for shard in shards
+        if shard.url is None
     }
     text = storage.read_bytes(f"{prefix}/{MANIFEST}")
     files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())

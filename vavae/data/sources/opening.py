@@ -6,12 +6,16 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
+from vavae.data.manifest import MANIFEST
 from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
 from vavae.data.sources.files import FolderSource, TarSource, ZipSource
 from vavae.data.sources.labels import LabelFile, read_label_file
 from vavae.data.sources.listing import Arrange, Fingerprint, Source, list_class_folders
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
+
+INDEXED = "indexed"
+"""Kind of a source that is a manifest of shards made by others."""
 
 _ARCHIVE_AND_FOLDER = re.compile(r"(.+\.(?:zip|tar|tar\.gz|tgz))#(.+)")
 
@@ -28,8 +32,10 @@ def open_source(name: str, cache: str, labels: str | None = None) -> Source:
         UserError: nothing is there, or it is neither a folder nor an archive, or its package is missing.
     """
     kind, _, rest = name.partition(":")
-    if labels is not None and (name == "digits" or kind in ("huggingface", "torchvision")):
+    if labels is not None and (name == "digits" or kind in (INDEXED, "huggingface", "torchvision")):
         raise UserError(f"validation_labels {labels}: {name} brings its classes along; leave the option out")
+    if kind == INDEXED:  # opened to see that it is there; its shards are taken as they are
+        return FolderSource(_index(rest, cache))
     if name == "digits":
         return DigitsSource()
     if kind in ("huggingface", "torchvision"):
@@ -49,6 +55,13 @@ def reopen_source(name: str, cache: str, fingerprint: str) -> Source:
 def describe(name: str, cache: str) -> Fingerprint:
     """What a source holds, without reading an image: kind, classes, number of images, digest of names and sizes."""
     return open_source(name, cache).listing().fingerprint
+
+
+def _index(folder: str, cache: str) -> Storage:
+    place = Storage(folder, cache)
+    if not place.exists(MANIFEST):
+        raise UserError(f"source indexed:{folder}: no {MANIFEST} there; write it with `vavae data index`")
+    return place
 
 
 def _read_labels(name: str, cache: str) -> LabelFile:

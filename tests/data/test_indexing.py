@@ -1,0 +1,148 @@
+"""Shards made by others: a manifest without rewriting, its check, its statistics, and a run that uses them."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import small
+
+from vavae.cli import main
+from vavae.data.config import ShardsConfig, StreamConfig
+from vavae.data.image import encode_image
+from vavae.data.manifest import read_manifest
+from vavae.data.order import order_of
+from vavae.data.sources.opening import open_source
+from vavae.data.stream import ImageStream, SliceKey
+from vavae.data.writer import find_shards, write_shards
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+LABELS = [0, 2, 2, 1, 0]
+
+
+def write_tar(path, labels, form="jpeg", members=None):
+    """A tar as others make it: folders, times, names of their own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for index, label in enumerate(labels):
+            image = encode_image(Image.fromarray(small.image("train", index, 12, 20)), form)
+            for name, data in (members or {image.extension: image.data, "cls": b"%d" % label}).items():
+                info = tarfile.TarInfo(f"photos/n{index}.{name}")
+                info.size, info.mtime = len(data), 1e9 + index
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / "theirs" / "train" / f"{number}.tar", LABELS)
+    write_tar(tmp_path / "theirs" / "val.tar", LABELS[:3], "png")
+    return tmp_path / "theirs"
+
+
+@pytest.fixture
+def folder(tmp_path, theirs):
+    path = str(tmp_path / "index")
+    sources = ["--train", str(theirs / "train"), "--validation", str(theirs / "val.tar")]
+    assert main(["data", "index", path, *sources]) == 0
+    return path
+
+
+def test_an_index_names_the_shards_where_they_lie(folder, theirs):
+    manifest = read_manifest(Storage(folder))
+    assert {split: [shard.url for shard in shards] for split, shards in manifest.splits.items()} == {
+        "train": [str(theirs / "train" / "0.tar"), str(theirs / "train" / "1.tar")],
+        "validation": [str(theirs / "val.tar")],
+    }
+    assert [shard.count for shard in manifest.splits["train"]] == [5, 5]
+    assert manifest.classes == ("0", "1", "2")
+    assert Storage(folder).list(recursive=True) == ["manifest.json"]
+
+
+def test_a_run_takes_an_index_for_its_shards(folder, theirs, tmp_path):
+    storage, config = Storage(str(tmp_path / "run")), ShardsConfig(source=f"indexed:{folder}", image_size=10)
+    assert find_shards(storage, "shards", config) is None
+    manifest = write_shards(storage, "shards", config, lambda done, total: None)
+    assert find_shards(storage, "shards", config) == manifest
+    assert not [path for path in storage.list(recursive=True) if path.endswith(".tar")]
+    stream = ImageStream(
+        storage.child("shards"), manifest, "train", order_of([5, 5], 0, StreamConfig(lanes=1)), 10, StreamConfig(), 0
+    )
+    found = stream[SliceKey(0, 0)]
+    assert found.images.shape == (10, 3, 10, 10)
+    assert sorted(found.labels.tolist()) == sorted(2 * LABELS)
+    write_tar(theirs / "train" / "1.tar", LABELS[:4])
+    assert main(["data", "index", folder, "--train", str(theirs / "train"), "--validation", str(theirs)]) == 0
+    with pytest.raises(UserError, match=r"from another source \(train.images was 10, is 9 now"):
+        find_shards(storage, "shards", config)
+
+
+def test_named_classes(tmp_path, theirs):
+    (tmp_path / "classes.txt").write_text("cat\ndog\nowl\neel\n")
+    sources = ["--train", str(theirs / "train"), "--validation", str(theirs / "val.tar")]
+    command = ["data", "index", str(tmp_path / "i"), *sources, "--classes", str(tmp_path / "classes.txt")]
+    assert main(command) == 0
+    assert read_manifest(Storage(str(tmp_path / "i"))).classes == ("cat", "dog", "owl", "eel")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    assert main(command) == 2
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"txt": b"a cat", "cls": b"1"}, r"theirs/bad.tar#photos/n0: without an image: its members are \['cls', 'txt'"),
+        ({"png": small.png(np.zeros((4, 4, 3), np.uint8))}, r"theirs/bad.tar#photos/n0: its class is b''"),
+    ],
+)
+def test_records_that_are_no_labelled_images_are_named(tmp_path, capsys, members, message):
+    bad = write_tar(tmp_path / "theirs" / "bad.tar", [0], members=members)
+    assert main(["data", "index", str(tmp_path / "i"), "--train", bad, "--validation", bad]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error)
+
+
+def test_a_place_without_shards_or_index_is_named(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert main(["data", "index", empty, "--train", empty, "--validation", empty]) == 2
+    assert "empty: no shard there; give a .tar or a folder of them" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no manifest.json there; write it with `vavae data index`"):
+        open_source(f"indexed:{empty}", "")
+    with pytest.raises(UserError, match="indexed:x brings its classes along"):
+        open_source("indexed:x", "", "labels.txt")
+
+
+def test_verify_names_every_shard_that_is_not_as_the_manifest_says(folder, theirs, capsys):
+    capsys.readouterr()
+    assert main(["data", "verify", folder]) == 0
+    assert capsys.readouterr().out == "3 of 3 shards are as the manifest says\n"
+    data = bytearray((theirs / "train" / "1.tar").read_bytes())
+    data[600] ^= 1
+    (theirs / "train" / "1.tar").write_bytes(data)
+    (theirs / "val.tar").unlink()
+    assert main(["data", "verify", folder]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "train/1.tar: its checksum is not the manifest's" in lines[0]
+    assert "val.tar is gone, but the manifest names it" in lines[1]
+    assert lines[2:] == ["1 of 3 shards are as the manifest says"]
+
+
+def test_stats_count_images_and_classes(folder, capsys):
+    capsys.readouterr()
+    assert main(["data", "stats", folder]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: 10 images in 2 shards, ")
+    assert lines[1].startswith("  10 jpg; ")
+    assert lines[2] == "  3 classes of 2 to 4 images"
+    assert lines[3].startswith("validation: 3 images in 1 shards, ")
+    assert lines[5] == "  3 classes of 0 to 2 images"
+
+
+def test_an_argument_too_many_is_refused(folder):
+    with pytest.raises(SystemExit):
+        main(["data", "verify", folder, "seed=3"])

@@ -1,0 +1,74 @@
+"""``vavae data index | verify | stats``."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich import filesize
+
+from vavae.data.manifest import MANIFEST, read_manifest, write_manifest
+from vavae.storage.config import DEFAULT_CACHE
+from vavae.storage.storage import Storage
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of ``vavae data`` its commands; ``act`` of the arguments returns the exit status."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    index = _command(commands, "index", "write the manifest of WebDataset shards made by others", _index)
+    index.add_argument("--train", nargs="+", required=True, metavar="URL", help="shards, or folders of .tar files")
+    index.add_argument("--validation", nargs="+", required=True, metavar="URL", help="held-out ones likewise")
+    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    verify = _command(commands, "verify", "check size, checksum and count of every shard", _verify)
+    stats = _command(commands, "stats", "show counts, sizes and classes", _stats)
+    for command in (index, verify, stats):
+        command.add_argument("folder", metavar="FOLDER", help=f"path or URL of the folder of {MANIFEST}")
+        command.add_argument("--cache", default=DEFAULT_CACHE, help="folder for fetched shards; default: %(default)s")
+
+
+def _command(commands: Any, name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(act=act)
+    return command
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from vavae.data.indexing import index_shards, read_class_names
+
+    splits = {"train": arguments.train, "validation": arguments.validation}
+    classes = read_class_names(arguments.classes) if arguments.classes else None
+    manifest = index_shards(splits, classes, arguments.cache)
+    write_manifest(Storage(arguments.folder, arguments.cache), "", manifest)
+    counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.splits)
+    print(f"{counts} images of {len(manifest.classes)} classes; use them with shards.source=indexed:{arguments.folder}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vavae.data.indexing import damaged_shards
+
+    storage = Storage(arguments.folder, arguments.cache)
+    manifest, damaged = read_manifest(storage), 0
+    for damaged, line in enumerate(damaged_shards(storage, manifest), 1):  # noqa: B007  (counted after the loop)
+        print(line)
+    shards = sum(map(len, manifest.splits.values()))
+    print(f"{shards - damaged} of {shards} shards are as the manifest says")
+    return 1 if damaged else 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from vavae.data.indexing import split_statistics
+
+    storage = Storage(arguments.folder, arguments.cache)
+    manifest = read_manifest(storage)
+    for split in manifest.splits:
+        found = split_statistics(storage, manifest, split)
+        forms = ", ".join(f"{count:,} {extension}" for extension, count in found.extensions.most_common())
+        counts = [found.labels[label] for label in range(len(manifest.classes))]
+        mean = filesize.decimal(found.image_bytes // max(1, found.images))
+        print(f"{split}: {found.images:,} images in {found.shards:,} shards, {filesize.decimal(found.bytes)}")
+        print(f"  {forms}; {mean} each on average")
+        print(f"  {len(counts):,} classes of {min(counts):,} to {max(counts):,} images")
+    if manifest.skipped_count:
+        print(f"{manifest.skipped_count:,} unreadable images were left out, such as {manifest.skipped[0]}")
+    return 0

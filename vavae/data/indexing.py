@@ -1,0 +1,109 @@
+"""Sets of shards as a whole: a manifest for those made by others, the check of every shard, and what is in them."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vavae.data.config import ShardsConfig
+from vavae.data.manifest import Manifest, ShardInfo, shard_file
+from vavae.data.mapped import MappedShard
+from vavae.data.stream import IMAGE_EXTENSIONS, image_bytes, label_of
+from vavae.errors import UserError
+from vavae.storage.storage import Storage, sha256_of
+
+
+def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | None, cache: str) -> Manifest:
+    """The manifest of WebDataset tars that lie where they lie; nothing of them is rewritten.
+
+    Its image size is the default: a run that takes the manifest for its shards puts its own there.
+
+    Args:
+        splits: by split, paths or URLs of shards, or of folders whose .tar files are meant, at any depth.
+        classes: names of the classes; None numbers them up to the largest label.
+        cache: folder of this machine for shards that have to be fetched.
+
+    Raises:
+        UserError: no shards there, a damaged one, or a record without an image or without a class.
+    """
+    bound, largest = len(classes) if classes is not None else 10**9, -1
+    found: dict[str, tuple[ShardInfo, ...]] = {}
+    for split, urls in splits.items():
+        infos: list[ShardInfo] = []
+        for place in _shards(urls, cache):
+            path, url = place.local_file(), place.url()
+            shard = MappedShard(path)
+            for index in range(len(shard)):
+                record, name = shard[index], f"{url}#{shard.key(index)}"
+                image_bytes(record, name)
+                largest = max(largest, label_of(record, bound, name))
+            infos.append(
+                ShardInfo(
+                    name=f"{len(infos):06d}.tar",
+                    count=len(shard),
+                    bytes=path.stat().st_size,
+                    sha256=sha256_of(path),
+                    url=url,
+                )
+            )
+        found[split] = tuple(infos)
+    names = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
+    size = ShardsConfig.model_fields["image_size"].default
+    return Manifest(splits=found, classes=names, image_size=size, sources={})
+
+
+def _shards(urls: Sequence[str], cache: str) -> Iterator[Storage]:
+    for url in urls:
+        place = Storage(url, cache)
+        names = [""] if place.is_file() else [name for name in place.sizes() if name.endswith(".tar")]
+        if not names:
+            raise UserError(f"{url}: no shard there; give a .tar or a folder of them")
+        yield from (place.child(name) if name else place for name in names)
+
+
+def damaged_shards(storage: Storage, manifest: Manifest) -> Iterator[str]:
+    """One line for each shard of a folder that is gone, or has another size, checksum or count than the manifest's."""
+    for split, shards in manifest.splits.items():
+        for shard in shards:
+            try:
+                MappedShard(shard_file(storage, split, shard), shard.count)
+            except UserError as error:
+                yield str(error)
+
+
+class SplitStatistics(NamedTuple):
+    """What the shards of a split hold."""
+
+    shards: int
+    images: int
+    bytes: int
+    """Of the shards."""
+    labels: Counter[int]
+    """Images by class."""
+    extensions: Counter[str]
+    """Images by form."""
+    image_bytes: int
+    """Of the images alone."""
+
+
+def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitStatistics:
+    """Go through the shards of a split; UserError where one is damaged."""
+    labels, extensions, size = Counter[int](), Counter[str](), 0
+    shards = manifest.splits[split]
+    for info in shards:
+        shard = MappedShard(shard_file(storage, split, info), info.count)
+        for index in range(len(shard)):
+            record, place = shard[index], f"{split}/{info.name}#{shard.key(index)}"
+            labels[label_of(record, len(manifest.classes), place)] += 1
+            size += len(image_bytes(record, place))
+            extensions[next(extension for extension in IMAGE_EXTENSIONS if extension in record)] += 1
+    total = sum(shard.bytes for shard in shards)
+    return SplitStatistics(len(shards), manifest.count(split), total, labels, extensions, size)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Names of classes, one a line in the order of their labels."""
+    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{path}: no names of classes; expected one a line")
+    return names
