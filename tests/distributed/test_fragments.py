@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.gloo import Nursery
+from support.parity import TORCH, ZERO
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
@@ -70,15 +71,9 @@ def read(world: World, config: dict[str, Any], folder: Path) -> dict[str, Tensor
     return ema.weights()
 
 
-_TORCH: dict[str, Any] = {"backend": "torch"}
-_STAGES: list[dict[str, Any]] = [
-    {"backend": "deepspeed", "zero_stage": stage, "persistence_threshold": 0} for stage in (1, 3)
-]
-
-
 @pytest.mark.parametrize(
     ("writers", "engine", "readers", "other"),
-    [(2, _STAGES[1], 3, _TORCH), (3, _TORCH, 2, _STAGES[1]), (2, _STAGES[0], 1, _STAGES[1])],
+    [(2, ZERO[3], 3, TORCH), (3, TORCH, 2, ZERO[3]), (2, ZERO[1], 1, ZERO[3])],
 )
 def test_an_average_is_read_by_any_engine_on_any_number_of_ranks(
     gloo: Nursery, tmp_path: Path, writers: int, engine: dict[str, Any], readers: int, other: dict[str, Any]
@@ -100,6 +95,24 @@ def test_an_average_is_read_by_any_engine_on_any_number_of_ranks(
         for name, tensor in ranks[0].average.items():
             if tensor.is_floating_point():
                 assert torch.equal(average_read[name], tensor), name
+
+
+def save_and_load(world: World, config: dict[str, Any], folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights that were saved, and those of another beginning after they were loaded."""
+    engine, other = engine_of(world, config), engine_of(world, config, seed=1)
+    engine.backward(engine.forward(torch.randn(4, 3, generator=torch.Generator().manual_seed(world.rank))))
+    engine.update(0.1)
+    engine.save(folder)
+    world.barrier()
+    other.load(folder)
+    return engine.weights(), other.weights()
+
+
+@pytest.mark.parametrize("engine", [TORCH, *ZERO])
+def test_a_checkpoint_holds_all_weights_frozen_or_not(gloo: Nursery, tmp_path: Path, engine: dict[str, Any]) -> None:
+    for saved, loaded in gloo.run(2, save_and_load, engine, tmp_path):
+        assert saved.keys() == loaded.keys()
+        assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
 
 def shares(world: World) -> dict[str, tuple[int, int]]:
