@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import uuid
 from itertools import islice
 
 import numpy as np
@@ -214,3 +215,25 @@ def test_loader_processes_change_nothing(storage):
     rounds = assign_lanes(config.lanes, 0, 1)
     here, there = (list(islice(load_slices(stream, rounds, 1, workers), 3)) for workers in (0, 2))
     assert all(same(a, b) for left, right in zip(here, there, strict=True) for a, b in zip(left, right, strict=True))
+
+
+def test_shards_of_a_store_are_fetched_once_and_checked_then(tmp_path, monkeypatch):
+    storage, fetched = Storage(f"memory://{uuid.uuid4().hex}", str(tmp_path / "cache")), []
+    fetch = Storage._fetch
+    monkeypatch.setattr(Storage, "_fetch", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest))
+    config = CENTRE.model_copy(update={"open_shards": 1})
+    manifest, order = small.write_image_shards(storage, {"train": COUNTS}), order_of(COUNTS, SEED, config)
+    stream = ImageStream(storage, manifest, "train", order, SLICE, config, SEED)
+    for key in KEYS:
+        indices = [index_of(location) for location in order.slice(*key, SLICE)]
+        assert stream[key].labels.tolist() == [small.label_of(index) for index in indices]
+    assert sorted(fetched) == [f"train/{number:06d}.tar" for number in range(len(COUNTS))]
+    other = Storage(storage.root, str(tmp_path / "other"))
+    for number in range(len(COUNTS)):
+        data = bytearray(storage.read_bytes(f"train/{number:06d}.tar"))
+        data[700] ^= 1
+        storage.write_bytes(f"train/{number:06d}.tar", data)
+    damaged = ImageStream(other, manifest, "train", order, SLICE, config, SEED)
+    with pytest.raises(UserError, match=r"train/00000\d.tar"):
+        damaged[KEYS[0]]
+    assert stream[KEYS[0]].labels.shape == (SLICE,), "what is in the cache stays good"

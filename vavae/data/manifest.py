@@ -84,7 +84,7 @@ def _path(prefix: str) -> str:
 
 
 def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
-    """A local file with the content of a shard, checked against the manifest once in a process.
+    """A local file with the content of a shard, checked against the manifest; open it at once.
 
     Args:
         storage: the folder of the manifest.
@@ -96,9 +96,10 @@ def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
     """
     name = f"{split}/{shard.name}"
     if shard.url is not None:
-        storage, name = Storage(shard.url, storage.cache), ""
+        storage, name = storage.at(shard.url), ""
     try:
-        path = storage.local_file(name)
+        # What is fetched is checked by the storage, once; a local file by us, once in a process.
+        path = storage.local_file(name, None if storage.is_local else shard.sha256)
     except FileNotFoundError as error:
         raise UserError(
             f"{storage.url(name)} is gone, but the manifest names it: run the job that made it again"
@@ -109,7 +110,7 @@ def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
             f"{storage.url(name)}: {state.st_size} bytes where the manifest says {shard.bytes}: "
             "run the job that made it again"
         )
-    if _checksum(path, state.st_size, state.st_mtime_ns) != shard.sha256:
+    if storage.is_local and _checksum(path, state.st_size, state.st_mtime_ns) != shard.sha256:
         raise UserError(
             f"{storage.url(name)}: its checksum is not the manifest's ({shard.sha256[:12]}...), so its content is "
             "damaged: delete it and run the job that made it again"
