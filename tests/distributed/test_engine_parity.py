@@ -17,6 +17,8 @@ from vavae.distributed.world import World
 
 pytestmark = pytest.mark.gloo
 
+_FEW_LANES = 2
+
 
 def _difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     assert ours.keys() == theirs.keys()
@@ -39,18 +41,17 @@ def plain(gloo: Nursery) -> Histories:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def same_order(gloo: Nursery, request: pytest.FixtureRequest) -> tuple[int, int, Histories]:
-    """Plain PyTorch on a rank that takes four rounds, and on two with one each: ranks, lanes, and what they did."""
-    ranks, lanes = (1, LANES) if request.param == 1 else (2, 2)
-    return ranks, lanes, gloo.run(ranks, train, Setup(TORCH, lanes))[0]
+def same_order(gloo: Nursery, request: pytest.FixtureRequest) -> tuple[int, Histories]:
+    """Plain PyTorch on one rank that takes two rounds, and on two with one each: ranks, and what they did."""
+    return request.param, gloo.run(request.param, train, Setup(TORCH, _FEW_LANES))[0]
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_no_bit_differs_where_gradients_are_added_in_the_same_order(
-    gloo: Nursery, same_order: tuple[int, int, Histories], stage: int
+    gloo: Nursery, same_order: tuple[int, Histories], stage: int
 ) -> None:
-    ranks, lanes, torch_did = same_order
-    did = gloo.run(ranks, train, Setup(ZERO[stage], lanes, recompute=stage == 3))[0]
+    ranks, torch_did = same_order
+    did = gloo.run(ranks, train, Setup(ZERO[stage], _FEW_LANES, recompute=stage == 3))[0]
     tokenizer = did["train_vavae"], torch_did["train_vavae"]
     assert _difference(tokenizer[0].after, tokenizer[1].after) == 0
     for ours, theirs in zip(tokenizer[0].figures, tokenizer[1].figures, strict=True):
@@ -61,7 +62,7 @@ def test_no_bit_differs_where_gradients_are_added_in_the_same_order(
     assert _difference(did["train_lightningdit"].after, torch_did["train_lightningdit"].after) < 1e-6
 
 
-_CASES = [(2, TORCH), (3, TORCH), (2, ZERO[2]), (2, ZERO[3]), (3, ZERO[3])]
+_CASES = [(2, TORCH), (3, TORCH), (2, ZERO[2]), (2, ZERO[3]), (3, ZERO[2])]
 """Two ranks take the four lanes in two rounds, and so do three, with two of six slots as padding."""
 
 
@@ -69,7 +70,7 @@ _CASES = [(2, TORCH), (3, TORCH), (2, ZERO[2]), (2, ZERO[3]), (3, ZERO[3])]
 def test_any_engine_takes_the_steps_of_plain_pytorch(
     gloo: Nursery, plain: Histories, world_size: int, engine: dict[str, Any]
 ) -> None:
-    recompute = engine.get("zero_stage") == 3 and world_size == 2
+    recompute = engine.get("zero_stage") == 3
     for did in gloo.run(world_size, train, Setup(engine, recompute=recompute, smooth=True)):
         for job in JOBS:
             _assert_same_figures(did[job], plain[job])
@@ -77,9 +78,9 @@ def test_any_engine_takes_the_steps_of_plain_pytorch(
             assert did[job].drift == 0
 
 
-def test_the_steps_are_worth_comparing(plain: Histories, same_order: tuple[int, int, Histories]) -> None:
+def test_the_steps_are_worth_comparing(plain: Histories, same_order: tuple[int, Histories]) -> None:
     """Every loss takes part, what may be clipped is, and every network moves by far more than the tolerance."""
-    for histories in (plain, same_order[2]):
+    for histories in (plain, same_order[1]):
         assert all(step["gradient_norm/lightningdit"] > 1.0 for step in histories["train_lightningdit"].figures)
         for history in histories.values():
             assert all(abs(value) > 1e-3 for value in history.figures[0].values()), history.figures[0]

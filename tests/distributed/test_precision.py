@@ -38,7 +38,7 @@ def test_layers_compute_in_the_precision_and_learn_in_single(precision: str, dty
 
 def bf16(engine: dict[str, object]) -> Setup:
     """Two ranks with one round each: gradients are added in the same order under every engine."""
-    return Setup(engine, lanes=2, precision="bf16", steps=3)
+    return Setup(engine, lanes=2, precision="bf16", steps=2)
 
 
 @pytest.fixture(scope="module")
