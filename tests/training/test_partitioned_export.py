@@ -1,0 +1,49 @@
+"""A tokenizer that stage 3 has trained in parts is exported whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.gloo import Nursery
+
+from vavae.config import load
+from vavae.data.writer import write_shards
+from vavae.distributed.world import World
+from vavae.interop.export import load_alignment, load_tokenizer
+from vavae.training.config import RunConfig
+from vavae.training.jobs import train_vavae
+from vavae.training.run import Run
+from vavae.training.session import LocalSession
+
+pytestmark = [pytest.mark.gloo, pytest.mark.jobs]
+
+_TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+_STAGE_3 = ["backend=deepspeed", "zero_stage=3", "persistence_threshold=0"]
+
+
+def tokenizer_run(root: Path, engine: list[str]) -> Run:
+    short = [
+        "images=16",
+        "batch_size=8",
+        "ema_decay=0.5",
+        "optimizer.learning_rate=1e-5",
+        *(f"engine.{e}" for e in engine),
+    ]
+    return Run(load(RunConfig, _TINY, [f"storage.root={root}", *(f"train_vavae.{field}" for field in short)]))
+
+
+def train_and_export(world: World, root: Path, engine: list[str]) -> None:
+    train_vavae(tokenizer_run(root, engine), LocalSession(), world)
+
+
+def test_the_export_is_that_of_plain_pytorch(gloo: Nursery, tmp_path: Path) -> None:
+    exports = []
+    for name, engine in (("plain", ["backend=torch"]), ("parts", _STAGE_3)):
+        run = tokenizer_run(tmp_path / name, engine)
+        write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda *_: None)
+        gloo.run(2, train_and_export, tmp_path / name, engine)
+        folder = run.storage.child(run.prefix("train_vavae"))
+        exports.append({**load_tokenizer(folder)[0].state_dict(), **load_alignment(folder).state_dict()})
+    plain, parts = exports
+    assert len(plain) > 100
+    torch.testing.assert_close(parts, plain, rtol=0, atol=1e-5)
