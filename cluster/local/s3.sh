@@ -66,6 +66,8 @@ for _ in range(300):
     try:
         client.create_bucket(Bucket=sys.argv[1])
         sys.exit(0)
+    except client.exceptions.BucketAlreadyOwnedByYou:
+        sys.exit(0)  # the folder was served before
     except EndpointConnectionError:
         time.sleep(0.1)
     os.kill(int(sys.argv[2]), 0)

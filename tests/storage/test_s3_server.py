@@ -1,0 +1,44 @@
+"""The script that serves S3: its folder can be served again, and nothing outlives whoever started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from support.s3 import SCRIPT, s3_server
+
+from vavae.storage.config import StorageOptions
+from vavae.storage.s3 import PatientS3
+from vavae.storage.storage import Storage
+
+
+def test_a_folder_is_served_again_with_what_is_in_it(s3, tmp_path, monkeypatch):
+    for turn in range(2):
+        with s3_server(tmp_path / "server", "again") as server:
+            for name, value in server.environment.items():
+                monkeypatch.setenv(name, value)
+            PatientS3.clear_instance_cache()
+            storage = Storage("s3://again/a", options=StorageOptions(attempts=1))
+            if turn == 0:
+                storage.write_bytes("x", b"kept")
+            assert storage.read_bytes("x") == b"kept"
+    assert not (tmp_path / "server" / "environment").exists()
+
+
+def test_the_server_ends_with_its_parent_and_takes_its_data_along(s3, tmp_path):
+    folder = tmp_path / "server"
+    line = f"bash {SCRIPT} {folder} gone --temporary & wait"
+    parent = subprocess.Popen(["bash", "-c", line], env={**os.environ, "PYTHON": sys.executable})
+    _until(lambda: (folder / "environment").exists())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    _until(lambda: not folder.exists())
+
+
+def _until(condition):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 20 s")
