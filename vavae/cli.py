@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vavae.config.command import run_command
 from vavae.config.load import load
+from vavae.data.command import add_bench
 from vavae.data.command import add_commands as add_data_commands
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
@@ -36,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
         command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for latents and for diffusers")
     data = commands.add_parser("data", help="index, verify and describe shards of images")
-    data.set_defaults(overrides=None)
     add_data_commands(data)
+    bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
+    add_bench(bench)
+    for command in (data, bench):
+        command.set_defaults(overrides=None)
     for command in (status, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")

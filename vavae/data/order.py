@@ -52,18 +52,29 @@ class SampleOrder:
 
     def slice(self, lane: int, step: int, size: int) -> list[Location]:
         """The records of one lane's slice of a step: positions [step · size, (step + 1) · size) of the lane."""
-        return [self.locate(lane, position) for position in range(step * size, (step + 1) * size)]
+        found: list[Location] = []
+        position, end = step * size, (step + 1) * size
+        while position < end:
+            part = self._rest_of_block(lane, position, end - position)
+            found += part
+            position += len(part)
+        return found
 
     def locate(self, lane: int, position: int) -> Location:
         """The record at one position of a lane."""
+        return self._rest_of_block(lane, position, 1)[0]
+
+    def _rest_of_block(self, lane: int, position: int, limit: int) -> list[Location]:
+        """The records from a position on, up to the end of its block."""
         epoch, offset = divmod(position, self.records_per_lane)
         block, within = divmod(offset, self.block)
-        shuffled = block * self.block + int(self._shuffle(epoch, lane, block)[within])
+        chosen = self._shuffle(epoch, lane, block)[within : within + limit]
+        indices = lane * self.records_per_lane + block * self.block + chosen
         shards, ends = self._epoch(epoch)
-        index = lane * self.records_per_lane + shuffled
-        slot = int(np.searchsorted(ends, index, side="right"))
-        shard = int(shards[slot])
-        return Location(shard, index - int(ends[slot] - self.counts[shard]))
+        slots = np.searchsorted(ends, indices, side="right")
+        found = shards[slots]
+        records = indices - (ends[slots] - self.counts[found])
+        return list(map(Location, found.tolist(), records.tolist()))
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of an epoch, and the running count of records at the end of each."""

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 KEY_DIGITS = 9
 
 _BLOCK = tarfile.BLOCKSIZE
-_END_MARK = bytes(2 * _BLOCK)
+_EMPTY, _END_MARK = bytes(_BLOCK), bytes(2 * _BLOCK)
 # Offsets in the header of a member, as POSIX lays it out.
 _NAME, _SIZE, _CHECKSUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 _MAGIC, _PREFIX = slice(257, 263), slice(345, 500)
@@ -84,23 +86,39 @@ def index_tar(path: Path, memory: memoryview) -> list[TarRecord]:
 
 
 def _members(path: Path, memory: memoryview) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar, three times as fast as `tarfile` where plain headers suffice."""
+    """Name, offset and size of every file in a tar, much faster than `tarfile` where plain headers suffice."""
     at = 0
+    headers: list[int] = []
     while at + _BLOCK <= len(memory):
-        header = bytes(memory[at : at + _BLOCK])
-        if not any(header):
-            return
+        header = memory[at : at + _BLOCK].tobytes()
+        if header == _EMPTY:
+            break
         if header[_TYPE] not in (*_FILE, _FOLDER) or header[_SIZE][0] & 0x80:
+            _check_headers(memory, headers)
             yield from _members_by_tarfile(path, at)
             return
-        if int(header[_CHECKSUM].strip(b" \0") or b"0", 8) != sum(header) - sum(header[_CHECKSUM]) + 8 * ord(" "):
-            raise ValueError(f"no header of a tar member at byte {at}")
-        size = int(header[_SIZE].strip(b" \0") or b"0", 8)
+        try:
+            size = int(header[_SIZE].strip(b" \0") or b"0", 8)
+        except ValueError as error:
+            raise ValueError(f"no header of a tar member at byte {at}") from error
+        headers.append(at)
         if header[_TYPE] in _FILE:
-            prefix = header[_PREFIX] if header[_MAGIC] == b"ustar\0" else b""
-            parts = (text.partition(b"\0")[0].decode(errors="surrogateescape") for text in (prefix, header[_NAME]))
-            yield "/".join(part for part in parts if part), at + _BLOCK, size
+            name = header[_NAME].partition(b"\0")[0]
+            if header[_PREFIX.start] and header[_MAGIC] == b"ustar\0":
+                name = header[_PREFIX].partition(b"\0")[0] + b"/" + name
+            yield name.decode(errors="surrogateescape"), at + _BLOCK, size
         at += _BLOCK * (1 + -(-size // _BLOCK))
+    _check_headers(memory, headers)
+
+
+def _check_headers(memory: memoryview, offsets: list[int]) -> None:
+    """Compare the checksums of headers, all at once; ValueError names the first that is none."""
+    starts = np.array(offsets, np.int64)
+    headers = np.frombuffer(memory, np.uint8)[starts[:, None] + np.arange(_BLOCK)]  # [N, 512]
+    sums = headers.sum(1, dtype=np.int64) - headers[:, _CHECKSUM].sum(1, dtype=np.int64) + 8 * ord(" ")
+    for at, field, found in zip(offsets, headers[:, _CHECKSUM], sums.tolist(), strict=True):
+        if field.tobytes().strip(b" \0").lstrip(b"0") != b"%o" % found:
+            raise ValueError(f"no header of a tar member at byte {at}")
 
 
 def _members_by_tarfile(path: Path, offset: int) -> Iterator[tuple[str, int, int]]:
