@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs._cluster import cluster
-from ray_jobs._preflight import missing_sources, preflight
+from ray_jobs._preflight import check_sources, missing_sources, preflight
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.errors import UserError
@@ -59,6 +59,8 @@ def _main(
     plans = plan(run)
     to_do = [job for job, found in plans.items() if not found.done]
     if to_do:
+        if "prepare_shards" in to_do:
+            check_sources(run)
         missing = preflight(run, to_do)
         if missing:
             raise UserError(missing[0])

@@ -7,7 +7,6 @@ from vavae.backbones.config import BackboneConfig
 from vavae.backbones.weights import check_weights, timm_name
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
-from vavae.storage.storage import Storage
 from vavae.tokenizer.teacher import check_teacher
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
@@ -34,7 +33,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     except OSError as error:
         raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
     start = config.train_vavae.start_from
-    if "train_vavae" in jobs and start is not None and not Storage(start).exists():
+    if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
         raise UserError(f"train_vavae.start_from={start}: nothing there; name a tokenizer/export or a released file")
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, (config.grid, config.grid))
@@ -51,13 +50,23 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
 def missing_sources(run: Run) -> list[str]:
     """One line for each source of images that can't be opened from here."""
     missing = []
-    for source in (run.config.shards.source, run.config.shards.validation_source):
-        if source is not None:
-            try:
-                open_source(source, run.storage.cache)
-            except UserError as error:
-                missing.append(f"shards: {error}")
+    for source in _sources(run):
+        try:
+            open_source(source, run.storage)
+        except UserError as error:
+            missing.append(f"shards: {error}")
     return missing
+
+
+def check_sources(run: Run) -> None:
+    """Open the sources of images; UserError where that can't be done from here."""
+    for source in _sources(run):
+        open_source(source, run.storage)
+
+
+def _sources(run: Run) -> list[str]:
+    shards = run.config.shards
+    return [source for source in (shards.source, shards.validation_source) if source is not None]
 
 
 def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:

@@ -3,7 +3,7 @@
 import sys
 
 from ray_jobs._command import main
-from ray_jobs._pool import Advance, Work, work_through
+from ray_jobs._pool import Advance, Share, Work, work_through
 from vavae.data.manifest import read_manifest
 from vavae.distributed.world import World
 from vavae.extraction.extract import Extraction, ShardTask
@@ -16,8 +16,9 @@ def work(run: Run) -> None:
     """Encode every shard that has no latents yet, then commit the whole."""
     extraction = _extraction(run)
     tasks = extraction.tasks()
-    work_through(run, "precompute_latents", _make_work, tasks, extraction.images, run.config.latents.actors)
-    config = run.config
+    config, latents = run.config, run.config.latents
+    share = Share.of(run, latents.cpus, latents.gpus)
+    work_through(run, "precompute_latents", _make_work, tasks, extraction.images, latents.actors, share)
     content, files = extraction.finish((config.tokenizer.latent_dim, config.grid, config.grid))
     commit(run.storage, run.prefix("precompute_latents"), run.record("precompute_latents", content, files))
 

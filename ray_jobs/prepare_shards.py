@@ -3,7 +3,7 @@
 import sys
 
 from ray_jobs._command import main
-from ray_jobs._pool import Advance, Work, work_through
+from ray_jobs._pool import Advance, Share, Work, work_through
 from vavae.data.shards import PlannedShard, plan_shards
 from vavae.data.writer import claim, finish, write_shard
 from vavae.training.run import Run
@@ -12,10 +12,11 @@ from vavae.training.run import Run
 def work(run: Run) -> None:
     """Write the missing shards, unless others made them, then the manifest."""
     prefix = run.prefix("prepare_shards")
-    plan = plan_shards(run.config.shards, run.storage.cache)
+    plan = plan_shards(run.config.shards, run.storage)
     claim(run.storage, prefix, run.config.shards, plan.sources)
     if plan.shards:
-        work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, run.config.workers.count)
+        actors, share = run.config.workers.count, Share.of(run, gpus=0)
+        work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, actors, share)
     manifest = finish(run.storage, prefix, plan)
     if manifest.skipped_count:
         print(f"{manifest.skipped_count} unreadable images left out, such as {manifest.skipped[0]}", flush=True)

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from vavae.config import digest
 from vavae.data.image import decode_image
+from vavae.data.sources.listing import digest_of_rows
 from vavae.data.sources.opening import describe, open_source
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
@@ -61,9 +65,17 @@ def pack(place, kind, files, wrap=""):
     return str(path)
 
 
-def contents(name, cache=""):
+HERE = Storage(".")
+
+
+def cached(folder):
+    """A storage whose cache is a folder."""
+    return Storage(".", str(folder))
+
+
+def contents(name, storage=HERE):
     """Classes and (key, label, red) of all images."""
-    source = open_source(name, str(cache))
+    source = open_source(name, storage)
     listing = source.listing()
     return listing.classes, [(r.key, r.label, int(decode_image(source.read(r))[0, 0, 0])) for r in listing.records]
 
@@ -91,7 +103,7 @@ def test_a_folder_of_an_archive(tmp_path, kind):
 def test_archives_of_an_object_store_are_fetched(tmp_path):
     storage = Storage(f"memory://{uuid.uuid4().hex}")
     storage.put_file(pack(tmp_path, "tar.gz", FILES), "images.tar.gz")
-    assert contents(storage.url("images.tar.gz"), tmp_path / "cache")[1] == EXPECTED
+    assert contents(storage.url("images.tar.gz"), cached(tmp_path / "cache"))[1] == EXPECTED
 
 
 def test_archives_go_by_what_they_are_and_not_by_their_name(tmp_path):
@@ -109,7 +121,7 @@ def test_fingerprints_tell_sources_apart_and_know_them_again(tmp_path, kind):
     def fingerprint(files):
         place = tmp_path / uuid.uuid4().hex
         place.mkdir()
-        return describe(pack(place, kind, files), "")
+        return describe(pack(place, kind, files), HERE)
 
     first = fingerprint(FILES)
     assert first == fingerprint(dict(sorted(FILES.items())))
@@ -119,8 +131,13 @@ def test_fingerprints_tell_sources_apart_and_know_them_again(tmp_path, kind):
     assert first != fingerprint({"cow" + name[3:] if name[:3] == "cat" else name: data for name, data in FILES.items()})
 
 
+@given(st.lists(st.tuples(st.text(), st.integers(), st.integers())))
+def test_the_digest_of_rows_is_that_of_their_list(rows):
+    assert digest_of_rows(iter(rows)) == digest(rows)
+
+
 def test_digits():
-    source = open_source("digits", "")
+    source = open_source("digits", HERE)
     listing = source.listing()
     assert len(listing.records) == 1797
     assert listing.classes == tuple("0123456789")
@@ -182,7 +199,7 @@ LABELS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flat_set_with_a_label_file(tmp_path, kind, labels):
     name, labels = pack(tmp_path, kind, FLAT), file(tmp_path, "labels", LABELS[labels])
-    source = open_source(name, str(tmp_path), labels)
+    source = open_source(name, cached(tmp_path), labels)
     listing = source.listing()
     assert listing.classes == ("n01", "n03")
     assert [(record.key, record.label) for record in listing.records] == [
@@ -210,12 +227,12 @@ def test_messages_about_labels(tmp_path, labels, message):
     if labels is not None:
         path.write_bytes(labels)
     with pytest.raises(UserError, match=rf"validation_labels .*{message}"):
-        open_source(pack(tmp_path, "folder", FLAT), "", str(path)).listing()
+        open_source(pack(tmp_path, "folder", FLAT), HERE, str(path)).listing()
 
 
 def test_sets_that_bring_classes_take_no_label_file():
     with pytest.raises(UserError, match="digits brings its classes along"):
-        open_source("digits", "", "labels.txt")
+        open_source("digits", HERE, "labels.txt")
 
 
 MESSAGES = {
@@ -226,6 +243,7 @@ MESSAGES = {
     "stray": (lambda place: pack(place, "zip", {**FILES, "x.png": b""}), "x.png lies in no class folder"),
     "splits": (lambda place: pack(place, "tar", {"train/a/1.png": b"", "val/a/1.png": b""}), "train, val are splits"),
     "no archive": (lambda place: file(place, "x.zip", b"PK no zip"), "neither a folder nor a zip nor a tar archive"),
+    "twins": (lambda place: appended(pack(place, "tar", FILES), "cat/9.png"), "cat/9.png comes twice; pack it again"),
     "empty archive": (lambda place: pack(place, "tar", {}), "no images"),
     "cut tar": (lambda place: cut(pack(place, "tar", {"a/1.png": b"x" * 9999})), "damaged"),
     "cut zip": (
@@ -239,6 +257,12 @@ MESSAGES = {
     "no gzip": (lambda place: file(place, "x.tar.gz", b"\x1f\x8b garbage"), "neither a folder nor"),
     "other packing": (lambda place: pack(place, "tar.bz2", FILES), "no zip or tar archive, or a damaged one"),
 }
+
+
+def appended(name, member):
+    with tarfile.open(name, "a") as archive:
+        archive.addfile(tarfile.TarInfo(member))
+    return name
 
 
 def file(place, name, data):
@@ -256,21 +280,59 @@ def cut(name):
 def test_messages(tmp_path, case):
     make, message = MESSAGES[case]
     with pytest.raises(UserError, match=message):
-        describe(make(tmp_path), str(tmp_path / "cache"))
+        describe(make(tmp_path), cached(tmp_path / "cache"))
 
 
 def test_a_damaged_member_is_an_error_of_the_source(tmp_path):
     name = pack(tmp_path, "zip", {"a/1.png": bytes(range(256)) * 40})
     data = bytearray(Path(name).read_bytes())
     data[60:80] = b"\0" * 20
-    source = open_source(file(tmp_path, "damaged.zip", data), "")
+    source = open_source(file(tmp_path, "damaged.zip", data), HERE)
     with pytest.raises(UserError, match=r"a/1\.png is damaged"):
+        source.read(source.listing().records[0])
+
+
+class Unseekable(io.BytesIO):
+    """What is packed into it puts checksums and sizes behind the members."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *where):
+        raise OSError
+
+    def tell(self):
+        raise OSError
+
+
+@given(
+    st.lists(st.binary(max_size=300).map(lambda data: data * 400), min_size=1, max_size=5),
+    st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
+    st.sampled_from([io.BytesIO, Unseekable]),
+    st.binary(max_size=40),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+def test_members_of_any_zip_are_read_as_by_zipfile(tmp_path, images, method, target, before):
+    buffer = target()
+    buffer.write(before)
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for index, data in enumerate(images):
+            archive.writestr(f"é/{index}.png", data)
+    source = open_source(file(tmp_path, "x.zip", buffer.getvalue()), HERE)
+    assert [source.read(record) for record in source.listing().records] == images
+
+
+def test_a_zip_packed_in_another_way_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/1.png", b"1")
+    source = open_source(str(tmp_path / "x.zip"), HERE)
+    with pytest.raises(UserError, match=r"a/1.png is damaged \(packed by method 14, not stored or deflated\)"):
         source.read(source.listing().records[0])
 
 
 def test_a_tar_that_shrinks_is_an_error_of_the_source(tmp_path):
     name = pack(tmp_path, "tar", FILES)
-    source = open_source(name, "")
+    source = open_source(name, HERE)
     records = source.listing().records
     os.truncate(name, 600)
     with pytest.raises(UserError, match="ends within"):
@@ -282,7 +344,7 @@ def test_an_encrypted_zip_is_refused(tmp_path):
     data = bytearray(Path(name).read_bytes())
     data[data.find(b"PK\1\2") + 8] |= 1
     with pytest.raises(UserError, match="encrypted"):
-        describe(file(tmp_path, "x.zip", data), "")
+        describe(file(tmp_path, "x.zip", data), HERE)
 
 
 class Pets:
@@ -324,13 +386,13 @@ def torchvision(monkeypatch):
 
 @pytest.mark.usefixtures("torchvision")
 def test_torchvision(tmp_path):
-    assert contents("torchvision:Pets", tmp_path) == (
+    assert contents("torchvision:Pets", cached(tmp_path)) == (
         ("cat", "dog"),
         [("dog/0", 1, 0), ("cat/1", 0, 10), ("dog/2", 1, 20)],
     )
-    assert contents("torchvision:Pets#test", tmp_path)[1] == [("cat/0", 0, 0)]
-    assert contents("torchvision:Numbers", tmp_path) == (("0", "1"), [("0/0", 0, 0), ("1/1", 1, 1)])
-    assert describe("torchvision:Pets", str(tmp_path)) != describe("torchvision:Pets#test", str(tmp_path))
+    assert contents("torchvision:Pets#test", cached(tmp_path))[1] == [("cat/0", 0, 0)]
+    assert contents("torchvision:Numbers", cached(tmp_path)) == (("0", "1"), [("0/0", 0, 0), ("1/1", 1, 1)])
+    assert describe("torchvision:Pets", cached(tmp_path)) != describe("torchvision:Pets#test", cached(tmp_path))
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -345,7 +407,7 @@ def test_torchvision(tmp_path):
 )
 def test_torchvision_messages(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
-        describe(f"torchvision:{name}", str(tmp_path))
+        describe(f"torchvision:{name}", cached(tmp_path))
 
 
 class ImageFeature:
@@ -397,9 +459,9 @@ def test_huggingface():
     assert contents("huggingface:pets") == (("cat", "dog"), [("dog/0", 1, 5), ("cat/1", 0, 7)])
     assert contents("huggingface:pets#test")[1] == [("cat/0", 0, 5), ("cat/1", 0, 7)]
     with pytest.raises(UserError, match=r"huggingface:missing#train: no such data set$"):
-        describe("huggingface:missing", "")
+        describe("huggingface:missing", HERE)
     with pytest.raises(UserError, match="no column is a image; its columns are text, label"):
-        describe("huggingface:text", "")
+        describe("huggingface:text", HERE)
 
 
 @pytest.mark.parametrize(("name", "package"), [("huggingface:x", "datasets"), ("digits", "scikit-learn")])
@@ -407,4 +469,4 @@ def test_missing_packages(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=f"needs a package that is not here .*pip install {package}"):
-        open_source(name, "")
+        open_source(name, HERE)

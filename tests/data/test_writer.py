@@ -114,7 +114,7 @@ def test_the_manifest_tells_the_truth(storage, config):
     assert artefact.is_intact(storage, "shards", record)
     assert record.digest == manifest.digest
     assert record.config == digest(config)
-    assert record.inputs == input_digests(describe_sources(config, storage.cache))
+    assert record.inputs == input_digests(describe_sources(config, storage))
 
 
 def test_two_runs_give_equal_bytes(storage, config, tmp_path):
@@ -140,7 +140,7 @@ def test_a_seed_is_another_order_and_another_content(storage, config):
 
 def test_shards_are_pure_functions_that_workers_can_run_in_any_order(storage, config):
     expected = write_shards(storage, "once", config, silent)
-    plan = plan_shards(config, storage.cache)
+    plan = plan_shards(config, storage)
     claim(storage, "shards", config, plan.sources)
     for shard in reversed(plan.shards):
         write_shard(pickle.loads(pickle.dumps(storage)), "shards", pickle.loads(pickle.dumps(shard)))
@@ -291,7 +291,7 @@ def test_validation_source(storage, config, tmp_path):
     assert set(manifest.sources) == {"train", "validation"}
     strange = make_zip(tmp_path / "strange.zip", classes=("bird", "cow"))
     with pytest.raises(UserError, match=r"class cow is not among the 3 of .*images\.zip"):
-        plan_shards(config.model_copy(update={"validation_source": strange}), "")
+        plan_shards(config.model_copy(update={"validation_source": strange}), storage)
 
 
 def test_a_flat_validation_set_with_its_labels(storage, config, tmp_path):
@@ -314,9 +314,9 @@ def test_labels_without_images_are_refused():
         ShardsConfig(source="digits", validation_labels="x")
 
 
-def test_an_empty_split_is_refused(config):
+def test_an_empty_split_is_refused(storage, config):
     with pytest.raises(UserError, match=r"validation_fraction=1e-09 of 60 images leaves none for validation"):
-        plan_shards(config.model_copy(update={"validation_fraction": 1e-9}), "")
+        plan_shards(config.model_copy(update={"validation_fraction": 1e-9}), storage)
 
 
 @given(st.integers(0, 9), st.floats(0.05, 0.95))
@@ -348,7 +348,7 @@ def test_forms_of_storage(storage, config, update, extension):
 
 def test_digits(storage):
     config = ShardsConfig(source="digits", validation_fraction=0.15, image_size=32, shard_images=256)
-    plan = plan_shards(config, storage.cache)
+    plan = plan_shards(config, storage)
     held_out = sum(len(shard.records) for shard in plan.shards if shard.name.startswith("validation"))
     assert (plan.images, plan.classes) == (1797, tuple("0123456789"))
     assert abs(held_out / plan.images - 0.15) < 0.02

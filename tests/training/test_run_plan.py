@@ -92,6 +92,11 @@ def test_every_job_makes_the_next_one_possible(make):
     assert to_do(run) == {}
 
 
+def test_storage_is_reached_as_the_configuration_says(make):
+    options = make("storage.profile=lab", "storage.anonymous=true", "storage.attempts=3").storage.options
+    assert (options.profile, options.anonymous, options.attempts) == ("lab", True, 3)
+
+
 def test_planning_writes_nothing(done):
     before = done.storage.sizes()
     done.plans()

@@ -47,21 +47,21 @@ class ShardPlan:
         return sum(len(shard.records) for shard in self.shards)
 
 
-def plan_shards(config: ShardsConfig, cache: str) -> ShardPlan:
+def plan_shards(config: ShardsConfig, storage: Storage) -> ShardPlan:
     """List the sources, divide train from validation, shuffle each split by key and cut it into shards.
 
     Args:
         config: sources and form.
-        cache: folder of this machine for sources that have to be fetched.
+        storage: whose options and cache are used for sources that lie in a store.
 
     Raises:
         UserError: a source is missing, empty or not arranged in classes; the validation source has a class of its
             own; a split comes out empty.
     """
-    index = read_index(config, cache)
+    index = read_index(config, storage)
     if index is not None:
-        return ShardPlan(config, index.classes, describe_sources(config, cache), ())
-    names, listings = _source_names(config), _list_sources(config, cache)
+        return ShardPlan(config, index.classes, describe_sources(config, storage), ())
+    names, listings = _source_names(config), _list_sources(config, storage)
     sources = {split: listing.fingerprint for split, listing in listings.items()}
     plan = digest(origin(config, sources))
     shards = [
@@ -72,23 +72,23 @@ def plan_shards(config: ShardsConfig, cache: str) -> ShardPlan:
     return ShardPlan(config, listings[TRAIN].classes, sources, tuple(shards))
 
 
-def describe_sources(config: ShardsConfig, cache: str) -> dict[str, Fingerprint]:
+def describe_sources(config: ShardsConfig, storage: Storage) -> dict[str, Fingerprint]:
     """Fingerprints of the sources by split, from names and sizes; raises UserError as `plan_shards` does."""
-    index = read_index(config, cache)
+    index = read_index(config, storage)
     if index is not None:
         return {
             split: {"kind": INDEXED, "classes": [*index.classes], "images": index.count(split), "digest": index.digest}
             for split in index.splits
         }
-    return {split: listing.fingerprint for split, listing in _list_sources(config, cache).items()}
+    return {split: listing.fingerprint for split, listing in _list_sources(config, storage).items()}
 
 
-def read_index(config: ShardsConfig, cache: str) -> Manifest | None:
+def read_index(config: ShardsConfig, storage: Storage) -> Manifest | None:
     """The manifest of shards that others made, with the image size of the configuration; None for any other source."""
     kind, _, folder = config.source.partition(":")
     if kind != INDEXED:
         return None
-    return read_manifest(Storage(folder, cache)).model_copy(update={"image_size": config.image_size})
+    return read_manifest(storage.at(folder)).model_copy(update={"image_size": config.image_size})
 
 
 def input_digests(sources: Mapping[str, Fingerprint]) -> dict[str, str]:
@@ -106,10 +106,10 @@ def _source_names(config: ShardsConfig) -> dict[str, str]:
     return {split: name for split, name in names.items() if name is not None}
 
 
-def _list_sources(config: ShardsConfig, cache: str) -> dict[str, Listing]:
+def _list_sources(config: ShardsConfig, storage: Storage) -> dict[str, Listing]:
     labels = {VALIDATION: config.validation_labels}
     return {
-        split: open_source(name, cache, labels.get(split)).listing() for split, name in _source_names(config).items()
+        split: open_source(name, storage, labels.get(split)).listing() for split, name in _source_names(config).items()
     }
 
 

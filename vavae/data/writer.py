@@ -61,7 +61,7 @@ def write_shards(
     Raises:
         UserError: see `plan_shards`, `claim`, `write_shard` and `finish`.
     """
-    plan = plan_shards(config, storage.cache)
+    plan = plan_shards(config, storage)
     claim(storage, prefix, config, plan.sources)
     done = 0
 
@@ -78,14 +78,15 @@ def write_shards(
 def find_shards(storage: Storage, prefix: str, config: ShardsConfig) -> Manifest | None:
     """The manifest of shards that are done and whole; None where there is something to do. Writes nothing.
 
+    Sources are listed, which may take minutes, for shards alone that are done.
+
     Raises:
-        UserError: the folder holds something else, or a source is not what it should be.
+        UserError: the shards that are done were made otherwise.
     """
-    sources = describe_sources(config, storage.cache)
-    _refuse_others(storage, prefix, config, sources)
     artefact = read(storage, prefix)
     if artefact is None or not is_intact(storage, prefix, artefact):
         return None
+    _refuse_others(storage, prefix, config, describe_sources(config, storage))
     return read_manifest(storage, prefix)
 
 
@@ -119,7 +120,7 @@ def write_shard(
         return present
     path, record_path = f"{prefix}/{shard.name}.tar", f"{prefix}/{shard.name}.json"
     storage.delete(record_path)
-    source = reopen_source(shard.source, storage.cache, shard.plan)
+    source = reopen_source(shard.source, storage, shard.plan)
     with storage.create(path) as local:
         with write_tar(local) as tar:
             skipped = _fill(tar, source, shard, advance)
@@ -148,7 +149,7 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     Raises:
         UserError: not a single image of a split could be read; nothing is left in the folder then.
     """
-    manifest = read_index(plan.config, storage.cache) or _gather(storage, prefix, plan)
+    manifest = read_index(plan.config, storage) or _gather(storage, prefix, plan)
     write_manifest(storage, prefix, manifest)
     commit(storage, prefix, _artefact(storage, prefix, plan, manifest))
     return manifest

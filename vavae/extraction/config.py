@@ -16,4 +16,8 @@ class LatentsConfig(Config):
     """Train the diffusion on latents times this number instead of whitened ones (SD-VAE's is 0.18215); it changes the
     statistics alone, no latent."""
     actors: int = runtime(1, ge=1)
-    """Shards encoded at the same time, each by `workers.cpus` cores or one GPU."""
+    """Shards encoded at the same time, each in an actor of its own."""
+    cpus: float | None = runtime(None, gt=0)
+    """CPU cores that Ray reserves for an actor, such as 0.5; null takes `workers.cpus`."""
+    gpus: float = runtime(1.0, gt=0, le=1)
+    """Share of a GPU for an actor, where `workers.use_gpu`: two actors of 0.5 decode and encode in turns on one."""

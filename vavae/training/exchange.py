@@ -32,7 +32,7 @@ from vavae.interop.released_tokenizer import (
 )
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.storage.artefact import FileInfo, commit, discard
-from vavae.storage.storage import Storage, sha256_of
+from vavae.storage.storage import sha256_of
 from vavae.tokenizer.teacher import teacher_geometry
 from vavae.training.config import RunConfig
 from vavae.training.run import IMPORTED, STAGES, TRAININGS, Job, Run
@@ -106,7 +106,7 @@ def import_latents(run: Run, folder: str) -> None:
     if not config.latents.flip:
         raise UserError(f"{folder}: the public layout holds mirror images too, so set latents.flip=true")
     classes = read_manifest(run.storage, run.prefix("prepare_shards")).classes
-    target, source = run.storage.child(run.prefix(job)), Storage(folder)
+    target, source = run.storage.child(run.prefix(job)), run.storage.at(folder)
     shape = (config.tokenizer.latent_dim, config.grid, config.grid)
     discard(run.storage, run.prefix(job))
     import_released_latents(source, target, SPLIT, shape, tokenizer, classes, config.shards.shard_images)
@@ -158,7 +158,7 @@ def export_latents(run: Run, folder: str) -> None:
     """
     run.require("precompute_latents")
     latents = run.storage.child(run.prefix("precompute_latents"))
-    export_released_latents(latents, SPLIT, Storage(folder), run.config.seed)
+    export_released_latents(latents, SPLIT, run.storage.at(folder), run.config.seed)
 
 
 def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> VisionFoundationLoss:

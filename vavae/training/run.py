@@ -75,7 +75,7 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.storage = Storage(config.storage.root, config.storage.cache).child(config.name)
+        self.storage = Storage.of(config.storage).child(config.name)
 
     def prefix(self, job: Job) -> str:
         """Folder of a job's artefact. Latents lie under the digest of the tokenizer that made them."""

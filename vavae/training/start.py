@@ -33,7 +33,8 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
     url = config.train_vavae.start_from
     if url is None:
         return None
-    engines = _released(config, url, feature_dim) if Storage(url).is_file() else _exported(config, Storage(url))
+    place = Storage.of(config.storage).at(url)
+    engines = _released(config, url, feature_dim) if place.is_file() else _exported(config, place)
     return StepWeights(engines, average=None)
 
 

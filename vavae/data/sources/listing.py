@@ -1,13 +1,15 @@
 """What a source says about its images before any of them is read."""
 
+import hashlib
+import json
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from pydantic import JsonValue
 
-from vavae.config import digest
 from vavae.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
@@ -35,7 +37,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source in a fixed order. Names and sizes only, never pixels."""
+    """The images of a source in a fixed order. Names and sizes only, never pixels: some 300 bytes an image."""
 
     kind: str
     classes: tuple[str, ...]
@@ -44,8 +46,20 @@ class Listing:
     @property
     def fingerprint(self) -> Fingerprint:
         """What can be told of the images from names, classes and sizes."""
-        names = [[record.key, record.label, record.size] for record in self.records]
-        return {"kind": self.kind, "classes": [*self.classes], "images": len(self.records), "digest": digest(names)}
+        names = ((record.key, record.label, record.size) for record in self.records)
+        images = len(self.records)
+        return {"kind": self.kind, "classes": [*self.classes], "images": images, "digest": digest_of_rows(names)}
+
+
+def digest_of_rows(rows: Iterable[tuple[str | int, ...]]) -> str:
+    """`vavae.config.digest` of a list of rows that need not be in memory together."""
+    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    state, comma = hashlib.sha256(b"["), ""
+    for row in rows:
+        state.update((comma + encode(row)).encode(errors="surrogateescape"))
+        comma = ","
+    state.update(b"]")
+    return state.hexdigest()
 
 
 class Source(Protocol):
@@ -83,30 +97,29 @@ def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str
         inside: the folder to stay within; "" for all.
     """
     images = images_among(files, place, inside, "class/name.jpg (or .png, ...)")
-    parts = [file.path.split("/") for file in images]
-    depth = _wrapping_folders(parts)
-    stray = next((file.path for file, names in zip(images, parts, strict=True) if len(names) < depth + 2), None)
+    depth = _wrapping_folders(images)
+    stray = next((file.path for file in images if file.path.count("/") <= depth), None)
     if stray:
         raise UserError(f"source {place}: {stray} lies in no class folder; arrange the images as class/name.jpg")
-    classes = sorted({names[depth] for names in parts})
+    classes = sorted({_part(file, depth) for file in images})
     if len(classes) > 1 and _SPLITS.issuperset(classes):
         raise UserError(
             f"source {place}: {', '.join(classes)} are splits, not classes; name one of them as the source and "
             "another as the validation source (after an archive: #train)"
         )
     labels = {name: label for label, name in enumerate(classes)}
-    records = [
-        Record(file.path, labels[names[depth]], file.position, file.size)
-        for file, names in zip(images, parts, strict=True)
-    ]
+    records = [Record(file.path, labels[_part(file, depth)], file.position, file.size) for file in images]
     return Listing(kind, tuple(classes), records)
 
 
 def images_among(files: Iterable[File], place: str, inside: str, expected: str) -> list[File]:
-    """The images within a folder of a source, sorted; UserError where there are none."""
+    """The images within a folder of a source, sorted; UserError where there are none, or two of one name."""
     images = sorted(file for file in files if _is_image(file.path) and file.path.startswith(inside and f"{inside}/"))
     if not images:
         raise UserError(f"source {place}: no images{inside and f' in {inside}/'}; it must hold {expected}")
+    twin = next((file.path for file, after in pairwise(images) if file.path == after.path), None)
+    if twin:
+        raise UserError(f"source {place}: {twin} comes twice; pack it again with each file once")
     return images
 
 
@@ -115,9 +128,13 @@ def _is_image(path: str) -> bool:
     return not hidden and posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
-def _wrapping_folders(parts: list[list[str]]) -> int:
+def _part(file: File, depth: int) -> str:
+    return file.path.split("/", depth + 1)[depth]
+
+
+def _wrapping_folders(files: list[File]) -> int:
     """How many leading folders are common to all files and leave a class folder and a name below them."""
     depth = 0
-    while all(len(names) > depth + 2 and names[depth] == parts[0][depth] for names in parts):
+    while all(file.path.count("/") > depth + 1 and _part(file, depth) == _part(files[0], depth) for file in files):
         depth += 1
     return depth

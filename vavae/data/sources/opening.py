@@ -12,6 +12,7 @@ from vavae.data.sources.files import FolderSource, TarSource, ZipSource
 from vavae.data.sources.labels import LabelFile, read_label_file
 from vavae.data.sources.listing import Arrange, Fingerprint, Source, list_class_folders
 from vavae.errors import UserError
+from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
 
 INDEXED = "indexed"
@@ -20,12 +21,12 @@ INDEXED = "indexed"
 _ARCHIVE_AND_FOLDER = re.compile(r"(.+\.(?:zip|tar|tar\.gz|tgz))#(.+)")
 
 
-def open_source(name: str, cache: str, labels: str | None = None) -> Source:
+def open_source(name: str, storage: Storage, labels: str | None = None) -> Source:
     """Open a source by the name that :class:`~vavae.data.config.ShardsConfig` documents.
 
     Args:
         name: path, URL, or name of a data set.
-        cache: folder of this machine for what has to be fetched.
+        storage: whose options say how a store is reached, and whose cache takes what has to be fetched.
         labels: path or URL of a file with the classes of images that lie in no class folders.
 
     Raises:
@@ -35,46 +36,50 @@ def open_source(name: str, cache: str, labels: str | None = None) -> Source:
     if labels is not None and (name == "digits" or kind in (INDEXED, "huggingface", "torchvision")):
         raise UserError(f"validation_labels {labels}: {name} brings its classes along; leave the option out")
     if kind == INDEXED:  # opened to see that it is there; its shards are taken as they are
-        return FolderSource(_index(rest, cache))
+        return FolderSource(_index(rest, storage))
     if name == "digits":
         return DigitsSource()
     if kind in ("huggingface", "torchvision"):
         data_set, _, split = rest.partition("#")
         if kind == "huggingface":
             return HuggingFaceSource(data_set, split)
-        return TorchvisionSource(data_set, split, Path(cache).expanduser() / "torchvision")
-    return _open_files(name, cache, list_class_folders if labels is None else _read_labels(labels, cache).arrange)
+        return TorchvisionSource(data_set, split, Path(storage.cache).expanduser() / "torchvision")
+    return _open_files(name, storage, list_class_folders if labels is None else _read_labels(labels, storage).arrange)
+
+
+def reopen_source(name: str, storage: Storage, fingerprint: str) -> Source:
+    """An open source for reading many shards in one process; another content is another source."""
+    return _reopen(name, storage.cache, storage.options, fingerprint)
 
 
 @lru_cache(maxsize=2)
-def reopen_source(name: str, cache: str, fingerprint: str) -> Source:
-    """An open source for reading many shards in one process; another content is another source."""
-    return open_source(name, cache)
+def _reopen(name: str, cache: str, options: StorageOptions, fingerprint: str) -> Source:
+    return open_source(name, Storage(".", cache, options))
 
 
-def describe(name: str, cache: str) -> Fingerprint:
+def describe(name: str, storage: Storage) -> Fingerprint:
     """What a source holds, without reading an image: kind, classes, number of images, digest of names and sizes."""
-    return open_source(name, cache).listing().fingerprint
+    return open_source(name, storage).listing().fingerprint
 
 
-def _index(folder: str, cache: str) -> Storage:
-    place = Storage(folder, cache)
+def _index(folder: str, storage: Storage) -> Storage:
+    place = storage.at(folder)
     if not place.exists(MANIFEST):
         raise UserError(f"source indexed:{folder}: no {MANIFEST} there; write it with `vavae data index`")
     return place
 
 
-def _read_labels(name: str, cache: str) -> LabelFile:
-    place = Storage(name, cache)
+def _read_labels(name: str, storage: Storage) -> LabelFile:
+    place = storage.at(name)
     if not place.is_file():
         raise UserError(f"validation_labels {name!r} is not there: name the file with the classes")
     return read_label_file(place.local_file())
 
 
-def _open_files(name: str, cache: str, arrange: Arrange) -> Source:
+def _open_files(name: str, storage: Storage, arrange: Arrange) -> Source:
     match = _ARCHIVE_AND_FOLDER.fullmatch(name)
     name, inside = match.groups() if match else (name, "")
-    place = Storage(name, cache)
+    place = storage.at(name)
     if not place.exists():
         raise UserError(
             f"source {name!r} is not there: give a folder of class folders, a .zip or .tar(.gz) of one, 'digits', "
