@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import uuid
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from support import small
 from vavae.cli import main
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.data.image import encode_image
-from vavae.data.manifest import read_manifest
+from vavae.data.indexing import verify_shards
+from vavae.data.latents import LatentManifest, write_latents
+from vavae.data.manifest import ShardInfo, read_manifest, shard_file, write_manifest
 from vavae.data.order import order_of
 from vavae.data.sources.opening import open_source
 from vavae.data.stream import ImageStream, SliceKey
 from vavae.data.writer import find_shards, write_shards
 from vavae.errors import UserError
-from vavae.storage.storage import Storage
+from vavae.storage.storage import Storage, sha256_of
 
 LABELS = [0, 2, 2, 1, 0]
 
@@ -80,14 +83,16 @@ def test_a_run_takes_an_index_for_its_shards(folder, theirs, tmp_path):
         find_shards(storage, "shards", config)
 
 
-def test_named_classes(tmp_path, theirs):
+def test_named_classes(tmp_path, theirs, capsys):
     (tmp_path / "classes.txt").write_text("cat\ndog\nowl\neel\n")
     sources = ["--train", str(theirs / "train"), "--validation", str(theirs / "val.tar")]
     command = ["data", "index", str(tmp_path / "i"), *sources, "--classes", str(tmp_path / "classes.txt")]
     assert main(command) == 0
     assert read_manifest(Storage(str(tmp_path / "i"))).classes == ("cat", "dog", "owl", "eel")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    capsys.readouterr()
     assert main(command) == 2
+    assert "0.tar#photos/n1: label 2, but the manifest has 2 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,9 +117,9 @@ def test_a_place_without_shards_or_index_is_named(tmp_path, capsys):
     assert main(["data", "index", empty, "--train", empty, "--validation", empty]) == 2
     assert "empty: no shard there; give a .tar or a folder of them" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no manifest.json there; write it with `vavae data index`"):
-        open_source(f"indexed:{empty}", "")
+        open_source(f"indexed:{empty}", Storage("."))
     with pytest.raises(UserError, match="indexed:x brings its classes along"):
-        open_source("indexed:x", "", "labels.txt")
+        open_source("indexed:x", Storage("."), "labels.txt")
 
 
 def test_verify_names_every_shard_that_is_not_as_the_manifest_says(folder, theirs, capsys):
@@ -130,6 +135,52 @@ def test_verify_names_every_shard_that_is_not_as_the_manifest_says(folder, their
     assert "train/1.tar: its checksum is not the manifest's" in lines[0]
     assert "val.tar is gone, but the manifest names it" in lines[1]
     assert lines[2:] == ["1 of 3 shards are as the manifest says"]
+
+
+def test_verify_names_classes_beyond_the_manifest_s_and_on_request_unreadable_images(tmp_path, capsys):
+    storage, bad = Storage(str(tmp_path)), [("train", 1)]
+    manifest = small.write_image_shards(storage, {"train": (3, 2)}, damaged=bad)
+    write_manifest(storage, "", manifest)
+    assert main(["data", "verify", str(tmp_path)]) == 0
+    assert main(["data", "verify", str(tmp_path), "--images"]) == 1
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].startswith("train/000000.tar#000000001: unreadable (")
+    assert lines[1:] == ["1 of 2 shards are as the manifest says"]
+    write_manifest(storage, "", manifest.model_copy(update={"classes": ("a", "b")}))
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train/000000.tar#000000002: label 2, but the manifest has 2 classes")
+
+
+def test_verify_reads_latents_too(tmp_path, capsys):
+    storage, arrays = Storage(str(tmp_path)), np.zeros((2, 2, 3, 2, 2), np.float16)
+    with storage.create("train/000000.tar") as local:
+        write_latents(local, arrays, [0, 1], 0)
+        info = ShardInfo(name="000000.tar", count=2, bytes=local.stat().st_size, sha256=sha256_of(local))
+    manifest = LatentManifest(tokenizer="t", shape=(3, 2, 2), flip=False, classes=("a", "b"), splits={"train": (info,)})
+    storage.write_json("manifest.json", manifest.model_dump(mode="json"))
+    assert main(["data", "verify", str(tmp_path)]) == 0
+    assert main(["data", "verify", str(tmp_path), "--images"]) == 2
+    assert "holds latents, which have no images to decode" in capsys.readouterr().err
+    storage.delete("train/000000.tar")
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    assert "train/000000.tar is gone" in capsys.readouterr().out
+
+
+def test_verify_asks_the_store_and_not_the_cache(tmp_path):
+    storage = Storage(f"memory://{uuid.uuid4().hex}", str(tmp_path))
+    manifest = small.write_image_shards(storage, {"train": (2,)})
+    shard_file(storage, "train", manifest.splits["train"][0])  # now it is in the cache, too
+    assert list(verify_shards(storage, manifest, images=False)) == [[]]
+    storage.delete("train/000000.tar")
+    ((line,),) = verify_shards(storage, manifest, images=False)
+    assert "train/000000.tar is gone, but the manifest names it" in line
+
+
+def test_a_shard_of_others_without_a_record_is_refused(tmp_path, capsys):
+    bad = write_tar(tmp_path / "theirs" / "bad.tar", [])
+    assert main(["data", "index", str(tmp_path / "i"), "--train", bad, "--validation", bad]) == 2
+    assert "bad.tar: a shard without a record; delete it or leave it out" in capsys.readouterr().err
 
 
 def test_stats_count_images_and_classes(folder, capsys):

@@ -9,7 +9,8 @@ from typing import Any
 from rich import filesize
 
 from vavae.data.manifest import MANIFEST, read_manifest, write_manifest
-from vavae.storage.config import DEFAULT_CACHE
+from vavae.errors import UserError
+from vavae.storage.config import DEFAULT_CACHE, StorageOptions
 from vavae.storage.storage import Storage
 
 
@@ -20,11 +21,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     index.add_argument("--train", nargs="+", required=True, metavar="URL", help="shards, or folders of .tar files")
     index.add_argument("--validation", nargs="+", required=True, metavar="URL", help="held-out ones likewise")
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
-    verify = _command(commands, "verify", "check size, checksum and count of every shard", _verify)
+    verify = _command(commands, "verify", "check size, checksum, count and classes of every shard", _verify)
+    verify.add_argument("--images", action="store_true", help="decode every image, too")
     stats = _command(commands, "stats", "show counts, sizes and classes", _stats)
     for command in (index, verify, stats):
         command.add_argument("folder", metavar="FOLDER", help=f"path or URL of the folder of {MANIFEST}")
         command.add_argument("--cache", default=DEFAULT_CACHE, help="folder for fetched shards; default: %(default)s")
+        command.add_argument("--anonymous", action="store_true", help="ask S3 without keys, for public buckets")
+
+
+def _storage(arguments: argparse.Namespace) -> Storage:
+    """The folder. Endpoint, region, profile and authorities of S3 come from its usual variables (AWS_PROFILE, ...)."""
+    return Storage(arguments.folder, arguments.cache, StorageOptions(anonymous=arguments.anonymous))
 
 
 def _command(commands: Any, name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
@@ -38,29 +46,35 @@ def _index(arguments: argparse.Namespace) -> int:
 
     splits = {"train": arguments.train, "validation": arguments.validation}
     classes = read_class_names(arguments.classes) if arguments.classes else None
-    manifest = index_shards(splits, classes, arguments.cache)
-    write_manifest(Storage(arguments.folder, arguments.cache), "", manifest)
+    storage = _storage(arguments)
+    manifest = index_shards(splits, classes, storage)
+    write_manifest(storage, "", manifest)
     counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.splits)
     print(f"{counts} images of {len(manifest.classes)} classes; use them with shards.source=indexed:{arguments.folder}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from vavae.data.indexing import damaged_shards
+    from vavae.data.indexing import verify_shards
+    from vavae.data.latents import LatentManifest, read_any_manifest
 
-    storage = Storage(arguments.folder, arguments.cache)
-    manifest, damaged = read_manifest(storage), 0
-    for damaged, line in enumerate(damaged_shards(storage, manifest), 1):  # noqa: B007  (counted after the loop)
-        print(line)
+    storage = _storage(arguments)
+    manifest = read_any_manifest(storage)
+    if arguments.images and isinstance(manifest, LatentManifest):
+        raise UserError(f"{storage.url()} holds latents, which have no images to decode: leave --images out")
+    whole = 0
+    for faults in verify_shards(storage, manifest, arguments.images):
+        print(*faults, sep="\n", end="\n" if faults else "", flush=True)
+        whole += not faults
     shards = sum(map(len, manifest.splits.values()))
-    print(f"{shards - damaged} of {shards} shards are as the manifest says")
-    return 1 if damaged else 0
+    print(f"{whole} of {shards} shards are as the manifest says")
+    return 0 if whole == shards else 1
 
 
 def _stats(arguments: argparse.Namespace) -> int:
     from vavae.data.indexing import split_statistics
 
-    storage = Storage(arguments.folder, arguments.cache)
+    storage = _storage(arguments)
     manifest = read_manifest(storage)
     for split in manifest.splits:
         found = split_statistics(storage, manifest, split)

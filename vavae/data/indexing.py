@@ -1,11 +1,14 @@
 """Sets of shards as a whole: a manifest for those made by others, the check of every shard, and what is in them."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vavae.data.config import ShardsConfig
+from vavae.data.image import UnreadableImage, decode_image
+from vavae.data.latents import LatentManifest
 from vavae.data.manifest import Manifest, ShardInfo, shard_file
 from vavae.data.mapped import MappedShard
 from vavae.data.stream import IMAGE_EXTENSIONS, image_bytes, label_of
@@ -13,7 +16,7 @@ from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
 
 
-def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | None, cache: str) -> Manifest:
+def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | None, storage: Storage) -> Manifest:
     """The manifest of WebDataset tars that lie where they lie; nothing of them is rewritten.
 
     Its image size is the default: a run that takes the manifest for its shards puts its own there.
@@ -21,18 +24,20 @@ def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | N
     Args:
         splits: by split, paths or URLs of shards, or of folders whose .tar files are meant, at any depth.
         classes: names of the classes; None numbers them up to the largest label.
-        cache: folder of this machine for shards that have to be fetched.
+        storage: whose options and cache are used for shards that lie in a store.
 
     Raises:
-        UserError: no shards there, a damaged one, or a record without an image or without a class.
+        UserError: no shards there, a damaged or empty one, or a record without an image or without a class.
     """
     bound, largest = len(classes) if classes is not None else 10**9, -1
     found: dict[str, tuple[ShardInfo, ...]] = {}
     for split, urls in splits.items():
         infos: list[ShardInfo] = []
-        for place in _shards(urls, cache):
+        for place in _shards(urls, storage):
             path, url = place.local_file(), place.url()
             shard = MappedShard(path)
+            if not len(shard):
+                raise UserError(f"{url}: a shard without a record; delete it or leave it out")
             for index in range(len(shard)):
                 record, name = shard[index], f"{url}#{shard.key(index)}"
                 image_bytes(record, name)
@@ -52,23 +57,49 @@ def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | N
     return Manifest(splits=found, classes=names, image_size=size, sources={})
 
 
-def _shards(urls: Sequence[str], cache: str) -> Iterator[Storage]:
+def _shards(urls: Sequence[str], storage: Storage) -> Iterator[Storage]:
     for url in urls:
-        place = Storage(url, cache)
+        place = storage.at(url)
         names = [""] if place.is_file() else [name for name in place.sizes() if name.endswith(".tar")]
         if not names:
             raise UserError(f"{url}: no shard there; give a .tar or a folder of them")
         yield from (place.child(name) if name else place for name in names)
 
 
-def damaged_shards(storage: Storage, manifest: Manifest) -> Iterator[str]:
-    """One line for each shard of a folder that is gone, or has another size, checksum or count than the manifest's."""
+def verify_shards(storage: Storage, manifest: Manifest | LatentManifest, images: bool) -> Iterator[list[str]]:
+    """What is wrong with each shard in turn, in lines; mostly nothing.
+
+    A shard may be gone, have another size, checksum or count than the manifest says, or a class beyond the manifest's.
+    All of it is read where it lies: no copy in the cache of this machine stands in for a shard of a store.
+
+    Args:
+        storage: the folder of the manifest.
+        manifest: of images or latents.
+        images: decode every image, too.
+    """
     for split, shards in manifest.splits.items():
-        for shard in shards:
-            try:
-                MappedShard(shard_file(storage, split, shard), shard.count)
-            except UserError as error:
-                yield str(error)
+        for info in shards:
+            with tempfile.TemporaryDirectory(prefix="vavae-") as cache:
+                fresh = Storage(storage.root, cache, storage.options)
+                try:
+                    shard = MappedShard(shard_file(fresh, split, info), info.count)
+                except UserError as error:
+                    yield [str(error)]
+                else:
+                    yield list(_faults(shard, f"{split}/{info.name}", len(manifest.classes), images))
+
+
+def _faults(shard: MappedShard, name: str, classes: int, images: bool) -> Iterator[str]:
+    for index in range(len(shard)):
+        record, place = shard[index], f"{name}#{shard.key(index)}"
+        try:
+            label_of(record, classes, place)
+            if images:
+                decode_image(image_bytes(record, place))
+        except UserError as error:
+            yield str(error)
+        except UnreadableImage as error:
+            yield f"{place}: unreadable ({error})"
 
 
 class SplitStatistics(NamedTuple):

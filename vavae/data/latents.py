@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from vavae.data.manifest import ShardInfo, shard_file
+from vavae.data.ahead import OrderedShards
+from vavae.data.manifest import Manifest, ShardInfo, read_manifest
 from vavae.data.mapped import ShardCache
 from vavae.data.order import SampleOrder
-from vavae.data.stream import SliceKey
+from vavae.data.stream import ShardStream, SliceKey
 from vavae.data.tar import write_tar
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
@@ -131,7 +131,7 @@ class LatentSlice(NamedTuple):
     """int64 [S]."""
 
 
-class LatentStream(Dataset[LatentSlice]):
+class LatentStream(ShardStream[LatentSlice]):
     """Slices of one split of latent shards, in the same order as images would come.
 
     Args:
@@ -154,12 +154,13 @@ class LatentStream(Dataset[LatentSlice]):
         seed: int,
         open_shards: int,
     ) -> None:
-        self._storage, self._manifest, self._split, self._order = storage, manifest, split, order
-        self._size, self._seed = slice_size, seed
+        shards = OrderedShards(storage, split, manifest.splits[split], order, slice_size)
+        super().__init__(shards, slice_bytes=slice_size * 2 * int(np.prod(manifest.shape)) * np.float32().itemsize)
+        self._manifest, self._size, self._seed = manifest, slice_size, seed
         self._open: ShardCache[MappedLatents] = ShardCache(open_shards)
 
     def __getitem__(self, key: SliceKey) -> LatentSlice:
-        locations = self._order.slice(key.lane, key.step, self._size)
+        locations = self.shards.order.slice(key.lane, key.step, self._size)
         records = np.empty((self._size, *self._manifest.record_shape), np.float16)
         labels = np.empty(self._size, np.int64)
         shards = np.array([location.shard for location in locations])
@@ -175,15 +176,17 @@ class LatentStream(Dataset[LatentSlice]):
         return LatentSlice(key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels))
 
     def _map(self, shard: int) -> MappedLatents:
-        info = self._manifest.splits[self._split][shard]
-        path = shard_file(self._storage, self._split, info)
-        mapped, classes = MappedLatents(path, info.count, self._manifest.record_shape), len(self._manifest.classes)
-        if mapped.labels.max(initial=0) >= classes:
-            raise UserError(
-                f"{path}: label {mapped.labels.max()}, but the manifest has {classes} classes; "
-                "compute the latents again"
-            )
-        return mapped
+        def open_file(path: Path) -> MappedLatents:
+            count, classes = self.shards.infos[shard].count, len(self._manifest.classes)
+            mapped = MappedLatents(path, count, self._manifest.record_shape)
+            if mapped.labels.max(initial=0) >= classes:
+                raise UserError(
+                    f"{path}: label {mapped.labels.max()}, but the manifest has {classes} classes; "
+                    "compute the latents again"
+                )
+            return mapped
+
+        return self.shards.open(shard, open_file)
 
 
 class LatentStatistics:
@@ -242,6 +245,13 @@ def read_latent_manifest(storage: Storage) -> LatentManifest:
         return LatentManifest.model_validate_json(storage.read_bytes(MANIFEST))
     except (FileNotFoundError, ValidationError) as error:
         raise UserError(f"{storage.url(MANIFEST)}: no manifest of latents there; run precompute_latents") from error
+
+
+def read_any_manifest(storage: Storage) -> Manifest | LatentManifest:
+    """The manifest in a folder of images or of latents; UserError where there is neither."""
+    found = storage.read_json(MANIFEST) if storage.is_file(MANIFEST) else None
+    is_of_latents = isinstance(found, dict) and "tokenizer" in found
+    return read_latent_manifest(storage) if is_of_latents else read_manifest(storage)
 
 
 def read_latents_of(storage: Storage, tokenizer: str, shape: tuple[int, int, int]) -> LatentManifest:
