@@ -45,3 +45,22 @@ def test_a_shard_with_fewer_images_than_promised_is_an_error(storage):
     small.write_image_shards(storage, {"validation": (2, 3)})
     with pytest.raises(UserError, match=r"validation/000000.tar: \d+ bytes where the manifest says \d+"):
         list(read_images(storage, manifest, "validation", 100, 2))
+
+
+@pytest.mark.parametrize("garbage", [b"", b"no image"])
+def test_unreadable_images_are_left_out_and_named(storage, caplog, garbage):
+    manifest = small.write_image_shards(storage, {"validation": COUNTS}, damaged=[("validation", 1)], garbage=garbage)
+    found = gather(read_images(storage, manifest, "validation", 3, 2))
+    expected = np.stack([small.image("validation", index) for index in (0, 2, 3)])
+    assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
+    assert "validation/000000.tar#000000001: left out" in caplog.text
+
+
+def test_nothing_readable_and_classes_beyond_the_manifest_are_errors(storage):
+    bad = [("validation", 0), ("validation", 1)]
+    manifest = small.write_image_shards(storage, {"validation": (2,)}, damaged=bad)
+    with pytest.raises(UserError, match=r"validation: no readable image in all its shards"):
+        list(read_images(storage, manifest, "validation", 3, 2))
+    manifest = small.write_image_shards(storage, {"validation": COUNTS}).model_copy(update={"classes": ("a", "b")})
+    with pytest.raises(UserError, match=r"validation/000000.tar#000000002: label 2, but the manifest has 2 classes"):
+        list(read_images(storage, manifest, "validation", 3, 2))

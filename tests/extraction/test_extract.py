@@ -235,8 +235,9 @@ def test_an_image_shard_of_another_length_is_an_error(images, manifest, extract,
         encode_all(extract(), tokenizer)
 
 
-def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tokenizer):
-    manifest = small.write_image_shards(images, COUNTS, damaged=[("train", 1), ("train", 6)])
+@pytest.mark.parametrize("garbage", [b"", b"no image"])
+def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tokenizer, garbage):
+    manifest = small.write_image_shards(images, COUNTS, damaged=[("train", 1), ("train", 6)], garbage=garbage)
     extraction = extract(manifest=manifest)
     encode_all(extraction, tokenizer)
     records = [extraction.record(task) for task in extraction.tasks()]
@@ -253,6 +254,11 @@ def test_a_shard_without_a_readable_image_is_an_error(images, extract, tokenizer
     manifest = small.write_image_shards(images, {"train": (2,)}, damaged=[("train", 0), ("train", 1)])
     with pytest.raises(UserError, match=r"train/000000.tar: no readable image in the whole shard"):
         encode_all(extract(manifest=manifest), tokenizer)
+
+
+def test_a_class_beyond_the_manifest_s_is_an_error(manifest, extract, tokenizer):
+    with pytest.raises(UserError, match=r"train/000000.tar#000000002: label 2, but the manifest has 2 classes"):
+        encode_all(extract(manifest=manifest.model_copy(update={"classes": ("a", "b")})), tokenizer)
 
 
 def test_originals_are_encoded_after_adm_s_crop(tmp_path, images, extract, tokenizer):

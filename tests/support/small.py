@@ -35,8 +35,8 @@ def label_of(index):
     return index % len(CLASSES)
 
 
-def write_image_shards(storage, counts, height=SIZE, width=SIZE, damaged=()):
-    """Write image shards; `counts` is records per shard by split, `damaged` are (split, index) that hold no image."""
+def write_image_shards(storage, counts, height=SIZE, width=SIZE, damaged=(), garbage=b"damaged"):
+    """Write image shards; `counts` is records per shard by split, `damaged` are (split, index) that hold garbage."""
     splits = {}
     for split, sizes in counts.items():
         first, infos = 0, []
@@ -45,7 +45,7 @@ def write_image_shards(storage, counts, height=SIZE, width=SIZE, damaged=()):
             with storage.create(f"{split}/{name}") as local:
                 with write_tar(local) as tar:
                     for index in range(first, first + count):
-                        data = b"damaged" if (split, index) in damaged else png(image(split, index, height, width))
+                        data = garbage if (split, index) in damaged else png(image(split, index, height, width))
                         key = json.dumps({"key": f"{split} {index}"}).encode()
                         tar.add(index, {"png": data, "cls": b"%d" % label_of(index), "json": key})
                 info = ShardInfo(name=name, count=count, bytes=local.stat().st_size, sha256=sha256_of(local))

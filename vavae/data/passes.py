@@ -1,6 +1,7 @@
 """Passes over whole shards, in their order."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from vavae.data.image import decode_image, prepare_image
-from vavae.data.manifest import Manifest, shard_file
+from vavae.data.image import UnreadableImage, decode_image, prepare_image
+from vavae.data.manifest import Manifest, ShardInfo, shard_file
 from vavae.data.mapped import MappedShard
-from vavae.data.stream import image_bytes
+from vavae.data.stream import image_bytes, label_of
+from vavae.errors import UserError
 from vavae.storage.storage import Storage
+
+_log = logging.getLogger(__name__)
 
 
 class LabelledImages(NamedTuple):
@@ -44,24 +48,40 @@ def shard_records(path: Path, count: int | None = None) -> Iterator[dict[str, An
 def read_images(
     storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int
 ) -> Iterator[LabelledImages]:
-    """The first `limit` images of a split in batches, centre-cropped.
+    """The first `limit` readable images of a split in batches, centre-cropped; those left out are logged.
 
     The shards hold their images in a shuffled order, so the first ones are a fair sample.
+
+    Raises:
+        UserError: a shard is damaged, a class is none of the manifest's, or no image can be read.
     """
-    shards = manifest.splits[split]
-    records = chain.from_iterable(shard_records(shard_file(storage, split, info), info.count) for info in shards)
-    chosen = islice(records, limit)
+    samples = chain.from_iterable(_samples(storage, manifest, split, info) for info in manifest.splits[split])
+    chosen, found = islice(samples, limit), False
     while batch := list(islice(chosen, batch_size)):
-        yield labelled_images(batch, manifest.image_size)
+        yield _batch(batch)
+        found = True
+    if not found:
+        raise UserError(f"{storage.url(split)}: no readable image in all its shards; make the shards again")
 
 
-def labelled_images(records: Iterable[Mapping[str, Any]], size: int | None = None) -> LabelledImages:
-    """Decode records of one image size, or cut ADM's centre crop of `size` from each."""
-    images, labels = [], []
-    for record in records:
-        data = image_bytes(record)
-        images.append(decode_image(data) if size is None else prepare_image(data, size))
-        labels.append(int(record["cls"]))
+def _samples(storage: Storage, manifest: Manifest, split: str, info: ShardInfo) -> Iterator[tuple[np.ndarray, int]]:
+    for record in shard_records(shard_file(storage, split, info), info.count):
+        place = f"{split}/{info.name}#{record['__key__']}"
+        try:
+            pixels = prepare_image(image_bytes(record, place), manifest.image_size)
+        except UnreadableImage as error:
+            _log.warning("%s: left out: %s", place, error)
+        else:
+            yield pixels, label_of(record, len(manifest.classes), place)
+
+
+def labelled_images(records: Iterable[Mapping[str, Any]]) -> LabelledImages:
+    """Decode records of our own making, of one image size."""
+    return _batch([(decode_image(image_bytes(record)), int(record["cls"])) for record in records])
+
+
+def _batch(samples: Sequence[tuple[np.ndarray, int]]) -> LabelledImages:
+    images, labels = zip(*samples, strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
     return LabelledImages(pixels, torch.tensor(labels))
 
