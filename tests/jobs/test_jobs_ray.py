@@ -1,9 +1,12 @@
 """The jobs on a real local Ray with two workers; one cluster for all tests of this file."""
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -74,7 +77,7 @@ def test_deleted_samples_alone_are_made_again(arguments: list[str], root: Path) 
     before = {job: run.require(job).digest for job in pipeline.WORKS}
     stamps = {job: (root / "run" / run.prefix(job) / "artefact.json").stat().st_mtime_ns for job in pipeline.WORKS}
     run.storage.delete(run.prefix("sample"))
-    assert run_pipeline(arguments) == 0
+    assert run_pipeline(arguments, "sample.actors=50") == 0, "more than there is room for is no reason to wait"
     assert {job: run.require(job).digest for job in pipeline.WORKS} == before
     changed = [
         job
@@ -90,6 +93,50 @@ def test_deleted_training_comes_back_bit_for_bit(arguments: list[str]) -> None:
     run.storage.delete("lightningdit")
     assert run_pipeline(arguments) == 0
     assert run.require("train_lightningdit").digest == before
+
+
+@contextmanager
+def one_actor_killed() -> Iterator[None]:
+    """Kill the first process of ours that is seen in the middle of an item, in the way a node's failure would."""
+    killed = threading.Event()
+
+    def kill() -> None:
+        while not killed.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if not killed.is_set() and process.name().startswith("ray::_Worker.do"):
+                        process.kill()
+                        killed.set()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    yield
+    assert killed.is_set(), "nobody was seen at work"
+    killer.join()
+
+
+def test_latents_survive_a_killed_actor_whatever_their_number(arguments: list[str]) -> None:
+    storage = Run(load(RunConfig, CONFIG, arguments[2:])).storage
+    before = {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)}
+    storage.delete("latents")
+    with one_actor_killed():
+        assert run_pipeline(arguments, "latents.actors=1") == 0
+    assert {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)} == before
+
+
+def test_an_actor_too_large_for_every_node_is_refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    storage = Run(load(RunConfig, CONFIG, arguments[2:])).storage
+    (record,) = (path for path in storage.list("latents", recursive=True) if path.endswith("artefact.json"))
+    data = storage.read_bytes(record)
+    storage.delete(record)
+    try:
+        status = command.main(
+            "precompute_latents", DESCRIPTION, precompute_latents.work, [*arguments, "latents.cpus=1e4"]
+        )
+    finally:
+        storage.write_bytes(record, data)
+    assert status == 2
+    assert "precompute_latents: an actor needs 10000 CPUs of one node and none has so many" in capfd.readouterr().err
 
 
 def test_more_images_go_on_from_the_checkpoint(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
