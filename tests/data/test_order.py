@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vavae.data.config import StreamConfig
+from vavae.data.loading import load_slices
 from vavae.data.order import Location, SampleOrder, assign_lanes, order_of
-from vavae.data.stream import SliceKey, load_slices
+from vavae.data.stream import SliceKey
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
 

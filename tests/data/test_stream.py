@@ -1,20 +1,25 @@
 """The image stream: slices are functions of (lane, step), whoever reads them."""
 
+import dataclasses
 import logging
 import pickle
 import uuid
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support import small
 
 from vavae.data.config import StreamConfig
 from vavae.data.image import center_crop_resize
+from vavae.data.loading import load_slices
 from vavae.data.order import Location, assign_lanes, order_of
-from vavae.data.stream import ImageStream, SliceKey, image_bytes, label_of, load_slices
+from vavae.data.stream import ImageStream, SliceKey, image_bytes, label_of
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
@@ -132,7 +137,8 @@ def test_a_shard_of_another_length_than_the_manifest_says_is_an_error(storage):
 
 def test_a_manifest_that_counts_otherwise_is_an_error(storage):
     stream, _ = stream_of(storage)
-    stream._shards = tuple(shard.model_copy(update={"count": 9}) for shard in stream._shards)
+    infos = [shard.model_copy(update={"count": 9}) for shard in stream.shards.infos]
+    stream.shards = dataclasses.replace(stream.shards, infos=infos)
     with pytest.raises(UserError, match=r"train/00000\d.tar: [45] records where the manifest says 9"):
         stream[SliceKey(0, 0)]
 
@@ -215,6 +221,46 @@ def test_loader_processes_change_nothing(storage):
     rounds = assign_lanes(config.lanes, 0, 1)
     here, there = (list(islice(load_slices(stream, rounds, 1, workers), 3)) for workers in (0, 2))
     assert all(same(a, b) for left, right in zip(here, there, strict=True) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture(scope="module")
+def cropped(tmp_path_factory):
+    """A stream of three lanes that crops and flips."""
+    config = StreamConfig(lanes=3, block=4, crop="random", flip=True)
+    return stream_of(Storage(str(tmp_path_factory.mktemp("shards"))), config, height=10, width=10)[0]
+
+
+def global_batches(stream, world_size, steps, workers):
+    """What all ranks together learn from: the slices of each step in the order of the lanes."""
+    lanes = {step: {} for step in steps}
+    for rank in range(world_size):
+        rounds = assign_lanes(stream.shards.order.lanes, rank, world_size)
+        with closing(load_slices(stream, rounds, steps.start, workers)) as slices:
+            for step, found in zip(steps, slices, strict=False):
+                lanes[step] |= {item.lane: item for turn, item in zip(rounds, found, strict=True) if turn.weight}
+    return [[lanes[step][lane] for lane in sorted(lanes[step])] for step in steps]
+
+
+def check_resumed(stream, before, after, step, workers):
+    """Three steps by some ranks and two by others are the five steps of one rank that reads them by itself."""
+    there = global_batches(stream, before, range(step, step + 3), workers)
+    there += global_batches(stream, after, range(step + 3, step + 5), workers)
+    lanes = range(stream.shards.order.lanes)
+    for found, at in zip(there, range(step, step + 5), strict=True):
+        assert len(found) == len(lanes)
+        assert all(same(item, stream[SliceKey(lane, at)]) for lane, item in zip(lanes, found, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 12))
+def test_a_stream_resumed_under_another_world_size_gives_the_same_global_batches(cropped, before, after, step):
+    check_resumed(cropped, before, after, step, workers=0)
+
+
+@settings(max_examples=2, deadline=None)
+@given(st.sampled_from([(1, 2), (2, 1), (1, 3)]), st.integers(0, 12))
+def test_so_it_does_with_loader_processes(cropped, world_sizes, step):
+    check_resumed(cropped, *world_sizes, step, workers=2)
 
 
 def test_shards_of_a_store_are_fetched_once_and_checked_then(tmp_path, monkeypatch):

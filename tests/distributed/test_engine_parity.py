@@ -11,8 +11,8 @@ from support.parity import TORCH, ZERO, Histories, History, Setup, error, train
 from support.tiny import JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
+from vavae.data.loading import load_slices
 from vavae.data.order import assign_lanes
-from vavae.data.stream import load_slices
 from vavae.distributed.world import World
 
 pytestmark = pytest.mark.gloo

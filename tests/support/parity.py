@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import vavae.distributed.deepspeed_engine
 import vavae.distributed.engine
+from vavae.data.loading import load_slices
 from vavae.data.order import assign_lanes
-from vavae.data.stream import ImageSlice, load_slices
+from vavae.data.stream import ImageSlice
 from vavae.distributed.world import World
 from vavae.training.config import RunConfig
 from vavae.training.run import Job

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vavae.data.config import StreamConfig
 from vavae.data.order import Round
 from vavae.data.stream import SliceKey
 from vavae.distributed.config import OptimizerConfig
@@ -78,7 +79,7 @@ def train_toy(
         ROUNDS,
         range(training.images),
         training,
-        0,
+        StreamConfig(),
         toy_checkpoints(storage, keep),
         log,
         session or LocalSession(),

@@ -48,7 +48,7 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job) -> End:
     checkpoints = Checkpoints(storage.child("checkpoints"), TrainState(images_seen=0, config="c", data="d"), 2, world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
     rounds = assign_lanes(LANES, world.rank, world.size)
-    train(job, step, rounds, range(_ALL), getattr(config, job), 0, checkpoints, log, LocalSession(), world)
+    train(job, step, rounds, range(_ALL), getattr(config, job), config.stream, checkpoints, log, LocalSession(), world)
     assert step.ema is not None
     weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}
     for name, trained in step.engines.items():

@@ -80,5 +80,10 @@ class StreamConfig(Config):
     open_shards: int = runtime(64, ge=1)
     """Shards that a process keeps mapped."""
 
+    prefetch_bytes: int = runtime(1 << 30, ge=0)
+    """Most bytes that a training worker fetches from a store before the stream needs them, but always the next shard;
+    and most that its loader processes hold ready in shared memory, but always a slice each. Less where `storage`'s
+    cache has no room for it. 0 fetches a shard when it is needed."""
+
     unreadable_limit: int = runtime(100, ge=0)
     """Images that may turn out unreadable, each replaced by the next of its shard, before the training stops."""

@@ -1,7 +1,9 @@
 """What a set of image shards is: written beside them, read by everything that streams them."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -10,6 +12,9 @@ from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
 
 MANIFEST = "manifest.json"
+_OPENINGS = 5
+
+T = TypeVar("T")
 
 
 class ShardInfo(BaseModel):
@@ -116,6 +121,30 @@ def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
             "damaged: delete it and run the job that made it again"
         )
     return path
+
+
+def open_shard(storage: Storage, split: str, shard: ShardInfo, open_file: Callable[[Path], T]) -> T:
+    """What `open_file` makes of the local file of a shard.
+
+    The file is fetched again where the cache drops it in the moment before it is open.
+
+    Raises:
+        UserError: as `shard_file` and `open_file` do, or the cache drops it every time.
+    """
+    for _ in range(_OPENINGS):
+        try:
+            return open_file(shard_file(storage, split, shard))
+        except FileNotFoundError:
+            continue
+    raise UserError(
+        f"storage.cache_bytes={storage.options.cache_bytes:,} is too small: {split}/{shard.name} was dropped from the "
+        f"cache {_OPENINGS} times before it could be opened; raise it"
+    )
+
+
+def is_local(storage: Storage, shard: ShardInfo) -> bool:
+    """Whether a shard lies on this machine; `storage` is the folder of the manifest."""
+    return (storage if shard.url is None else storage.at(shard.url)).is_local
 
 
 @lru_cache(maxsize=4096)

@@ -5,7 +5,7 @@ equal ranges, one per *lane* (a virtual rank). A lane shuffles consecutive block
 (seed, e, lane, block). A step takes one *slice* of consecutive positions from every lane and straddles epochs freely.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +21,15 @@ class Location(NamedTuple):
 
     shard: int
     record: int
+
+
+class Block(NamedTuple):
+    """Consecutive records of a lane that are shuffled together."""
+
+    position: int
+    """Where the lane enters it."""
+    shards: tuple[int, ...]
+    """Indices in the manifest of those that hold its records, in the order of the epoch."""
 
 
 class SampleOrder:
@@ -63,6 +72,18 @@ class SampleOrder:
     def locate(self, lane: int, position: int) -> Location:
         """The record at one position of a lane."""
         return self._rest_of_block(lane, position, 1)[0]
+
+    def blocks(self, lane: int, position: int) -> Iterator[Block]:
+        """The block that a position of a lane lies in, entered there, and all that follow, without end."""
+        while True:
+            epoch, offset = divmod(position, self.records_per_lane)
+            end = min((offset // self.block + 1) * self.block, self.records_per_lane)
+            shards, ends = self._epoch(epoch)
+            records = lane * self.records_per_lane + np.array([offset // self.block * self.block, end - 1])
+            first, last = np.searchsorted(ends, records, side="right")
+            slots = shards[first : last + 1]
+            yield Block(position, tuple(slots[self.counts[slots] > 0].tolist()))
+            position = epoch * self.records_per_lane + end
 
     def _rest_of_block(self, lane: int, position: int, limit: int) -> list[Location]:
         """The records from a position on, up to the end of its block."""

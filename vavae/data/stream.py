@@ -1,20 +1,21 @@
 """The stream of slices that feeds a training run: a map-style dataset over (lane, step), so workers never matter."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
+from vavae.data.ahead import OrderedShards
 from vavae.data.config import StreamConfig
 from vavae.data.image import UnreadableImage, prepare_image
-from vavae.data.manifest import Manifest, shard_file
+from vavae.data.manifest import Manifest
 from vavae.data.mapped import MappedShard, ShardCache
-from vavae.data.order import Location, Round, SampleOrder
+from vavae.data.order import Location, SampleOrder
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
@@ -83,7 +84,19 @@ class SliceSource(Protocol, Generic[SliceT]):
         """The slice of a lane at a step."""
 
 
-class ImageStream(Dataset[ImageSlice]):
+class ShardStream(Dataset[SliceT]):
+    """Slices that are made of the records of shards.
+
+    Args:
+        shards: what it reads, and in which order.
+        slice_bytes: of one slice in memory, about.
+    """
+
+    def __init__(self, shards: OrderedShards, slice_bytes: int) -> None:
+        self.shards, self.slice_bytes = shards, slice_bytes
+
+
+class ImageStream(ShardStream[ImageSlice]):
     """Slices of one split of image shards.
 
     Args:
@@ -106,8 +119,8 @@ class ImageStream(Dataset[ImageSlice]):
         config: StreamConfig,
         seed: int,
     ) -> None:
-        self._storage, self._split, self._order, self._size = storage, split, order, slice_size
-        self._shards = manifest.splits[split]
+        shards = OrderedShards(storage, split, manifest.splits[split], order, slice_size)
+        super().__init__(shards, slice_bytes=slice_size * 3 * manifest.image_size**2)
         self._image_size, self._classes = manifest.image_size, len(manifest.classes)
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
@@ -116,7 +129,7 @@ class ImageStream(Dataset[ImageSlice]):
 
     def __getitem__(self, key: SliceKey) -> ImageSlice:
         random = numpy_generator(self._seed, "augment", key.lane, key.step)
-        locations = self._order.slice(key.lane, key.step, self._size)
+        locations = self.shards.order.slice(key.lane, key.step, self.shards.slice_size)
         images, labels = [], []
         unreadable: list[str] = []
         for location in locations:
@@ -129,16 +142,19 @@ class ImageStream(Dataset[ImageSlice]):
         return ImageSlice(key.lane, key.step, pixels, torch.tensor(labels), tuple(unreadable))
 
     def _map(self, shard: int) -> MappedShard:
-        info = self._shards[shard]
-        return MappedShard(shard_file(self._storage, self._split, info), info.count)
+        def open_file(path: Path) -> MappedShard:
+            return MappedShard(path, self.shards.infos[shard].count)
+
+        return self.shards.open(shard, open_file)
 
     def _read(self, location: Location, random: np.random.Generator) -> _Found:
         """The image at a location, or the next readable one of its shard."""
-        shard, name = self._open.get(location.shard, self._map), self._shards[location.shard].name
+        shard = self._open.get(location.shard, self._map)
+        name = f"{self.shards.split}/{self.shards.infos[location.shard].name}"
         unreadable: list[str] = []
         for offset in range(len(shard)):
             index = (location.record + offset) % len(shard)
-            record, place = shard[index], f"{self._split}/{name}#{shard.key(index)}"
+            record, place = shard[index], f"{name}#{shard.key(index)}"
             try:
                 pixels = prepare_image(image_bytes(record, place), self._image_size, self._config.crop, random)
                 if self._config.flip and random.random() < 0.5:
@@ -147,7 +163,7 @@ class ImageStream(Dataset[ImageSlice]):
             except UnreadableImage as error:
                 logger.warning("unreadable image %s, the next one stands in: %s", place, error)
                 unreadable.append(place)
-        raise UserError(f"{self._split}/{name}: no readable image in the whole shard")
+        raise UserError(f"{name}: no readable image in the whole shard")
 
 
 def label_of(record: Mapping[str, bytes], classes: int, place: str) -> int:
@@ -169,68 +185,3 @@ def image_bytes(record: Mapping[str, bytes], place: str = "a record") -> bytes:
         if extension in record:
             return record[extension]
     raise UserError(f"{place}: without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")
-
-
-class _Keys(Sampler[SliceKey]):
-    """The keys of one rank from a step on, for ever: every round of a step, then the next step."""
-
-    def __init__(self, rounds: Sequence[Round], first_step: int) -> None:
-        self._rounds, self._first = rounds, first_step
-
-    def __iter__(self) -> Iterator[SliceKey]:
-        for step in count(self._first):
-            for turn in self._rounds:
-                yield SliceKey(turn.lane, step)
-
-
-def load_slices(
-    source: SliceSource[SliceT], rounds: Sequence[Round], first_step: int, workers: int, pin_memory: bool = False
-) -> Iterator[list[SliceT]]:
-    """Lists of the slices of one rank, one list per step from `first_step` on, one slice per round.
-
-    Args:
-        source: makes a slice from its key.
-        rounds: the lanes of this rank.
-        first_step: the step to begin with.
-        workers: loader processes; 0 makes slices in the training process. Their number never changes a slice.
-        pin_memory: for copies to a GPU that do not block.
-
-    Raises:
-        UserError: as the source does, in whatever process; more images are unreadable than their stream allows.
-    """
-    loader: DataLoader[SliceT | _Refusal] = DataLoader(
-        _Refusing(source),
-        sampler=_Keys(rounds, first_step),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
-        pin_memory=pin_memory,
-    )
-    slices = iter(loader)
-    while True:
-        yield [_received(source, next(slices)) for _ in rounds]
-
-
-class _Refusal(NamedTuple):
-    message: str
-
-
-class _Refusing(Dataset[Any]):
-    """A source whose errors of users come back as values: a loader process would add its traceback to them."""
-
-    def __init__(self, source: SliceSource[Any]) -> None:
-        self._source = source
-
-    def __getitem__(self, key: SliceKey) -> Any:
-        try:
-            return self._source[key]
-        except UserError as error:
-            return _Refusal(str(error))
-
-
-def _received(source: SliceSource[SliceT], item: SliceT | _Refusal) -> SliceT:
-    if isinstance(item, _Refusal):
-        raise UserError(item.message)
-    if isinstance(source, ImageStream) and isinstance(item, ImageSlice):
-        source.quarantine.add(item.unreadable)
-    return item

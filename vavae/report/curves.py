@@ -28,6 +28,7 @@ _GROUPS = {
     "adaptive weights": r".*weight",
     "optimisation": r"learning_rate|gradient_norm",
     "throughput": r"images_per_second|data_wait",
+    "storage": r"storage/|unreadable_images",
     "others": r"",
 }
 """Headings in their order, and how the names begin that belong under them; the first that fits counts."""

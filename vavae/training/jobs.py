@@ -124,8 +124,7 @@ def _train(
         active=world.is_first,
     )
     config: TrainingConfig = getattr(run.config, job)
-    workers = run.config.stream.workers
-    return train(job, step, _rounds(run, world), span, config, workers, checkpoints, log, session, world)
+    return train(job, step, _rounds(run, world), span, config, run.config.stream, checkpoints, log, session, world)
 
 
 def _export(

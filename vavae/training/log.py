@@ -3,24 +3,35 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vavae.distributed.world import World
+from vavae.storage.retry import COUNTERS, Counts
 from vavae.storage.storage import Storage
 from vavae.training.step import StepResult
 
+_COUNTS = tuple(f"storage/{name}" for name in Counts._fields)
+_UNREADABLE = "unreadable_images"
+
 
 class Meter:
-    """Means of the terms since the last row, and where the time went."""
+    """Means of the terms since the last row, where the time went, and what was asked of stores.
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    Args:
+        world: the ranks.
+        unreadable: names of the unreadable images that this rank has met, as they become known.
+    """
+
+    def __init__(self, world: World, unreadable: Collection[str] = ()) -> None:
+        self._world, self._unreadable = world, unreadable
+        self._counted_before, self._counts_of_world = COUNTERS.read(), dict.fromkeys(_COUNTS, 0.0)
         self._reset()
 
     def _reset(self) -> None:
@@ -51,7 +62,7 @@ class Meter:
 
     def row(self) -> dict[str, float]:
         """The means since the last row, over all ranks; every rank calls it."""
-        sums = self._world.sum_terms({**self._sums, **self._ratios})
+        sums = self._world.sum_terms({**self._sums, **self._ratios, **self._counts_so_far()})
         seconds = time.perf_counter() - self._start
         row = {name: sums[name] / count for name, count in self._counts.items()}
         for part in self._ratios:
@@ -60,8 +71,25 @@ class Meter:
                 row[name] = sums[part] / sums[f"{name}#count"]
         row |= {name: sum(norms) / len(norms) for name, norms in self._norms.items()}
         row |= {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        row |= self._asked_of_stores(sums)
+        if sums[_UNREADABLE]:
+            # In another epoch another rank meets the same image.
+            row[_UNREADABLE] = len({name for names in self._world.gather(sorted(self._unreadable)) for name in names})
         self._reset()
         return row
+
+    def _counts_so_far(self) -> dict[str, Tensor]:
+        """What this rank has counted since the beginning."""
+        counts = [now - before for now, before in zip(COUNTERS.read(), self._counted_before, strict=True)]
+        counts.append(len(self._unreadable))
+        return dict(zip((*_COUNTS, _UNREADABLE), torch.tensor(counts, dtype=torch.float64), strict=True))
+
+    def _asked_of_stores(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What all ranks counted since the last row; nothing until there is something, as on local disks."""
+        before, self._counts_of_world = self._counts_of_world, {name: sums[name] for name in _COUNTS}
+        if not any(self._counts_of_world.values()):
+            return {}
+        return {name: total - before[name] for name, total in self._counts_of_world.items()}
 
 
 class MetricsLog:

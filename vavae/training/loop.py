@@ -1,11 +1,15 @@
 """The training loop: the order of things, the same for both models. The mathematics is the step object's."""
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
+from vavae.data.config import StreamConfig
+from vavae.data.loading import load_slices
 from vavae.data.order import Round
-from vavae.data.stream import load_slices
+from vavae.data.stream import ImageStream
 from vavae.distributed.world import World
 from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
@@ -29,7 +33,7 @@ def train(
     rounds: Sequence[Round],
     span: range,
     config: TrainingConfig,
-    loader_workers: int,
+    reading: StreamConfig,
     checkpoints: Checkpoints,
     log: MetricsLog,
     session: Session,
@@ -45,7 +49,7 @@ def train(
         rounds: this rank's share of every step.
         span: images seen at which to begin, with the weights that the step has got, and at which to end.
         config: batch, schedule, intervals, and the budget to be shown.
-        loader_workers: processes that read ahead.
+        reading: how slices are read ahead.
         checkpoints: where state is kept.
         log: rows of metrics.
         session: whoever runs this.
@@ -58,39 +62,48 @@ def train(
     if state.images_seen >= span.stop:
         return state
     log.rewind(state.images_seen)
+    source = step.source()
     stream = load_slices(
-        step.source(), rounds, state.images_seen // config.batch_size, loader_workers, world.device.type == "cuda"
+        source,
+        rounds,
+        state.images_seen // config.batch_size,
+        reading.workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch_bytes=reading.prefetch_bytes,
+        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
     )
-    meter, rate, shown = Meter(world), Rate(), -math.inf
+    meter = Meter(world, source.quarantine.names if isinstance(source, ImageStream) else ())
+    rate, shown = Rate(), -math.inf
     row: dict[str, float] = {}
     stop = False
-    while not stop:
-        with meter.waiting():
-            slices = next(stream)
-        lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
-        result = step.run(slices, state.images_seen, lr)
-        for name, norm in result.gradient_norms.items():
-            if not math.isfinite(norm):
-                raise NonFiniteError(f"{stage}: {name} is {norm} after {state.images_seen} images")
-        if step.ema is not None:
-            step.ema.update()
-        before, state = state.images_seen, state.advanced(config.batch_size)
-        meter.add(result, config.batch_size)
+    with closing(stream):
+        while not stop:
+            with meter.waiting():
+                slices = next(stream)
+            lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
+            result = step.run(slices, state.images_seen, lr)
+            for name, norm in result.gradient_norms.items():
+                if not math.isfinite(norm):
+                    raise NonFiniteError(f"{stage}: {name} is {norm} after {state.images_seen} images")
+            if step.ema is not None:
+                step.ema.update()
+            before, state = state.images_seen, state.advanced(config.batch_size)
+            meter.add(result, config.batch_size)
 
-        done = state.images_seen >= span.stop
-        stop = world.any(session.stop_requested()) or done
-        save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
-        if save or _crosses(before, state.images_seen, config.log_images):
-            row = meter.row() | {"learning_rate": lr}
-            log.add(state.images_seen, row)
-        if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
-            shown = time.monotonic()
-            seen = state.images_seen
-            session.progress(Progress(stage, seen, config.images, rate=rate.update(seen), terms=_headline(row)))
-        if save:
-            log.flush(state.images_seen)
-            checkpoints.save(step, state)
-            session.checkpoint(state.images_seen, row)
+            done = state.images_seen >= span.stop
+            stop = world.any(session.stop_requested()) or done
+            save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
+            if save or _crosses(before, state.images_seen, config.log_images):
+                row = meter.row() | {"learning_rate": lr}
+                log.add(state.images_seen, row)
+            if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
+                shown = time.monotonic()
+                seen = state.images_seen
+                session.progress(Progress(stage, seen, config.images, rate=rate.update(seen), terms=_headline(row)))
+            if save:
+                log.flush(state.images_seen)
+                checkpoints.save(step, state)
+                session.checkpoint(state.images_seen, row)
     log.close()
     return state
 
