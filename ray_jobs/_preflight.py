@@ -1,15 +1,21 @@
 """Everything that can be checked before a worker starts."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 from vavae.backbones.config import BackboneConfig
 from vavae.backbones.weights import check_weights, timm_name
+from vavae.data.ahead import OrderedShards
+from vavae.data.latents import read_latent_manifest
+from vavae.data.manifest import read_manifest
+from vavae.data.order import assign_lanes, order_of
+from vavae.data.shards import TRAIN
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
 from vavae.tokenizer.teacher import check_teacher
 from vavae.training.config import RunConfig
-from vavae.training.run import Job, Run
+from vavae.training.run import STAGES, TRAININGS, Job, Run
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
@@ -19,7 +25,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         One line for each pretrained network whose weights can't be had from here, with where to get them.
 
     Raises:
-        UserError: storage can't be written, or the configuration asks for what can't be.
+        UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
     """
     config = run.config
     if "evaluate" in jobs:
@@ -32,6 +38,9 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         run.storage.delete(".access")
     except OSError as error:
         raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
+    for job in TRAININGS:
+        if job in jobs and STAGES[job].inputs[0] not in jobs:
+            check_cache(run, job)
     start = config.train_vavae.start_from
     if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
         raise UserError(f"train_vavae.start_from={start}: nothing there; name a tokenizer/export or a released file")
@@ -45,6 +54,35 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         except UserError as error:
             missing.append(f"{section}: {error}")
     return missing
+
+
+def check_cache(run: Run, job: Job) -> None:
+    """Refuse a cache that can't hold the shards of a store that the lanes of one machine draw from at a time.
+
+    Shards that are not there pass. Of a cluster it is not known which workers share a machine: one alone counts.
+
+    Raises:
+        UserError: it can't.
+    """
+    source, config = STAGES[job].inputs[0], run.config
+    if run.artefact(source) is None:
+        return
+    folder = run.storage.child(run.prefix(source))
+    manifest = read_manifest(folder) if job == "train_vavae" else read_latent_manifest(folder)
+    infos = manifest.splits[TRAIN]
+    shards = OrderedShards(
+        folder, TRAIN, infos, order_of([info.count for info in infos], config.seed, config.stream), slice_size=1
+    )
+    if shards.are_local:
+        return
+    machines = config.workers.count if "RAY_ADDRESS" in os.environ else 1
+    lanes = {turn.lane for turn in assign_lanes(config.stream.lanes, 0, machines)}
+    needed, limit = shards.open_bytes(lanes), config.storage.cache_bytes
+    if needed > limit:
+        raise UserError(
+            f"storage.cache_bytes={limit:,}, but the lanes of a machine ({len(lanes)}) draw from {needed:,} bytes of "
+            f"shards at a time in {job}: raise it"
+        )
 
 
 def missing_sources(run: Run) -> list[str]:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -60,6 +61,12 @@ class OrderedShards:
     def are_local(self) -> bool:
         """Whether all of them surely lie on this machine."""
         return self.storage.is_local and all(info.url is None for info in self.infos)
+
+    def open_bytes(self, lanes: Iterable[int]) -> int:
+        """Most bytes of shards that some lanes draw from at the same time; looked up in the first epoch."""
+        blocks = zip(*(self.order.blocks(lane, 0) for lane in lanes), strict=True)
+        epoch = takewhile(lambda abreast: abreast[0].position < self.order.records_per_lane, blocks)
+        return max(self.bytes_of({shard for block in abreast for shard in block.shards}) for abreast in epoch)
 
     def needs(self, rounds: Sequence[Round], first_step: int) -> Iterator[Need]:
         """The shards that lanes enter from a step on, in the order in which the slices need them, without end."""
