@@ -123,6 +123,29 @@ def test_a_foreign_file_is_an_error(tmp_path, content):
         MappedShard(path)
 
 
+@pytest.mark.parametrize(
+    ("offset", "content"),
+    [(0, b"1"), (124, b"00000000099"), (124, b"-0000002000"), (148, b"000000"), (257, b"usta_")],
+)
+def test_a_damaged_header_is_an_error_that_says_where(shard, tmp_path, offset, content):
+    at = bytes_of(MappedShard(shard)[0])
+    data = bytearray(shard.read_bytes())
+    data[at + offset : at + offset + len(content)] = content
+    (tmp_path / "damaged.tar").write_bytes(data)
+    with pytest.raises(
+        UserError, match=rf"damaged.tar: not a readable shard \(no header of a tar member at byte {at}\)"
+    ):
+        MappedShard(tmp_path / "damaged.tar")
+
+
+def test_checksums_may_be_written_with_spaces_or_more_digits(shard, tmp_path):
+    data = bytearray(shard.read_bytes())
+    number = int(data[148:154], 8)
+    data[148:156] = b"%7o " % number
+    (tmp_path / "other.tar").write_bytes(data)
+    assert MappedShard(tmp_path / "other.tar")[0] == MappedShard(shard)[0]
+
+
 def test_another_count_than_promised_is_an_error(shard):
     with pytest.raises(UserError, match=r"000000.tar: 5 records where the manifest says 6; make the shards again"):
         MappedShard(shard, 6)

@@ -47,22 +47,19 @@ class MappedShard:
         try:
             with path.open("rb") as file:
                 self._memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            self._records = index_tar(path, self._memory)
+            records = index_tar(path, self._memory)
         except ValueError as error:
             raise UserError(f"{path}: not a readable shard ({error}); make the shards again") from error
-        if count not in (None, len(self._records)):
-            raise UserError(
-                f"{path}: {len(self._records)} records where the manifest says {count}; make the shards again"
-            )
+        if count not in (None, len(records)):
+            raise UserError(f"{path}: {len(records)} records where the manifest says {count}; make the shards again")
+        self._keys, self._records = list(records), list(records.values())
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, record: int) -> Mapping[str, bytes]:
-        return {
-            extension: bytes(self._memory[start:end]) for extension, (start, end) in self._records[record].parts.items()
-        }
+        return {extension: bytes(self._memory[start:end]) for extension, (start, end) in self._records[record].items()}
 
     def key(self, record: int) -> str:
         """Name of the i-th record."""
-        return self._records[record].key
+        return self._keys[record]

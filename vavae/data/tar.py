@@ -5,18 +5,20 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 KEY_DIGITS = 9
 
+_BUFFER_BYTES = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
 _EMPTY, _END_MARK = bytes(_BLOCK), bytes(2 * _BLOCK)
 # Offsets in the header of a member, as POSIX lays it out.
 _NAME, _SIZE, _CHECKSUM, _TYPE = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 _MAGIC, _PREFIX = slice(257, 263), slice(345, 500)
-_FILE, _FOLDER = (b"0", b"\0"), b"5"
+_FOLDER = b"5"
+_PLAIN = (b"0", b"\0", _FOLDER)
+_BINARY = b"\x80"  # begins a size that is not written in octal digits
 
 
 class ShardWriter:
@@ -38,47 +40,46 @@ class ShardWriter:
 @contextmanager
 def write_tar(path: Path) -> Iterator[ShardWriter]:
     """Write a shard into a local file; equal samples give equal bytes."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        path.open("wb", buffering=_BUFFER_BYTES) as file,  # small writes would leave small pages, slow to map
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         yield ShardWriter(tar)
 
 
-class TarRecord(NamedTuple):
-    """One record of a WebDataset tar."""
-
-    key: str
-    """Path of its members up to the first dot of the name."""
-    parts: dict[str, tuple[int, int]]
-    """Byte range by extension, in lower case."""
-
-
-def index_tar(path: Path, memory: memoryview) -> list[TarRecord]:
+def index_tar(path: Path, memory: memoryview) -> dict[str, dict[str, tuple[int, int]]]:
     """The records of a tar: consecutive members of one key (WebDataset's rule).
 
     Args:
         path: of the file, for what only `tarfile` understands: long names, PAX and GNU headers.
         memory: its content.
 
+    Returns:
+        By key, the path of the members up to the first dot of the name: their start and end by extension, in lower
+        case.
+
     Raises:
         ValueError: the tar is damaged or ends early, a key comes twice, or a name leads out of a folder.
     """
-    records: list[TarRecord] = []
-    seen: set[str] = set()
+    records: dict[str, dict[str, tuple[int, int]]] = {}
+    parts: dict[str, tuple[int, int]] = {}
+    last, length = None, len(memory)
     for name, start, size in _members(path, memory):
-        if start + size > len(memory):
+        if start + size > length:
             raise ValueError(f"ends within {name}")
-        if name.startswith("/") or ".." in name.split("/"):
+        if name.startswith("/") or (".." in name and ".." in name.split("/")):
             raise ValueError(f"member {name!r} leads out of the shard's folder")
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        key, extension = f"{folder}{slash}{stem}", extension.lower()
-        if not records or records[-1].key != key:
-            if key in seen:
+        key, extension = folder + slash + stem, extension.lower()
+        if key != last:
+            if key in records:
                 raise ValueError(f"key {key!r} comes twice")
-            seen.add(key)
-            records.append(TarRecord(key, {}))
-        if extension in records[-1].parts:
+            last, parts = key, {}
+            records[key] = parts
+        if extension in parts:
             raise ValueError(f"member {name!r} comes twice")
-        records[-1].parts[extension] = (start, start + size)
+        parts[extension] = (start, start + size)
     # A tar that ends between two members reads like a shorter one but for its end mark.
     if memory[-len(_END_MARK) :] != _END_MARK:
         raise ValueError(f"ends after {len(records)} records without the end mark")
@@ -87,38 +88,44 @@ def index_tar(path: Path, memory: memoryview) -> list[TarRecord]:
 
 def _members(path: Path, memory: memoryview) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of every file in a tar, much faster than `tarfile` where plain headers suffice."""
-    at = 0
-    headers: list[int] = []
-    while at + _BLOCK <= len(memory):
+    at, last = 0, len(memory) - _BLOCK
+    offsets: list[int] = []
+    headers: list[bytes] = []
+    while at <= last:
         header = memory[at : at + _BLOCK].tobytes()
         if header == _EMPTY:
             break
-        if header[_TYPE] not in (*_FILE, _FOLDER) or header[_SIZE][0] & 0x80:
-            _check_headers(memory, headers)
+        kind = header[_TYPE]
+        if kind not in _PLAIN or header[_SIZE] >= _BINARY:
+            _check_headers(offsets, headers)
             yield from _members_by_tarfile(path, at)
             return
         try:
             size = int(header[_SIZE].strip(b" \0") or b"0", 8)
-        except ValueError as error:
-            raise ValueError(f"no header of a tar member at byte {at}") from error
-        headers.append(at)
-        if header[_TYPE] in _FILE:
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise ValueError(f"no header of a tar member at byte {at}")
+        offsets.append(at)
+        headers.append(header)
+        if kind != _FOLDER:
             name = header[_NAME].partition(b"\0")[0]
             if header[_PREFIX.start] and header[_MAGIC] == b"ustar\0":
                 name = header[_PREFIX].partition(b"\0")[0] + b"/" + name
             yield name.decode(errors="surrogateescape"), at + _BLOCK, size
         at += _BLOCK * (1 + -(-size // _BLOCK))
-    _check_headers(memory, headers)
+    _check_headers(offsets, headers)
 
 
-def _check_headers(memory: memoryview, offsets: list[int]) -> None:
+def _check_headers(offsets: list[int], headers: list[bytes]) -> None:
     """Compare the checksums of headers, all at once; ValueError names the first that is none."""
-    starts = np.array(offsets, np.int64)
-    headers = np.frombuffer(memory, np.uint8)[starts[:, None] + np.arange(_BLOCK)]  # [N, 512]
-    sums = headers.sum(1, dtype=np.int64) - headers[:, _CHECKSUM].sum(1, dtype=np.int64) + 8 * ord(" ")
-    for at, field, found in zip(offsets, headers[:, _CHECKSUM], sums.tolist(), strict=True):
-        if field.tobytes().strip(b" \0").lstrip(b"0") != b"%o" % found:
-            raise ValueError(f"no header of a tar member at byte {at}")
+    fields = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, _BLOCK)
+    sums = fields.sum(1, dtype=np.uint32) + 8 * ord(" ") - fields[:, _CHECKSUM].sum(1, dtype=np.uint32)
+    digits = (sums[:, None] >> np.arange(15, -1, -3) & 7) + ord("0")  # six octal ones, as most programs write them
+    others = (fields[:, _CHECKSUM.start : _CHECKSUM.start + 6] != digits).any(1)
+    for index in np.flatnonzero(others).tolist():
+        if headers[index][_CHECKSUM].strip(b" \0").lstrip(b"0") != b"%o" % sums[index]:
+            raise ValueError(f"no header of a tar member at byte {offsets[index]}")
 
 
 def _members_by_tarfile(path: Path, offset: int) -> Iterator[tuple[str, int, int]]:
