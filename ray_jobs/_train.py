@@ -1,5 +1,6 @@
 """Ray Train around the training loop: workers, restarts, and the errors that come back."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def fit(run: Run, job: Job) -> None:
         ),
         run_config=RunConfig(
             name=f"{run.config.name}-{job}",
-            storage_path=run.storage.url("ray"),
+            storage_path=_ray_folder(run),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -49,6 +50,12 @@ def fit(run: Run, job: Job) -> None:
         raise UserError(error)
     if not run.plan(job).done:
         raise KeyboardInterrupt
+
+
+def _ray_folder(run: Run) -> str:
+    """Where Ray may leave a mark; a local folder, for its own clients of stores know none of our options."""
+    storage = run.storage
+    return storage.url("ray") if storage.is_local else str(Path(storage.cache).expanduser() / "ray")
 
 
 def _resources(run: Run) -> dict[str, float]:

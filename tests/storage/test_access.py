@@ -2,15 +2,26 @@
 
 import os
 import pickle
+import shutil
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import uuid
+from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
 
 import pytest
+from support import small
 
 from vavae.config import digest, dump, load
+from vavae.data.config import ShardsConfig
+from vavae.data.writer import find_shards, write_shards
 from vavae.errors import UserError
 from vavae.storage.config import StorageConfig, StorageOptions
+from vavae.storage.s3 import PatientS3
 from vavae.storage.storage import Storage
 
 SECRET = "wJalr/XUtn+FEMI"
@@ -89,18 +100,97 @@ def test_no_keys_and_no_profile(s3, tmp_path, monkeypatch):
             Storage(f"s3://{s3.bucket}/a", options=options).read_bytes("x")
 
 
-def test_a_profile_gives_keys_and_options_reach_the_server(s3, tmp_path, monkeypatch):
+def only_by_profile(s3, folder, monkeypatch):
+    """Take keys and endpoint out of the environment; options that find them all the same."""
     lines = ["[lab]", *(f"{name.lower()} = {value}" for name, value in s3.environment.items() if "KEY" in name)]
-    (tmp_path / "credentials").write_text("\n".join(lines))
+    (folder / "credentials").write_text("\n".join(lines))
     for name in s3.environment:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    options = StorageOptions(profile="lab", endpoint=s3.endpoint, region="us-east-1")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
+    return StorageOptions(profile="lab", endpoint=s3.endpoint, region="us-east-1")
+
+
+def test_a_profile_gives_keys_and_options_reach_the_server(s3, tmp_path, monkeypatch):
+    options = only_by_profile(s3, tmp_path, monkeypatch)
     storage = Storage(f"s3://{s3.bucket}/{uuid.uuid4().hex}", str(tmp_path), options)
     storage.child("a").write_bytes("x", b"1")
     again = pickle.loads(pickle.dumps(storage))
     assert again.read_bytes("a/x") == b"1"
     assert again.options == storage.at("memory://x").options == options
+
+
+def test_sources_of_images_are_reached_as_the_run_is(s3, tmp_path, monkeypatch):
+    """Keys are in a profile alone, the endpoint in the configuration alone."""
+    options = only_by_profile(s3, tmp_path, monkeypatch)
+    storage = Storage(f"s3://{s3.bucket}/{uuid.uuid4().hex}", str(tmp_path / "cache"), options)
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        storage.write_bytes(f"images/{name}", small.png(small.image("train", 0)))
+    config = ShardsConfig(source=storage.url("images"), validation_fraction=0, image_size=8)
+    assert write_shards(storage, "shards", config, lambda done, total: None).count("train") == 3
+    assert find_shards(storage, "shards", config) is not None
+
+
+@contextmanager
+def encrypted(folder, upstream):
+    """Endpoint of a proxy that speaks TLS under a certificate of its own, and the file of that certificate."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    host, port = urlsplit(upstream).netloc.split(":")
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            with (
+                suppress(OSError),
+                context.wrap_socket(self.request, server_side=True) as client,
+                socket.create_connection((host, int(port))) as server,
+            ):
+                back = threading.Thread(target=pump, args=(server, client))
+                back.start()
+                pump(client, server)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{proxy.server_address[1]}", str(certificate)
+        proxy.shutdown()
+
+
+def pump(source, target):
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_an_authority_of_ones_own_is_trusted_once_it_is_named(s3, tmp_path, monkeypatch):
+    root = f"s3://{s3.bucket}/{uuid.uuid4().hex}"
+    with encrypted(tmp_path, s3.endpoint) as (endpoint, certificate):
+        with pytest.raises(UserError, match=r"certificate is not trusted: set storage\.ca_bundle"):
+            Storage(root, options=StorageOptions(endpoint=endpoint)).write_bytes("x", b"1")
+        trusting = Storage(root, options=StorageOptions(endpoint=endpoint, ca_bundle=certificate))
+        trusting.write_bytes("x", b"1")
+        assert trusting.read_bytes("x") == b"1"
+        monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
+        PatientS3.clear_instance_cache()
+        assert Storage(root, options=StorageOptions(endpoint=endpoint)).read_bytes("x") == b"1"
+
+
+def test_objects_that_stand_for_folders_are_no_files(s3, tmp_path):
+    """Consoles and other programs put them."""
+    name = f"{s3.bucket}/{uuid.uuid4().hex}"
+    for marker in ("full/", "empty/"):
+        PatientS3(StorageOptions()).pipe_file(f"{name}/{marker}", b"")
+    storage = Storage(f"s3://{name}", str(tmp_path))
+    storage.write_bytes("full/x", b"1")
+    assert storage.sizes() == {"full/x": 1}
+    assert (storage.list(), storage.list("full"), storage.list("empty")) == (["empty", "full"], ["full/x"], [])
+    storage.delete("full")
+    assert (storage.list(), storage.is_file("empty")) == (["empty"], False)
 
 
 def test_missing_things_are_missing_at_once(s3, tmp_path):

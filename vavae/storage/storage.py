@@ -99,7 +99,8 @@ class Storage:
         if self.is_local:
             return dict(sorted((self._relative(path), size) for path, size in local_sizes(name)))
         found = self._ask(prefix, lambda: self._fs.find(name, detail=True))
-        return {self._relative(path): info["size"] for path, info in sorted(found.items())}
+        # An object whose name ends in a slash stands for a folder: other programs put them.
+        return {self._relative(path): info["size"] for path, info in sorted(found.items()) if not path.endswith("/")}
 
     def list(self, prefix: str = "", recursive: bool = False) -> list[str]:
         """Sorted paths of what lies directly in a folder (files and folders), or of all files beneath it."""
@@ -110,7 +111,8 @@ class Storage:
             found = self._ask(prefix, lambda: self._fs.ls(name, detail=False))
         except FileNotFoundError:
             return []
-        return sorted(self._relative(path.rstrip("/")) for path in found if not path.endswith(PARTIAL))
+        paths = {path.rstrip("/") for path in found if not path.endswith(PARTIAL)} - {name.rstrip("/")}
+        return sorted(map(self._relative, paths))
 
     def read_bytes(self, path: str) -> bytes:
         """The whole content of a file."""
