@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
@@ -219,7 +220,9 @@ def test_a_forked_process_has_connections_of_its_own(s3, tmp_path):
     if child == 0:
         os._exit(0 if storage.read_bytes("x") == b"12" and storage.url("x").startswith("s3://") else 1)
     assert os.waitpid(child, 0)[1] == 0
+    start = time.monotonic()
     assert storage.read_bytes("x") == b"12"
+    assert time.monotonic() - start < storage.options.read_seconds / 2, "the child closed the parent's connections"
 
 
 def test_local_runs_import_no_client_of_any_store():

@@ -128,5 +128,6 @@ def _last(end: int | None) -> str:
 
 
 # A forked process keeps what it inherits: closing it would take the parent's sockets out of the poll that both share.
+# It is taken hold of before the fork, for fsspec lets go of it right after.
 _INHERITED: list[Any] = []
-os.register_at_fork(after_in_child=lambda: _INHERITED.append(dict(PatientS3._cache)))
+os.register_at_fork(before=lambda: _INHERITED.append(dict(PatientS3._cache)), after_in_parent=_INHERITED.pop)
