@@ -145,7 +145,9 @@ def test_a_random_crop_scales_the_shorter_side_and_reaches_every_window(height, 
 
 def test_a_large_jpeg_is_cut_at_random_from_a_smaller_decode(monkeypatch):
     data, asked = saved(SCENE.resize((1200, 900)), "JPEG"), []
-    monkeypatch.setattr(images, "decode_image", lambda data, shorter=0: asked.append(shorter) or decode_image(data))
+    monkeypatch.setattr(
+        images, "decode_image", lambda data, shorter=0, buffer=None: asked.append(shorter) or decode_image(data)
+    )
     assert prepare_image(data, 64, "random", np.random.default_rng(0)).shape == (64, 64, 3)
     assert asked == [128]
 
@@ -278,3 +280,13 @@ def test_stored_form():
     assert stored_image(data, keep) == (data, "jpg")
     assert decode_image(stored_image(data, keep.model_copy(update={"image_size": 31})).data).shape == (31, 31, 3)
     assert stored_image(saved(Image.fromarray(noise(40, 30)), "BMP"), keep).extension == "png"
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize(("form", "side"), [("JPEG", 24), ("JPEG", 60), ("JPEG", 20), ("PNG", 24)])
+def test_only_a_jpeg_of_the_size_is_decoded_in_place(form, side, crop):
+    data, buffer = saved(Image.fromarray(noise(side, side)), form), np.zeros((24, 24, 3), np.uint8)
+    expected = prepare_image(data, 24, crop, np.random.default_rng(3))
+    found = prepare_image(data, 24, crop, np.random.default_rng(3), buffer)
+    assert np.array_equal(found, expected)
+    assert np.may_share_memory(found, buffer) == (form == "JPEG" and side == 24)

@@ -14,6 +14,12 @@ def test_every_value_survives_there_and_back():
     assert torch.equal(to_uint8(floats), values)
 
 
+def test_floats_are_contiguous_however_the_pixels_lie():
+    pixels = torch.randint(256, (2, 5, 7, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    assert to_float(pixels).is_contiguous()
+    assert torch.equal(to_float(pixels), to_float(pixels.contiguous()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_beyond_the_range_is_clamped(dtype):
     assert to_uint8(torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0], dtype=dtype)).tolist() == [0, 0, 128, 255, 255]

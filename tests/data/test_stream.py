@@ -16,12 +16,14 @@ from PIL import Image
 from support import small
 
 from vavae.data.config import StreamConfig
-from vavae.data.image import center_crop_resize
+from vavae.data.image import center_crop_resize, decode_image, encode_image
 from vavae.data.loading import load_slices
+from vavae.data.manifest import Manifest, ShardInfo
 from vavae.data.order import Location, assign_lanes, order_of
 from vavae.data.stream import ImageStream, SliceKey, image_bytes, label_of
+from vavae.data.tar import write_tar
 from vavae.errors import UserError
-from vavae.storage.storage import Storage
+from vavae.storage.storage import Storage, sha256_of
 
 COUNTS, SLICE, SEED = (5, 4, 5), 3, 11
 CENTRE = StreamConfig(lanes=2, block=4, crop="center")
@@ -58,7 +60,7 @@ def test_a_slice_holds_the_records_of_the_order(storage):
         assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
         assert found.labels.tolist() == [small.label_of(index) for index in indices]
         assert (found.images.dtype, found.labels.dtype) == (torch.uint8, torch.int64)
-        assert found.images.is_contiguous()
+        assert found.images.is_contiguous(memory_format=torch.channels_last), "whoever makes floats reorders them once"
 
 
 def test_crops_and_flips_are_keyed_by_the_slice_and_not_by_the_reader(storage):
@@ -93,6 +95,26 @@ def test_half_of_the_images_are_mirrored(storage):
     mirrored = [torch.equal(found, image.flip(-1)) for found in seen]
     assert all(mirror or torch.equal(found, image) for mirror, found in zip(mirrored, seen, strict=True))
     assert 70 < sum(mirrored) < 130
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_files_that_are_decoded_in_place_are_mirrored_alike(storage, crop):
+    files = [encode_image(Image.fromarray(small.image("train", index, 16, 16)), "jpeg").data for index in range(2)]
+    with storage.create("train/000000.tar") as local:
+        with write_tar(local) as tar:
+            for index, data in enumerate(files):
+                tar.add(index, {"jpg": data, "cls": b"0"})
+        info = ShardInfo(name="000000.tar", count=2, bytes=local.stat().st_size, sha256=sha256_of(local))
+    manifest = Manifest(splits={"train": (info,)}, classes=("a",), image_size=16, sources={})
+    config = CENTRE.model_copy(update={"lanes": 1, "crop": crop, "flip": True})
+    order = order_of((2,), SEED, config)
+    stream = ImageStream(storage, manifest, "train", order, 40, config, SEED)
+    mirrored = 0
+    for image, location in zip(stream[SliceKey(0, 0)].images, order.slice(0, 0, 40), strict=True):
+        pixels = torch.from_numpy(decode_image(files[location.record])).permute(2, 0, 1)
+        mirrored += torch.equal(image, pixels.flip(-1))
+        assert torch.equal(image, pixels) or torch.equal(image, pixels.flip(-1))
+    assert 10 < mirrored < 30
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "random_resized"])

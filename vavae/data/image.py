@@ -53,7 +53,11 @@ class StoredImage(NamedTuple):
 
 
 def prepare_image(
-    data: bytes, size: int, crop: Crop = "center", random: np.random.Generator | None = None
+    data: bytes,
+    size: int,
+    crop: Crop = "center",
+    random: np.random.Generator | None = None,
+    buffer: np.ndarray | None = None,
 ) -> np.ndarray:
     """The square of an image file that training, extraction and evaluation see: uint8 [size, size, 3].
 
@@ -64,12 +68,13 @@ def prepare_image(
             (the public training of the tokenizer); `random_resized` cuts 8 to 100 % of the area at an aspect ratio of
             3/4 to 4/3 and scales that (Szegedy et al. 2015, with torchvision's bounds).
         random: of the cut.
+        buffer: uint8 [size, size, 3], overwritten; a JPEG of that size is decoded into it, and a view of it returned.
 
     Raises:
         UnreadableImage: it cannot be decoded.
     """
     if crop == "center":  # published figures rest on these very pixels: no scaled decoding
-        pixels = decode_image(data)
+        pixels = decode_image(data, buffer=buffer)
         if pixels.shape[:2] == (size, size):
             return pixels
         return np.asarray(center_crop_resize(Image.fromarray(pixels), size))
@@ -78,7 +83,7 @@ def prepare_image(
         pixels = decode_image(data)
         image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], random)
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
-    pixels = decode_image(data, shorter=_OVERSIZE * size)
+    pixels = decode_image(data, shorter=_OVERSIZE * size, buffer=buffer)
     if min(pixels.shape[:2]) != size:
         pixels = np.asarray(_scale_shorter_side(Image.fromarray(pixels), size))
     spare = np.array(pixels.shape[:2]) - size
@@ -86,18 +91,19 @@ def prepare_image(
     return pixels[top : top + size, left : left + size]
 
 
-def decode_image(data: bytes, shorter: int = 0) -> np.ndarray:
+def decode_image(data: bytes, shorter: int = 0, buffer: np.ndarray | None = None) -> np.ndarray:
     """RGB pixels of an image file: uint8 [H, W, 3], upright (EXIF), from any mode.
 
     Args:
         data: the file.
         shorter: where not 0, a JPEG may come two to eight times smaller, with no side below this.
+        buffer: uint8, overwritten and returned where it has the shape of a JPEG's pixels.
 
     Raises:
         UnreadableImage: no image, a damaged or an absurdly large one.
     """
     if data.startswith(_START) and _is_upright(data):
-        pixels = _decode_jpeg(data, shorter)
+        pixels = _decode_jpeg(data, shorter, buffer)
         if pixels is not None:
             return pixels
     return np.asarray(_load(_open(data)))
@@ -177,7 +183,7 @@ def _has_exif(data: bytes) -> bool:
     return False
 
 
-def _decode_jpeg(data: bytes, shorter: int) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, shorter: int, buffer: np.ndarray | None) -> np.ndarray | None:
     """Pixels as Pillow decodes them, but faster; None where Pillow has to judge (CMYK, damage)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -185,8 +191,10 @@ def _decode_jpeg(data: bytes, shorter: int) -> np.ndarray | None:
             raise UnreadableImage(f"{width} x {height} pixels: more than {MAX_PIXELS}")
         if colours not in _FAST_COLOURS:
             return None
+        if buffer is not None and buffer.shape != (height, width, 3):
+            buffer = None
         return simplejpeg.decode_jpeg(
-            data, "RGB", min_height=shorter, min_width=shorter, min_factor=2 if shorter else 1
+            data, "RGB", min_height=shorter, min_width=shorter, min_factor=2 if shorter else 1, buffer=buffer
         )
     except UnreadableImage:
         raise

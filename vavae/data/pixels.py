@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] in 0..255 → float32 in [-1, 1]."""
+    """uint8 [B, 3, H, W] in 0..255 → float32 in [-1, 1], contiguous however the pixels lie in memory."""
     assert images.dtype == torch.uint8, f"expected uint8 pixels, got {images.dtype}"
-    return images.float() / 127.5 - 1
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:

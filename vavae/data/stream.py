@@ -36,7 +36,7 @@ class ImageSlice(NamedTuple):
     lane: int
     step: int
     images: Tensor
-    """uint8 [S, 3, H, W]."""
+    """uint8 [S, 3, H, W]; in memory the channels of a pixel lie together, until floats are made of them."""
     labels: Tensor
     """int64 [S]."""
     unreadable: Sequence[str] = ()
@@ -44,7 +44,6 @@ class ImageSlice(NamedTuple):
 
 
 class _Found(NamedTuple):
-    pixels: np.ndarray
     label: int
     unreadable: list[str]
 
@@ -130,16 +129,15 @@ class ImageStream(ShardStream[ImageSlice]):
     def __getitem__(self, key: SliceKey) -> ImageSlice:
         random = numpy_generator(self._seed, "augment", key.lane, key.step)
         locations = self.shards.order.slice(key.lane, key.step, self.shards.slice_size)
-        images, labels = [], []
+        pixels = np.empty((len(locations), self._image_size, self._image_size, 3), np.uint8)
+        labels = []
         unreadable: list[str] = []
-        for location in locations:
-            found = self._read(location, random)
-            images.append(found.pixels)
+        for location, image in zip(locations, pixels, strict=True):
+            found = self._read_into(image, location, random)
             labels.append(found.label)
             unreadable += found.unreadable
-        batch = np.stack(images).transpose(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
-        pixels = torch.from_numpy(np.ascontiguousarray(batch))
-        return ImageSlice(key.lane, key.step, pixels, torch.tensor(labels), tuple(unreadable))
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
+        return ImageSlice(key.lane, key.step, images, torch.tensor(labels), tuple(unreadable))
 
     def _map(self, shard: int) -> MappedShard:
         def open_file(path: Path) -> MappedShard:
@@ -147,8 +145,8 @@ class ImageStream(ShardStream[ImageSlice]):
 
         return self.shards.open(shard, open_file)
 
-    def _read(self, location: Location, random: np.random.Generator) -> _Found:
-        """The image at a location, or the next readable one of its shard."""
+    def _read_into(self, image: np.ndarray, location: Location, random: np.random.Generator) -> _Found:
+        """Fill in the image at a location, or the next readable one of its shard."""
         shard = self._open.get(location.shard, self._map)
         name = f"{self.shards.split}/{self.shards.infos[location.shard].name}"
         unreadable: list[str] = []
@@ -156,10 +154,12 @@ class ImageStream(ShardStream[ImageSlice]):
             index = (location.record + offset) % len(shard)
             record, place = shard[index], f"{name}#{shard.key(index)}"
             try:
-                pixels = prepare_image(image_bytes(record, place), self._image_size, self._config.crop, random)
-                if self._config.flip and random.random() < 0.5:
-                    pixels = pixels[:, ::-1]
-                return _Found(pixels, label_of(record, self._classes, place), unreadable)
+                data = image_bytes(record, place)
+                pixels = prepare_image(data, self._image_size, self._config.crop, random, buffer=image)
+                mirrored = self._config.flip and random.random() < 0.5
+                if mirrored or not np.may_share_memory(pixels, image):
+                    image[:] = pixels[:, ::-1] if mirrored else pixels
+                return _Found(label_of(record, self._classes, place), unreadable)
             except UnreadableImage as error:
                 logger.warning("unreadable image %s, the next one stands in: %s", place, error)
                 unreadable.append(place)
