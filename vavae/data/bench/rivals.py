@@ -1,5 +1,6 @@
 """Other readers, as their documentation uses them: WebDataset, and LitData and MosaicML Streaming where installed."""
 
+import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -55,8 +56,8 @@ def _webdataset(tar: Path) -> Rival:
 
 
 def _litdata(files: Sequence[bytes], folder: Path) -> Rival:
+    importlib.import_module("vavae.torchvision_remedy")  # LitData imports torchvision
     from litdata import StreamingDataset
-    from litdata.streaming.serializers import JPEGSerializer
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(folder), chunk_bytes=_CHUNK)
@@ -64,28 +65,30 @@ def _litdata(files: Sequence[bytes], folder: Path) -> Rival:
         writer[index] = {"jpg": data}
     writer.done()
     writer.merge()
-    dataset, decode = StreamingDataset(str(folder), shuffle=False), JPEGSerializer().deserialize
-
-    def batches() -> Iterator[Tensor]:
-        for samples in _in_batches(dataset):
-            yield torch.stack([decode(sample["jpg"]) for sample in samples])
-
-    return Rival("LitData", lambda: (bytes(sample["jpg"]) for sample in dataset), batches)
+    return _through_pillow("LitData", StreamingDataset(str(folder), shuffle=False))
 
 
 def _mosaicml(files: Sequence[bytes], folder: Path) -> Rival:
+    importlib.import_module("vavae.torchvision_remedy")  # so does Streaming
     from streaming import MDSWriter, StreamingDataset
 
     with MDSWriter(out=str(folder), columns={"jpg": "bytes"}, size_limit=_CHUNK) as writer:
         for data in files:
             writer.write({"jpg": data})
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH)
+    return _through_pillow("MosaicML Streaming", StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH))
+
+
+def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Rival:
+    """A reader that leaves decoding to others, here to Pillow as WebDataset does."""
+
+    def records() -> Iterator[bytes]:
+        return (bytes(sample["jpg"]) for sample in dataset)
 
     def batches() -> Iterator[Tensor]:
-        for samples in _in_batches(dataset):
-            yield _stacked([np.asarray(Image.open(io.BytesIO(sample["jpg"]))) for sample in samples])
+        for batch in _in_batches(records()):
+            yield _stacked([np.asarray(Image.open(io.BytesIO(data))) for data in batch])
 
-    return Rival("MosaicML Streaming", lambda: (sample["jpg"] for sample in dataset), batches)
+    return Rival(name, records, batches)
 
 
 def streamed_batches(bodies: Iterable[io.BufferedIOBase]) -> Iterator[Tensor]:
