@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -113,20 +113,40 @@ def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: Histories, stage:
         assert max(error(did[job].after[name], plain_adam[job].after[name]) for name in certain) < 1e-6
 
 
-def meet_no_number(world: World) -> list[float]:
-    """The gradient norm of each engine after a step in which only the last lane holds a value that is no number."""
-    norms = []
-    for engine in (TORCH, *ZERO):
-        step = build_step("train_lightningdit", tiny_config(engine=engine), world)
-        slices = next(load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
-        for item in slices:
-            if item.lane == LANES - 1:
-                item.mean.fill_(torch.nan)
-        norms += step.run(slices, 0, 1e-3).gradient_norms.values()
-    return norms
+class Met(NamedTuple):
+    """What became of a step in which only the last lane holds a value that is no number, and of a good one after it."""
+
+    norms: list[float]
+    untouched: bool
+    updates: list[int]
 
 
-def test_all_ranks_learn_of_a_gradient_that_is_no_number(gloo: Nursery) -> None:
-    for norms in gloo.run(2, meet_no_number):
-        assert len(norms) == 1 + len(ZERO)
-        assert not any(map(math.isfinite, norms)), norms
+def meet_no_number(world: World) -> list[Met]:
+    """By engine."""
+    return [_meet_no_number(world, engine) for engine in (TORCH, *ZERO)]
+
+
+def _meet_no_number(world: World, config: dict[str, Any]) -> Met:
+    step = build_step("train_lightningdit", tiny_config(engine=config), world)
+    (engine,) = step.engines.values()
+    slices = next(load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
+    bad = [item._replace(mean=item.mean * torch.nan) if item.lane == LANES - 1 else item for item in slices]
+    norms, updates, states = [], [], [engine.weights()]
+    for each in (slices, bad, slices):
+        norms += step.run(each, 0, 1e-3).gradient_norms.values()
+        states.append(engine.weights())
+        updates.append(engine.updates)
+    untouched = (
+        _difference(states[2], states[1])
+        == 0
+        < min(_difference(states[1], states[0]), _difference(states[3], states[2]))
+    )
+    return Met(norms, untouched, updates)
+
+
+def test_all_ranks_learn_of_a_gradient_that_is_no_number_and_none_applies_it(gloo: Nursery) -> None:
+    for rank in gloo.run(2, meet_no_number):
+        for met in rank:
+            assert [*map(math.isfinite, met.norms)] == [True, False, True]
+            assert met.untouched
+            assert met.updates == [1, 1, 2]

@@ -8,6 +8,7 @@ from torch import nn
 
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import TorchEngine
+from vavae.distributed.fragments import load_fragments, save_fragments
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 
@@ -62,18 +63,17 @@ def test_a_saved_average_goes_on_where_it_was(tmp_path: Path):
     average, other = (average_of(module, 0.5) for _ in range(2))
     module.weight.data.add_(1)
     average.update()
-    average.save(tmp_path)
-    other.load(tmp_path)
+    save_fragments(average.fragments, tmp_path / "0")
+    load_fragments(other.fragments, [tmp_path / "0"])
     for each in (average, other):
         each.update()
     whole, loaded = average.weights(), other.weights()
     assert all(torch.equal(whole[name], loaded[name]) for name in whole)
-    average.save(tmp_path)
     assert not torch.equal(whole["weight"], module.weight), "a copy is averaged"
 
 
 @pytest.mark.parametrize("other", [nn.Linear(2, 2, bias=False), nn.Linear(3, 2), nn.Linear(2, 1), nn.BatchNorm1d(2)])
 def test_the_average_of_another_module_is_refused(tmp_path: Path, other: nn.Module):
-    average_of(other, 0.5).save(tmp_path)
+    save_fragments(average_of(other, 0.5).fragments, tmp_path / "0")
     with pytest.raises(AssertionError, match="of another module"):
-        average_of(nn.Linear(2, 2), 0.5).load(tmp_path)
+        load_fragments(average_of(nn.Linear(2, 2), 0.5).fragments, [tmp_path / "0"])

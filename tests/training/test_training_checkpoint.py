@@ -52,9 +52,9 @@ def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCa
         case "no record":
             newest.delete(RECORD)
         case "file missing":
-            newest.delete("toy/engine.pt")
+            newest.delete("toy/00000.safetensors")
         case "file shorter":
-            newest.write_bytes("toy/engine.pt", newest.read_bytes("toy/engine.pt")[:-1])
+            newest.write_bytes("toy/00000.safetensors", newest.read_bytes("toy/00000.safetensors")[:-1])
         case "record unreadable":
             newest.write_bytes(RECORD, b"{")
     with caplog.at_level(logging.WARNING):
@@ -66,13 +66,13 @@ def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCa
 
 def test_a_damaged_one_ahead_does_not_outlive_the_good(storage: Storage) -> None:
     train_toy(storage, images=8, keep=1)
-    storage.child("checkpoints/000000000008").delete("toy/engine.pt")
+    storage.child("checkpoints/000000000008").delete("toy/00000.safetensors")
     train_toy(storage, images=4, keep=1)
     assert _saved(storage) == ["000000000004"]
 
 
 def test_half_written_ones_do_not_pile_up(storage: Storage) -> None:
-    storage.write_bytes("checkpoints/000000000004/toy/engine.pt", b"half")
+    storage.write_bytes("checkpoints/000000000004/toy/00000.safetensors", b"half")
     train_toy(storage, images=8)
     assert _saved(storage) == ["000000000008"]
 

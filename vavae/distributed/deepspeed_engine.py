@@ -1,9 +1,10 @@
 """DeepSpeed ZeRO behind the `Engine` interface. The only module that imports DeepSpeed."""
 
 import logging
+import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,19 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
-from vavae.distributed.fragments import Fragment, Partition, fragments_of, whole
+from vavae.distributed.fragments import Fragment, Partition, dealt, entire, fragments_of, held, whole
 from vavae.distributed.world import World
 
 # Read once, when DeepSpeed is imported: without it a CPU worker on a GPU node would pick the GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.utils import safe_get_local_optimizer_state
 
-from vavae.distributed.engine import build_optimizer
+from vavae.distributed.engine import MOMENTS, begin_at, build_optimizer, updates_of, whole_moments
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
-_TAG = "engine"
 _ANY_NUMBER = 1 << 62
 
 
@@ -41,15 +42,11 @@ class DeepSpeedEngine:
     ) -> None:
         _join(world)
         self._stage, self._world = config.zero_stage, world
-        partitioned = {"workers.count": world.size} if self._stage > 0 else {}
-        self.layout: Mapping[str, str | int] = {
-            "engine.backend": config.backend,
-            "engine.zero_stage": self._stage,
-            **partitioned,
-        }
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._optimizer = build_optimizer([*self._parameters.values()], optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer([p for p in module.parameters() if p.requires_grad], optimizer),
+            optimizer=self._optimizer,
             config={
                 "train_micro_batch_size_per_gpu": slice_size,
                 "gradient_accumulation_steps": rounds,
@@ -89,13 +86,21 @@ class DeepSpeedEngine:
         assert self._engine.is_gradient_accumulation_boundary(), "update before the last round of the step"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        # Stage 0 has plain gradients, averaged by now; DeepSpeed tells their norm only where they are partitioned.
-        whole = nn.utils.get_total_norm(self._gradients()) if self._stage == 0 else None
+        if self._stage == 0:
+            return self._update_whole()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if whole is None else whole)
+        # What it does not apply it does not measure either.
+        return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
 
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.module.parameters() if p.grad is not None]
+    def _update_whole(self) -> float:
+        """Stage 0 has plain gradients, averaged by now, whose norm DeepSpeed neither tells nor checks."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        if norm.isfinite():
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+        return float(norm)
 
     def fragments(self) -> dict[str, Fragment]:
         """See `Engine.fragments`."""
@@ -105,14 +110,59 @@ class DeepSpeedEngine:
         """See `Engine.weights`."""
         return whole(self.fragments(), self._world)
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG)
+    @property
+    def updates(self) -> int:
+        """See `Engine.updates`."""
+        return updates_of(self._optimizer)
 
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        assert path is not None, f"{folder}: no state of DeepSpeed's"
+    def moments(self) -> dict[str, Fragment]:
+        """See `Engine.moments`."""
+        if self._stage == 0:
+            return {name: dealt(t, self._world) for name, t in whole_moments(self.module, self._optimizer).items()}
+        return self._divided_moments()
+
+    @contextmanager
+    def restore(self, updates: int) -> Iterator[dict[str, Fragment]]:
+        """See `Engine.restore`."""
+        weights = held(self.module, self._world, _partition)
+        begin_at(self._optimizer, self._optimised(), updates)
+        if self._stage == 0:
+            yield weights | {name: entire(t) for name, t in whole_moments(self.module, self._optimizer).items()}
+            return
+        yield weights | self._divided_moments()
+        zero = self._engine.optimizer
+        zero.refresh_fp32_params()
+        if self._stage == 3 and zero.persistent_parameters:
+            always_whole = zero.persistent_parameters
+            always_whole[0].partition(always_whole)  # drops the whole ones, which are of before
+            always_whole[0].all_gather(always_whole)
+
+    def _optimised(self) -> list[Tensor]:
+        """What the optimiser takes for parameters: rows of them, divided among the ranks, in stages 1 to 3."""
+        if self._stage == 0:
+            return [*self._parameters.values()]
+        zero = self._engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _divided_moments(self) -> dict[str, Fragment]:
+        """The moments in stages 1 to 3; empty before an update."""
+        find = self._moment_of_stage_3 if self._stage == 3 else self._moment
+        kinds = MOMENTS if self.updates else ()
+        return {f"{kind}/{name}": find(p, kind) for name, p in self._parameters.items() for kind in kinds}
+
+    def _moment(self, parameter: nn.Parameter, kind: str) -> Fragment:
+        """Stages 1 and 2 lay all parameters in a row and divide that, so a rank may hold nothing of one."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Fragment(0, parameter.new_empty(0), parameter.shape)
+        row = self._optimised()[mapping.param_group_index]
+        place = mapping.hp_fragment_address
+        values = self._optimizer.state[row][kind].narrow(0, place.start, place.numel)
+        return Fragment(mapping.lp_fragment_address.start, values, parameter.shape)
+
+    def _moment_of_stage_3(self, parameter: nn.Parameter, kind: str) -> Fragment:
+        values = safe_get_local_optimizer_state(parameter, kind)
+        return Partition(values, parameter.ds_shape).fragment(self._world)  # type: ignore[attr-defined]
 
 
 def _zero_section(config: EngineConfig) -> dict[str, int]:

@@ -4,18 +4,16 @@ An engine owns the module, its optimiser and the exchange of gradients. A step o
 `forward` and `backward` once per round, then one `update`.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision
-from vavae.distributed.fragments import Fragment, fragments_of, whole
+from vavae.distributed.fragments import Fragment, dealt, entire, fragments_of, held, whole
 from vavae.distributed.world import World
-
-_STATE = "engine.pt"
 
 
 class Engine(Protocol):
@@ -23,8 +21,6 @@ class Engine(Protocol):
 
     module: nn.Module
     """The module that is trained, on its device, callable without the engine's hooks."""
-    layout: Mapping[str, str | int]
-    """What `load` needs to be as it was at `save`, by the fields of the configuration that set it."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Call the module so that `backward` on a loss it returned reaches the optimiser."""
@@ -33,7 +29,10 @@ class Engine(Protocol):
         """Add the gradients of one round's loss; gradients are averaged over rounds and ranks."""
 
     def update(self, learning_rate: float) -> float:
-        """Apply the gradients of all rounds of a step; returns their global norm before clipping."""
+        """Apply the gradients of all rounds of a step; returns their global norm before clipping.
+
+        Where that is not finite nothing is applied, on any rank.
+        """
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's part of the module's state dict, as trained and in place; see `fragments_of`."""
@@ -41,11 +40,19 @@ class Engine(Protocol):
     def weights(self) -> dict[str, Tensor]:
         """The module's whole state dict, as trained, on the CPU. Called on every rank."""
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimiser state into an empty folder. Called on every rank."""
+    @property
+    def updates(self) -> int:
+        """How many updates the optimiser has made."""
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote under the same `layout`, strictly. Called on every rank, with the files of all."""
+    def moments(self) -> dict[str, Fragment]:
+        """This rank's part of what the optimiser keeps, in place, by `<kind>/<parameter>`; empty before an update."""
+
+    def restore(self, updates: int) -> AbstractContextManager[dict[str, Fragment]]:
+        """All that this rank holds of weights and moments, to be filled in place; taken over at the end of the block.
+
+        Args:
+            updates: made so far by the optimiser that the moments are of; without any there are none.
+        """
 
 
 class TorchEngine:
@@ -53,7 +60,6 @@ class TorchEngine:
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, rounds: int) -> None:
         self.module = module.to(world.device)
-        self.layout: Mapping[str, str | int] = {"engine.backend": "torch"}
         self._world, self._rounds, self._max_norm = world, rounds, optimizer.max_grad_norm
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(self._parameters, optimizer)
@@ -71,9 +77,10 @@ class TorchEngine:
         self._average_gradients()
         limit = float("inf") if self._max_norm is None else self._max_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        if norm.isfinite():
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -98,17 +105,21 @@ class TorchEngine:
         """See `Engine.weights`."""
         return whole(self.fragments(), self._world)
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`. All ranks hold the same, so the first one's state serves any number of them."""
-        if self._world.is_first:
-            state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
-            torch.save(state, folder / _STATE)
+    @property
+    def updates(self) -> int:
+        """See `Engine.updates`."""
+        return updates_of(self._optimizer)
 
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        state = torch.load(folder / _STATE, map_location=self._world.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    def moments(self) -> dict[str, Fragment]:
+        """See `Engine.moments`."""
+        return {name: dealt(t, self._world) for name, t in whole_moments(self.module, self._optimizer).items()}
+
+    @contextmanager
+    def restore(self, updates: int) -> Iterator[dict[str, Fragment]]:
+        """See `Engine.restore`."""
+        begin_at(self._optimizer, self._parameters, updates)
+        moments = whole_moments(self.module, self._optimizer)
+        yield held(self.module, self._world) | {name: entire(t) for name, t in moments.items()}
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -116,6 +127,35 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+
+
+_STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter: a count of its updates, and two tensors of its shape."""
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates an optimiser of `build_optimizer` has made."""
+    return max((int(state[_STEP]) for state in optimizer.state.values() if _STEP in state), default=0)
+
+
+def begin_at(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], updates: int) -> None:
+    """Give an optimiser of `build_optimizer` the state of so many updates, with moments of zero."""
+    optimizer.state.clear()
+    for parameter in parameters if updates else ():
+        count = torch.tensor(float(updates), device=parameter.device)
+        optimizer.state[parameter] = {_STEP: count, **{kind: torch.zeros_like(parameter) for kind in MOMENTS}}
+
+
+def whole_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of parameters that are optimised as they are, by `<kind>/<parameter>`; empty before an update."""
+    if not updates_of(optimizer):
+        return {}
+    return {
+        f"{kind}/{name}": optimizer.state.get(parameter, {}).get(kind, torch.zeros_like(parameter))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+        for kind in MOMENTS
+    }
 
 
 def build_engine(

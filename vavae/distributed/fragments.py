@@ -1,18 +1,18 @@
-"""A state dict as the parts that ranks hold of it: the form in which weights are averaged, gathered and stored.
+"""Named tensors as the parts that ranks hold of them: the form in which weights are averaged, gathered and stored.
 
 A parameter is flattened and dealt to the ranks in equal runs, the last ones shorter: ZeRO stage 3's own partition, and
-a view of the whole parameter in every other engine. A buffer belongs to the first rank.
+a view of the whole parameter in every other engine. A buffer belongs to the first rank. A file says of every part where
+in the whole it belongs, so that whatever some ranks have saved is read by any number of them, divided in any other way.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from vavae.distributed.world import World
 
@@ -26,7 +26,7 @@ class Fragment(NamedTuple):
     """Index of the first value in the whole."""
     values: Tensor
     """[n]; n is 0 where a rank holds nothing of the tensor."""
-    shape: torch.Size
+    shape: Size
     """Of the whole."""
 
 
@@ -35,32 +35,63 @@ class Partition(NamedTuple):
 
     values: Tensor
     """[n], this rank's equal share; padding may follow the last value of the whole."""
-    shape: torch.Size
+    shape: Size
     """Of the whole."""
 
+    def fragment(self, world: World) -> Fragment:
+        """The share without its padding."""
+        first, last = _share(self.shape, world)
+        return Fragment(first, self.values.detach()[: last - first], self.shape)
 
-def fragments_of(
-    module: nn.Module, world: World, partition: Callable[[nn.Parameter], Partition | None] = lambda _: None
-) -> dict[str, Fragment]:
+
+FindPartition = Callable[[nn.Parameter], Partition | None]
+"""Finds the values of a parameter that the ranks have divided already; None where every rank holds all of them."""
+
+
+def undivided(_: nn.Parameter) -> None:
+    """Every rank holds all values."""
+
+
+def _share(shape: Size, world: World) -> tuple[int, int]:
+    """First index of this rank's values among all of a parameter, and the first behind them."""
+    numel = shape.numel()
+    size = -(-numel // world.size)
+    return min(world.rank * size, numel), min((world.rank + 1) * size, numel)
+
+
+def dealt(tensor: Tensor, world: World) -> Fragment:
+    """This rank's share of a tensor that every rank holds; a view where the tensor is contiguous."""
+    first, last = _share(tensor.shape, world)
+    return Fragment(first, tensor.detach().flatten()[first:last], tensor.shape)
+
+
+def entire(tensor: Tensor) -> Fragment:
+    """A whole tensor, contiguous, as one fragment: a view."""
+    return Fragment(0, tensor.detach().view(-1), tensor.shape)
+
+
+def fragments_of(module: nn.Module, world: World, partition: FindPartition = undivided) -> dict[str, Fragment]:
     """This rank's part of every entry of a module's state dict, by name, in the same order on every rank.
 
     The values are views of parameters and buffers wherever those are contiguous.
-
-    Args:
-        module: the module.
-        world: the ranks.
-        partition: finds the values of a parameter that the ranks have divided already.
     """
     parts = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, nn.Parameter):
+            parts[name] = entire(tensor) if world.is_first else Fragment(0, tensor.new_empty(0), tensor.shape)
+        elif (divided := partition(tensor)) is not None:
+            parts[name] = divided.fragment(world)
+        else:
+            parts[name] = dealt(tensor, world)
+    return parts
+
+
+def held(module: nn.Module, world: World, partition: FindPartition = undivided) -> dict[str, Fragment]:
+    """All that this rank holds of a module's state dict, by name, as views; whole tensors must be contiguous."""
+    parts = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
         divided = partition(tensor) if isinstance(tensor, nn.Parameter) else None
-        shape = tensor.shape if divided is None else divided.shape
-        numel = shape.numel()
-        share = -(-numel // world.size) if isinstance(tensor, nn.Parameter) else numel
-        first = min(world.rank * share, numel)
-        last = min(first + share, numel)
-        values = tensor.flatten()[first:last] if divided is None else divided.values[: last - first]
-        parts[name] = Fragment(first, values.detach(), shape)
+        parts[name] = entire(tensor) if divided is None else divided.fragment(world)
     return parts
 
 
@@ -80,10 +111,10 @@ def save_fragments(parts: Mapping[str, Fragment], file: Path) -> None:
     save_file({name: part.values for name, part in parts.items()}, file, {_OFFSETS: json.dumps(offsets)})
 
 
-def load_fragments(parts: Mapping[str, Fragment], folder: Path) -> None:
+def load_fragments(parts: Mapping[str, Fragment], files: Iterable[Path]) -> None:
     """Fill a rank's fragments from the files of all ranks, strictly; other fragments of the same tensors will do."""
     missing = {name: len(part.values) for name, part in parts.items()}
-    for path in sorted(folder.iterdir()):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for name, offset in json.loads(file.metadata()[_OFFSETS]).items():
                 saved = file.get_slice(name)
@@ -96,4 +127,4 @@ def load_fragments(parts: Mapping[str, Fragment], folder: Path) -> None:
                     values[low - first : high - first] = saved[low - offset : high - offset]
                     missing[name] -= high - low
     lacking = [name for name, values in missing.items() if values]
-    assert not lacking, f"{folder}: of another module, without all of {lacking[0]}"
+    assert not lacking, f"files of another module, without all of {lacking[0]}"

@@ -1,14 +1,20 @@
-"""The state of a training run, named in one place, and checkpoints that are whole or absent."""
+"""The state of a training run, named in one place, and checkpoints that are whole or absent.
+
+A checkpoint is a folder. Every set of weights has a subfolder in it with one file of each rank, which holds the rank's
+fragments of weights and optimiser, and so has their average. The commit record is written last. Whatever the engine and
+the number of ranks that wrote a checkpoint, any other reads it: there is nothing to convert.
+"""
 
 import logging
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict
 
-from vavae.config import differences, digest
+from vavae.config import digest
+from vavae.distributed.fragments import Fragment, load_fragments, save_fragments
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.storage.artefact import Artefact, FileInfo, commit, discard, is_intact, read
@@ -18,6 +24,8 @@ from vavae.training.step import Step
 logger = logging.getLogger(__name__)
 
 _EMA = "ema"
+_PARTS = "parts"
+_LOCAL_POLL_SECONDS, _POLL_SECONDS = 0.02, 1.0
 
 
 class TrainState(BaseModel):
@@ -36,8 +44,28 @@ class TrainState(BaseModel):
         return self.model_copy(update={"images_seen": self.images_seen + images})
 
 
+class _Details(BaseModel):
+    """What the commit record says of a checkpoint besides its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    state: TrainState
+    updates: dict[str, int]
+    """Of each optimiser."""
+    memory: dict[str, list[float | None]]
+    """See `Step.memory`."""
+
+
+class _Found(NamedTuple):
+    """A checkpoint that is whole, as local files."""
+
+    details: _Details
+    files: dict[str, list[Path]]
+    """Of each set of weights, the files of the ranks that wrote it."""
+
+
 class Checkpoints:
-    """Checkpoints of one run. A checkpoint exists when its commit record does.
+    """Checkpoints of one run, written while the training goes on. A checkpoint exists when its commit record does.
 
     Args:
         storage: the folder of the checkpoints, one subfolder each.
@@ -48,125 +76,209 @@ class Checkpoints:
 
     def __init__(self, storage: Storage, fresh: TrainState, keep: int, world: World) -> None:
         self._storage, self._fresh, self._keep, self._world = storage, fresh, keep, world
+        self._writing: _Writing | None = None
+        self._saved: TrainState | None = None
+        self._chosen: list[_Found] | None = None
+        """What was found to go on from, which may be nothing; None before anybody looked."""
 
     def save(self, step: Step, state: TrainState) -> None:
-        """Write the state of all ranks and commit it; every rank calls it."""
+        """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
+
+        Raises:
+            UserError: as `settle` does, of the checkpoint before.
+        """
+        self.settle()
         name = f"{state.images_seen:012d}"
         if self._world.is_first:
             discard(self._storage, name)
-        self._world.barrier()
-        with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
-            folder = Path(scratch)
-            for engine_name, engine in step.engines.items():
-                (folder / engine_name).mkdir()
-                engine.save(folder / engine_name)
-            if step.ema is not None:
-                step.ema.save(folder / _EMA)
-            parts = self._world.gather(self._put(folder, name))
-        memories = self._world.gather(step.memory())
+        memories = self._world.gather(step.memory())  # also a barrier: nothing is written before the folder is empty
+        details = _Details(
+            state=state,
+            updates={key: engine.updates for key, engine in step.engines.items()},
+            memory={lane: [*values] for memory in memories for lane, values in memory.items()},
+        )
+        sets = {key: {**engine.fragments(), **engine.moments()} for key, engine in step.engines.items()}
+        if step.ema is not None:
+            sets[_EMA] = step.ema.fragments
+        copies = {key: _copied(parts) for key, parts in sets.items()}
+        self._writing = _Writing(lambda left: self._write(name, copies, details, left))
+        self._saved, self._chosen = state, None
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is there. Every rank calls it.
+
+        Raises:
+            UserError: it could not be written, on whatever rank.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        own = None if self._world.is_first else writing.result()
+        errors = [error for error in self._world.gather(own) if error is not None]
         if self._world.is_first:
-            files = {path: info for part in parts for path, info in part.items()}
-            record = Artefact(
-                kind="checkpoint",
-                digest=digest({path: info.sha256 for path, info in files.items()}),
-                config=state.config,
-                inputs={"data": state.data},
-                images_seen=state.images_seen,
-                files=files,
-                details={
-                    "state": state.model_dump(),
-                    "layout": _layout(step),
-                    "memory": {lane: values for memory in memories for lane, values in memory.items()},
-                },
-            )
-            commit(self._storage, name, record)
-            self._prune(name)
-        self._world.barrier()
+            if errors:
+                writing.leave()
+            own = writing.result()
+        error = next(iter(errors), self._world.broadcast(own))
+        if error is not None:
+            raise UserError(f"no checkpoint could be written: {error}; the one before stays")
+
+    def _write(self, name: str, sets: Mapping[str, Mapping[str, Fragment]], details: _Details, left: Event) -> None:
+        """Put this rank's files; on rank 0 wait for those of all and commit them."""
+        files = {}
+        for key, parts in sets.items():
+            path = f"{key}/{self._world.rank:05d}.safetensors"
+            with self._storage.create(f"{name}/{path}") as local:
+                save_fragments(parts, local)
+                files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
+        self._storage.write_json(f"{name}/{_PARTS}/{self._world.rank:05d}.json", files)
+        if self._world.is_first:
+            self._commit(name, details, left)
+
+    def _commit(self, name: str, details: _Details, left: Event) -> None:
+        poll_seconds = _LOCAL_POLL_SECONDS if self._storage.is_local else _POLL_SECONDS
+        while len(parts := self._storage.list(f"{name}/{_PARTS}")) < self._world.size:
+            if left.wait(poll_seconds):
+                return
+        files = {
+            path: FileInfo.model_validate(info)
+            for part in parts
+            for path, info in self._storage.read_json(part).items()
+        }
+        record = Artefact(
+            kind="checkpoint",
+            digest=digest({path: info.sha256 for path, info in files.items()}),
+            config=details.state.config,
+            inputs={"data": details.state.data},
+            images_seen=details.state.images_seen,
+            files=files,
+            details=details.model_dump(),
+        )
+        commit(self._storage, name, record)
+        self._prune(name)
 
     def _prune(self, newest: str) -> None:
         """Keep the last few committed up to the one just written; what is half-written or lay ahead of it goes."""
-        kept = [name for name in self.committed() if name <= newest][-self._keep :]
+        committed = [name for name in self._storage.list() if read(self._storage, name) is not None]
+        kept = [name for name in committed if name <= newest][-self._keep :]
         for name in self._storage.list():
             if name not in kept:
                 discard(self._storage, name)
 
-    def _put(self, folder: Path, name: str) -> dict[str, FileInfo]:
-        """Put this rank's files into storage."""
-        put = {}
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            relative = path.relative_to(folder).as_posix()
-            self._storage.put_file(path, f"{name}/{relative}")
-            put[relative] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
-        return put
-
-    def committed(self) -> list[str]:
-        """Names of the committed checkpoints, oldest first."""
-        return [name for name in self._storage.list() if read(self._storage, name) is not None]
-
-    def latest(self) -> tuple[str, Artefact] | None:
-        """Name and record of the newest checkpoint that is whole; others are passed over with a warning."""
-        for name in reversed(self._storage.list()):
-            record = read(self._storage, name)
-            if record is not None and is_intact(self._storage, name, record):
-                return name, record
-            logger.warning("%s is not whole and is passed over", self._storage.url(name))
-        return None
-
     def images_seen(self) -> int:
         """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
-        found = self._world.broadcast(self.latest() if self._world.is_first else None)
-        return 0 if found is None else TrainState.model_validate(found[1].details["state"]).images_seen
+        found = self._newest()
+        return 0 if found is None else found.details.state.images_seen
 
     def restore(self, step: Step, begin: int = 0) -> TrainState:
         """Load the newest checkpoint into the step; the fresh state where there is none. Every rank calls it.
 
         Args:
-            step: what to load it into.
+            step: what to load it into; its engines may be others than those that were saved.
             begin: images seen at which the step's stage begins. A checkpoint of that moment belongs to the stage
                 before: the step has its weights already, and other optimisers.
 
         Raises:
-            UserError: it was made with another configuration or other data, or its files fit other engines or another
-                number of workers.
+            UserError: it was made with another configuration or other data.
         """
-        found = self._world.broadcast(self.latest() if self._world.is_first else None)
+        if self._saved is not None and self._saved.images_seen == begin:
+            return self._saved
+        found = self._newest()
         if found is None:
             return self._fresh
-        name, record = found
-        state, url = TrainState.model_validate(record.details["state"]), self._storage.url(name)
-        for what in ("config", "data"):
-            if getattr(state, what) != getattr(self._fresh, what):
-                raise UserError(f"{url}: made with another {what}; give the run another name")
-        if state.images_seen == begin:
-            return state
-        changed = differences(record.details["layout"], _layout(step))
-        if changed:
-            field, saved, now = changed[0]
-            raise UserError(
-                f"{url}: saved with {field}={saved}, which is {now} now; set it back to go on with this run"
-            )
-        with self._fetched(name) as folder:
-            for engine_name, engine in step.engines.items():
-                engine.load(folder / engine_name)
-            if step.ema is not None:
-                step.ema.load(folder / _EMA)
-        step.recall(record.details["memory"])
-        return state
+        if found.details.state.images_seen == begin:
+            return found.details.state
+        for name, engine in step.engines.items():
+            with engine.restore(found.details.updates[name]) as parts:
+                load_fragments(parts, found.files[name])
+        if step.ema is not None:
+            load_fragments(step.ema.fragments, found.files[_EMA])
+        step.recall(found.details.memory)
+        return found.details.state
 
-    @contextmanager
-    def _fetched(self, name: str) -> Iterator[Path]:
-        """A local folder with all files of a checkpoint."""
-        if self._storage.is_local:
-            yield Path(self._storage.url(name))
-            return
-        with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
-            for path in self._storage.list(name, recursive=True):
-                target = Path(scratch) / path.removeprefix(f"{name}/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self._storage.read_bytes(path))
-            yield Path(scratch)
+    def _newest(self) -> _Found | None:
+        """The newest checkpoint that is whole; others are passed over with a warning. Every rank calls it."""
+        if self._chosen is None:
+            self._chosen = [found] if (found := self._choose()) is not None else []
+        return next(iter(self._chosen), None)
+
+    def _choose(self) -> _Found | None:
+        for name, record in self._world.broadcast(self._committed() if self._world.is_first else None):
+            files = self._local_files(name, record)
+            if self._world.any(files is None):
+                self._pass_over(name)
+                continue
+            assert files is not None, "no rank lacks a file"
+            details = _Details.model_validate(record.details)
+            for what in ("config", "data"):
+                if getattr(details.state, what) != getattr(self._fresh, what):
+                    url = self._storage.url(name)
+                    raise UserError(f"{url}: made with another {what}; give the run another name")
+            return _Found(details, files)
+        return None
+
+    def _committed(self) -> list[tuple[str, Artefact]]:
+        """Names and records of the checkpoints whose files are all there, newest first."""
+        found = []
+        for name in reversed(self._storage.list()):
+            record = read(self._storage, name)
+            if record is not None and is_intact(self._storage, name, record):
+                found.append((name, record))
+            else:
+                self._pass_over(name)
+        return found
+
+    def _pass_over(self, name: str) -> None:
+        if self._world.is_first:
+            logger.warning("%s is not whole and is passed over", self._storage.url(name))
+
+    def _local_files(self, name: str, record: Artefact) -> dict[str, list[Path]] | None:
+        """Local files of a checkpoint by set of weights; None where one is damaged. Each rank checks its share."""
+        files: dict[str, list[Path]] = {}
+        for index, (path, info) in enumerate(sorted(record.files.items())):
+            try:
+                fetched = None if self._storage.is_local else info.sha256
+                local = self._storage.local_file(f"{name}/{path}", fetched)
+                mine = self._storage.is_local and index % self._world.size == self._world.rank
+                if mine and sha256_of(local) != info.sha256:
+                    return None
+            except (FileNotFoundError, UserError):
+                return None
+            files.setdefault(path.partition("/")[0], []).append(local)
+        return files
 
 
-def _layout(step: Step) -> dict[str, JsonValue]:
-    """What of the engines has to be the same when the checkpoint is loaded; it is for all of a step."""
-    return dict(next(iter(step.engines.values())).layout)
+class _Writing:
+    """A checkpoint on its way to storage, in a thread that never keeps the process alive.
+
+    Args:
+        work: what the thread does; the event that it is given asks it to wait for nobody.
+    """
+
+    def __init__(self, work: Callable[[Event], None]) -> None:
+        self._left = Event()
+        self._error: str | None = "the thread that writes it died"
+        self._thread = Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[Event], None]) -> None:
+        try:
+            work(self._left)
+        except (OSError, UserError) as error:
+            self._error = str(error)
+        else:
+            self._error = None
+
+    def leave(self) -> None:
+        """Ask the thread to wait for nobody."""
+        self._left.set()
+
+    def result(self) -> str | None:
+        """Wait for the end; the error as text, if there was one."""
+        self._thread.join()
+        return self._error
+
+
+def _copied(parts: Mapping[str, Fragment]) -> dict[str, Fragment]:
+    """Copies on the CPU, which further steps leave alone."""
+    return {name: part._replace(values=part.values.to("cpu", copy=True)) for name, part in parts.items()}

@@ -1,20 +1,19 @@
 """Exponential moving average of weights, in fp32."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vavae.distributed.engine import Engine
-from vavae.distributed.fragments import Fragment, load_fragments, save_fragments, whole
+from vavae.distributed.fragments import Fragment, whole
 from vavae.distributed.world import World
 
 
 class ExponentialMovingAverage:
     """average ← decay · average + (1 - decay) · weights, once a step, for every floating-point entry of a state dict.
 
-    Each rank averages and stores its own fragments alone, in every engine; they load on any number of ranks.
+    Each rank averages its own fragments alone, in every engine.
 
     Args:
         engine: whose weights to average.
@@ -51,12 +50,3 @@ class ExponentialMovingAverage:
         for name, (offset, values, shape) in self.fragments.items():
             assert weights[name].shape == shape, f"{name}: the average of another module"
             values.copy_(weights[name].flatten()[offset : offset + len(values)])
-
-    def save(self, folder: Path) -> None:
-        """Write this rank's part into a folder. Called on every rank."""
-        folder.mkdir(exist_ok=True)
-        save_fragments(self.fragments, folder / f"{self._world.rank:05d}.safetensors")
-
-    def load(self, folder: Path) -> None:
-        """Restore what any number of ranks saved, strictly. Called on every rank, with the files of all."""
-        load_fragments(self.fragments, folder)

@@ -104,6 +104,7 @@ def train(
                 log.flush(state.images_seen)
                 checkpoints.save(step, state)
                 session.checkpoint(state.images_seen, row)
+    checkpoints.settle()
     log.close()
     return state
 
