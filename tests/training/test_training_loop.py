@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from support.toy import ToyStep, train_toy
+from support.toy import ToyStep, toy_checkpoints, train_toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
+from vavae.data.stream import SliceKey
 from vavae.progress import Progress
 from vavae.storage.storage import Storage
 from vavae.training.log import read_rows
@@ -115,14 +117,62 @@ def test_the_rate_follows_the_schedule(storage: Storage) -> None:
 
 
 class PoisonedStep(ToyStep):
-    """Meets a value that is no number in its third step."""
+    """Meets values that are no numbers in some steps of its stream, and remembers which it was given."""
 
-    def __getitem__(self, key):
+    def __init__(self, poisoned: Container[int]) -> None:
+        super().__init__()
+        self._poisoned = poisoned
+        self.given: list[int] = []
+
+    def __getitem__(self, key: SliceKey) -> Tensor:
+        self.given.append(key.step)
         batch = super().__getitem__(key)
-        return batch * torch.nan if key.step == 2 else batch
+        return batch * torch.nan if key.step in self._poisoned else batch
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_at_its_last_checkpoint(storage: Storage) -> None:
-    with pytest.raises(NonFiniteError, match="toy: gradient_norm/toy is nan after 8 images"):
-        train_toy(storage, PoisonedStep(), images=24, checkpoint_images=4)
-    assert storage.child("checkpoints").list() == ["000000000004", "000000000008"]
+def test_a_step_that_is_no_number_is_skipped(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    step, healthy = PoisonedStep([2]), PoisonedStep([])
+    state = train_toy(storage, step, images=24, log_images=8)
+    assert (state.images_seen, state.excluded, step.given) == (24, (), [0, 1, 2, 3, 4, 5])
+    assert step.engine.updates == 5
+    assert step.model.weight.isfinite().all()
+    assert [row.get("skipped_steps") for row in read_rows(storage.child("log"))] == [None, 1, None]
+    assert "toy: the step at 8 images is skipped: gradient_norm/toy nan, loss/total nan" in caplog.text
+    for key in (0, 1, 3, 4, 5):
+        healthy.run([healthy[SliceKey(0, key)]], 0, 1e-4)
+    assert healthy.model.weight.equal(step.model.weight), "as if it had never been there"
+
+
+def test_after_too_many_the_run_goes_back_and_on_behind_them(storage: Storage) -> None:
+    step = PoisonedStep(range(4, 7))
+    state = train_toy(storage, step, images=32, checkpoint_images=8, log_images=4, skip_limit=1)
+    # Two steps are skipped, so images 8 to 24 are behind it when it starts again at 16 images of 0 to 16.
+    assert step.given == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert (state.images_seen, state.excluded) == (32, ((16, 24),))
+    rows = read_rows(storage.child("log"))
+    assert [row["images"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert [row["images"] for row in rows if "skipped_steps" in row] == [20]
+    assert toy_checkpoints(storage).restore(ToyStep()).excluded == ((16, 24),)
+
+
+def test_what_is_excluded_stays_so_after_a_resume(tmp_path: Path) -> None:
+    straight, halves = Storage(str(tmp_path / "straight")), Storage(str(tmp_path / "halves"))
+    whole, parts = (PoisonedStep(range(4, 7)) for _ in range(2))
+    config = {"checkpoint_images": 8, "skip_limit": 1}
+    train_toy(straight, whole, images=48, **config)
+    train_toy(halves, parts, images=32, **config)
+    again = PoisonedStep(range(4, 7))
+    train_toy(halves, again, images=48, **config)
+    assert parts.given + again.given == whole.given
+    assert again.model.weight.equal(whole.model.weight)
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "limit", "seen"), [(range(100), 3, 8), (range(2, 100), 0, 16), (range(2, 100), 2, 16)]
+)
+def test_it_gives_up_without_a_checkpoint_or_after_going_back_in_vain(
+    storage: Storage, poisoned: range, limit: int, seen: int
+) -> None:
+    step = PoisonedStep(poisoned)
+    with pytest.raises(NonFiniteError, match=f"toy: gradients are not finite after {seen} images"):
+        train_toy(storage, step, images=64, checkpoint_images=8, skip_limit=1, rollback_limit=limit)

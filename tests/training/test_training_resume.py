@@ -47,16 +47,14 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
     checkpoints = Checkpoints(storage.child("checkpoints"), TrainState(images_seen=0, config="c", data="d"), 2, world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
     rounds = assign_lanes(LANES, world.rank, world.size)
-<<<<<<< HEAD
-    train(job, step, rounds, range(_ALL), getattr(config, job), config.stream, checkpoints, log, LocalSession(), world)
-=======
-    train(job, step, rounds, range(images), getattr(config, job), 0, checkpoints, log, LocalSession(), world)
->>>>>>> a98040b (Checkpoints are fragments: any engine on any number of ranks reads them, written and committed while the training goes on; a damaged one is passed over; a gradient that is no number is never applied)
+    train(
+        job, step, rounds, range(images), getattr(config, job), config.stream, checkpoints, log, LocalSession(), world
+    )
     assert step.ema is not None
     weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}
     for name, trained in step.engines.items():
         weights |= {f"{name}.{key}": tensor for key, tensor in trained.weights().items()}
-    other = ("stage", "images_per_second", "data_wait")
+    other = ("stage", "images_per_second", "data_wait", "checkpoint_wait")
     rows = [{key: value for key, value in row.items() if key not in other} for row in read_rows(storage.child("log"))]
     record = read(storage, f"checkpoints/{images:012d}")
     assert record is not None

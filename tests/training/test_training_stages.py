@@ -74,16 +74,15 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def _weights(run: Run, images: int) -> dict[str, Tensor]:
+def _weights(run: Run, images: int, engine: str = "generator") -> dict[str, Tensor]:
+    """By name, flattened."""
     folder = Path(run.storage.url(f"{run.training_prefix('train_vavae')}/checkpoints/{images:012d}"))
-    state = torch.load(folder / "generator" / "engine.pt", weights_only=True)
-    return state["module"]
+    state = load_file(folder / engine / "00000.safetensors")
+    return {name: values for name, values in state.items() if "/" not in name}
 
 
 def _discriminator(run: Run, images: int) -> dict[str, Tensor]:
-    folder = Path(run.storage.url(f"{run.training_prefix('train_vavae')}/checkpoints/{images:012d}"))
-    state = torch.load(folder / "discriminator" / "engine.pt", weights_only=True)
-    return state["module"]
+    return _weights(run, images, "discriminator")
 
 
 def _moved(run: Run, since: int, until: int) -> set[str]:

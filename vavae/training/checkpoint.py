@@ -38,10 +38,21 @@ class TrainState(BaseModel):
     """Digest of the identity of the configuration."""
     data: str
     """Digest of what it is trained on."""
+    excluded: tuple[tuple[int, int], ...] = ()
+    """Positions of images, first and behind the last, that the run met on ways from which it had to go back."""
+
+    @property
+    def position(self) -> int:
+        """Where the stream stands: images seen, and those that are excluded."""
+        return self.images_seen + sum(last - first for first, last in self.excluded)
 
     def advanced(self, images: int) -> "TrainState":
         """The state after another step."""
         return self.model_copy(update={"images_seen": self.images_seen + images})
+
+    def behind(self, diverged: "TrainState") -> "TrainState":
+        """This state with its stream where another one stands."""
+        return self.model_copy(update={"excluded": (*self.excluded, (self.position, diverged.position))})
 
 
 class _Details(BaseModel):
@@ -152,7 +163,7 @@ class Checkpoints:
             inputs={"data": details.state.data},
             images_seen=details.state.images_seen,
             files=files,
-            details=details.model_dump(),
+            details=details.model_dump(mode="json"),
         )
         commit(self._storage, name, record)
         self._prune(name)

@@ -56,6 +56,13 @@ class TrainingConfig(Config):
     """Images between two checkpoints."""
     keep_checkpoints: int = runtime(2, ge=1)
     """Checkpoints that stay in storage, newest first."""
+    skip_limit: int = runtime(10, ge=0)
+    """Steps in a row that may be skipped because their gradients are not finite, before the run goes back to its last
+    checkpoint and on behind the images that it has met since."""
+    rollback_limit: int = runtime(3, ge=0)
+    """How often it may go back before it gives up."""
+    hang_seconds: float | None = runtime(1800.0, gt=0)
+    """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
 
     @property
     def steps(self) -> int:

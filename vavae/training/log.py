@@ -35,18 +35,24 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
+        self._start, self._images, self._skipped = time.perf_counter(), 0, 0
+        self._waited: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._ratios: dict[str, Tensor] = {}
         self._norms: dict[str, list[float]] = {}
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+    def waiting(self, name: str) -> Iterator[None]:
+        """Count the time inside as waiting; the row has its share under this name."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        self._waited[name] = self._waited.get(name, 0.0) + time.perf_counter() - start
+
+    def skip(self, images: int) -> None:
+        """Count a step that was not applied."""
+        self._images += images
+        self._skipped += 1
 
     def add(self, result: StepResult, images: int) -> None:
         """Take one step in."""
@@ -70,7 +76,10 @@ class Meter:
             if kind == "total" and sums[f"{name}#count"]:
                 row[name] = sums[part] / sums[f"{name}#count"]
         row |= {name: sum(norms) / len(norms) for name, norms in self._norms.items()}
-        row |= {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        row["images_per_second"] = self._images / seconds
+        row |= {name: waited / seconds for name, waited in self._waited.items()}
+        if self._skipped:
+            row["skipped_steps"] = self._skipped
         row |= self._asked_of_stores(sums)
         if sums[_UNREADABLE]:
             # In another epoch another rank meets the same image.
@@ -109,12 +118,15 @@ class MetricsLog:
         self._scratch = None if tensorboard.is_local else tempfile.TemporaryDirectory(prefix="vavae-")
 
     def rewind(self, images_seen: int) -> None:
-        """Drop what a former attempt logged after the checkpoint that the run goes on from; opens the log."""
+        """Drop what was logged after the checkpoint that the run goes on from, by whatever attempt; opens the log."""
         if not self._active:
             return
         for name in self._segments.list():
             if _images(name) > images_seen:
                 self._segments.delete(name)
+        self._rows = []
+        if self._writer is not None:
+            self._writer.close()
         folder = self._scratch.name if self._scratch else self._tensorboard.url()
         self._writer = SummaryWriter(folder, purge_step=images_seen + 1)
 

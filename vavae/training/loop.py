@@ -1,15 +1,19 @@
 """The training loop: the order of things, the same for both models. The mathematics is the step object's."""
 
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 from vavae.data.config import StreamConfig
 from vavae.data.loading import load_slices
 from vavae.data.order import Round
-from vavae.data.stream import ImageStream
+from vavae.data.stream import ImageStream, SliceSource
 from vavae.distributed.world import World
 from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
@@ -17,14 +21,25 @@ from vavae.training.config import TrainingConfig
 from vavae.training.log import Meter, MetricsLog
 from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
-from vavae.training.step import Step
+from vavae.training.step import Step, StepResult
+from vavae.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _HEADLINE = ("loss/total", "data_wait")
 
 
 class NonFiniteError(ArithmeticError):
-    """A gradient left the finite numbers. The last checkpoint is the place to go on from."""
+    """Gradients left the finite numbers again and again, whatever was tried."""
+
+
+class _DivergedError(Exception):
+    """Too many steps in a row had gradients that are not finite."""
+
+    def __init__(self, state: TrainState) -> None:
+        super().__init__()
+        self.state = state
 
 
 def train(
@@ -41,7 +56,9 @@ def train(
 ) -> TrainState:
     """Train until enough images are seen or the session asks to stop; returns the state at the end.
 
-    Starts from the newest checkpoint where there is one and leaves one behind. Every rank calls it.
+    Starts from the newest checkpoint where there is one and leaves one behind. A step whose gradients are not finite is
+    skipped; after too many in a row the run goes back to its checkpoint, and on behind the images that it met since.
+    Every rank calls it.
 
     Args:
         stage: name of the job, for logs.
@@ -56,62 +73,113 @@ def train(
         world: the ranks.
 
     Raises:
-        NonFiniteError: a gradient was infinite or not a number; every rank raises it, and nothing is saved.
+        NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
+        UserError: a checkpoint could not be written.
     """
+    loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world)
     state = checkpoints.restore(step, span.start)
-    if state.images_seen >= span.stop:
-        return state
-    log.rewind(state.images_seen)
-    source = step.source()
-    stream = load_slices(
-        source,
-        rounds,
-        state.images_seen // config.batch_size,
-        reading.workers,
-        pin_memory=world.device.type == "cuda",
-        prefetch_bytes=reading.prefetch_bytes,
-        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
-    )
-    meter = Meter(world, source.quarantine.names if isinstance(source, ImageStream) else ())
-    rate, shown = Rate(), -math.inf
-    row: dict[str, float] = {}
-    stop = False
-    with closing(stream):
-        while not stop:
-            with meter.waiting():
-                slices = next(stream)
-            lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
-            result = step.run(slices, state.images_seen, lr)
-            for name, norm in result.gradient_norms.items():
-                if not math.isfinite(norm):
-                    raise NonFiniteError(f"{stage}: {name} is {norm} after {state.images_seen} images")
-            if step.ema is not None:
-                step.ema.update()
-            before, state = state.images_seen, state.advanced(config.batch_size)
-            meter.add(result, config.batch_size)
-
-            done = state.images_seen >= span.stop
-            stop = world.any(session.stop_requested()) or done
-            save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
-            if save or _crosses(before, state.images_seen, config.log_images):
-                row = meter.row() | {"learning_rate": lr}
-                log.add(state.images_seen, row)
-            if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
-                shown = time.monotonic()
-                seen = state.images_seen
-                session.progress(Progress(stage, seen, config.images, rate=rate.update(seen), terms=_headline(row)))
-            if save:
-                log.flush(state.images_seen)
-                checkpoints.save(step, state)
-                session.checkpoint(state.images_seen, row)
-    checkpoints.settle()
+    with Watchdog(config.hang_seconds) as watchdog:
+        for rollbacks in count(1):
+            try:
+                state = loop.go_on(state, watchdog)
+                break
+            except _DivergedError as diverged:
+                checkpoints.settle()
+                state = checkpoints.restore(step, span.start)
+                seen = diverged.state.images_seen
+                if state.images_seen <= span.start or rollbacks > config.rollback_limit:
+                    raise NonFiniteError(f"{stage}: gradients are not finite after {seen:,} images") from None
+                logger.warning("%s: back from %s to %s images, and on behind them", stage, seen, state.images_seen)
+                state = state.behind(diverged.state)
+        checkpoints.settle()
     log.close()
     return state
 
 
-def _headline(row: Mapping[str, float]) -> dict[str, float]:
-    """The few figures of a row that a line of progress has room for."""
-    return {name: row[name] for name in _HEADLINE if name in row}
+@dataclass(frozen=True)
+class _Loop:
+    """What `train` is given."""
+
+    stage: str
+    step: Step
+    rounds: Sequence[Round]
+    span: range
+    config: TrainingConfig
+    reading: StreamConfig
+    checkpoints: Checkpoints
+    log: MetricsLog
+    session: Session
+    world: World
+
+    def go_on(self, state: TrainState, watchdog: Watchdog) -> TrainState:
+        """Train from a state on until the end, a stop, or divergence."""
+        if state.images_seen >= self.span.stop:
+            return state
+        step, config, world = self.step, self.config, self.world
+        self.log.rewind(state.images_seen)
+        source = step.source()
+        meter = Meter(world, source.quarantine.names if isinstance(source, ImageStream) else ())
+        rate, shown, skipped = Rate(), -math.inf, 0
+        row: dict[str, float] = {}
+        stop = False
+        with closing(self._slices(source, state)) as stream:
+            while not stop:
+                watchdog.feed()
+                with meter.waiting("data_wait"):
+                    slices = next(stream)
+                lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
+                result = step.run(slices, state.images_seen, lr)
+                before, state = state.images_seen, state.advanced(config.batch_size)
+                if all(map(math.isfinite, result.gradient_norms.values())):
+                    skipped = 0
+                    meter.add(result, config.batch_size)
+                    if step.ema is not None:
+                        step.ema.update()
+                else:
+                    skipped += 1
+                    meter.skip(config.batch_size)
+                    self._report_skipped(result, before)
+                    if skipped > config.skip_limit:
+                        raise _DivergedError(state)
+
+                done = state.images_seen >= self.span.stop
+                stop = world.any(self.session.stop_requested()) or done
+                save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
+                if save or _crosses(before, state.images_seen, config.log_images):
+                    row = meter.row() | {"learning_rate": lr}
+                    self.log.add(state.images_seen, row)
+                if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
+                    shown = time.monotonic()
+                    self._show(state.images_seen, rate, row)
+                if save:
+                    self.log.flush(state.images_seen)
+                    with meter.waiting("checkpoint_wait"):
+                        self.checkpoints.save(step, state)
+                    self.session.checkpoint(state.images_seen, row)
+        return state
+
+    def _slices(self, source: SliceSource[Any], state: TrainState) -> Generator[list[Any], None, None]:
+        """What this rank reads from a state on."""
+        return load_slices(
+            source,
+            self.rounds,
+            state.position // self.config.batch_size,
+            self.reading.workers,
+            pin_memory=self.world.device.type == "cuda",
+            prefetch_bytes=self.reading.prefetch_bytes,
+            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
+        )
+
+    def _report_skipped(self, result: StepResult, images_seen: int) -> None:
+        """Say what a skipped step was like. Every rank calls it."""
+        terms = self.world.sum_terms(result.terms)
+        if self.world.is_first:
+            figures = ", ".join(f"{name} {value:g}" for name, value in {**result.gradient_norms, **terms}.items())
+            logger.warning("%s: the step at %s images is skipped: %s", self.stage, f"{images_seen:,}", figures)
+
+    def _show(self, seen: int, rate: Rate, row: Mapping[str, float]) -> None:
+        terms = {name: row[name] for name in _HEADLINE if name in row}
+        self.session.progress(Progress(self.stage, seen, self.config.images, rate=rate.update(seen), terms=terms))
 
 
 def _crosses(before: int, after: int, interval: int) -> bool:

@@ -13,7 +13,7 @@ class Session(Protocol):
         """Show how far the run is; called by rank 0, cheap enough for every step."""
 
     def checkpoint(self, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """A checkpoint was committed. Called by every rank equally often; may wait for all of them."""
+        """A checkpoint is on its way. Called by every rank equally often; may wait for all of them."""
 
     def stop_requested(self) -> bool:
         """Whether the run should save and leave. Asked on every rank at every step; one yes is enough."""

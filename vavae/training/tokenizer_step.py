@@ -1,5 +1,6 @@
 """One optimiser step of the VA-VAE and its discriminator."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -185,7 +186,7 @@ class TokenizerStep:
             terms.add(turn, {_log_name(name): value for name, value in losses.terms.items()})
             pairs.append((turn, images, losses.reconstruction))
         norms = {"gradient_norm/generator": self._generator.update(learning_rate)}
-        if adversary is not None:
+        if adversary is not None and math.isfinite(norms["gradient_norm/generator"]):
             for turn, images, reconstruction in pairs:
                 judged = adversary.forward(images, reconstruction)
                 adversary.backward(judged.objective * turn.weight)
