@@ -1,10 +1,13 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from support.gloo import Nursery
+
+from vavae.storage.loopback import S3Server, s3_server, why_no_s3_server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +21,25 @@ def gloo() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.close()
+
+
+@pytest.fixture(scope="session")
+def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    reason = why_no_s3_server()
+    if reason:
+        pytest.skip(reason)
+    with s3_server(tmp_path_factory.mktemp("s3") / "server", "vavae-tests") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A server for all tests, with its keys and endpoint in the environment."""
+    from vavae.storage.s3 import PatientS3  # slow, and of no use to most tests
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in _s3.environment.items():
+        monkeypatch.setenv(name, value)
+    PatientS3.clear_instance_cache()  # they took their keys from the environment
+    return _s3

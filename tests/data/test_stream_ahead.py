@@ -5,6 +5,7 @@ import time
 import uuid
 from contextlib import closing
 from itertools import islice, takewhile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -50,29 +51,39 @@ def shards():
 class Store:
     """The shards behind a cache of some shards, with a record of who fetched what."""
 
-    def __init__(self, shards, cache, monkeypatch, room=100):
-        root, manifest = shards
+    def __init__(self, shards, cache, monkeypatch, room=100, config=CONFIG):
+        (root, manifest), self.rounds = shards, assign_lanes(config.lanes, 0, 1)
         self.shard_bytes = max(info.bytes for info in manifest.splits["train"])
-        self.fetched, self.blocking = [], 0
+        self.fetched, self.blocking, self.lost, self.step = [], 0, [], 0
+        brought = {}
         fetch = Storage._fetch
 
         def noted(storage, path, *rest):
             fetch(storage, path, *rest)
-            self.blocking += threading.current_thread().name != THREAD
-            self.fetched.append(int(path[-10:-4]))
+            shard = int(path[-10:-4])
+            if threading.current_thread().name == THREAD:
+                brought[shard] = self.step
+            else:
+                self.blocking += 1
+                if shard in brought and shard not in self.needed(brought[shard], self.step - 1):
+                    self.lost.append(shard)
+            self.fetched.append(shard)
 
         monkeypatch.setattr(Storage, "_fetch", noted)
         storage = Storage(root, str(cache), StorageOptions(cache_bytes=room * self.shard_bytes))
-        order = order_of(COUNTS, SEED, CONFIG)
-        self.stream = ImageStream(storage, manifest, "train", order, SLICE, CONFIG, SEED)
+        order = order_of([info.count for info in manifest.splits["train"]], SEED, config)
+        self.stream = ImageStream(storage, manifest, "train", order, SLICE, config, SEED)
 
     def slices(self, ahead, first_step=0):
         limit = int(ahead * self.shard_bytes)
-        return closing(load_slices(self.stream, ROUNDS, first_step, workers=0, prefetch_bytes=limit))
+        return closing(load_slices(self.stream, self.rounds, first_step, workers=0, prefetch_bytes=limit))
+
+    def look_ahead(self, limit=1 << 30):
+        return closing(LookAhead(self.stream.shards, self.rounds, 0, limit))
 
     def needed(self, first_step, last_step):
-        """Shards of the records of some steps."""
-        keys = [(turn.lane, step) for step in range(first_step, last_step + 1) for turn in ROUNDS]
+        """Shards of the records of some steps; none where the last is before the first."""
+        keys = [(turn.lane, step) for step in range(first_step, last_step + 1) for turn in self.rounds]
         return {location.shard for key in keys for location in self.stream.shards.order.slice(*key, SLICE)}
 
 
@@ -130,7 +141,7 @@ def test_without_it_every_shard_is_waited_for(store):
 
 @pytest.mark.parametrize("ahead", [0.5, 1, 2.5])
 def test_no_more_is_ahead_than_allowed_but_always_the_next_shard(store, ahead):
-    with closing(LookAhead(store.stream.shards, ROUNDS, 0, int(ahead * store.shard_bytes))) as look_ahead:
+    with store.look_ahead(int(ahead * store.shard_bytes)) as look_ahead:
         most = max(1, int(ahead))
         needs = list(takewhile(lambda need: need.step < STEPS, store.stream.shards.needs(ROUNDS, 0)))
         for step in range(STEPS):
@@ -143,24 +154,50 @@ def test_no_more_is_ahead_than_allowed_but_always_the_next_shard(store, ahead):
     assert store.blocking == 0
 
 
-@pytest.mark.parametrize("room", [5, 6, 8])
-def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, room):
-    """Two lanes with up to two open shards each."""
-    store, epochs = Store(shards, tmp_path / "cache", monkeypatch, room), 4
+@pytest.mark.parametrize(("lanes", "room"), [(1, 8), (2, 5), (2, 6), (2, 8)])
+def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, room):
+    """A lane has up to two shards open."""
+    config = CONFIG.model_copy(update={"lanes": lanes})
+    store, epochs = Store(shards, tmp_path / "cache", monkeypatch, room, config), 4
     with store.slices(ahead=100) as slices:
-        for _ in islice(slices, epochs * STEPS):
+        for store.step in range(epochs * STEPS * LANES // lanes):
+            next(slices)
             time.sleep(0.001)
     until(lambda: not threads())
+    assert not store.lost, "dropped between fetch and use"
     assert len(COUNTS) < len(store.fetched) <= epochs * len(COUNTS) + room
 
 
 def test_a_cache_without_room_is_not_filled_ahead(shards, tmp_path, monkeypatch):
     store = Store(shards, tmp_path / "cache", monkeypatch, room=2)
-    with closing(LookAhead(store.stream.shards, ROUNDS, 0, 1 << 30)) as look_ahead:
-        look_ahead.reached(0)
+    with store.look_ahead():
         until(lambda: store.needed(0, 0) <= set(store.fetched))
         time.sleep(0.02)
         assert set(store.fetched) == store.needed(0, 0)
+
+
+def test_what_the_stream_has_passed_is_not_fetched(store, monkeypatch):
+    slow, passed, fetch = threading.Event(), STEPS // 2, Storage._fetch
+    monkeypatch.setattr(Storage, "_fetch", lambda *arguments: slow.wait(10) and fetch(*arguments))
+    with store.look_ahead() as look_ahead:
+        look_ahead.reached(passed)
+        slow.set()
+        until(lambda: store.needed(passed, STEPS - 1) <= set(store.fetched))
+        over = store.needed(0, passed - 1) - store.needed(passed, STEPS - 1)
+        assert len(over & set(store.fetched[:-1])) <= 1 < len(over)
+
+
+def test_what_is_open_is_not_fetched_again(tmp_path, monkeypatch):
+    """Both lanes stay in the only shard, which the cache drops while it is mapped."""
+    place = Storage(f"memory://{uuid.uuid4().hex}")
+    store = Store((place.root, small.write_image_shards(place, {"train": (40,)})), tmp_path, monkeypatch)
+    with store.look_ahead() as look_ahead:
+        until(lambda: look_ahead._waiting)  # for the next epoch, so the shard is here
+        store.stream.shards.open(0, Path.unlink)
+        for step in range(12):
+            look_ahead.reached(step)
+            time.sleep(0.002)
+    assert store.fetched == [0]
 
 
 def test_the_thread_ends_with_the_stream(store):
@@ -196,6 +233,8 @@ def test_errors_are_the_streams(store, monkeypatch):
         fetch(storage, path, *rest)
 
     monkeypatch.setattr(Storage, "_fetch", fail)
+    with store.look_ahead():
+        until(lambda: len(store.fetched) == len(COUNTS) - 1)
     with store.slices(ahead=4) as slices:
         list(islice(slices, gone.step))
         with pytest.raises(UserError, match=f"{gone.shard:06d}.tar is gone"):
