@@ -12,14 +12,14 @@ from vavae.data.bench.run import Sizes
 from vavae.data.config import StreamConfig
 from vavae.data.order import order_of
 
-SMALL = Sizes(images=32, latents=64, shards=40, batches=4)
+SMALL = Sizes(images=32, latents=64, shards=40)
 CONTESTS = {
     ("tar records", "webdataset"),
     ("JPEG batches", "webdataset"),
     ("JPEG batches", "bare decoder"),
     ("latent batches", "webdataset"),
     ("start, 2,560 latents", "an entry each"),
-    ("memory, 4 batches", ""),
+    ("memory over an epoch", ""),
 }
 
 
@@ -98,7 +98,7 @@ def test_unequal_outputs_are_not_measured(monkeypatch, tmp_path):
 
 def test_where_linux_does_not_tell_memory_starting_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(start, "_STATUS", tmp_path / "missing")
-    (found,) = start.start_contests(tmp_path, 64, 40, 4)
+    (found,) = start.start_contests(tmp_path, 64, 40)
     assert isinstance(found, LeftOut)
 
 

@@ -77,8 +77,9 @@ class StreamConfig(Config):
     workers: int = runtime(0, ge=0)
     """Loader processes per training worker; 0 reads in the training process. Their number changes no sample."""
 
-    open_shards: int = runtime(64, ge=1)
-    """Shards that a process keeps mapped."""
+    open_shards: int = runtime(256, ge=1)
+    """Shards that a process keeps mapped. A lane draws from up to three at a time where shards are as long as blocks;
+    with fewer than all lanes of a process draw from, it maps them again and again."""
 
     prefetch_bytes: int = runtime(1 << 30, ge=0)
     """Most bytes that a training worker fetches from a store before the stream needs them, but always the next shard;

@@ -34,7 +34,7 @@ def image_contests(folder: Path, count: int) -> Iterator[Contest]:
     for other in others:
         decoded = torch.cat(list(other.batches()))[places([shard], steps)]
         assert torch.equal(decoded, ours), f"{other.name} decodes other pixels"
-    batches = processor_rate(lambda: read(stream, steps))
+    batches = processor_rate(lambda: read(image_stream(storage, manifest), steps))
     yield Contest("JPEG batches", _UNIT, {**{other.name: _adding(other.batches) for other in others}, OURS: batches})
     decoder = processor_rate(lambda: len([decode_image(data) for data in files]))
     yield Contest("JPEG batches", _UNIT, {"bare decoder": decoder, OURS: batches})
@@ -52,7 +52,7 @@ def latent_contests(folder: Path, count: int) -> Iterator[Contest]:
     assert torch.equal(theirs, ours), "webdataset reads other latents"
     sides = {
         "webdataset": _adding(lambda: latent_batches(tar)),
-        OURS: processor_rate(lambda: read(stream, steps)),
+        OURS: processor_rate(lambda: read(latent_stream(storage, manifest), steps)),
     }
     yield Contest("latent batches", _UNIT, sides)
 

@@ -23,8 +23,6 @@ class Sizes(NamedTuple):
     """In a shard of latents, 32 x 16 x 16 each."""
     shards: int = 1250
     """Of latents, where starting is measured."""
-    batches: int = 200
-    """Of 1,024 latents, over which memory is watched."""
 
 
 def run(rounds: int, sizes: Sizes) -> Iterator[Row | LeftOut]:
@@ -43,7 +41,7 @@ def run(rounds: int, sizes: Sizes) -> Iterator[Row | LeftOut]:
                 image_contests(folder / "images", sizes.images),
                 latent_contests(folder / "latents", sizes.latents),
                 store_contests(folder / "store", sizes.images),
-                start_contests(folder / "start", sizes.latents, sizes.shards, sizes.batches),
+                start_contests(folder / "start", sizes.latents, sizes.shards),
             ):
                 if isinstance(found, Contest):
                     yield from compete(found, rounds)

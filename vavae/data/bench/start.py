@@ -1,4 +1,4 @@
-"""Contests of starting: time and memory until the first batch of a set as large as ImageNet, and its growth then.
+"""Contests of starting: time and memory until the first batch of a set as large as ImageNet, and over an epoch of it.
 
 All shards of the set are one file under many names, so that a manifest of thousands needs no disk. Every turn has a
 process to itself. Memory is what the process alone holds (anonymous pages); mapped shards are the page cache's.
@@ -55,14 +55,13 @@ class _Reader(NamedTuple):
     stream: LatentStream
 
 
-def start_contests(folder: Path, latents: int, shards: int, batches: int) -> Iterator[Contest | Row | LeftOut]:
-    """Until the first batch, beside an entry per latent as the public reader keeps it; then more of ours.
+def start_contests(folder: Path, latents: int, shards: int) -> Iterator[Contest | Row | LeftOut]:
+    """Until the first batch, beside an entry per latent as the public reader keeps it; then an epoch of ours.
 
     Args:
         folder: for the files.
         latents: in a shard.
         shards: how many.
-        batches: of 1,024, over which memory is watched.
     """
     if not _STATUS.exists():
         yield LeftOut("start-up", f"there is no {_STATUS}, where Linux tells the memory of a process")
@@ -76,7 +75,7 @@ def start_contests(folder: Path, latents: int, shards: int, batches: int) -> Ite
     for unit, part in (("s of processor", 0), ("MiB", 1)):
         turns = {side: partial(_turn, start, latent_set, part) for side, start in sides.items()}
         yield Contest(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
-    yield Row(f"memory, {batches} batches", "MiB more", "", None, _apart(_growth, latent_set, batches), ())
+    yield Row("memory over an epoch", "MiB more", "", None, _apart(_growth, latent_set), ())
 
 
 def _turn(start: Callable[[_Set], _Started], latent_set: _Set, part: int) -> float:
@@ -99,15 +98,16 @@ def _cost(start: Callable[[_Set], _Started], latent_set: _Set) -> _Cost:
     return cost
 
 
-def _growth(latent_set: _Set, batches: int) -> float:
-    """MiB by which the most memory of many batches exceeds the most of their first half."""
-    stream = _open_ours(latent_set).stream
+def _growth(latent_set: _Set) -> float:
+    """MiB by which the most memory in an epoch exceeds the most in its first tenth."""
+    order, stream = _open_ours(latent_set)
+    steps = order.records_per_lane // _SLICE
     memory = []
-    for step in range(batches):
+    for step in range(steps):
         for lane in range(_CONFIG.lanes):
             stream[SliceKey(lane, step)]
         memory.append(_own_mebibytes())
-    return max(memory) - max(memory[: batches // 2])
+    return max(memory) - max(memory[: max(1, steps // 10)])
 
 
 def _own_mebibytes() -> float:
