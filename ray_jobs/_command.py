@@ -16,6 +16,7 @@ from vavae.config.load import dump, load
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.report.results import REPORT
+from vavae.storage.retry import StorageUnavailableError
 from vavae.training.config import RunConfig
 from vavae.training.estimate import bytes_to_write
 from vavae.training.run import STAGES, Job, Plan, Run
@@ -56,7 +57,10 @@ def _main(
     if arguments.dry_run:
         _dry_run(run, plan, works)
         return 0
-    plans = plan(run)
+    try:
+        plans = plan(run)
+    except StorageUnavailableError as error:
+        raise UserError(f"storage.root={config.storage.root}: {error}; check it and storage.endpoint") from error
     to_do = [job for job, found in plans.items() if not found.done]
     if to_do:
         if "prepare_shards" in to_do:

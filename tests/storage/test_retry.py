@@ -1,5 +1,6 @@
 """Which errors pass, and how long is waited: bounds, limits, and patience that starts anew with progress."""
 
+import importlib.util
 import threading
 import time
 
@@ -20,6 +21,12 @@ from vavae.storage.retry import Attempts, Counters, Counts, Retry, StorageUnavai
 
 def answered(status, code=""):
     return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+
+def of_the_hub(name):
+    """An error of the library by which huggingface_hub asks."""
+    library = "httpx2" if importlib.util.find_spec("httpx2") else "httpx"
+    return getattr(importlib.import_module(library), name)("x")
 
 
 def caused(error, cause):
@@ -47,6 +54,8 @@ def caused(error, cause):
         (aiohttp.ClientPayloadError(), True),
         (aiohttp.ServerDisconnectedError(), True),
         (ConnectionResetError(), True),
+        (of_the_hub("ConnectError"), True),
+        (of_the_hub("ReadTimeout"), True),
         (TimeoutError(), True),
         (FileNotFoundError(), False),
         (OSError(28, "no space left"), False),

@@ -26,6 +26,7 @@ _PASSING = {
     "requests.exceptions.ConnectionError",
     "requests.exceptions.Timeout",
     "httpx.TransportError",
+    "httpx2.TransportError",
 }
 _LASTING = {"botocore.exceptions.SSLError", "ssl.SSLCertVerificationError", "requests.exceptions.SSLError"}
 
