@@ -1,5 +1,7 @@
 """Shards are fetched before the stream needs them: in its order, within the bound, and nothing depends on it."""
 
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -210,6 +212,22 @@ def test_the_thread_ends_with_the_stream(store):
     next(slices)
     del slices
     until(lambda: not threads())
+
+
+_LEAVES = """
+import sys, threading, time
+from vavae.storage.storage import Storage
+storage, started = Storage("memory://x", sys.argv[1]), threading.Event()
+storage.write_bytes("shard", b"x")
+Storage.read_range = lambda *arguments: started.set() or time.sleep(60)
+threading.Thread(target=storage.local_file, args=("shard",), daemon=True).start()
+assert started.wait(60)
+"""
+
+
+def test_a_fetch_under_way_keeps_no_process_alive(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", _LEAVES, str(tmp_path)])
+    assert process.wait(timeout=50) == 0
 
 
 def test_local_shards_have_no_thread(tmp_path):

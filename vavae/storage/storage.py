@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -269,9 +269,13 @@ class Storage:
             if os.pwrite(file.fileno(), data, start) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
-        with ThreadPoolExecutor(self.options.connections) as pool:
-            for _ in pool.map(fetch_part, range(0, size, _PART_BYTES)):
+        pool = ThreadPool(self.options.connections)  # of daemons: a fetch in the background keeps no process alive
+        try:
+            for _ in pool.imap(fetch_part, range(0, size, _PART_BYTES)):
                 pass
+        finally:
+            pool.terminate()
+            pool.join()
 
     def _damaged(self, path: str, sha256: str | None) -> UserError:
         return UserError(f"{self.url(path)}: its SHA-256 is not {sha256}: the file is damaged; restore or remake it")
