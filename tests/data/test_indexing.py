@@ -12,10 +12,11 @@ from support import small
 from vavae.cli import main
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.data.image import encode_image
-from vavae.data.indexing import verify_shards
+from vavae.data.indexing import ShardFaults, verify_shards, without_unreadable
 from vavae.data.latents import LatentManifest, write_latents
 from vavae.data.manifest import ShardInfo, read_manifest, shard_file, write_manifest
 from vavae.data.order import order_of
+from vavae.data.passes import gather, read_images
 from vavae.data.sources.opening import open_source
 from vavae.data.stream import ImageStream, SliceKey
 from vavae.data.writer import find_shards, write_shards
@@ -152,6 +153,53 @@ def test_verify_names_classes_beyond_the_manifest_s_and_on_request_unreadable_im
     assert lines[0].startswith("train/000000.tar#000000002: label 2, but the manifest has 2 classes")
 
 
+def test_verify_drops_unreadable_images_from_an_index(tmp_path, capsys):
+    bad = [("train", index) for index in (1, 3, 4)]
+    small.write_image_shards(Storage(str(tmp_path / "theirs")), {"train": (3, 2, 4), "validation": (2,)}, damaged=bad)
+    folder, theirs = str(tmp_path / "index"), str(tmp_path / "theirs")
+    command = ["data", "index", folder, "--train", f"{theirs}/train", "--validation", f"{theirs}/validation"]
+    assert main(command) == 0
+    before = read_manifest(Storage(folder))
+    assert main(["data", "verify", folder, "--drop"]) == 0
+    manifest = read_manifest(Storage(folder))
+    assert [(shard.count, shard.dropped) for shard in manifest.splits["train"]] == [(2, (1,)), (4, None)]
+    assert manifest.splits["validation"] == before.splits["validation"]
+    assert (manifest.skipped[0], manifest.skipped_count) == ("train/000000.tar#000000001", 3)
+    assert manifest.digest != before.digest
+    kept = np.stack([small.image("train", index) for index in (0, 2, 5, 6, 7, 8)])
+    sized = manifest.model_copy(update={"image_size": small.SIZE})
+    found = gather(read_images(Storage(folder), sized, "train", 9, 9)).images.permute(0, 2, 3, 1)
+    assert np.array_equal(found, kept)
+    config = StreamConfig(lanes=1, crop="center", unreadable_limit=0)
+    stream = ImageStream(Storage(folder), sized, "train", order_of([2, 4], 0, config), 6, config, 0)
+    found = stream[SliceKey(0, 0)].images.permute(0, 2, 3, 1)
+    assert sorted(found.flatten().tolist()) == sorted(kept.flatten().tolist())
+    capsys.readouterr()
+    assert main(["data", "verify", folder, "--images"]) == 0
+    assert capsys.readouterr().out == "3 of 3 shards are as the manifest says\n"
+    assert main(["data", "verify", folder, "--drop"]) == 0
+    assert read_manifest(Storage(folder)) == manifest
+
+
+def test_dropping_leaves_something_and_no_run_s_own_shards(tmp_path, capsys):
+    storage = Storage(str(tmp_path / "theirs"))
+    manifest = small.write_image_shards(storage, {"train": (1,), "validation": (1,)}, damaged=[("train", 0)])
+    write_manifest(storage, "", manifest)
+    assert main(["data", "verify", storage.root, "--drop"]) == 2
+    assert "is a run's own: delete the shard with the image" in capsys.readouterr().err
+    sources = ["--train", f"{storage.root}/train", "--validation", f"{storage.root}/validation"]
+    assert main(["data", "index", str(tmp_path / "index"), *sources]) == 0
+    assert main(["data", "verify", str(tmp_path / "index"), "--drop"]) == 2
+    assert "no image of split train can be read" in capsys.readouterr().err
+
+
+def test_a_manifest_less_other_images_is_another(tmp_path):
+    manifest = small.write_image_shards(Storage(str(tmp_path)), {"train": (3,)})
+    faults = [ShardFaults("train", 0, [], {position: "x: unreadable"}) for position in (0, 1)]
+    digests = {manifest.digest, *(without_unreadable(manifest, [each]).digest for each in faults)}
+    assert len(digests) == 3
+
+
 def test_verify_reads_latents_too(tmp_path, capsys):
     storage, arrays = Storage(str(tmp_path)), np.zeros((2, 2, 3, 2, 2), np.float16)
     with storage.create("train/000000.tar") as local:
@@ -171,9 +219,9 @@ def test_verify_asks_the_store_and_not_the_cache(tmp_path):
     storage = Storage(f"memory://{uuid.uuid4().hex}", str(tmp_path))
     manifest = small.write_image_shards(storage, {"train": (2,)})
     shard_file(storage, "train", manifest.splits["train"][0])  # now it is in the cache, too
-    assert list(verify_shards(storage, manifest, images=False)) == [[]]
+    assert not next(verify_shards(storage, manifest, images=False)).lines
     storage.delete("train/000000.tar")
-    ((line,),) = verify_shards(storage, manifest, images=False)
+    (line,) = next(verify_shards(storage, manifest, images=False)).lines
     assert "train/000000.tar is gone, but the manifest names it" in line
 
 

@@ -256,6 +256,15 @@ def test_a_shard_without_a_readable_image_is_an_error(images, extract, tokenizer
         encode_all(extract(manifest=manifest), tokenizer)
 
 
+def test_images_that_the_manifest_drops_have_no_latent(images, manifest, extract, tokenizer):
+    first, *others = manifest.splits["train"]
+    first = first.model_copy(update={"count": 4, "dropped": (1,)})
+    extraction = extract(manifest=manifest.model_copy(update={"splits": {"train": (first, *others)}}))
+    encode_all(extraction, tokenizer)
+    record = extraction.record(extraction.tasks()[0])
+    assert (record.keys, record.skipped) == (tuple(f"train {index}" for index in (0, 2, 3, 4)), ())
+
+
 def test_a_class_beyond_the_manifest_s_is_an_error(manifest, extract, tokenizer):
     with pytest.raises(UserError, match=r"train/000000.tar#000000002: label 2, but the manifest has 2 classes"):
         encode_all(extract(manifest=manifest.model_copy(update={"classes": ("a", "b")})), tokenizer)

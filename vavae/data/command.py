@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import filesize
 
-from vavae.data.manifest import MANIFEST, read_manifest, write_manifest
+from vavae.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from vavae.errors import UserError
 from vavae.storage.config import DEFAULT_CACHE, StorageOptions
 from vavae.storage.storage import Storage
@@ -22,6 +22,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
     verify = _command(commands, "verify", "check size, checksum, count and classes of every shard", _verify)
     verify.add_argument("--images", action="store_true", help="decode every image, too")
+    verify.add_argument("--drop", action="store_true", help="decode, and take unreadable images out of the manifest")
     stats = _command(commands, "stats", "show counts, sizes and classes", _stats)
     for command in (index, verify, stats):
         command.add_argument("folder", metavar="FOLDER", help=f"path or URL of the folder of {MANIFEST}")
@@ -54,20 +55,28 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from vavae.data.indexing import verify_shards
+    from vavae.data.indexing import ShardFaults, verify_shards, without_unreadable
     from vavae.data.latents import LatentManifest, read_any_manifest
 
-    storage = _storage(arguments)
+    storage, images = _storage(arguments), arguments.images or arguments.drop
     manifest = read_any_manifest(storage)
-    if arguments.images and isinstance(manifest, LatentManifest):
-        raise UserError(f"{storage.url()} holds latents, which have no images to decode: leave --images out")
-    whole = 0
-    for faults in verify_shards(storage, manifest, arguments.images):
-        print(*faults, sep="\n", end="\n" if faults else "", flush=True)
-        whole += not faults
-    shards = sum(map(len, manifest.splits.values()))
-    print(f"{whole} of {shards} shards are as the manifest says")
-    return 0 if whole == shards else 1
+    if images and isinstance(manifest, LatentManifest):
+        raise UserError(f"{storage.url()} holds latents, which have no images to decode: leave the option out")
+    if arguments.drop and any(shard.url is None for shards in manifest.splits.values() for shard in shards):
+        raise UserError(f"{storage.url()} is a run's own: delete the shard with the image and run prepare_shards again")
+    found: list[ShardFaults] = []
+    for faults in verify_shards(storage, manifest, images):
+        for line in (*faults.lines, *faults.unreadable.values()):
+            print(line, flush=True)
+        found.append(faults)
+    unreadable = sum(len(faults.unreadable) for faults in found)
+    if arguments.drop and unreadable:
+        assert isinstance(manifest, Manifest), "latents were refused"
+        write_manifest(storage, "", without_unreadable(manifest, found))
+        print(f"{unreadable:,} images are out of the manifest, which makes it another source for a run")
+    whole = sum(not faults.lines and (arguments.drop or not faults.unreadable) for faults in found)
+    print(f"{whole} of {len(found)} shards are as the manifest says")
+    return 0 if whole == len(found) else 1
 
 
 def _stats(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,20 @@ def _shards(urls: Sequence[str], storage: Storage) -> Iterator[Storage]:
         yield from (place.child(name) if name else place for name in names)
 
 
-def verify_shards(storage: Storage, manifest: Manifest | LatentManifest, images: bool) -> Iterator[list[str]]:
-    """What is wrong with each shard in turn, in lines; mostly nothing.
+class ShardFaults(NamedTuple):
+    """What is wrong with a shard; mostly nothing."""
+
+    split: str
+    number: int
+    """Position of the shard in its split."""
+    lines: list[str]
+    """Whatever would stop a run."""
+    unreadable: dict[int, str]
+    """A line for each image that cannot be read, by position in the shard."""
+
+
+def verify_shards(storage: Storage, manifest: Manifest | LatentManifest, images: bool) -> Iterator[ShardFaults]:
+    """What is wrong with each shard, in turn.
 
     A shard may be gone, have another size, checksum or count than the manifest says, or a class beyond the manifest's.
     All of it is read where it lies: no copy in the cache of this machine stands in for a shard of a store.
@@ -78,28 +90,55 @@ def verify_shards(storage: Storage, manifest: Manifest | LatentManifest, images:
         images: decode every image, too.
     """
     for split, shards in manifest.splits.items():
-        for info in shards:
+        for number, info in enumerate(shards):
+            faults = ShardFaults(split, number, [], {})
             with tempfile.TemporaryDirectory(prefix="vavae-") as cache:
                 fresh = Storage(storage.root, cache, storage.options)
                 try:
-                    shard = MappedShard(shard_file(fresh, split, info), info.count)
+                    shard = MappedShard(shard_file(fresh, split, info), info.count, info.dropped)
                 except UserError as error:
-                    yield [str(error)]
+                    faults.lines.append(str(error))
                 else:
-                    yield list(_faults(shard, f"{split}/{info.name}", len(manifest.classes), images))
+                    _look_through(shard, info, len(manifest.classes), images, faults)
+            yield faults
 
 
-def _faults(shard: MappedShard, name: str, classes: int, images: bool) -> Iterator[str]:
-    for index in range(len(shard)):
-        record, place = shard[index], f"{name}#{shard.key(index)}"
+def _look_through(shard: MappedShard, info: ShardInfo, classes: int, images: bool, faults: ShardFaults) -> None:
+    dropped = info.dropped or ()
+    positions = (position for position in range(len(shard) + len(dropped)) if position not in dropped)
+    for index, position in enumerate(positions):
+        record, place = shard[index], f"{faults.split}/{info.name}#{shard.key(index)}"
         try:
             label_of(record, classes, place)
             if images:
                 decode_image(image_bytes(record, place))
         except UserError as error:
-            yield str(error)
+            faults.lines.append(str(error))
         except UnreadableImage as error:
-            yield f"{place}: unreadable ({error})"
+            faults.unreadable[position] = f"{place}: unreadable ({error})"
+
+
+def without_unreadable(manifest: Manifest, found: Iterable[ShardFaults]) -> Manifest:
+    """The manifest of the same shards less their unreadable images: another content, of another digest.
+
+    Raises:
+        UserError: no image of a split is left.
+    """
+    splits = {split: list(shards) for split, shards in manifest.splits.items()}
+    names: list[str] = []
+    for faults in found:
+        info = splits[faults.split][faults.number]
+        dropped = tuple(sorted({*(info.dropped or ()), *faults.unreadable}))
+        if faults.unreadable:
+            update = {"count": info.count - len(faults.unreadable), "dropped": dropped}
+            splits[faults.split][faults.number] = info.model_copy(update=update)
+        names += [line.partition(": ")[0] for line in faults.unreadable.values()]
+    left = {split: tuple(shard for shard in shards if shard.count) for split, shards in splits.items()}
+    empty = next((split for split, shards in left.items() if not shards), None)
+    if empty:
+        raise UserError(f"no image of split {empty} can be read: nothing would be left of it")
+    skipped = {"skipped": (*manifest.skipped, *names), "skipped_count": manifest.skipped_count + len(names)}
+    return manifest.model_copy(update={"splits": left, **skipped})
 
 
 class SplitStatistics(NamedTuple):
@@ -122,7 +161,7 @@ def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitS
     labels, extensions, size = Counter[int](), Counter[str](), 0
     shards = manifest.splits[split]
     for info in shards:
-        shard = MappedShard(shard_file(storage, split, info), info.count)
+        shard = MappedShard(shard_file(storage, split, info), info.count, info.dropped)
         for index in range(len(shard)):
             record, place = shard[index], f"{split}/{info.name}#{shard.key(index)}"
             labels[label_of(record, len(manifest.classes), place)] += 1

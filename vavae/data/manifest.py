@@ -28,11 +28,13 @@ class ShardInfo(BaseModel):
 
     name: str
     count: int
-    """Images in it."""
+    """Images of it that are used."""
     bytes: int
     sha256: str
     url: str | None = None
     """Where a shard lies that others made."""
+    dropped: tuple[int, ...] | None = None
+    """Positions of records that are left out, and not counted, because their images cannot be read."""
 
 
 class Manifest(BaseModel):
@@ -61,7 +63,10 @@ class Manifest(BaseModel):
     @property
     def digest(self) -> str:
         """Digest of the content: the shards by checksum and order, and the classes."""
-        shards = {name: [[shard.sha256, shard.count] for shard in split] for name, split in self.splits.items()}
+        shards = {
+            name: [[shard.sha256, shard.count, *([shard.dropped] if shard.dropped else [])] for shard in split]
+            for name, split in self.splits.items()
+        }
         return digest({"shards": shards, "classes": self.classes})
 
     def count(self, split: str) -> int:

@@ -2,7 +2,7 @@
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -38,18 +38,21 @@ class MappedShard:
     Args:
         path: the shard.
         count: records that the manifest promises, where there is one.
+        dropped: positions of records that it leaves out.
 
     Raises:
         UserError: the file is no tar, ends early, has another count, a key twice or a name that leads elsewhere.
     """
 
-    def __init__(self, path: Path, count: int | None = None) -> None:
+    def __init__(self, path: Path, count: int | None = None, dropped: Collection[int] | None = None) -> None:
         try:
             with path.open("rb") as file:
-                self._memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             records = index_tar(path, self._memory)
         except ValueError as error:
             raise UserError(f"{path}: not a readable shard ({error}); make the shards again") from error
+        if dropped:
+            records = {key: parts for at, (key, parts) in enumerate(records.items()) if at not in dropped}
         if count not in (None, len(records)):
             raise UserError(f"{path}: {len(records)} records where the manifest says {count}; make the shards again")
         self._keys, self._records = list(records), list(records.values())
@@ -58,7 +61,7 @@ class MappedShard:
         return len(self._records)
 
     def __getitem__(self, record: int) -> Mapping[str, bytes]:
-        return {extension: bytes(self._memory[start:end]) for extension, (start, end) in self._records[record].items()}
+        return {extension: self._memory[start:end] for extension, (start, end) in self._records[record].items()}
 
     def key(self, record: int) -> str:
         """Name of the i-th record."""

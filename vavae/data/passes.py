@@ -1,7 +1,7 @@
 """Passes over whole shards, in their order."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,19 +30,23 @@ class LabelledImages(NamedTuple):
     """int64 [B]."""
 
 
-def shard_records(path: Path, count: int | None = None) -> Iterator[dict[str, Any]]:
+def shard_records(
+    path: Path, count: int | None = None, dropped: Collection[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Every record of a shard, streamed in order by WebDataset: `__key__`, and extension → bytes.
 
     Args:
         path: the shard.
         count: records that a manifest promises, where there is one.
+        dropped: positions of records that it leaves out.
 
     Raises:
         UserError: the shard is damaged or has another count.
     """
-    MappedShard(path, count)  # looks through all names: a stream would notice damage only when it gets there
+    MappedShard(path, count, dropped)  # looks through all names: a stream would notice damage only when it gets there
     with path.open("rb") as stream:
-        yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        records = group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        yield from (record for at, record in enumerate(records) if at not in (dropped or ()))
 
 
 def read_images(
@@ -65,7 +69,7 @@ def read_images(
 
 
 def _samples(storage: Storage, manifest: Manifest, split: str, info: ShardInfo) -> Iterator[tuple[np.ndarray, int]]:
-    for record in shard_records(shard_file(storage, split, info), info.count):
+    for record in shard_records(shard_file(storage, split, info), info.count, info.dropped):
         place = f"{split}/{info.name}#{record['__key__']}"
         try:
             pixels = prepare_image(image_bytes(record, place), manifest.image_size)

@@ -141,7 +141,7 @@ class ImageStream(ShardStream[ImageSlice]):
 
     def _map(self, shard: int) -> MappedShard:
         def open_file(path: Path) -> MappedShard:
-            return MappedShard(path, self.shards.infos[shard].count)
+            return MappedShard(path, self.shards.infos[shard].count, self.shards.infos[shard].dropped)
 
         return self.shards.open(shard, open_file)
 

@@ -118,7 +118,7 @@ class Extraction:
             return
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
-        records = shard_records(shard_file(self._images, task.split, source), source.count)
+        records = shard_records(shard_file(self._images, task.split, source), source.count, source.dropped)
         images = _ReadableImages(records, path, self._manifest.image_size, len(self._manifest.classes))
         statistics = LatentStatistics(model.config.latent_dim)
         arrays, labels, keys = [], [], []
