@@ -1,6 +1,7 @@
 """WebDataset tars: ours depend on nothing but their content (USTAR, no times, no owners), and any is indexed fast."""
 
 import io
+import mmap
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def write_tar(path: Path) -> Iterator[ShardWriter]:
         yield ShardWriter(tar)
 
 
-def index_tar(path: Path, memory: memoryview) -> dict[str, dict[str, tuple[int, int]]]:
+def index_tar(path: Path, memory: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
     """The records of a tar: consecutive members of one key (WebDataset's rule).
 
     Args:
@@ -86,13 +87,13 @@ def index_tar(path: Path, memory: memoryview) -> dict[str, dict[str, tuple[int, 
     return records
 
 
-def _members(path: Path, memory: memoryview) -> Iterator[tuple[str, int, int]]:
+def _members(path: Path, memory: mmap.mmap) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of every file in a tar, much faster than `tarfile` where plain headers suffice."""
     at, last = 0, len(memory) - _BLOCK
     offsets: list[int] = []
     headers: list[bytes] = []
     while at <= last:
-        header = memory[at : at + _BLOCK].tobytes()
+        header = memory[at : at + _BLOCK]
         if header == _EMPTY:
             break
         kind = header[_TYPE]
