@@ -1,14 +1,14 @@
 """Contests of one core over shards in the page cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from vavae.data.bench.contest import OURS, Contest, processor_rate
 from vavae.data.bench.ours import image_stream, latent_stream, places, read, tar_records
-from vavae.data.bench.rivals import latent_batches, rivals
+from vavae.data.bench.rivals import in_batches, latent_batches, rivals
 from vavae.data.bench.shards import BATCH, SPLIT, make_images, make_latents, write_images, write_latent_shard
 from vavae.data.image import decode_image
 from vavae.data.stream import SliceKey
@@ -36,8 +36,7 @@ def image_contests(folder: Path, count: int) -> Iterator[Contest]:
         assert torch.equal(decoded, ours), f"{other.name} decodes other pixels"
     batches = processor_rate(lambda: read(image_stream(storage, manifest), steps))
     yield Contest("JPEG batches", _UNIT, {**{other.name: _adding(other.batches) for other in others}, OURS: batches})
-    decoder = processor_rate(lambda: len([decode_image(data) for data in files]))
-    yield Contest("JPEG batches", _UNIT, {"bare decoder": decoder, OURS: batches})
+    yield Contest("JPEG batches", _UNIT, {"bare decoder": _adding(lambda: _decoded(files)), OURS: batches})
 
 
 def latent_contests(folder: Path, count: int) -> Iterator[Contest]:
@@ -57,9 +56,13 @@ def latent_contests(folder: Path, count: int) -> Iterator[Contest]:
     yield Contest("latent batches", _UNIT, sides)
 
 
+def _decoded(files: Iterable[bytes]) -> Iterator[list[np.ndarray]]:
+    return ([decode_image(data) for data in batch] for batch in in_batches(files))
+
+
 def _counting(records: Callable[[], Iterator[bytes]]) -> Callable[[], float]:
     return processor_rate(lambda: sum(1 for _ in records()))
 
 
-def _adding(batches: Callable[[], Iterator[Tensor]]) -> Callable[[], float]:
+def _adding(batches: Callable[[], Iterator[Sized]]) -> Callable[[], float]:
     return processor_rate(lambda: sum(len(batch) for batch in batches()))

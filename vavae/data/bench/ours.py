@@ -31,8 +31,8 @@ def latent_stream(storage: Storage, manifest: LatentManifest) -> LatentStream:
 
 
 def read(stream: ImageStream | LatentStream, steps: range) -> int:
-    """How many samples the batches of these steps have, all of them read."""
-    return sum(len(stream[SliceKey(0, step)].labels) for step in steps)
+    """How many samples the batches of these steps have, all of them read, each there until the next one is."""
+    return sum(len(batch.labels) for batch in (stream[SliceKey(0, step)] for step in steps))
 
 
 def places(shards: Sequence[ShardInfo], steps: range) -> list[int]:

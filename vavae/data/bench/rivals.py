@@ -85,7 +85,7 @@ def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Rival:
         return (bytes(sample["jpg"]) for sample in dataset)
 
     def batches() -> Iterator[Tensor]:
-        for batch in _in_batches(records()):
+        for batch in in_batches(records()):
             yield _stacked([np.asarray(Image.open(io.BytesIO(data))) for data in batch])
 
     return Rival(name, records, batches)
@@ -98,7 +98,7 @@ def streamed_batches(bodies: Iterable[io.BufferedIOBase]) -> Iterator[Tensor]:
 
 def latent_batches(tar: Path) -> Iterator[Tensor]:
     """WebDataset's latents, with deviations and labels beside the means that are returned: float32 [B, C, H, W]."""
-    for samples in _in_batches(webdataset.WebDataset(str(tar), shardshuffle=False)):
+    for samples in in_batches(webdataset.WebDataset(str(tar), shardshuffle=False)):
         arrays = [np.load(io.BytesIO(sample["latent.npy"])) for sample in samples]
         torch.tensor([int(sample["cls"]) for sample in samples])
         yield torch.from_numpy(np.stack(arrays)).float()[:, 0]
@@ -106,7 +106,7 @@ def latent_batches(tar: Path) -> Iterator[Tensor]:
 
 def _decoded(samples: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
     """Batches decoded by WebDataset, through Pillow."""
-    for batch in _in_batches(webdataset.decode("rgb8")(samples)):
+    for batch in in_batches(webdataset.decode("rgb8")(samples)):
         yield _stacked([sample["jpg"] for sample in batch])
 
 
@@ -114,7 +114,8 @@ def _stacked(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
 
 
-def _in_batches(items: Iterable[T]) -> Iterator[list[T]]:
+def in_batches(items: Iterable[T]) -> Iterator[list[T]]:
+    """Lists of 32, the last shorter where they don't come out even."""
     iterator = iter(items)
     while batch := list(islice(iterator, BATCH)):
         yield batch

@@ -15,20 +15,20 @@ from vavae.storage.storage import Storage, sha256_of
 
 BATCH = 32
 SPLIT = "train"
-_SIDE, _LATENT, _DISTINCT, _QUALITY = 256, (32, 16, 16), 64, 90
+_SIDE, _LATENT, _QUALITY = 256, (32, 16, 16), 90
 _CLASSES = tuple(str(label) for label in range(10))
 
 
 def make_images(count: int) -> list[bytes]:
-    """JPEG files of 256 x 256 pixels; every 64th is the same."""
+    """JPEG files of 256 x 256 pixels."""
     random = numpy_generator(0, "bench")
     files = []
-    for _ in range(min(count, _DISTINCT)):
+    for _ in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (_SIDE // 16, _SIDE // 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), np.int64)
         grainy = (smooth + random.integers(-5, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
         files.append(encode_image(Image.fromarray(grainy), "jpeg", _QUALITY).data)
-    return [files[index % _DISTINCT] for index in range(count)]
+    return files
 
 
 def write_images(storage: Storage, files: Sequence[bytes], shards: int = 1) -> Manifest:
