@@ -76,7 +76,7 @@ def wall_rate(work: Callable[[], int]) -> Callable[[], float]:
 
 
 def _rate(work: Callable[[], int], clock: Callable[[], float]) -> float:
-    gc.disable()  # as timeit does: a collection walks through all that was ever imported, whoever's turn it is
+    gc.disable()  # as timeit does: a collection walks through all that was ever imported, whosever turn it is
     try:
         start = clock()
         count = work()
