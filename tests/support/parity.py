@@ -1,6 +1,6 @@
 """The same few steps of both trainings under any engine, and what they did."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from vavae.data.stream import ImageSlice
 from vavae.distributed.world import World
 from vavae.training.config import RunConfig
 from vavae.training.run import Job
+from vavae.training.step import Step
 
 TORCH: dict[str, Any] = {"backend": "torch"}
 ZERO: list[dict[str, Any]] = [
@@ -72,14 +73,13 @@ def _config(setup: Setup) -> RunConfig:
         optimizer={"learning_rate": rates[2], "max_grad_norm": 1.0},
         train_vavae={"optimizer": generator, "discriminator_optimizer": discriminator},
     )
-    alignment = {"distmat_weight": 0.0} if setup.smooth else {}
-    vision_foundation = config.losses.vision_foundation.model_copy(update=alignment)
+    if setup.smooth:
+        config = smooth_config(config)
     # Adam makes whole steps of the rounding in the gradients of biases that a normalisation cancels: those in front of
     # one with as many groups as channels, which no network has that one would train.
     tokenizer = {"channels": 32 if setup.sgd else 64, "checkpoint_activations": setup.recompute}
     sections = {
         "stream": config.stream.model_copy(update={"lanes": setup.lanes}),
-        "losses": config.losses.model_copy(update={"vision_foundation": vision_foundation}),
         "tokenizer": config.tokenizer.model_copy(update=tokenizer),
         "lightningdit": config.lightningdit.model_copy(update={"checkpoint_activations": setup.recompute}),
     }
@@ -92,13 +92,12 @@ def _train(world: World, job: Job, setup: Setup) -> History:
     step = build_step(job, config, world)
     stream = load_slices(step.source(), assign_lanes(setup.lanes, world.rank, world.size), 0, workers=0)
     if setup.smooth:
-        _smooth([*(engine.module for engine in step.engines.values()), getattr(step, "teacher", nn.Identity())])
+        smooth_networks(step)
     before, figures = _parameters(step.engines), []
     for number in range(setup.steps):
         slices = next(stream)
-        for item in slices:
-            if setup.smooth and isinstance(item, ImageSlice):
-                item.images.copy_(255 * (item.images > 127))  # no reconstruction meets black or white
+        if setup.smooth:
+            smooth_images(slices)
         result = step.run(slices, number * training.batch_size, training.optimizer.learning_rate / (1 + number))
         figures.append(world.sum_terms(result.terms) | dict(result.gradient_norms))
     after = _parameters(step.engines)
@@ -111,7 +110,24 @@ def _train(world: World, job: Job, setup: Setup) -> History:
     return History(figures, before, after, max((error(here[name], after[name]) for name in here), default=0.0))
 
 
-def _smooth(networks: list[nn.Module]) -> None:
+def smooth_config(config: RunConfig) -> RunConfig:
+    """Losses without a kink, but for that at equal pixels."""
+    vision_foundation = config.losses.vision_foundation.model_copy(update={"distmat_weight": 0.0})
+    return config.model_copy(
+        update={"losses": config.losses.model_copy(update={"vision_foundation": vision_foundation})}
+    )
+
+
+def smooth_images(slices: Sequence[Any]) -> None:
+    """Leave black and white, which no reconstruction meets."""
+    for item in slices:
+        if isinstance(item, ImageSlice):
+            item.images.copy_(255 * (item.images > 127))
+
+
+def smooth_networks(step: Step) -> None:
+    """Put a smooth activation in the place of each that has a kink."""
+    networks = [*(engine.module for engine in step.engines.values()), getattr(step, "teacher", nn.Identity())]
     for layer in [layer for network in networks for layer in network.modules()]:
         for name, child in layer.named_children():
             if isinstance(child, (nn.ReLU, nn.ReLU6, nn.LeakyReLU)):

@@ -1,15 +1,25 @@
 """Which checkpoint a run goes on from, which ones stay, and which are refused."""
 
+import errno
 import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from threading import Event
 
 import pytest
+from support.gloo import Nursery
 from support.toy import FRESH, ToyStep, toy_checkpoints, train_toy
+from torch import Tensor
 
 from vavae.data.stream import SliceKey
+from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.storage.artefact import RECORD
 from vavae.storage.storage import Storage
+from vavae.training.checkpoint import Checkpoints
+from vavae.training.step import StepResult
 
 
 @pytest.fixture
@@ -44,7 +54,7 @@ def test_the_last_ones_stay(storage: Storage) -> None:
     assert _saved(storage) == ["000000000012", "000000000016", "000000000020"]
 
 
-@pytest.mark.parametrize("damage", ["no record", "file missing", "file shorter", "record unreadable"])
+@pytest.mark.parametrize("damage", ["no record", "file missing", "file shorter", "a bit flipped", "record unreadable"])
 def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     train_toy(storage, images=8, checkpoint_images=4)
     newest = storage.child("checkpoints/000000000008")
@@ -55,6 +65,9 @@ def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCa
             newest.delete("toy/00000.safetensors")
         case "file shorter":
             newest.write_bytes("toy/00000.safetensors", newest.read_bytes("toy/00000.safetensors")[:-1])
+        case "a bit flipped":
+            data = newest.read_bytes("toy/00000.safetensors")
+            newest.write_bytes("toy/00000.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
         case "record unreadable":
             newest.write_bytes(RECORD, b"{")
     with caplog.at_level(logging.WARNING):
@@ -92,3 +105,92 @@ def test_checkpoints_work_in_an_object_store() -> None:
     assert toy_checkpoints(storage).restore(other).images_seen == 8
     assert other.model.weight.equal(step.model.weight)
     assert any("tfevents" in name for name in storage.list("tensorboard"))
+
+
+class Slow:
+    """A storage whose files are not there before somebody lets them through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passage = Event()
+        put = Storage.create
+
+        @contextmanager
+        def create(storage: Storage, path: str) -> Iterator[Path]:
+            with put(storage, path) as file:
+                yield file
+                assert self.passage.wait(10), "let through within ten seconds"
+
+        monkeypatch.setattr(Storage, "create", create)
+
+
+class Watching(ToyStep):
+    """Looks at the checkpoints before every step, and lets them through before one."""
+
+    def __init__(self, storage: Storage, slow: Slow, release_at: int) -> None:
+        super().__init__()
+        self._storage, self._slow, self._release_at = storage, slow, release_at
+        self.committed: list[list[str]] = []
+
+    def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+        """See `Step.run`."""
+        names = _saved(self._storage)
+        self.committed.append([name for name in names if self._storage.exists(f"checkpoints/{name}/{RECORD}")])
+        if images_seen == self._release_at:
+            self._slow.passage.set()
+        return super().run(slices, images_seen, learning_rate)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Watching(storage, Slow(monkeypatch), release_at=20)
+    train_toy(storage, step, images=24, checkpoint_images=12)
+    assert step.committed[:6] == [[]] * 6
+    assert _saved(storage) == ["000000000012", "000000000024"]
+    other = ToyStep()
+    storage.child("checkpoints/000000000024").delete(RECORD)
+    assert toy_checkpoints(storage).restore(other).images_seen == 12
+    third = ToyStep()
+    for number in range(3):
+        third.run([third[SliceKey(0, number)]], 0, 1e-4)
+    assert other.model.weight.equal(third.model.weight), "of the moment at which it was taken"
+
+
+def test_what_cannot_be_written_stops_the_run_at_the_next_one(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, step = Storage.create, ToyStep()
+
+    def create(storage: Storage, path: str) -> AbstractContextManager[Path]:
+        if path.startswith("000000000008"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return put(storage, path)
+
+    monkeypatch.setattr(Storage, "create", create)
+    with pytest.raises(UserError, match=r"no checkpoint could be written: .*No space left on device: '000000000008"):
+        train_toy(storage, step, images=24, checkpoint_images=4)
+    assert len(step.rates) == 3, "it goes on until then"
+    assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 4
+
+
+def fail_on_the_last_rank(world: World, folder: Path) -> str:
+    """The error of this rank."""
+    step, storage = ToyStep(), Storage(str(folder))
+    checkpoints = Checkpoints(storage, FRESH, 2, world)
+    if world.rank == world.size - 1:
+
+        def create(storage: Storage, path: str) -> AbstractContextManager[Path]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+        Storage.create = create  # type: ignore[method-assign]
+    checkpoints.save(step, FRESH.advanced(4))
+    try:
+        checkpoints.settle()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.gloo
+def test_all_ranks_stop_where_one_cannot_write(gloo: Nursery, tmp_path: Path) -> None:
+    errors = gloo.run(3, fail_on_the_last_rank, tmp_path)
+    assert ["Permission denied: '000000000004/toy/00002.safetensors'" in error for error in errors] == [True] * 3
+    assert not list(tmp_path.rglob(RECORD))

@@ -1,0 +1,14 @@
+"""The short form of `tests/soak.py`."""
+
+from pathlib import Path
+
+import pytest
+from soak import soak
+from support.gloo import Nursery
+
+
+@pytest.mark.gloo
+def test_a_training_survives_everything(gloo: Nursery, tmp_path: Path) -> None:
+    report = soak(gloo, tmp_path, seed=0, seconds=45)
+    assert report.rounds >= 2
+    assert not report.missed
