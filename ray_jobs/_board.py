@@ -25,6 +25,7 @@ class _BoardActor:
         self._advanced = 0
         self._stop = False
         self._error: str | None = None
+        self._outage: str | None = None
 
     def post(self, progress: Progress) -> None:
         self._latest = progress
@@ -46,6 +47,12 @@ class _BoardActor:
 
     def error(self) -> str | None:
         return self._error
+
+    def lament(self, outage: str) -> None:
+        self._outage = outage
+
+    def outage(self) -> str | None:
+        return self._outage
 
 
 class Board:
@@ -98,6 +105,14 @@ class Board:
     def error(self) -> str | None:
         """The user's error that a worker left."""
         return ray.get(self._actor.error.remote())
+
+    def lament(self, outage: str) -> None:
+        """Tell the driver of what another try may find mended."""
+        ray.get(self._actor.lament.remote(outage))
+
+    def outage(self) -> str | None:
+        """What a worker lamented last."""
+        return ray.get(self._actor.outage.remote())
 
 
 @contextmanager

@@ -107,13 +107,21 @@ def _do(run: Run, job: Job, work: Work) -> None:
         return
     start = time.monotonic()
     try:
-        work(run)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
+        _in_one_line(work, run)
+    except StorageUnavailableError as error:
+        raise UserError(f"{job}: {error}; the same command goes on from what is there") from error
     digest = run.require(job).digest[:12]
     print(f"{job:<18} made  {digest}  in {clock(time.monotonic() - start)}", flush=True)
+
+
+def _in_one_line(work: Work, run: Run) -> None:
+    """Do some work; what a pooled worker met is raised as if it had been met here, where it has a line of its own."""
+    try:
+        work(run)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError | StorageUnavailableError):
+            raise error.cause from None
+        raise
 
 
 def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:

@@ -12,6 +12,7 @@ from ray_jobs._board import Board, shown, stopped_by_signals
 from ray_jobs._session import RaySession
 from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.storage.retry import StorageUnavailableError
 from vavae.training.jobs import TRAININGS
 from vavae.training.run import Job, Run
 
@@ -41,7 +42,7 @@ def fit(run: Run, job: Job) -> None:
         try:
             trainer.fit()
         except TrainingFailedError:
-            error = board.error()
+            error = board.error() or board.outage()
             if error is not None:
                 raise UserError(error) from None
             raise
@@ -66,12 +67,16 @@ def _resources(run: Run) -> dict[str, float]:
 def _worker(settings: dict[str, Any]) -> None:
     """One rank of the training; Ray Train calls it in every worker."""
     run: Run = settings["run"]
+    job: Job = settings["job"]
     board: Board = settings["board"]
     if board.error() is not None:
         return  # restarted after an error that a restart can't mend
     torch.set_num_threads(run.config.workers.threads)
     try:
-        TRAININGS[settings["job"]](run, RaySession(board), World.current(run.config.workers.use_gpu))
+        TRAININGS[job](run, RaySession(board), World.current(run.config.workers.use_gpu))
     except UserError as error:
         board.fail(str(error))
+        raise
+    except StorageUnavailableError as error:
+        board.lament(f"{job}: {error}; the same command goes on from the last checkpoint")
         raise

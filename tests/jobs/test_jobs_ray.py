@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
 from ray_jobs._cluster import cluster
 from vavae.config import load
+from vavae.storage.artefact import RECORD
+from vavae.storage.retry import StorageUnavailableError
 from vavae.training.config import RunConfig
 from vavae.training.run import Run
 
@@ -87,24 +89,21 @@ def test_deleted_samples_alone_are_made_again(arguments: list[str], root: Path) 
     assert changed == ["sample"]
 
 
-def test_deleted_training_comes_back_bit_for_bit(arguments: list[str]) -> None:
-    run = Run(load(RunConfig, CONFIG, arguments[2:]))
-    before = run.require("train_lightningdit").digest
-    run.storage.delete("lightningdit")
-    assert run_pipeline(arguments) == 0
-    assert run.require("train_lightningdit").digest == before
-
-
 @contextmanager
-def one_actor_killed() -> Iterator[None]:
-    """Kill the first process of ours that is seen in the middle of an item, in the way a node's failure would."""
+def one_killed(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Kill the first process of ours that is seen with this title, in the way a node's failure would.
+
+    Args:
+        title: the beginning of it; Linux shows 15 letters.
+        when: whether it is time.
+    """
     killed = threading.Event()
 
     def kill() -> None:
         while not killed.wait(0.02):
-            for process in psutil.Process().children(recursive=True):
+            for process in psutil.Process().children(recursive=True) if when() else ():
                 with suppress(psutil.NoSuchProcess):
-                    if not killed.is_set() and process.name().startswith("ray::_Worker.do"):
+                    if not killed.is_set() and process.name().startswith(title[:15]):
                         process.kill()
                         killed.set()
 
@@ -115,11 +114,25 @@ def one_actor_killed() -> Iterator[None]:
     killer.join()
 
 
+def test_deleted_training_comes_back_bit_for_bit_though_a_worker_is_killed(arguments: list[str]) -> None:
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    before = run.require("train_lightningdit").digest
+    run.storage.delete("lightningdit")
+    folder = f"{run.training_prefix('train_lightningdit')}/checkpoints"
+
+    def a_checkpoint_is_there() -> bool:
+        return any(path.endswith(RECORD) for path in run.storage.list(folder, recursive=True))
+
+    with one_killed("ray::RayTrainWorker", a_checkpoint_is_there):
+        assert run_pipeline(arguments, "train_lightningdit.checkpoint_images=32") == 0
+    assert run.require("train_lightningdit").digest == before
+
+
 def test_latents_survive_a_killed_actor_whatever_their_number(arguments: list[str]) -> None:
     storage = Run(load(RunConfig, CONFIG, arguments[2:])).storage
     before = {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)}
     storage.delete("latents")
-    with one_actor_killed():
+    with one_killed("ray::_Worker.do"):
         assert run_pipeline(arguments, "latents.actors=1") == 0
     assert {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)} == before
 
@@ -139,10 +152,12 @@ def test_an_actor_too_large_for_every_node_is_refused(arguments: list[str], capf
     assert "precompute_latents: an actor needs 10000 CPUs of one node and none has so many" in capfd.readouterr().err
 
 
-def test_more_images_go_on_from_the_checkpoint(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_more_images_go_on_from_the_checkpoint_with_another_number_of_workers(
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     config = load(RunConfig, CONFIG, arguments[2:])
     budget = config.train_lightningdit.images + config.train_lightningdit.batch_size
-    assert run_pipeline(arguments, f"train_lightningdit.images={budget}") == 0
+    assert run_pipeline(arguments, f"train_lightningdit.images={budget}", "workers.count=1") == 0
     run = Run(load(RunConfig, CONFIG, [*arguments[2:], f"train_lightningdit.images={budget}"]))
     assert run.require("train_lightningdit").images_seen == budget
     assert "train_vavae        done" in capfd.readouterr().out
@@ -189,3 +204,15 @@ def test_every_job_has_a_dry_run(arguments: list[str], no_ray: None, capfd: pyte
     for job, module in (("train_vavae", train_vavae), ("evaluate", evaluate)):
         assert command.main(job, DESCRIPTION, module.work, [*arguments, "--dry-run"]) == 0
         assert job in capfd.readouterr().out
+
+
+def test_an_outage_of_the_store_in_a_worker_is_that_of_the_job() -> None:
+    @ray.remote(num_cpus=0)
+    def meet_an_outage() -> None:
+        raise StorageUnavailableError("s3://bucket/file: no answer")
+
+    def work(run: object) -> None:
+        ray.get(meet_an_outage.remote())
+
+    with pytest.raises(StorageUnavailableError, match="no answer"):
+        command._in_one_line(work, None)
