@@ -77,8 +77,9 @@ def train(
         UserError: a checkpoint could not be written.
     """
     loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world)
-    state = checkpoints.restore(step, span.start)
     with Watchdog(config.hang_seconds) as watchdog:
+        watchdog.feed()
+        state = checkpoints.restore(step, span.start)
         for rollbacks in count(1):
             try:
                 state = loop.go_on(state, watchdog)
