@@ -163,6 +163,27 @@ def test_what_a_killed_fetch_left_is_swept_and_what_a_living_one_holds_is_not(tm
     assert sizes(tmp_path) == {"b/f.bin": 3000, "c/f.bin": 7000}
 
 
+def test_a_folder_that_another_process_drops_just_now_is_made_again(tmp_path, monkeypatch):
+    made, mkdir = [], Path.mkdir
+
+    def dropped_at_first(path, *arguments, **named):
+        made.append(path)
+        if len(made) == 1:
+            raise FileExistsError(path)  # what pathlib says of a folder that was there and is not any more
+        mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", dropped_at_first)
+    assert get(Cache(str(tmp_path), 3000), "k", b"x").read_bytes() == b"x"
+    assert len(made) > 1
+
+
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "k").touch()
+    with pytest.raises(NotADirectoryError):
+        get(Cache(str(tmp_path), 3000), "k", b"x")
+
+
 def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
     def content(number):
         return bytes([number]) * (500 + number)

@@ -1,6 +1,7 @@
 """The script that serves S3: its folder can be served again, and nothing outlives whoever started it."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def test_a_folder_is_served_again_with_what_is_in_it(s3, tmp_path, monkeypatch):
 
 def test_the_server_ends_with_its_parent_and_takes_its_data_along(s3, tmp_path):
     folder = tmp_path / "server"
-    line = f"bash {SCRIPT} {folder} gone --temporary & wait"
+    line = f"bash {shlex.quote(str(SCRIPT))} {shlex.quote(str(folder))} gone --temporary & wait"
     parent = subprocess.Popen(["bash", "-c", line], env={**os.environ, "PYTHON": sys.executable})
     _until(lambda: (folder / "environment").exists())
     os.kill(parent.pid, signal.SIGKILL)

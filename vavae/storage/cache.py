@@ -116,11 +116,11 @@ def _locked(path: Path) -> Iterator[IO[bytes] | None]:
 
     The lock belongs to the open file: it ends with the process, however that ends.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "r+b", opener=_open_or_make)  # noqa: SIM115  not truncated before it is ours
-    except FileNotFoundError:
-        yield None  # its folder was dropped
+    except (FileNotFoundError, FileExistsError):
+        yield None  # its folder was dropped, for mkdir between finding and looking at it
         return
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
