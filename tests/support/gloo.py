@@ -12,12 +12,14 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 _SECONDS = 240.0
 _GRACE_SECONDS = 5.0
 """How long the other ranks may go on after one has failed; they may wait for it in vain."""
+_LEAVE = b"leave"
 _IMPORTS = (
     "vavae.training.jobs",
     "vavae.distributed.deepspeed_engine",
@@ -77,7 +79,7 @@ def _fork_ranks(call: _Call) -> list[Any]:
     context, port = multiprocessing.get_context("fork"), _free_port()
     ranks, pipes = [], []
     for rank in range(call.world_size):
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = context.Pipe()
         ranks.append(context.Process(target=_rank, args=(theirs, rank, port, call)))
         ranks[-1].start()
         theirs.close()
@@ -90,15 +92,18 @@ def _fork_ranks(call: _Call) -> list[Any]:
             rank = pipes.index(pipe)
             try:
                 results[rank] = pickle.loads(pipe.recv_bytes())
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 results[rank] = RuntimeError(f"rank {rank} died")
             if isinstance(results[rank], BaseException):
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         if not ready:
             break
-    for process in ranks:
+    for process, pipe in zip(ranks, pipes, strict=True):
         if len(results) < len(pipes):
             process.kill()
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died
+            pipe.send_bytes(_LEAVE)
+    for process in ranks:
         process.join()
     errors = {rank: result for rank, result in results.items() if isinstance(result, BaseException)}
     missing = next(iter(errors.values()), TimeoutError(f"no answer within {_SECONDS} s"))
@@ -120,7 +125,9 @@ def _rank(pipe: Connection, rank: int, port: int, call: _Call) -> None:
         error.args = (*error.args, traceback.format_exc())
         result = error
     pipe.send_bytes(pickle.dumps(result))
-    pipe.close()
+    if not isinstance(result, BaseException):
+        # Until all have come to their end: one that leaves the last collective first may break it for the others.
+        pipe.poll(_SECONDS)
     os._exit(0)  # without waiting for a group whose other ranks may be gone
 
 
