@@ -23,6 +23,7 @@ from vavae.data.order import Location, assign_lanes, order_of
 from vavae.data.stream import ImageStream, SliceKey, image_bytes, label_of
 from vavae.data.tar import write_tar
 from vavae.errors import UserError
+from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage, sha256_of
 
 COUNTS, SLICE, SEED = (5, 4, 5), 3, 11
@@ -173,6 +174,20 @@ def test_a_shard_that_vanished_is_one_line_from_any_process(storage, workers):
     with pytest.raises(UserError, match=r"train/00000\d.tar is gone, but the manifest names it") as caught:
         next(load_slices(stream, assign_lanes(2, 0, 1), 0, workers))
     assert "\n" not in str(caught.value)
+
+
+class Unreachable:
+    """A source behind a store that gives no answer."""
+
+    def __getitem__(self, key):
+        raise StorageUnavailableError("s3://bucket/shard: no answer")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_outage_is_the_same_one_line_from_any_process(workers):
+    with pytest.raises(StorageUnavailableError) as caught:
+        next(load_slices(Unreachable(), assign_lanes(2, 0, 1), 0, workers))
+    assert str(caught.value) == "s3://bucket/shard: no answer"
 
 
 def test_unreadable_images_are_counted_and_named_up_to_a_limit(storage):

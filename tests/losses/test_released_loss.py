@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support.golden import vavae_configs
 from torch import Tensor, nn
 
 from vavae.losses.adversarial import DiscriminatorObjective
@@ -195,24 +196,7 @@ def golden() -> Golden:
     with safe_open(GOLDEN, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         spec = json.loads(file.metadata()["spec"])
-    sizes, loss = spec["ddconfig"], spec["loss"]
-    tokenizer = TokenizerConfig(
-        latent_dim=spec["embed_dim"],
-        channels=sizes["ch"],
-        channel_multipliers=tuple(sizes["ch_mult"]),
-        res_blocks=sizes["num_res_blocks"],
-        attention_levels=(1,),
-    )
-    config = TokenizerLossConfig(
-        vision_foundation=VisionFoundationLossConfig(
-            weight=loss["vf_weight"],
-            adaptive=loss["adaptive_vf"],
-            distmat_margin=loss["distmat_margin"],
-            cos_margin=loss["cos_margin"],
-        ),
-        adversarial=AdversarialLossConfig(weight=loss["disc_weight"], layers=2),
-        kl_weight=loss["kl_weight"],
-    )
+    tokenizer, config = vavae_configs(spec)
     features = tensors["in.teacher_features"]
     networks = Networks(tokenizer, config, feature_dim=features.shape[1])
     networks.load_state_dict({ours(name): value for name, value in tensors.items() if name.startswith("state.")})

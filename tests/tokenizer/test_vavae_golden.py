@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors import safe_open
+from support.golden import vavae_configs
 from torch import Tensor, nn
 
 from vavae.losses.adversarial import DiscriminatorObjective
-from vavae.losses.config import AdversarialLossConfig, TokenizerLossConfig, VisionFoundationLossConfig
 from vavae.losses.tokenizer import LastLayers, TokenizerObjective, TokenizerOutputs, tokenizer_objective
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
 
 FILE = Path(__file__).parents[1] / "golden" / "vavae_tiny.safetensors"
 
@@ -36,33 +35,6 @@ def stub_perceptual(images: Tensor, reconstruction: Tensor) -> Tensor:
     return 0.3 * (images - reconstruction).square().mean(dim=(1, 2, 3))
 
 
-def configs(spec):
-    sizes, loss = spec["ddconfig"], spec["loss"]
-    tokenizer = TokenizerConfig(
-        latent_dim=spec["embed_dim"],
-        channels=sizes["ch"],
-        channel_multipliers=tuple(sizes["ch_mult"]),
-        res_blocks=sizes["num_res_blocks"],
-        attention_levels=tuple(
-            level
-            for level in range(len(sizes["ch_mult"]))
-            if sizes["resolution"] // 2**level in sizes["attn_resolutions"]
-        ),
-    )
-    losses = TokenizerLossConfig(
-        vision_foundation=VisionFoundationLossConfig(
-            weight=loss["vf_weight"],
-            adaptive=loss["adaptive_vf"],
-            distmat_margin=loss["distmat_margin"],
-            cos_margin=loss["cos_margin"],
-        ),
-        # The fixture's discriminator is the smaller one of two layers.
-        adversarial=AdversarialLossConfig(weight=loss["disc_weight"], layers=2),
-        kl_weight=loss["kl_weight"],
-    )
-    return tokenizer, losses
-
-
 def load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     start = f"state.{prefix}"
     module.load_state_dict({name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)})
@@ -73,7 +45,7 @@ def golden() -> Golden:
     with safe_open(FILE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         spec = json.loads(file.metadata()["spec"])
-    tokenizer_config, loss_config = configs(spec)
+    tokenizer_config, loss_config = vavae_configs(spec)
     vavae = VAVAE(tokenizer_config)
     load(vavae, {k: v for k, v in tensors.items() if "linear_proj" not in k and "discriminator" not in k})
     vision_foundation = VisionFoundationLoss(

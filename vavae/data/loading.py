@@ -13,7 +13,7 @@ from vavae.data.config import StreamConfig
 from vavae.data.order import Round
 from vavae.data.stream import ImageSlice, ImageStream, ShardStream, SliceKey, SliceSource, SliceT
 from vavae.errors import UserError
-from vavae.storage.retry import COUNTERS, Counts
+from vavae.storage.retry import COUNTERS, Counts, StorageUnavailableError
 
 
 class _Keys(Sampler[SliceKey]):
@@ -50,6 +50,7 @@ def load_slices(
 
     Raises:
         UserError: as the source does, in whatever process; more images are unreadable than their stream allows.
+        StorageUnavailableError: as the source does.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])  # imported once for all loader processes
@@ -82,6 +83,7 @@ def slices_ahead(source: SliceSource[Any], rounds: int, workers: int, limit: int
 
 
 class _Refusal(NamedTuple):
+    kind: type[UserError] | type[StorageUnavailableError]
     message: str
 
 
@@ -93,7 +95,7 @@ class _Made(NamedTuple):
 
 
 class _Maker(Dataset[_Made]):
-    """A source whose errors of users come back as values: a loader process would add its traceback to them."""
+    """A source whose errors of one line come back as values: a loader process would add its traceback to them."""
 
     def __init__(self, source: SliceSource[Any]) -> None:
         self._source = source
@@ -102,8 +104,8 @@ class _Maker(Dataset[_Made]):
         before = COUNTERS.read()
         try:
             item = self._source[key]
-        except UserError as error:
-            item = _Refusal(str(error))
+        except (UserError, StorageUnavailableError) as error:
+            item = _Refusal(type(error), str(error))
         if get_worker_info() is None:
             return _Made(item, Counts())  # counted where it belongs
         return _Made(item, Counts(*(now - then for now, then in zip(COUNTERS.read(), before, strict=True))))
@@ -112,7 +114,7 @@ class _Maker(Dataset[_Made]):
 def _received(source: SliceSource[Any], made: _Made) -> Any:
     COUNTERS.add(**made.counted._asdict())
     if isinstance(made.item, _Refusal):
-        raise UserError(made.item.message)
+        raise made.item.kind(made.item.message)
     if isinstance(source, ImageStream) and isinstance(made.item, ImageSlice):
         source.quarantine.add(made.item.unreadable)
     return made.item

@@ -15,6 +15,7 @@ from vavae.data.loading import load_slices
 from vavae.data.order import Round
 from vavae.data.stream import ImageStream, SliceSource
 from vavae.distributed.world import World
+from vavae.errors import UserError
 from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
@@ -30,7 +31,7 @@ _PROGRESS_SECONDS = 0.5
 _HEADLINE = ("loss/total", "data_wait")
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(UserError):
     """Gradients left the finite numbers again and again, whatever was tried."""
 
 
@@ -89,7 +90,10 @@ def train(
                 state = checkpoints.restore(step, span.start)
                 seen = diverged.state.images_seen
                 if state.images_seen <= span.start or rollbacks > config.rollback_limit:
-                    raise NonFiniteError(f"{stage}: gradients are not finite after {seen:,} images") from None
+                    raise NonFiniteError(
+                        f"{stage}: gradients are not finite after {seen:,} images, as the log says of each step: lower "
+                        f"{stage}.optimizer.learning_rate under another name, or raise {stage}.rollback_limit"
+                    ) from None
                 logger.warning("%s: back from %s to %s images, and on behind them", stage, seen, state.images_seen)
                 state = state.behind(diverged.state)
         checkpoints.settle()

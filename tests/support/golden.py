@@ -1,0 +1,35 @@
+"""The configurations that fixtures of the public implementation were made with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vavae.losses.config import AdversarialLossConfig, TokenizerLossConfig, VisionFoundationLossConfig
+from vavae.tokenizer.config import TokenizerConfig
+
+
+def vavae_configs(spec: Mapping[str, Any]) -> tuple[TokenizerConfig, TokenizerLossConfig]:
+    """Of `vavae_tiny`, from the metadata of the file."""
+    sizes, loss = spec["ddconfig"], spec["loss"]
+    tokenizer = TokenizerConfig(
+        latent_dim=spec["embed_dim"],
+        channels=sizes["ch"],
+        channel_multipliers=tuple(sizes["ch_mult"]),
+        res_blocks=sizes["num_res_blocks"],
+        attention_levels=tuple(
+            level
+            for level in range(len(sizes["ch_mult"]))
+            if sizes["resolution"] // 2**level in sizes["attn_resolutions"]
+        ),
+    )
+    losses = TokenizerLossConfig(
+        vision_foundation=VisionFoundationLossConfig(
+            weight=loss["vf_weight"],
+            adaptive=loss["adaptive_vf"],
+            distmat_margin=loss["distmat_margin"],
+            cos_margin=loss["cos_margin"],
+        ),
+        # The fixture's discriminator is the smaller one of two layers.
+        adversarial=AdversarialLossConfig(weight=loss["disc_weight"], layers=2),
+        kl_weight=loss["kl_weight"],
+    )
+    return tokenizer, losses
