@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,10 @@ _UNREADABLE = (AttributeError, EOFError, RuntimeError, SafetensorError, pickle.U
 """What readers raise at a file that is cut short, a pickle of more than tensors, or something else altogether."""
 _UNFIT = (AssertionError, AttributeError, IndexError, RuntimeError)
 """What torch raises at tensors of another network, and timm when it converts them from their publisher's names."""
+
+
+LoadBackbone = Callable[..., nn.Module]
+"""What gives the network of a configuration: (config, **timm_kwargs) -> timm model."""
 
 
 def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:

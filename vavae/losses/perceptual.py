@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae.backbones.load import freeze, load_backbone
+from vavae.backbones.load import LoadBackbone, freeze, load_backbone
 from vavae.losses.config import PerceptualLossConfig
 
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -24,19 +24,22 @@ _LPIPS_MEAN = (-0.030, -0.088, -0.188)
 _LPIPS_STD = (0.458, 0.448, 0.450)
 
 
-def build_perceptual(config: PerceptualLossConfig, teacher_features: Features) -> nn.Module | None:
+def build_perceptual(
+    config: PerceptualLossConfig, teacher_features: Features, load: LoadBackbone = load_backbone
+) -> nn.Module | None:
     """The perceptual distance of a configuration; none where it is switched off.
 
     Args:
         config: its kind.
         teacher_features: early features of the teacher; used by the kind `teacher_features` alone.
+        load: gives VGG16; another than `load_backbone` where its sizes alone matter.
 
     Raises:
         UserError: the weights of VGG16 cannot be had.
     """
     if config.kind == "none" or config.weight == 0:
         return None
-    return LPIPS.load(config) if config.kind == "lpips" else TeacherFeatureDistance(teacher_features)
+    return LPIPS.load(config, load) if config.kind == "lpips" else TeacherFeatureDistance(teacher_features)
 
 
 def squared_distances(first: Tensor, second: Tensor) -> Tensor:
@@ -69,13 +72,13 @@ class LPIPS(nn.Module):
         freeze(self)
 
     @classmethod
-    def load(cls, config: PerceptualLossConfig) -> "LPIPS":
+    def load(cls, config: PerceptualLossConfig, load: LoadBackbone = load_backbone) -> "LPIPS":
         """With the ImageNet weights of VGG16 and the published heads.
 
         Raises:
             UserError: the weights of VGG16 cannot be had.
         """
-        vgg: Any = load_backbone(config.backbone)
+        vgg: Any = load(config.backbone)
         return cls(vgg.features, published_heads())
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:

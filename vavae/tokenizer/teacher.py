@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae.backbones.config import EMBEDDED
-from vavae.backbones.load import freeze, load_backbone, meta_backbone
+from vavae.backbones.load import LoadBackbone, freeze, load_backbone, meta_backbone
 from vavae.backbones.normalize import ImageNormalizer
 from vavae.errors import UserError
 from vavae.tokenizer.config import TeacherConfig
@@ -82,13 +82,17 @@ class VisionFoundationTeacher(nn.Module):
     """A frozen pretrained network that gives one feature vector per latent position; no gradient to its parameters.
 
     The image is resized so that the teacher's own grid equals the latent grid; feature maps are never interpolated.
+
+    Args:
+        config: the network, and what of it to look at.
+        load: gives the network; another than `load_backbone` where its sizes alone matter.
     """
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: TeacherConfig, load: LoadBackbone = load_backbone) -> None:
         super().__init__()
         self.config = config
         self.geometry = teacher_geometry(config)
-        self.model: Any = load_backbone(config.backbone, **self.geometry.timm_kwargs)
+        self.model: Any = load(config.backbone, **self.geometry.timm_kwargs)
         self.normalizer = ImageNormalizer.of(self.model)
         freeze(self)
 

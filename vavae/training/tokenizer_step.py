@@ -92,14 +92,17 @@ class TokenizerModel(nn.Module):
         )
         return TokenizerLosses(objective.objective, reconstruction.detach(), objective.terms, objective.adaptive)
 
-    def parts(self) -> dict[Part, tuple[nn.Module, ...]]:
-        """The modules of what a stage can freeze."""
+    def freeze(self, frozen: Sequence[Part]) -> None:
+        """Take parts out of training."""
         autoencoder = self.autoencoder
-        return {
+        parts: dict[Part, tuple[nn.Module, ...]] = {
             "encoder": (autoencoder.encoder, autoencoder.quant_conv),
             "decoder": (autoencoder.decoder, autoencoder.post_quant_conv),
             "projection": (self.alignment.projection,),
         }
+        for part in frozen:
+            for module in parts[part]:
+                module.requires_grad_(False)
 
 
 class TokenizerStep:
@@ -133,9 +136,7 @@ class TokenizerStep:
         self.model = initialised(
             config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
         )
-        for part in stage.frozen:
-            for module in self.model.parts()[part]:
-                module.requires_grad_(False)
+        self.model.freeze(stage.frozen)
         self._generator = self._engine("generator", self.model, training.optimizer, start)
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None

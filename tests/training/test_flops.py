@@ -1,0 +1,150 @@
+"""FLOPs per image against closed forms, published figures, and the steps that training really takes."""
+
+from itertools import pairwise
+
+import pytest
+from support.tiny import BATCH, build_step, tiny_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from vavae.config import load
+from vavae.data.order import assign_lanes
+from vavae.data.stream import SliceKey
+from vavae.diffusion.objective import TIMESTEP_BINS
+from vavae.distributed.world import World
+from vavae.dit.config import SIZES
+from vavae.errors import UserError
+from vavae.training.config import RunConfig
+from vavae.training.flops import Flops, decoding_flops, encoding_flops, training_flops, velocity_flops
+from vavae.training.gpus import GPUS, gpu_named, gpu_of_device
+
+STAGES = "configs/imagenet/f16d32_dinov2_stages.yaml"
+
+
+def transformer_macs(depth, width, tokens=256, channels=32, frequencies=256):
+    """Multiplications of one forward: all of them, and those of the layers whose input needs no gradient."""
+    hidden = 8 * width // 3
+    block = tokens * (4 * width**2 + 3 * width * hidden) + 2 * tokens**2 * width + 6 * width**2
+    first = tokens * channels * width + frequencies * width
+    return depth * block + first + width**2 + 2 * width**2 + tokens * width * channels, first
+
+
+@pytest.mark.parametrize(
+    ("size", "forward", "training"),
+    [("S", 12.1, 36.3), ("XL", 237, 712)],
+)
+def test_lightningdit_is_its_closed_form(size, forward, training):
+    config = load(RunConfig, STAGES, [f"lightningdit.size={size}"])
+    macs, first = transformer_macs(SIZES[size].depth, SIZES[size].width)
+    assert velocity_flops(config).total == 2 * macs
+    step = training_flops(config, "train_lightningdit").total
+    assert step == 2 * (3 * macs - first)
+    assert velocity_flops(config).total / 1e9 == pytest.approx(forward, rel=5e-3)
+    assert step / 1e9 == pytest.approx(training, rel=5e-3)
+
+
+def conv_macs(side, *widths, kernel=3):
+    """Convolutions in a row at one resolution."""
+    return sum(side**2 * kernel**2 * a * b for a, b in pairwise(widths))
+
+
+def test_autoencoder_is_its_closed_form():
+    config = tiny_config()  # 16 px, latents [4, 8, 8], widths 32 and 32, one block, attention at the last level
+    attention = 4 * 64 * 32**2 + 2 * 64**2 * 32  # four 1x1 convolutions, two products
+    middle = 2 * conv_macs(8, 32, 32, 32) + attention
+    level = conv_macs(8, 32, 32, 32) + attention
+    encoder = (
+        conv_macs(16, 3, 32, 32, 32) + conv_macs(8, 32, 32) + level + middle + conv_macs(8, 32, 8)
+        + conv_macs(8, 8, 8, kernel=1)
+    )  # fmt: skip
+    decoder = (
+        conv_macs(8, 4, 4, kernel=1) + conv_macs(8, 4, 32) + middle + 2 * level + conv_macs(16, 32, 32)
+        + 2 * conv_macs(16, 32, 32, 32) + conv_macs(16, 32, 3)
+    )  # fmt: skip
+    assert encoding_flops(config).total == 2 * encoder
+    assert decoding_flops(config).total == 2 * decoder
+
+
+def test_published_tokenizer():
+    """Of f16d32, with DINOv2-L at 224 px, VGG16 at 256 px and the patch discriminator; in GMAC."""
+    config = load(RunConfig, STAGES)
+    encoder, decoder, teacher, vgg, discriminator = 69.0, 126.1, 81.0, 20.0, 3.1
+    assert encoding_flops(config).total / 2e9 == pytest.approx(encoder, rel=1e-3)
+    assert decoding_flops(config).total / 2e9 == pytest.approx(decoder, rel=1e-3)
+    # All forward, VGG16 on two images; back through VGG16 to the image, through the decoder for the adaptive weight,
+    # and through both halves to weights and inputs.
+    generator = encoder + decoder + teacher + 2 * vgg + vgg + decoder + 2 * (encoder + decoder)
+    before, after = (training_flops(config, "train_vavae", seen).total / 2e9 for seen in (0, 1_000_000))
+    assert before == pytest.approx(generator, rel=2e-3)
+    assert after - before == pytest.approx((2 + 2 * 3) * discriminator, rel=0.04)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is run, whatever is differentiated how."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **kwargs or {}, out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("job", ["train_vavae", "train_lightningdit"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_steps_take_what_is_counted(job, recompute):
+    config = tiny_config(engine={"backend": "torch"})
+    update = {"checkpoint_activations": recompute}
+    sections = {name: getattr(config, name).model_copy(update=update) for name in ("tokenizer", "lightningdit")}
+    config = config.model_copy(update=sections)
+    step = build_step(job, config, World())
+    slices = [step.source()[SliceKey(turn.lane, 0)] for turn in assign_lanes(config.stream.lanes, 0, 1)]
+    with Counted() as counted, sdpa_kernel(SDPBackend.MATH):
+        step.run(slices, 0, 1e-3)
+    reported = {"train_vavae": 0, "train_lightningdit": 2 * TIMESTEP_BINS}[job]  # the losses by timestep, for the log
+    assert counted.total == BATCH * (training_flops(config, job, recompute=recompute).total + reported)
+    assert (training_flops(config, job).total < training_flops(config, job, recompute=True).total) == recompute
+
+
+def tokenizer_step(*overrides, seen=0):
+    return training_flops(load(RunConfig, "configs/tiny.yaml", overrides), "train_vavae", seen).total
+
+
+def test_a_measurement_that_serves_several_steps_is_shared_by_them():
+    every, half, never = (tokenizer_step(f"losses.adaptive.every={k}", seen=64) for k in (1, 2, 1_000_000_000))
+    assert never < every
+    assert half == pytest.approx((every + never) / 2)
+
+
+def test_stages_differ():
+    stages = "train_vavae.stages=[{from_images: 64, frozen: [encoder], losses: {vision_foundation: {weight: 0}}}]"
+    assert tokenizer_step(stages, seen=64) < tokenizer_step(stages, seen=63)
+    assert tokenizer_step("losses.adversarial.start_images=64", seen=64) > tokenizer_step(seen=63)
+
+
+def test_flops_add_and_scale():
+    assert (Flops(1, 2) + Flops(3, 4)) * 0.5 == Flops(2, 3)
+    assert Flops(1, 2).total == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+    ],
+)
+def test_gpus_are_known_as_cuda_names_them(device, name):
+    assert gpu_of_device(device) == GPUS[name]
+
+
+def test_unknown_gpus():
+    assert gpu_of_device("Tesla K80") is None
+    assert gpu_named("h100") == GPUS["H100"]
+    with pytest.raises(UserError, match=r"^GPU 'H10' is not known; did you mean H100\? there are B200, H200, "):
+        gpu_named("H10")
