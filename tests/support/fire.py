@@ -22,6 +22,7 @@ from vavae.randomness import torch_generator
 from vavae.storage.artefact import read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.columns import column
 from vavae.training.log import MetricsLog, read_rows
 from vavae.training.loop import train
 from vavae.training.run import Job
@@ -37,7 +38,6 @@ KILLS: dict[str, tuple[Any, str]] = {
     "commit": (vavae.training.checkpoint, "commit"),
 }
 """Where a process may be killed, besides the middle of a step: as it enters a function."""
-_OTHER = ("stage", "images_per_second", "data_wait", "checkpoint_wait")
 
 
 class Trouble(NamedTuple):
@@ -193,7 +193,10 @@ def outcome_of(folder: Path) -> Outcome:
     storage = Storage(str(folder / "run"))
     record = read(storage, f"checkpoints/{STEPS * BATCH:012d}")
     assert record is not None, "the last checkpoint is committed"
-    rows = [{key: value for key, value in row.items() if key not in _OTHER} for row in read_rows(storage.child("log"))]
+    rows = [
+        {key: value for key, value in row.items() if not (key == "stage" or column(key).of_machine)}
+        for row in read_rows(storage.child("log"))
+    ]
     seen: dict[str, set[str]] = {}
     for file in (folder / "seen").iterdir():
         for line in file.read_text().splitlines():

@@ -22,6 +22,7 @@ from vavae.training.log import MetricsLog
 from vavae.training.loop import train
 from vavae.training.session import LocalSession, Session
 from vavae.training.step import StepMemory, StepResult
+from vavae.training.stopwatch import Stopwatch
 
 ROUNDS = (Round(lane=0, weight=1.0),)
 FRESH = TrainState(images_seen=0, config="configuration", data="data")
@@ -35,6 +36,7 @@ class ToyStep:
         self.engine = TorchEngine(self.model, OptimizerConfig(), World(), len(ROUNDS))
         self.engines = {"toy": self.engine}
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
+        self.stopwatch = Stopwatch(World().device)
         self.rates: list[float] = []
         self.remembered: StepMemory = {}
 
@@ -48,9 +50,12 @@ class ToyStep:
     def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
         self.rates.append(learning_rate)
-        loss = self.engine.forward(slices[0]).square().mean()
-        self.engine.backward(loss)
-        norm = self.engine.update(learning_rate)
+        with self.stopwatch("forward"):
+            loss = self.engine.forward(slices[0]).square().mean()
+        with self.stopwatch("backward"):
+            self.engine.backward(loss)
+        with self.stopwatch("optimizer"):
+            norm = self.engine.update(learning_rate)
         return StepResult({"loss/total": loss.detach().double()}, {"gradient_norm/toy": norm})
 
     def memory(self) -> StepMemory:

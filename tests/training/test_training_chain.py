@@ -18,6 +18,7 @@ from vavae.report.results import write_results, write_samples_picture
 from vavae.sampling.generate import Generator
 from vavae.sampling.sample_shards import SampleSet
 from vavae.storage.artefact import commit
+from vavae.training.columns import COLUMNS
 from vavae.training.config import RunConfig
 from vavae.training.jobs import train_lightningdit, train_vavae
 from vavae.training.run import STAGES, Run
@@ -126,13 +127,14 @@ def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:
 def test_the_log_tells_every_loss(run: Run) -> None:
     tokenizer = [row for row in _log(run) if row["stage"] == "train_vavae"]
     diffusion = [row for row in _log(run) if row["stage"] == "train_lightningdit"]
-    common = {"learning_rate", "images_per_second", "data_wait", "loss/total"}
+    common = {"learning_rate", "images_per_second", "data_wait", "forward", "backward", "optimizer", "loss/total"}
     assert tokenizer[0].keys() >= common | {"loss/reconstruction", "loss/kl", "adaptive_weight/vf", "alignment"}
     assert tokenizer[-1].keys() >= {"loss/discriminator", "gradient_norm/discriminator", "adaptive_weight/adversarial"}
     assert "loss/discriminator" not in tokenizer[0], "the adversary joins later"
     assert diffusion[-1].keys() >= common | {"loss/velocity", "loss/direction", "gradient_norm/lightningdit"}
     assert any(name.startswith("loss_at_timestep/") for name in diffusion[-1])
     assert tokenizer[-1]["loss/reconstruction"] < tokenizer[0]["loss/reconstruction"]
+    assert {name for row in _log(run) for name in row} <= COLUMNS.keys() | {"stage", "images"}
 
 
 def test_pictures_report_and_tensorboard_are_there(run: Run) -> None:

@@ -15,6 +15,7 @@ from vavae.distributed.world import World
 from vavae.storage.artefact import RECORD, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.columns import column
 from vavae.training.log import MetricsLog, read_rows
 from vavae.training.loop import train
 from vavae.training.run import Job
@@ -54,8 +55,10 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
     weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}
     for name, trained in step.engines.items():
         weights |= {f"{name}.{key}": tensor for key, tensor in trained.weights().items()}
-    other = ("stage", "images_per_second", "data_wait", "checkpoint_wait")
-    rows = [{key: value for key, value in row.items() if key not in other} for row in read_rows(storage.child("log"))]
+    rows = [
+        {key: value for key, value in row.items() if not (key == "stage" or column(key).of_machine)}
+        for row in read_rows(storage.child("log"))
+    ]
     record = read(storage, f"checkpoints/{images:012d}")
     assert record is not None
     return End(weights, rows, record.digest)

@@ -92,8 +92,11 @@ class Checkpoints:
         self._chosen: list[_Found] | None = None
         """What was found to go on from, which may be nothing; None before anybody looked."""
 
-    def save(self, step: Step, state: TrainState) -> None:
+    def save(self, step: Step, state: TrainState) -> int:
         """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
+
+        Returns:
+            Bytes that this rank copied.
 
         Raises:
             UserError: as `settle` does, of the checkpoint before.
@@ -114,6 +117,7 @@ class Checkpoints:
         copies = {key: _copied(parts) for key, parts in sets.items()}
         self._writing = _Writing(lambda left: self._write(name, copies, details, left))
         self._saved, self._chosen = state, None
+        return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
 
     def settle(self) -> None:
         """Wait until the last checkpoint is there. Every rank calls it.

@@ -22,6 +22,7 @@ from vavae.training.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
 from vavae.training.step import StepMemory, StepResult, TermSum
+from vavae.training.stopwatch import Stopwatch
 
 
 class _Inputs(NamedTuple):
@@ -83,6 +84,7 @@ class DiffusionStep:
     ) -> None:
         training = config.train_lightningdit
         self._config, self._stream, self._rounds, self._world = config, stream, rounds, world
+        self.stopwatch = Stopwatch(world.device)
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
         objective = FlowMatchingObjective(config.objective)
@@ -105,14 +107,17 @@ class DiffusionStep:
         terms = TermSum(self._rounds, self._world.size)
         bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
         for turn, item in zip(self._rounds, slices, strict=True):
-            inputs = self._draw(item, images_seen)
-            loss, values, per_sample = self._engine.forward(*inputs)
-            self._engine.backward(loss * turn.weight)
+            with self.stopwatch("forward"):
+                inputs = self._draw(item, images_seen)
+                loss, values, per_sample = self._engine.forward(*inputs)
+            with self.stopwatch("backward"):
+                self._engine.backward(loss * turn.weight)
             terms.add(turn, values)
             if turn.weight > 0:
                 new = bin_by_timestep(per_sample, inputs.timesteps)
                 bins = TimestepBins(bins.total + new.total, bins.samples + new.samples)
-        norms = {"gradient_norm/lightningdit": self._engine.update(learning_rate)}
+        with self.stopwatch("optimizer"):
+            norms = {"gradient_norm/lightningdit": self._engine.update(learning_rate)}
         names = [f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}" for low in range(TIMESTEP_BINS)]
         ratios = dict(zip(names, zip(*bins, strict=True), strict=True))
         return StepResult(terms.terms, norms, ratios)

@@ -123,7 +123,7 @@ class _Loop:
         step, config, world = self.step, self.config, self.world
         self.log.rewind(state.images_seen)
         source = step.source()
-        meter = Meter(world, source.quarantine.names if isinstance(source, ImageStream) else ())
+        meter = Meter(world, step.stopwatch, source.quarantine.names if isinstance(source, ImageStream) else ())
         rate, shown, skipped = Rate(), -math.inf, 0
         row: dict[str, float] = {}
         stop = False
@@ -139,7 +139,8 @@ class _Loop:
                     skipped = 0
                     meter.add(result, config.batch_size)
                     if step.ema is not None:
-                        step.ema.update()
+                        with step.stopwatch("optimizer"):
+                            step.ema.update()
                 else:
                     skipped += 1
                     meter.skip(config.batch_size)
@@ -159,7 +160,7 @@ class _Loop:
                 if save:
                     self.log.flush(state.images_seen)
                     with meter.waiting("checkpoint_wait"):
-                        self.checkpoints.save(step, state)
+                        meter.saved(self.checkpoints.save(step, state))
                     self.session.checkpoint(state.images_seen, row)
         return state
 

@@ -10,6 +10,7 @@ from vavae.data.order import Round
 from vavae.data.stream import SliceSource
 from vavae.distributed.engine import Engine
 from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Step(Protocol):
     @property
     def engines(self) -> Mapping[str, Engine]:
         """All sets of weights that the step optimises, by the names of their checkpoint folders."""
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """The time of its phases: `forward`, `backward` and `optimizer`."""
 
     @property
     def ema(self) -> ExponentialMovingAverage | None:

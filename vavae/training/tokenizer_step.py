@@ -29,6 +29,7 @@ from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
 from vavae.training.stages import Part, TokenizerStage
 from vavae.training.step import StepMemory, StepResult, StepWeights, TermSum
+from vavae.training.stopwatch import Stopwatch
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
@@ -129,6 +130,7 @@ class TokenizerStep:
         training, losses = config.train_vavae, stage.losses
         self._config, self._losses, self._stream, self._rounds, self._world = config, losses, stream, rounds, world
         self._measured: dict[int, AdaptiveWeights] = {}
+        self.stopwatch = Stopwatch(world.device)
         self.teacher = VisionFoundationTeacher(config.teacher).to(world.device)
         self._perceptual = build_perceptual(losses.perceptual, self.teacher.early_features)
         if self._perceptual is not None:
@@ -181,21 +183,27 @@ class TokenizerStep:
         terms = TermSum(self._rounds, self._world.size)
         pairs = []
         for turn, item in zip(self._rounds, slices, strict=True):
-            images = to_float(item.images.to(self._world.device, non_blocking=True))
-            losses = self._generate(images, item, adversary)
-            self._generator.backward(losses.objective * turn.weight)
+            with self.stopwatch("forward"):
+                images = to_float(item.images.to(self._world.device, non_blocking=True))
+                losses = self._generate(images, item, adversary)
+            with self.stopwatch("backward"):
+                self._generator.backward(losses.objective * turn.weight)
             terms.add(turn, {_log_name(name): value for name, value in losses.terms.items()})
             pairs.append((turn, images, losses.reconstruction))
-        norms = {"gradient_norm/generator": self._generator.update(learning_rate)}
+        with self.stopwatch("optimizer"):
+            norms = {"gradient_norm/generator": self._generator.update(learning_rate)}
         if adversary is not None and math.isfinite(norms["gradient_norm/generator"]):
             for turn, images, reconstruction in pairs:
-                judged = adversary.forward(images, reconstruction)
-                adversary.backward(judged.objective * turn.weight)
+                with self.stopwatch("forward"):
+                    judged = adversary.forward(images, reconstruction)
+                with self.stopwatch("backward"):
+                    adversary.backward(judged.objective * turn.weight)
                 judgement = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
                 terms.add(turn, {_log_name(name): value for name, value in judgement.items()})
             training = self._config.train_vavae
             ratio = training.of_discriminator.learning_rate / training.optimizer.learning_rate
-            norms["gradient_norm/discriminator"] = adversary.update(learning_rate * ratio)
+            with self.stopwatch("optimizer"):
+                norms["gradient_norm/discriminator"] = adversary.update(learning_rate * ratio)
         return StepResult(terms.terms, norms)
 
     def _generate(self, images: Tensor, item: ImageSlice, adversary: Engine | None) -> TokenizerLosses:
