@@ -31,8 +31,9 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     if "evaluate" in jobs:
         if config.shards.validation_source is None and not config.shards.validation_fraction:
             raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
-        if config.evaluate.class_agreement and importlib.util.find_spec("sklearn") is None:
-            raise UserError("evaluate.class_agreement=true needs scikit-learn: pip install 'vavae[quickstart]'")
+        for field in ("class_agreement", "latent_space"):
+            if getattr(config.evaluate, field) and importlib.util.find_spec("sklearn") is None:
+                raise UserError(f"evaluate.{field} needs scikit-learn: pip install 'vavae[metrics]'")
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")

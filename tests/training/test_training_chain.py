@@ -109,6 +109,9 @@ def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
         "alignment_cosine",
         "generation_frechet_distance",
         "class_agreement",
+        "density_cv",
+        "density_gini",
+        "density_entropy",
     }
     for metric in metrics.values():
         assert math.isfinite(metric["value"])
@@ -138,7 +141,7 @@ def test_the_log_tells_every_loss(run: Run) -> None:
 
 
 def test_pictures_report_and_tensorboard_are_there(run: Run) -> None:
-    for name in ("samples.png", "reconstructions.png"):
+    for name in ("samples.png", "reconstructions.png", "latent_map.png"):
         with Image.open(run.storage.local_file(name)) as picture:
             assert min(picture.size) >= run.config.shards.image_size
     report = run.storage.read_bytes("report.html").decode()

@@ -22,6 +22,7 @@ class Metric:
         unit: such as "dB"; empty for plain numbers.
         protocol: extractor, number of images, guidance and the like.
         better: which way is better.
+        spread: standard deviation of the figure, where it is a mean over several draws.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Metric:
     unit: str = ""
     protocol: str = ""
     better: Literal["higher", "lower"] = "lower"
+    spread: float | None = None
 
 
 @dataclass(frozen=True)

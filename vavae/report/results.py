@@ -1,32 +1,38 @@
 """The last stage of a run: measure, draw, and put everything into one report."""
 
 import json
-import platform
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vavae.config import digest
-from vavae.config.load import dump
 from vavae.data.manifest import Manifest, read_manifest
 from vavae.data.passes import gather, read_images
 from vavae.evaluation.generation import judge, measure_distance
+from vavae.evaluation.latent_space import measure_latent_space
 from vavae.evaluation.reconstruction import Reconstruction, measure_reconstruction
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.metrics.features import FeatureExtractor
-from vavae.report.curves import training_curves
 from vavae.report.grid import image_grid, pair_grid, png_bytes
-from vavae.report.html import Metric, Picture, Report, render
-from vavae.report.measures import distance_metric, generation_protocol, judgement_metrics, reconstruction_metrics
+from vavae.report.html import Metric, render
+from vavae.report.latents import latent_map_png, latent_space_metrics
+from vavae.report.measures import distance_metric, judgement_metrics, reconstruction_metrics
+from vavae.report.run_report import (
+    LATENT_MAP,
+    LOG,
+    METRICS,
+    RECONSTRUCTIONS,
+    REPORT,
+    SAMPLES,
+    log_rows,
+    metrics_json,
+    run_report,
+)
 from vavae.sampling.sample_shards import read_samples
 from vavae.storage.artefact import commit, discard
 from vavae.tokenizer.teacher import VisionFoundationTeacher
-from vavae.training.log import read_rows
-from vavae.training.run import STAGES, TRAININGS, Run
-
-METRICS, LOG, REPORT = "metrics.json", "metrics.jsonl", "report.html"
-SAMPLES, RECONSTRUCTIONS = "samples.png", "reconstructions.png"
+from vavae.training.run import Run
 
 _CLASSIFIER_IMAGES = 4000
 _PICTURE_CLASSES = 20
@@ -51,18 +57,21 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     reconstruction = _reconstruct(run, manifest, extractor, advance)
     metrics = reconstruction_metrics(reconstruction, extractor, config)
     metrics += _generation(run, manifest, reconstruction, extractor, advance)
-    pairs = png_bytes(
-        pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=_scale(config.shards.image_size))
-    )
-    content = {metric.name: _plain(metric) for metric in metrics}
-    files = {
-        METRICS: (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(),
-        RECONSTRUCTIONS: pairs,
-        LOG: write_log(run),
-        REPORT: render(_report(run, metrics, pairs)).encode(),
-    }
+    pairs = pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=_scale(config.shards.image_size))
+    files = {RECONSTRUCTIONS: png_bytes(pairs)}
+    run.storage.delete(LATENT_MAP)
+    if config.evaluate.latent_space is not None:
+        latents = run.storage.child(run.prefix("precompute_latents"))
+        latent_space = measure_latent_space(latents, config.evaluate.latent_space, config.seed)
+        metrics += latent_space_metrics(latent_space)
+        files[LATENT_MAP] = latent_map_png(latent_space.first)
+    content = metrics_json(metrics)
+    files[METRICS] = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     for name, data in files.items():
         run.storage.write_bytes(name, data)
+    files[LOG] = write_log(run)
+    files[REPORT] = render(run_report(run)).encode()
+    run.storage.write_bytes(REPORT, files[REPORT])
     beside = {name: len(data) for name, data in files.items()}
     commit(run.storage, prefix, run.record("evaluate", digest(content), {}, beside=beside))
     return metrics
@@ -87,12 +96,6 @@ def write_samples_picture(run: Run) -> dict[str, int]:
     data = png_bytes(grid)
     run.storage.write_bytes(SAMPLES, data)
     return {SAMPLES: len(data)}
-
-
-def log_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows that the trainings of a run have logged so far."""
-    trained = [job for job in TRAININGS if run.artefact(STAGES[job].inputs[0]) is not None]
-    return [row for job in trained for row in read_rows(run.storage.child(f"{run.training_prefix(job)}/log"))]
 
 
 def write_log(run: Run) -> bytes:
@@ -144,41 +147,6 @@ def _generation(
 def _images(run: Run, manifest: Manifest, split: str, limit: int) -> Any:
     storage = run.storage.child(run.prefix("prepare_shards"))
     return read_images(storage, manifest, split, limit, run.config.evaluate.batch_size)
-
-
-def _report(run: Run, metrics: list[Metric], pairs: bytes) -> Report:
-    count = run.config.sample.images
-    caption = f"The first of {generation_protocol(count, run.config)}; one class a row."
-    return Report(
-        title=run.config.name,
-        facts=_facts(run),
-        metrics=metrics,
-        pictures=[
-            Picture("Samples", caption, run.storage.read_bytes(SAMPLES), "Grid of generated images, a class per row"),
-            Picture(
-                "Reconstructions",
-                "Held-out images above their reconstructions.",
-                pairs,
-                "Rows of held-out images, each above the row of its reconstructions",
-            ),
-        ],
-        curves=training_curves(log_rows(run)),
-        config=dump(run.config),
-    )
-
-
-def _facts(run: Run) -> dict[str, str]:
-    facts = {"storage": run.storage.url(), "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-    for job, stage in STAGES.items():
-        record = run.artefact(job)
-        if record is not None:
-            seen = "" if record.images_seen is None else f", {record.images_seen:,} images seen"
-            facts[stage.makes] = f"{record.digest[:12]}{seen}"
-    return facts
-
-
-def _plain(metric: Metric) -> dict[str, Any]:
-    return {"value": metric.value, "unit": metric.unit, "better": metric.better, "protocol": metric.protocol}
 
 
 def _scale(size: int) -> int:

@@ -1,0 +1,102 @@
+"""How evenly the latents that a diffusion model trains on fill their space."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vavae.data.latents import LatentManifest, MappedLatents, read_latent_manifest, read_statistics
+from vavae.data.manifest import ShardInfo, open_shard
+from vavae.errors import UserError
+from vavae.metrics.config import LatentSpaceConfig
+from vavae.metrics.latent_space import FEWEST_TOKENS, DensityUniformity, LatentMap, density_uniformity, map_latents
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+_SPLIT = "train"
+
+
+class LatentSpace(NamedTuple):
+    """Measures over several samplings of tokens."""
+
+    tokens: int
+    """Of one sampling."""
+    samplings: Sequence[DensityUniformity]
+    first: LatentMap
+    """The map of the first sampling."""
+
+    @property
+    def mean(self) -> DensityUniformity:
+        """Over the samplings."""
+        return DensityUniformity(*np.mean(self.samplings, axis=0).tolist())
+
+    @property
+    def spread(self) -> DensityUniformity | None:
+        """Standard deviation over the samplings; none where there is only one."""
+        if len(self.samplings) == 1:
+            return None
+        return DensityUniformity(*np.std(self.samplings, axis=0, ddof=1).tolist())
+
+
+def measure_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int) -> LatentSpace:
+    """Measure the latents of the training images.
+
+    Args:
+        latents: their folder.
+        config: how many tokens, how often.
+        seed: keys what is drawn, together with the number of the sampling.
+
+    Raises:
+        UserError: there are too few latents, or scikit-learn is not installed.
+    """
+    try:
+        from joblib import Parallel, delayed
+    except ImportError as error:
+        raise UserError(
+            "evaluate.latent_space needs scikit-learn, which is not installed: pip install 'vavae[metrics]'"
+        ) from error
+    tokens = [draw_tokens(latents, config, seed, sampling) for sampling in range(config.samplings)]
+    maps: list[LatentMap] = Parallel(n_jobs=config.processes)(delayed(map_latents)(drawn) for drawn in tokens)
+    return LatentSpace(len(tokens[0]), [density_uniformity(found.densities) for found in maps], maps[0])
+
+
+def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling: int) -> np.ndarray:
+    """One token of each of so many random images: float32 [N, C], normalised as the diffusion model sees it.
+
+    The image or its mirror image, a position and a sample of the posterior are drawn too. Images are drawn from as many
+    leading shards as hold enough for all samplings: shards hold their images in a shuffled order.
+    """
+    manifest = read_latent_manifest(latents)
+    infos = _leading(manifest.splits[_SPLIT], config.tokens * config.samplings)
+    bounds = np.cumsum([0, *(info.count for info in infos)])
+    count = min(config.tokens, int(bounds[-1]))
+    if count < FEWEST_TOKENS:
+        raise UserError(
+            f"{latents.url()}: latents of {count} training images, and a map takes {FEWEST_TOKENS}: "
+            "set evaluate.latent_space=null"
+        )
+    channels, height, width = manifest.shape
+    random = numpy_generator(seed, "latent tokens", sampling)
+    images = random.choice(bounds[-1], count, replace=False)
+    views = random.integers(1 + manifest.flip, size=count)
+    rows, columns = random.integers(height, size=count), random.integers(width, size=count)
+    posteriors = np.empty((count, 2, channels), np.float32)
+    for number, info in enumerate(infos):
+        mine = np.flatnonzero((images >= bounds[number]) & (images < bounds[number + 1]))
+        arrays = _map(latents, manifest, info).arrays
+        found = arrays[images[mine] - bounds[number], :, :, rows[mine], columns[mine]]  # [n, 2 · (1 + flip), C]
+        pairs = found.reshape(len(mine), 1 + manifest.flip, 2, channels)
+        posteriors[mine] = pairs[np.arange(len(mine)), views[mine]]
+    z = posteriors[:, 0] + posteriors[:, 1] * random.standard_normal((count, channels), np.float32)
+    mean, std = (statistic.float().numpy() for statistic in read_statistics(latents))
+    return (z - mean) / std
+
+
+def _leading(infos: Sequence[ShardInfo], wanted: int) -> list[ShardInfo]:
+    """The first shards that hold so many images, or all."""
+    before = np.cumsum([0, *(info.count for info in infos[:-1])])
+    return [info for info, start in zip(infos, before, strict=True) if start < wanted]
+
+
+def _map(latents: Storage, manifest: LatentManifest, info: ShardInfo) -> MappedLatents:
+    return open_shard(latents, _SPLIT, info, lambda path: MappedLatents(path, info.count, manifest.record_shape))

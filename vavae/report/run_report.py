@@ -1,0 +1,101 @@
+"""The report of one run, from what its jobs have left on storage; parts that are not there yet are left out."""
+
+import platform
+from typing import Any, NamedTuple
+
+import torch
+
+from vavae.config.load import dump
+from vavae.report.curves import training_curves
+from vavae.report.html import Metric, Picture, Report
+from vavae.report.measures import generation_protocol
+from vavae.training.log import read_rows
+from vavae.training.run import STAGES, TRAININGS, Run
+
+METRICS, LOG, REPORT = "metrics.json", "metrics.jsonl", "report.html"
+SAMPLES, RECONSTRUCTIONS, LATENT_MAP = "samples.png", "reconstructions.png", "latent_map.png"
+
+
+def run_report(run: Run) -> Report:
+    """What there is of a run."""
+    return Report(
+        title=run.config.name,
+        facts=_facts(run),
+        metrics=read_metrics(run),
+        pictures=_pictures(run),
+        curves=training_curves(log_rows(run)),
+        config=dump(run.config),
+    )
+
+
+def read_metrics(run: Run) -> list[Metric]:
+    """The figures that `evaluate` has measured."""
+    if not run.storage.is_file(METRICS):
+        return []
+    return [Metric(name, **figure) for name, figure in run.storage.read_json(METRICS).items()]
+
+
+def metrics_json(metrics: list[Metric]) -> dict[str, dict[str, Any]]:
+    """Figures as plain values, by name; what `read_metrics` reads."""
+    return {
+        metric.name: {
+            "value": metric.value,
+            "unit": metric.unit,
+            "better": metric.better,
+            "protocol": metric.protocol,
+            **({} if metric.spread is None else {"spread": metric.spread}),
+        }
+        for metric in metrics
+    }
+
+
+def log_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows that the trainings of a run have logged so far."""
+    trained = [job for job in TRAININGS if run.artefact(STAGES[job].inputs[0]) is not None]
+    return [row for job in trained for row in read_rows(run.storage.child(f"{run.training_prefix(job)}/log"))]
+
+
+class _Shown(NamedTuple):
+    """A picture that a job may have left."""
+
+    file: str
+    title: str
+    caption: str
+    alt: str
+
+
+def _pictures(run: Run) -> list[Picture]:
+    generated = generation_protocol(run.config.sample.images, run.config)
+    shown = (
+        _Shown(
+            SAMPLES,
+            "Samples",
+            f"The first of {generated}; one class a row.",
+            "Grid of generated images, a class per row",
+        ),
+        _Shown(
+            RECONSTRUCTIONS,
+            "Reconstructions",
+            "Held-out images above their reconstructions.",
+            "Rows of held-out images, each above the row of its reconstructions",
+        ),
+        _Shown(
+            LATENT_MAP,
+            "Latent space",
+            "Latent vectors of training images at one position each, mapped to the plane by t-SNE. Brighter is denser; "
+            "the more even, the easier the space is to learn.",
+            "Scatter plot of latent vectors in the plane, in the colour of their density",
+        ),
+    )
+    there = [picture for picture in shown if run.storage.is_file(picture.file)]
+    return [Picture(p.title, p.caption, run.storage.read_bytes(p.file), p.alt) for p in there]
+
+
+def _facts(run: Run) -> dict[str, str]:
+    facts = {"storage": run.storage.url(), "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for job, stage in STAGES.items():
+        record = run.artefact(job)
+        if record is not None:
+            seen = "" if record.images_seen is None else f", {record.images_seen:,} images seen"
+            facts[stage.makes] = f"{record.digest[:12]}{seen}"
+    return facts
