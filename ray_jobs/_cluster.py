@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import ray_constants
 
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
@@ -43,6 +44,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         ray.init(runtime_env=environment, logging_level=logging.WARNING)
         _check_resources(config)
     else:
+        _stay_on_loopback()
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus)),
@@ -57,6 +59,16 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _stay_on_loopback() -> None:
+    """Nobody else has any business with a laptop's Ray, whose servers take the address of the node.
+
+    Ray has a switch for nodes that are only ever alone, and the node's address is loopback then. It is read on import,
+    and given on to Ray's processes by the environment.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _check_resources(config: RunConfig) -> None:

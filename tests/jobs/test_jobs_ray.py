@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from support.sockets import beyond_loopback
 
 from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
@@ -39,6 +40,10 @@ def arguments(root: Path) -> list[str]:
 def _ray(arguments: list[str]) -> Iterator[None]:
     with cluster(load(RunConfig, CONFIG, arguments[2:])):
         yield
+
+
+def test_ray_listens_on_loopback_alone() -> None:
+    assert not beyond_loopback(psutil.Process())
 
 
 def run_pipeline(arguments: list[str], *overrides: str) -> int:

@@ -5,7 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vavae.config.credentials import REFUSAL, has_credentials
 
 _RUNTIME = {"runtime": True}
 
@@ -13,10 +15,22 @@ _RUNTIME = {"runtime": True}
 class Config(BaseModel):
     """A frozen, strict section of the configuration; an unknown key is an error.
 
-    A field is *identity* (it changes results) unless it is declared with :func:`runtime`.
+    A field is *identity* (it changes results) unless it is declared with :func:`runtime`. None holds credentials.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, values: Any) -> Any:
+        # Not a validator of the fields: the message about one shows its value.
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            texts = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(text, str) and has_credentials(text) for text in texts):
+                raise ValueError(f"{name} is {REFUSAL}")
+        return values
 
 
 def runtime(default: Any = ..., **field: Any) -> Any:

@@ -60,7 +60,8 @@ def index_tar(path: Path, memory: mmap.mmap) -> dict[str, dict[str, tuple[int, i
         case.
 
     Raises:
-        ValueError: the tar is damaged or ends early, a key comes twice, or a name leads out of a folder.
+        ValueError: the tar is damaged or ends early, a key comes twice, a name leads out of a folder, or a member is a
+            link or a device.
     """
     records: dict[str, dict[str, tuple[int, int]]] = {}
     parts: dict[str, tuple[int, int]] = {}
@@ -134,6 +135,10 @@ def _members_by_tarfile(path: Path, offset: int) -> Iterator[tuple[str, int, int
         file.seek(offset)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                yield from ((member.name, member.offset_data, member.size) for member in tar if member.isreg())
+                for member in tar:
+                    if member.isreg():
+                        yield member.name, member.offset_data, member.size
+                    elif not member.isdir():
+                        raise ValueError(f"member {member.name!r} is a link or a device")
         except tarfile.TarError as error:
             raise ValueError(str(error)) from error

@@ -1,37 +1,12 @@
 """Where artefacts live, and how patiently they are fetched."""
 
-import re
-from typing import Any
-
-from pydantic import ConfigDict, model_validator
-
 from vavae.config import Config, runtime
 
 DEFAULT_CACHE = "~/.cache/vavae"
 
-# A colon before the "@" of a URL means a password, which may hold slashes; not so in S3's access points (arn:...) and
-# behind a port.
-_PASSWORD = re.compile(r"//(?!arn:)[^/@:]*:(?!\d+(/|$))[^@]*@")
-_SECRET_QUERY = re.compile(
-    r"[?&][^=&]*(signature|credential|secret|token|password|sig|key|accesskeyid)=", re.IGNORECASE
-)
-
-
-def without_credentials(url: str) -> str:
-    """The URL itself; ValueError, which doesn't repeat it, where it carries a password or a signed query."""
-    if _PASSWORD.search(url) or _SECRET_QUERY.search(url):
-        scheme = url.partition("://")[0]
-        raise ValueError(
-            f"a {scheme}:// URL with credentials in it: take them out, they belong into the environment, "
-            "a profile (storage.profile) or the machine's role"
-        )
-    return url
-
 
 class StorageOptions(Config):
     """How a store is reached. Keys come from the usual chain (environment, profile, role) and are never fields."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     endpoint: str | None = runtime(None)
     """URL of an S3 server other than Amazon's; without it AWS_ENDPOINT_URL or the profile decides."""
@@ -68,17 +43,6 @@ class StorageOptions(Config):
 
     cache_bytes: int = runtime(100_000_000_000, ge=1)
     """Bound of the cache; what was used longest ago is dropped first. Files in use keep their space until closed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_credentials(cls, values: Any) -> Any:
-        # Not a validator of the field: the message about one shows its value.
-        for name in ("root", "endpoint"):
-            try:
-                without_credentials(str(values.get(name, "")))
-            except ValueError as error:
-                raise ValueError(f"{name} is {error}") from None
-        return values
 
 
 class StorageConfig(StorageOptions):

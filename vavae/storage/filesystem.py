@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 from fsspec.core import url_to_fs
 
+from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.errors import UserError
-from vavae.storage.config import StorageOptions, without_credentials
+from vavae.storage.config import StorageOptions
 from vavae.storage.retry import kinds
 
 _S3 = ("s3", "s3a")
@@ -32,7 +33,8 @@ def open_place(root: str, options: StorageOptions) -> Place:
     """The file system of a folder or URL; UserError where there is none, or where the URL carries credentials."""
     protocol = root.partition("://")[0]
     try:
-        without_credentials(root)
+        if has_credentials(root):
+            raise ValueError(REFUSAL)
         # Other processes write too: a listing kept in this one would miss their files.
         if protocol in _S3 and "::" not in root:
             from vavae.storage.s3 import PatientS3  # slow, and of no use to local runs
@@ -63,7 +65,7 @@ def explained(error: Exception, url: str) -> Exception | None:
 
 def _shown(root: str) -> str:
     """A root that may hold credentials, without them."""
-    try:
-        return without_credentials(root)
-    except ValueError:
-        return f"{root.partition('://')[0]}://..."
+    if not has_credentials(root):
+        return root
+    scheme, separator, _ = root.partition("://")
+    return f"{scheme}://..." if separator else "..."

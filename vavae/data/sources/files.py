@@ -4,6 +4,7 @@ import gzip
 import os
 import posixpath
 import shutil
+import stat
 import struct
 import tarfile
 import tempfile
@@ -61,6 +62,9 @@ class ZipSource:
             raise UserError(f"source {self._path}: {error}; fetch it again") from error
         if any(member.flag_bits & _ENCRYPTED for member in members):
             raise UserError(f"source {self._path}: encrypted; unpack it and name the folder")
+        link = next((member.filename for member in members if stat.S_ISLNK(member.external_attr >> 16)), None)
+        if link:
+            raise _no_file(self._path, link)
         files = (File(member.filename, member.header_offset, member.file_size) for member in members)
         return self._arrange("zip", str(self._path), files, self._inside)
 
@@ -132,22 +136,28 @@ class TarSource:
         return data
 
     def _members(self) -> Iterator[File]:
-        for member in _regular_files(self._file, 0):
+        for member in _regular_files(self._path, self._file, 0):
             folder, suffix = posixpath.splitext(member.path)
             if suffix != ".tar":
                 yield member
             else:
-                inner = _regular_files(self._file, member.position)
+                inner = _regular_files(self._path, self._file, member.position)
                 yield from (file._replace(path=f"{folder}/{file.path}") for file in inner)
 
 
-def _regular_files(file: IO[bytes], start: int) -> Iterator[File]:
+def _no_file(path: Path, member: str) -> UserError:
+    return UserError(f"source {path}: {member} is a link or a device: pack the images themselves (tar --dereference)")
+
+
+def _regular_files(path: Path, file: IO[bytes], start: int) -> Iterator[File]:
     """Files of the plain tar that begins at a byte; their positions count from the beginning of the file."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.isreg():
                 yield File(member.name.removeprefix("./"), member.offset_data, member.size)
+            elif not member.isdir():
+                raise _no_file(path, member.name)
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -113,14 +113,28 @@ def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str
 
 
 def images_among(files: Iterable[File], place: str, inside: str, expected: str) -> list[File]:
-    """The images within a folder of a source, sorted; UserError where there are none, or two of one name."""
-    images = sorted(file for file in files if _is_image(file.path) and file.path.startswith(inside and f"{inside}/"))
+    """The images within a folder of a source, sorted; UserError where there are none, or two of one name.
+
+    Nothing is ever unpacked, but the names go into the shards: one that leads out of the archive is an error too.
+    """
+    images = sorted(
+        file for file in _within(files, place) if _is_image(file.path) and file.path.startswith(inside and f"{inside}/")
+    )
     if not images:
         raise UserError(f"source {place}: no images{inside and f' in {inside}/'}; it must hold {expected}")
     twin = next((file.path for file, after in pairwise(images) if file.path == after.path), None)
     if twin:
         raise UserError(f"source {place}: {twin} comes twice; pack it again with each file once")
     return images
+
+
+def _within(files: Iterable[File], place: str) -> Iterator[File]:
+    for file in files:
+        if file.path.startswith("/") or (".." in file.path and ".." in file.path.split("/")):
+            raise UserError(
+                f"source {place}: {file.path} leads out of the archive; pack it again from inside its folder"
+            )
+        yield file
 
 
 def _is_image(path: str) -> bool:
