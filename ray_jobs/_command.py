@@ -154,6 +154,6 @@ def _effort(run: Run, job: Job) -> str:
     return {
         "prepare_shards": f"{config.shards.source} at {config.shards.image_size} px",
         "precompute_latents": f"{config.tokenizer.latent_dim} x {config.grid} x {config.grid} float16 mean and std",
-        "sample": f"{config.sample.images:,} images, {config.solver.name} {config.solver.num_steps} steps",
+        "sample": f"{config.sample.images:,} images, {config.solver.summary}",
         "evaluate": f"up to {config.evaluate.images:,} held-out images",
     }[job]

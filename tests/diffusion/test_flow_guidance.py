@@ -25,11 +25,15 @@ class Model:
 
 def guided(t=0.5, **config):
     model = Model()
-    return ClassifierFreeGuidance(model, LABELS, NULL, GuidanceConfig(**config))(X, t), model.samples
+    return ClassifierFreeGuidance(model, NULL, GuidanceConfig(**config))(X, times(t), LABELS), model.samples
+
+
+def times(t):
+    return torch.tensor(t).expand(2)
 
 
 def velocity(labels, t=0.5):
-    return Model()(X, torch.full((2,), t), labels)
+    return Model()(X, times(t), labels)
 
 
 def test_scale_one_is_the_labelled_velocity_for_one_evaluation_each():
@@ -56,10 +60,40 @@ def test_channels_beyond_the_guided_ones_are_the_labelled_velocity():
 
 @pytest.mark.parametrize(("t", "active"), [(0.0, False), (0.7, True), (0.75, True), (0.8, True), (0.85, False)])
 def test_outside_the_closed_interval_no_null_velocity_is_computed(t, active):
-    t = torch.tensor(t).item()  # as solvers give it, in float32: 0.7 falls below and 0.8 above its decimal
     out, samples = guided(t, scale=4.0, interval=(0.7, 0.8))
     assert samples == (2 if active else 1) * len(X)
     assert torch.equal(out, velocity(LABELS, t)) != active
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_each_image_is_guided_by_its_own_time(channels):
+    config = {"scale": 4.0, "interval": (0.7, 0.8), "channels": channels}
+    together, samples = guided([0.5, 0.75], **config)
+    assert samples == 3  # one null velocity, of the image inside the interval
+    for image, t in enumerate((0.5, 0.75)):
+        assert torch.equal(together[image], guided(t, **config)[0][image])
+
+
+def test_the_models_output_is_left_as_it_is():
+    output = torch.arange(float(2 * X.numel())).view(2 * len(X), *X.shape[1:])
+    before = output.clone()
+    out = ClassifierFreeGuidance(lambda x, t, y: output, NULL, GuidanceConfig(scale=4.0))(X, times(0.5), LABELS)
+    assert torch.equal(output, before)
+    torch.testing.assert_close(out, before[2:] + 4 * (before[:2] - before[2:]))
+
+
+@pytest.mark.parametrize(
+    ("config", "jumps"),
+    [
+        ({"scale": 2, "interval": (0.25, 0.75)}, [0.25, 0.75]),
+        ({"scale": 2, "interval": (0, 0.5)}, [0.5]),
+        ({"scale": 2, "interval": (0.5, 0.5)}, [0.5]),
+        ({"scale": 2}, []),
+        ({"scale": 1, "interval": (0.25, 0.75)}, []),
+    ],
+)
+def test_guidance_jumps_at_the_inner_ends_of_its_interval(config, jumps):
+    assert ClassifierFreeGuidance(Model(), NULL, GuidanceConfig(**config)).jumps == jumps
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.4), (-0.1, 1.0), (0.0, 1.1)])

@@ -1,6 +1,6 @@
 """How velocities are learned and integrated, without torch. Time runs from noise (t = 0) to data (t = 1)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -40,6 +40,14 @@ class GuidanceConfig(Config):
     channels: int | None = Field(None, ge=1)
     """Guide only that many first channels (the released code: 3); null guides all."""
 
+    @property
+    def summary(self) -> str:
+        """In words, as it stands beside a figure."""
+        if self.scale == 1:
+            return "no guidance"
+        channels = "" if self.channels is None else f" on {self.channels} channels"
+        return f"guidance {self.scale:g} for t in [{self.interval[0]:g}, {self.interval[1]:g}]{channels}"
+
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:
         low, high = self.interval
@@ -51,11 +59,24 @@ class GuidanceConfig(Config):
 
 
 class SolverConfig(Config):
-    """The numerical integration from noise to data."""
+    """The numerical integration from noise to data: on a grid of times, or by `dopri5`, which finds its own steps."""
 
-    name: Literal["euler", "heun"] = "euler"
-    """`heun` is of second order."""
+    name: Literal["euler", "heun", "dopri5"] = "euler"
+    """Orders 1, 2 and 5. `dopri5` gives every image steps of its own, whatever it is integrated beside."""
     num_steps: int = Field(250, ge=1)
-    """Intervals of the time grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
-    shift: float = Field(1.0, gt=0)
-    """s in t' = s t / (1 + (s - 1) t); below 1 it takes smaller steps near the noise, 1 spaces them evenly."""
+    """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
+    shift: Annotated[float, Field(gt=0)] | Literal["by_dimension"] = 1.0
+    """Of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
+    evenly; `by_dimension` is √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
+    rtol: float = Field(1e-3, ge=1e-6)
+    """Error that `dopri5` allows in a step, relative to the latent. This and the next are the released code's."""
+    atol: float = Field(1e-6, gt=0)
+    """The same where the latent is near zero."""
+
+    @property
+    def summary(self) -> str:
+        """In words, as it stands beside a figure."""
+        if self.name == "dopri5":
+            return f"dopri5, relative tolerance {self.rtol:g}, absolute {self.atol:g}"
+        shift = self.shift.replace("_", " ") if isinstance(self.shift, str) else f"{self.shift:g}"
+        return f"{self.name} {self.num_steps} steps, shift {shift}"

@@ -20,29 +20,39 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, generator: 
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """velocity(x, t) of a labelled model for given labels: v = v_null + scale · (v_label - v_null).
+    """The guided velocity of a labelled model: v = v_null + scale · (v_label - v_null).
 
     Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated.
     """
 
     model: LabelledVelocity
-    labels: Tensor
-    """int64 [B]"""
     null_label: int
     config: GuidanceConfig
 
-    def active(self, t: float) -> bool:
-        """Whether time t is guided; the bounds are compared in the float32 that timesteps have."""
-        low, high = torch.tensor(self.config.interval, dtype=torch.float32).tolist()
-        return self.config.scale != 1 and low <= t <= high
+    @property
+    def jumps(self) -> list[float]:
+        """Times between 0 and 1 at which guidance sets in or ends, ascending."""
+        bounds = torch.tensor(self.config.interval, dtype=torch.float32).tolist()
+        return sorted({bound for bound in bounds if 0 < bound < 1 and self.config.scale != 1})
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Velocity at x [B, C, H, W], all samples at the same time t."""
-        times = torch.full((len(x),), t, device=x.device)
-        if not self.active(t):
-            return self.model(x, times, self.labels)
-        both = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
-        labelled, null = self.model(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
-        channels = self.config.channels
-        guided = null[:, :channels] + self.config.scale * (labelled[:, :channels] - null[:, :channels])
-        return guided if channels is None else torch.cat([guided, labelled[:, channels:]], dim=1)
+    def active(self, t: Tensor) -> Tensor:
+        """Which times t [B] are guided, bool [B]; the bounds are compared in the float32 that timesteps have."""
+        low, high = torch.tensor(self.config.interval, dtype=torch.float32, device=t.device)
+        return (low <= t) & (t <= high) & (self.config.scale != 1)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B].
+
+        Which images are guided is found out where t is: on the CPU that keeps no GPU waiting.
+        """
+        guided = self.active(t).nonzero().flatten().to(x.device)
+        t = t.to(x.device)
+        if not len(guided):
+            return self.model(x, t, y)
+        null = torch.full_like(y[guided], self.null_label)
+        both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
+        labelled, unlabelled = both.split([len(x), len(guided)])
+        part = (guided, slice(self.config.channels))
+        velocity, v_null = labelled.clone(), unlabelled[:, : self.config.channels]
+        velocity[part] = v_null + self.config.scale * (labelled[part] - v_null)
+        return velocity

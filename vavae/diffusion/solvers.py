@@ -1,32 +1,45 @@
-"""Integration of dx/dt = velocity(x, t). Time runs from noise (t = 0) to data (t = 1)."""
+"""Integration of dx/dt = velocity(x, t, y). Time runs from noise (t = 0) to data (t = 1)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from vavae.diffusion.config import SolverConfig
+from vavae.diffusion.dopri5 import Tolerance, Velocity, dopri5
 
-Velocity = Callable[[Tensor, float], Tensor]
-"""velocity(x [B, C, H, W], t) -> [B, C, H, W]."""
+_BASE_DIMENSION = 4096
+"""Numbers in a latent for which the shift by dimension is 1."""
+
+CommonTimeVelocity = Callable[[Tensor, float], Tensor]
+"""velocity(x [B, C, H, W], t) -> [B, C, H, W], all images at one time."""
 
 
-def time_grid(config: SolverConfig) -> Tensor:
+def shift_of(config: SolverConfig, dimension: int) -> float:
+    """The shift s of the time grid for latents of so many numbers.
+
+    By dimension it keeps the signal of a point of the grid apart from its noise as well as in a latent of 4096 numbers.
+    """
+    return math.sqrt(_BASE_DIMENSION / dimension) if config.shift == "by_dimension" else float(config.shift)
+
+
+def time_grid(config: SolverConfig, dimension: int) -> Tensor:
     """The num_steps + 1 times from 0 to 1, float32, moved by t' = s t / (1 + (s - 1) t).
 
     It is the shift of SD3 (arXiv 2403.03206, equation 23), whose time runs the other way, with 1 / s for its factor.
     """
-    t = torch.linspace(0, 1, config.num_steps + 1)
-    return config.shift * t / (1 + (config.shift - 1) * t)
+    t, shift = torch.linspace(0, 1, config.num_steps + 1), shift_of(config, dimension)
+    return shift * t / (1 + (shift - 1) * t)
 
 
-def euler_step(velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+def euler_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
     """x at t_next by the velocity at t: first order, one evaluation."""
     return x + (t_next - t) * velocity(x, t)
 
 
-def heun_step(velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+def heun_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
     """x at t_next by the mean of the velocities at t and where Euler's step ends: second order, two evaluations."""
     start = velocity(x, t)
     end = velocity(x + (t_next - t) * start, t_next)
@@ -34,10 +47,29 @@ def heun_step(velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
 
 
 @torch.no_grad()
-def solve(velocity: Velocity, noise: Tensor, config: SolverConfig) -> Tensor:
-    """Data [B, C, H, W] from unit Gaussian noise of that shape. Takes no gradient, keeps no trajectory."""
+def solve(
+    velocity: Velocity, noise: Tensor, labels: Tensor, config: SolverConfig, jumps: Sequence[float] = ()
+) -> Tensor:
+    """Data [B, C, H, W] from unit Gaussian noise of that shape. Takes no gradient, keeps no trajectory.
+
+    Args:
+        velocity: guided or not.
+        noise: [B, C, H, W].
+        labels: int64 [B], given to the velocity as they are.
+        config: the solver.
+        jumps: times between 0 and 1 at which the velocity is not continuous; a grid takes no notice of them.
+
+    Raises:
+        UserError: `dopri5` can't go on (see there).
+    """
+    if config.name == "dopri5":
+        return dopri5(velocity, noise, labels, Tolerance(config.rtol, config.atol), jumps)
     step = {"euler": euler_step, "heun": heun_step}[config.name]
+
+    def velocity_at(x: Tensor, t: float) -> Tensor:
+        return velocity(x, torch.full((len(x),), t), labels)
+
     x = noise
-    for t, t_next in pairwise(time_grid(config).tolist()):
-        x = step(velocity, x, t, t_next)
+    for t, t_next in pairwise(time_grid(config, noise[0].numel()).tolist()):
+        x = step(velocity_at, x, t, t_next)
     return x

@@ -56,13 +56,7 @@ def judgement_metrics(judged: Judgement, generated: int, real: LabelledImages, c
 
 def generation_protocol(generated: int, config: RunConfig) -> str:
     """How images were generated, in words."""
-    guidance, solver = config.guidance, config.solver
-    guided = "no guidance"
-    if guidance.scale != 1:
-        channels = "" if guidance.channels is None else f" on {guidance.channels} channels"
-        guided = f"guidance {guidance.scale:g} for t in [{guidance.interval[0]:g}, {guidance.interval[1]:g}]{channels}"
-    solved = f"{solver.name} {solver.num_steps} steps, shift {solver.shift:g}"
-    return f"{generated:,} class-balanced samples, {solved}, {guided}"
+    return f"{generated:,} class-balanced samples, {config.solver.summary}, {config.guidance.summary}"
 
 
 def _extraction(extractor: FeatureExtractor, images: int) -> str:

@@ -74,6 +74,6 @@ class Generator(NamedTuple):
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
         noise = torch.stack([torch.randn(shape, generator=torch_generator(seed, "sample", index)) for index in indices])
-        velocity = ClassifierFreeGuidance(model, torch.tensor(labels, device=device), model.null_label, guidance)
-        latents = solve(velocity, noise.to(device), solver)
+        velocity = ClassifierFreeGuidance(model, model.null_label, guidance)
+        latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
         return to_uint8(self.tokenizer.decode(self.normalizer.denormalize(latents))).cpu()
