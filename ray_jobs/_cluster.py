@@ -74,9 +74,10 @@ def _stay_on_loopback() -> None:
 def _check_resources(config: RunConfig) -> None:
     """Refuse a cluster that can't hold the workers, rather than wait for ever."""
     workers, there = config.workers, ray.cluster_resources()
-    kind, needed = ("GPU", workers.count) if workers.use_gpu else ("CPU", workers.count * workers.cpus)
+    field, count = ("count", workers.count) if workers.min_count is None else ("min_count", workers.min_count)
+    kind, needed = ("GPU", count) if workers.use_gpu else ("CPU", count * workers.cpus)
     if there.get(kind, 0) < needed and not workers.wait_for_nodes:
         raise UserError(
-            f"workers.count={workers.count} needs {needed:g} {kind}s and the cluster has {there.get(kind, 0):g}; "
-            "lower workers.count, add nodes, or set workers.wait_for_nodes=true"
+            f"workers.{field}={count} needs {needed:g} {kind}s and the cluster has {there.get(kind, 0):g}; "
+            f"lower workers.{field}, add nodes, or set workers.wait_for_nodes=true"
         )

@@ -1,5 +1,6 @@
 """The training loop's session under Ray Train."""
 
+import time
 from collections.abc import Mapping
 
 import ray.train
@@ -7,13 +8,26 @@ import ray.train
 from ray_jobs._board import Board
 from vavae.progress import Progress
 
+_NOTICE_SECONDS = 5.0
+
 
 class RaySession:
-    """Speaks to the driver through the board, and to Ray Train through its reports."""
+    """Speaks to the driver through the board, and to Ray Train through its reports.
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    Args:
+        board: the driver's.
+        owner: the driver, in words.
+    """
+
+    def __init__(self, board: Board, owner: str) -> None:
+        self._board, self._owner = board, owner
         self._first = ray.train.get_context().get_world_rank() == 0
+        self._asked_at, self._going = time.monotonic(), set[str]()
+
+    @property
+    def owner(self) -> str:
+        """See `Session.owner`."""
+        return self._owner
 
     def progress(self, progress: Progress) -> None:
         """See `Session.progress`."""
@@ -26,3 +40,17 @@ class RaySession:
     def stop_requested(self) -> bool:
         """See `Session.stop_requested`."""
         return self._first and self._board.stop_requested()
+
+    def listens(self) -> bool:
+        """See `Session.listens`."""
+        if not self._first or time.monotonic() - self._asked_at < _NOTICE_SECONDS:
+            return False
+        self._asked_at = time.monotonic()
+        return True
+
+    def must_save(self) -> bool:
+        """See `Session.must_save`: yes, once for every machine of which Ray knows that it will be taken away."""
+        notice = ray.train.get_preemption_info()
+        news = set() if notice is None else {*notice.preempted_node_ids} - self._going
+        self._going |= news
+        return bool(news)

@@ -3,18 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_jobs._board import Board, shown, stopped_by_signals
 from ray_jobs._session import RaySession
+from vavae.distributed.arithmetic import settle_arithmetic
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.jobs import TRAININGS
+from vavae.training.lease import SupersededError
 from vavae.training.run import Job, Run
+from vavae.training.session import this_process
 
 
 def fit(run: Run, job: Job) -> None:
@@ -27,10 +29,13 @@ def fit(run: Run, job: Job) -> None:
     workers, board = run.config.workers, Board()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run": run, "job": job, "board": board},
+        train_loop_config={"run": run, "job": job, "board": board, "owner": this_process()},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=_resources(run)
+            num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
+            use_gpu=workers.use_gpu,
+            resources_per_worker=_resources(run),
+            elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
         run_config=RunConfig(
             name=f"{run.config.name}-{job}",
@@ -71,9 +76,14 @@ def _worker(settings: dict[str, Any]) -> None:
     board: Board = settings["board"]
     if board.error() is not None:
         return  # restarted after an error that a restart can't mend
-    torch.set_num_threads(run.config.workers.threads)
+    settle_arithmetic(run.config.workers)
+    owner: str = settings["owner"]
     try:
-        TRAININGS[job](run, RaySession(board), World.current(run.config.workers.use_gpu))
+        TRAININGS[job](run, RaySession(board, owner), World.current(run.config.workers.use_gpu))
+    except SupersededError as error:
+        if error.owner != owner:
+            board.fail(str(error))
+        raise
     except UserError as error:
         board.fail(str(error))
         raise

@@ -64,14 +64,13 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     # torch and DeepSpeed take seconds to import, and `status` needs neither.
-    import torch
-
+    from vavae.distributed.arithmetic import settle_arithmetic
     from vavae.distributed.world import World, process_group
     from vavae.training.jobs import TRAININGS
     from vavae.training.session import LocalSession
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
-    torch.set_num_threads(run.config.workers.threads)
+    settle_arithmetic(run.config.workers)
     with process_group(run.config.workers.use_gpu):
         TRAININGS[_MODELS[arguments.model]](run, LocalSession(), World.current(run.config.workers.use_gpu))
     return 0

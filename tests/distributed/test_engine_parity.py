@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.gloo import Nursery
-from support.parity import TORCH, ZERO, Histories, History, Setup, error, train
+from support.parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, error, train
 from support.tiny import JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
 from vavae.data.loading import load_slices
 from vavae.data.order import assign_lanes
+from vavae.distributed.deepspeed_engine import DeepSpeedEngine
+from vavae.distributed.engine import MOMENTS
 from vavae.distributed.world import World
 
 pytestmark = pytest.mark.gloo
@@ -101,9 +103,12 @@ def plain_adam(gloo: Nursery) -> Histories:
     return gloo.run(1, train, Setup(TORCH, smooth=True, sgd=False, steps=5))[0]
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: Histories, stage: int) -> None:
-    engine = {"backend": "deepspeed", "zero_stage": stage}  # without a threshold: some weights stay whole
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
+)
+def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: Histories, stage: int, offload: bool) -> None:
+    # Without a threshold: some weights stay whole.
+    engine = {"backend": "deepspeed", "zero_stage": stage, "offload_optimizer": offload}
     did = gloo.run(2, train, Setup(engine, smooth=True, sgd=False, steps=5))[0]
     for job in JOBS:
         _assert_same_figures(did[job], plain_adam[job])
@@ -111,6 +116,30 @@ def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: Histories, stage:
         # rounding, which Adam scales up to whole steps.
         certain = [name for name in did[job].after if not name.endswith(".k.bias")]
         assert max(error(did[job].after[name], plain_adam[job].after[name]) for name in certain) < 1e-6
+
+
+def moment_bytes(world: World) -> list[int]:
+    """Bytes of the LightningDiT's moments that this rank holds after a step, by ZeRO stage."""
+    return [_moment_bytes(world, engine) for engine in ZERO]
+
+
+def _moment_bytes(world: World, config: dict[str, Any]) -> int:
+    step = build_step("train_lightningdit", tiny_config(engine=config), world)
+    slices = next(load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
+    step.run(slices, 0, 1e-3)
+    (engine,) = step.engines.values()
+    assert isinstance(engine, DeepSpeedEngine)
+    return sum(
+        value.nbytes for state in engine.optimizer.state.values() for name, value in state.items() if name in MOMENTS
+    )
+
+
+def test_a_rank_keeps_its_share_of_the_optimiser(gloo: Nursery) -> None:
+    alone = gloo.run(1, moment_bytes)[0]
+    for world_size in (2, 4):
+        for rank in gloo.run(world_size, moment_bytes):
+            assert rank[0] == alone[0], "stage 0 divides nothing"
+            assert rank[1:] == pytest.approx([held / world_size for held in alone[1:]], rel=0.01)
 
 
 class Met(NamedTuple):
@@ -123,7 +152,7 @@ class Met(NamedTuple):
 
 def meet_no_number(world: World) -> list[Met]:
     """By engine."""
-    return [_meet_no_number(world, engine) for engine in (TORCH, *ZERO)]
+    return [_meet_no_number(world, engine) for engine in (TORCH, *ZERO, *OFFLOADED)]
 
 
 def _meet_no_number(world: World, config: dict[str, Any]) -> Met:

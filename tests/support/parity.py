@@ -22,6 +22,8 @@ ZERO: list[dict[str, Any]] = [
     {"backend": "deepspeed", "zero_stage": stage, "persistence_threshold": 0} for stage in range(4)
 ]
 """By stage; without the threshold, stage 3 would leave so small a network whole."""
+OFFLOADED: list[dict[str, Any]] = [{**ZERO[stage], "offload_optimizer": True} for stage in (2, 3)]
+"""With the optimiser in the host's memory."""
 
 
 class Setup(NamedTuple):

@@ -15,7 +15,7 @@ from vavae.distributed.world import World
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints, TrainState
-from vavae.training.config import TrainingConfig
+from vavae.training.config import BestConfig, TrainingConfig
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
 from vavae.training.log import MetricsLog
@@ -67,9 +67,15 @@ class ToyStep:
         self.remembered = memory
 
 
-def toy_checkpoints(storage: Storage, keep: int = 2, fresh: TrainState = FRESH) -> Checkpoints:
+def toy_checkpoints(
+    storage: Storage,
+    keep: int = 2,
+    fresh: TrainState = FRESH,
+    best: BestConfig | None = None,
+    owner: str = "a test",
+) -> Checkpoints:
     """Checkpoints in a folder of the storage."""
-    return Checkpoints(storage.child("checkpoints"), fresh, keep, World())
+    return Checkpoints(storage.child("checkpoints"), fresh, keep, World(), best, owner)
 
 
 def train_toy(
@@ -85,7 +91,7 @@ def train_toy(
         range(training.images),
         training,
         StreamConfig(),
-        toy_checkpoints(storage, keep),
+        toy_checkpoints(storage, keep, best=training.keep_best),
         log,
         session or LocalSession(),
         World(),

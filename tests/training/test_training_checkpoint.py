@@ -2,13 +2,16 @@
 
 import errno
 import logging
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event
 
 import pytest
+import torch
 from support.gloo import Nursery
 from support.toy import FRESH, ToyStep, toy_checkpoints, train_toy
 from torch import Tensor
@@ -16,9 +19,11 @@ from torch import Tensor
 from vavae.data.stream import SliceKey
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.storage.artefact import RECORD
+from vavae.storage.artefact import RECORD, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints
+from vavae.training.config import BestConfig
+from vavae.training.lease import SupersededError
 from vavae.training.step import StepResult
 
 
@@ -28,7 +33,14 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def _saved(storage: Storage) -> list[str]:
-    return storage.child("checkpoints").list()
+    return [name for name in storage.child("checkpoints").list() if name != "lease.json"]
+
+
+def _file_of(storage: Storage, name: str) -> str:
+    """Weights of a checkpoint, relative to its folder."""
+    record = read(storage, f"checkpoints/{name}")
+    assert record is not None
+    return next(path for path in record.files if "/toy/" in path)
 
 
 def test_restore_gives_back_weights_optimiser_average_and_position(storage: Storage) -> None:
@@ -57,17 +69,17 @@ def test_the_last_ones_stay(storage: Storage) -> None:
 @pytest.mark.parametrize("damage", ["no record", "file missing", "file shorter", "a bit flipped", "record unreadable"])
 def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     train_toy(storage, images=8, checkpoint_images=4)
-    newest = storage.child("checkpoints/000000000008")
+    newest, file = storage.child("checkpoints/000000000008"), _file_of(storage, "000000000008")
     match damage:
         case "no record":
             newest.delete(RECORD)
         case "file missing":
-            newest.delete("toy/00000.safetensors")
+            newest.delete(file)
         case "file shorter":
-            newest.write_bytes("toy/00000.safetensors", newest.read_bytes("toy/00000.safetensors")[:-1])
+            newest.write_bytes(file, newest.read_bytes(file)[:-1])
         case "a bit flipped":
-            data = newest.read_bytes("toy/00000.safetensors")
-            newest.write_bytes("toy/00000.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
+            data = newest.read_bytes(file)
+            newest.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
         case "record unreadable":
             newest.write_bytes(RECORD, b"{")
     with caplog.at_level(logging.WARNING):
@@ -79,15 +91,70 @@ def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCa
 
 def test_a_damaged_one_ahead_does_not_outlive_the_good(storage: Storage) -> None:
     train_toy(storage, images=8, keep=1)
-    storage.child("checkpoints/000000000008").delete("toy/00000.safetensors")
+    storage.child("checkpoints/000000000008").delete(_file_of(storage, "000000000008"))
     train_toy(storage, images=4, keep=1)
     assert _saved(storage) == ["000000000004"]
 
 
 def test_half_written_ones_do_not_pile_up(storage: Storage) -> None:
-    storage.write_bytes("checkpoints/000000000004/toy/00000.safetensors", b"half")
+    storage.write_bytes("checkpoints/000000000004/attempt-1/toy/00000.safetensors", b"half")
     train_toy(storage, images=8)
     assert _saved(storage) == ["000000000008"]
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("min", [2, 6, 12]), ("max", [3, 4, 12])])
+def test_the_best_stay_besides_the_last(storage: Storage, mode: str, kept: list[int]) -> None:
+    losses = [5.0, 1.0, 7.0, 9.0, math.nan, 2.0, 3.0]
+    checkpoints = toy_checkpoints(storage, 1, best=BestConfig(metric="loss/total", mode=mode, count=2))
+    step = ToyStep()
+    for number, loss in enumerate([*losses, *[4.0] * 5], start=1):
+        checkpoints.save(step, FRESH.advanced(number), {"loss/total": loss})
+    checkpoints.settle()
+    assert _saved(storage) == [f"{number:012d}" for number in kept]
+
+
+def test_a_metric_that_there_is_not_is_told(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    train_toy(storage, images=4, keep_best={"metric": "fid"})
+    assert "keep_best.metric=fid is not a finite number in every row; there are: " in caplog.text
+    assert "loss/total" in caplog.text
+
+
+def test_an_attempt_that_was_superseded_neither_commits_nor_deletes(storage: Storage) -> None:
+    old, step = toy_checkpoints(storage, keep=1, owner="the old one"), ToyStep()
+    old.save(step, FRESH.advanced(4), {})
+    old.settle()
+    new = toy_checkpoints(storage, keep=1, owner="the new one")
+    old.save(step, FRESH.advanced(8), {})
+    with pytest.raises(SupersededError, match="checkpoints: the new one goes on with this training now"):
+        old.settle()
+    with pytest.raises(SupersededError):
+        old.check_lease()
+    new.check_lease()
+    assert new.restore(ToyStep()).images_seen == 4
+    new.save(step, FRESH.advanced(12), {})
+    new.settle()
+    assert _saved(storage) == ["000000000012"], "and what the old one left is cleared away"
+
+
+def test_files_of_two_attempts_at_one_checkpoint_do_not_meet(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one is cut off in the middle of its upload, and its files come late."""
+    slow, stale, fresh = Slow(monkeypatch), ToyStep(), ToyStep()
+    with torch.no_grad():
+        stale.model.weight.zero_()
+    old = toy_checkpoints(storage)
+    old.save(stale, FRESH.advanced(4), {})
+    monkeypatch.undo()
+    new = toy_checkpoints(storage)
+    new.save(fresh, FRESH.advanced(4), {})
+    new.settle()
+    slow.passage.set()
+    with pytest.raises(SupersededError):
+        old.settle()
+    restored = ToyStep()
+    with torch.no_grad():
+        restored.model.weight.zero_()
+    assert toy_checkpoints(storage).restore(restored).images_seen == 4
+    assert restored.model.weight.equal(fresh.model.weight)
 
 
 @pytest.mark.parametrize("what", ["config", "data"])
@@ -181,7 +248,7 @@ def fail_on_the_last_rank(world: World, folder: Path) -> str:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
         Storage.create = create  # type: ignore[method-assign]
-    checkpoints.save(step, FRESH.advanced(4))
+    checkpoints.save(step, FRESH.advanced(4), {})
     try:
         checkpoints.settle()
     except UserError as error:
@@ -192,5 +259,6 @@ def fail_on_the_last_rank(world: World, folder: Path) -> str:
 @pytest.mark.gloo
 def test_all_ranks_stop_where_one_cannot_write(gloo: Nursery, tmp_path: Path) -> None:
     errors = gloo.run(3, fail_on_the_last_rank, tmp_path)
-    assert ["Permission denied: '000000000004/toy/00002.safetensors'" in error for error in errors] == [True] * 3
+    pattern = re.compile(r"Permission denied: '000000000004/\w+-1/toy/00002.safetensors'")
+    assert [pattern.search(error) is not None for error in errors] == [True] * 3
     assert not list(tmp_path.rglob(RECORD))

@@ -16,6 +16,7 @@ from vavae.progress import Progress
 from vavae.storage.storage import Storage
 from vavae.training.log import read_rows
 from vavae.training.loop import NonFiniteError
+from vavae.training.session import LocalSession
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path))
 
 
-class ScriptedSession:
-    """Asks to stop at one of its steps, and remembers what it was told."""
+class ScriptedSession(LocalSession):
+    """Asks to stop at one of its steps, learns at another that a machine goes, and remembers what it is told."""
 
-    def __init__(self, stop_at_step: int | None = None) -> None:
-        self._stop_at, self._steps = stop_at_step, 0
+    def __init__(self, stop_at_step: int | None = None, notice_at_step: int | None = None) -> None:
+        self._stop_at, self._notice_at, self._steps = stop_at_step, notice_at_step, 0
         self.checkpoints: list[int] = []
         self.shown: list[Progress] = []
 
@@ -41,6 +42,13 @@ class ScriptedSession:
     def stop_requested(self) -> bool:
         self._steps += 1
         return self._steps == self._stop_at
+
+    def listens(self) -> bool:
+        return self._steps % 2 == 0
+
+    def must_save(self) -> bool:
+        assert self.listens(), "asked when it is time only"
+        return self._steps == self._notice_at
 
 
 def _rows(storage: Storage) -> list[dict[str, float]]:
@@ -80,6 +88,15 @@ def test_a_stop_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     assert again.model.weight.equal(step.model.weight)
     assert again.ema.weights()["weight"].equal(step.ema.weights()["weight"])
     assert _rows(stopped) == _rows(straight)
+
+
+def test_a_machine_that_is_about_to_go_calls_for_a_checkpoint(storage: Storage) -> None:
+    session = ScriptedSession(notice_at_step=4)
+    assert train_toy(storage, session=session, images=24).images_seen == 24
+    assert session.checkpoints == [16, 24]
+    unheard = ScriptedSession(notice_at_step=3)
+    train_toy(Storage("memory://nobody-asks"), session=unheard, images=24)
+    assert unheard.checkpoints == [24], "between two times of asking"
 
 
 def test_a_finished_run_does_nothing_until_its_budget_is_raised(storage: Storage) -> None:
@@ -141,6 +158,21 @@ def test_a_step_that_is_no_number_is_skipped(storage: Storage, caplog: pytest.Lo
     for key in (0, 1, 3, 4, 5):
         healthy.run([healthy[SliceKey(0, key)]], 0, 1e-4)
     assert healthy.model.weight.equal(step.model.weight), "as if it had never been there"
+
+
+class ScaledStep(ToyStep):
+    """Its loss is a thousand times as large in one step."""
+
+    def __getitem__(self, key: SliceKey) -> Tensor:
+        return super().__getitem__(key) * (1000**0.5 if key.step == 150 else 1)
+
+
+def test_a_loss_far_above_those_before_it_is_told_and_counted(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_toy(storage, ScaledStep(), images=4 * 200, log_images=4)
+    assert "toy: the step at 600 images has a loss far above those before it: gradient_norm/toy" in caplog.text
+    assert [row["images"] for row in read_rows(storage.child("log")) if "loss_spikes" in row] == [604]
 
 
 def test_after_too_many_the_run_goes_back_and_on_behind_them(storage: Storage) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.gloo import Nursery
-from support.parity import TORCH, ZERO
+from support.parity import OFFLOADED, TORCH, ZERO
 from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
@@ -72,7 +72,9 @@ def _interrupted(folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3])])
+@pytest.mark.parametrize(
+    ("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3]), (2, OFFLOADED[0])]
+)
 def test_resumed_is_bit_equal_to_uninterrupted(
     gloo: Nursery, tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
@@ -100,7 +102,9 @@ def _assert_alike(ours: dict[Job, End], theirs: dict[Job, End]) -> None:
             assert row == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize(("world_size", "engine"), [(3, ZERO[1]), (4, ZERO[3]), (1, ZERO[2]), (3, TORCH)])
+@pytest.mark.parametrize(
+    ("world_size", "engine"), [(3, ZERO[1]), (4, ZERO[3]), (1, ZERO[2]), (3, TORCH), (3, OFFLOADED[1])]
+)
 def test_any_number_of_ranks_and_any_engine_goes_on(
     gloo: Nursery, straight: tuple[Path, dict[Job, End]], tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:

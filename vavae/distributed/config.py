@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from vavae.config import Config, runtime
 
@@ -12,18 +13,34 @@ class WorkersConfig(Config):
 
     count: int = runtime(1, ge=1)
     """Training workers (the world size); at most `stream.lanes`."""
+    min_count: int | None = runtime(None, ge=1)
+    """Train with as few as this while the cluster can't hold all; workers that come back join again. Null insists on
+    all of them."""
+    resize_seconds: float = runtime(60.0, gt=0)
+    """With `min_count`: seconds between two looks at whether more workers can join."""
     use_gpu: bool = runtime(False)
     """One GPU and NCCL per worker instead of CPU cores and gloo."""
     cpus: float = runtime(1.0, gt=0)
     """CPU cores that Ray reserves per worker."""
     threads: int = runtime(1, ge=1)
     """Threads of torch per worker; a fixed number keeps CPU results bit-equal between runs."""
+    tf32: bool = runtime(False)
+    """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, which is several times faster."""
+    deterministic: bool = runtime(False)
+    """Choose algorithms on GPUs that give the same bits every time; slower."""
     wait_for_nodes: bool = runtime(False)
     """Start although the cluster can't hold all workers yet, because it will grow."""
     dashboard: bool = runtime(False)
     """Serve the Ray Dashboard on loopback, where the job starts Ray itself."""
     max_failures: int = runtime(3, ge=0)
-    """Restarts from the last checkpoint after a worker was lost, before the job gives up."""
+    """Restarts from the last checkpoint after a worker was lost, before the job gives up. Machines that a cloud takes
+    away with a notice do not count."""
+
+    @model_validator(mode="after")
+    def _minimum_below_count(self) -> Self:
+        if self.min_count is not None and self.min_count > self.count:
+            raise ValueError(f"min_count={self.min_count} exceeds count={self.count}: lower it")
+        return self
 
 
 Precision = Literal["fp32", "bf16"]
@@ -39,6 +56,17 @@ class EngineConfig(Config):
     """ZeRO stage: partition nothing, the optimiser's state, gradients as well, and the weights as well."""
     persistence_threshold: int | None = runtime(None, ge=0)
     """In stage 3, tensors of fewer weights than this stay whole on every rank; null is DeepSpeed's own choice."""
+    offload_optimizer: bool = runtime(False)
+    """Keep the optimiser's state in the host's memory and update there; for stages 1 to 3."""
+
+    @model_validator(mode="after")
+    def _offloads_what_is_divided(self) -> Self:
+        if self.offload_optimizer and (self.backend != "deepspeed" or self.zero_stage == 0):
+            raise ValueError(
+                f"offload_optimizer=true with backend={self.backend} and zero_stage={self.zero_stage}: only "
+                "DeepSpeed's stages 1 to 3 can; raise zero_stage or switch it off"
+            )
+        return self
 
 
 class OptimizerConfig(Config):

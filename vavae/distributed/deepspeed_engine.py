@@ -43,15 +43,15 @@ class DeepSpeedEngine:
         _join(world)
         self._stage, self._world = config.zero_stage, world
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._optimizer = build_optimizer([*self._parameters.values()], optimizer)
+        self.optimizer = build_optimizer([*self._parameters.values()], optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=self._optimizer,
+            optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": slice_size,
                 "gradient_accumulation_steps": rounds,
                 "gradient_clipping": optimizer.max_grad_norm or 0.0,
-                "zero_optimization": _zero_section(config),
+                "zero_optimization": _zero_section(config, world),
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 1 << 62,
@@ -113,21 +113,21 @@ class DeepSpeedEngine:
     @property
     def updates(self) -> int:
         """See `Engine.updates`."""
-        return updates_of(self._optimizer)
+        return updates_of(self.optimizer)
 
     def moments(self) -> dict[str, Fragment]:
         """See `Engine.moments`."""
         if self._stage == 0:
-            return {name: dealt(t, self._world) for name, t in whole_moments(self.module, self._optimizer).items()}
+            return {name: dealt(t, self._world) for name, t in whole_moments(self.module, self.optimizer).items()}
         return self._divided_moments()
 
     @contextmanager
     def restore(self, updates: int) -> Iterator[dict[str, Fragment]]:
         """See `Engine.restore`."""
         weights = held(self.module, self._world, _partition)
-        begin_at(self._optimizer, self._optimised(), updates)
+        begin_at(self.optimizer, self._optimised(), updates)
         if self._stage == 0:
-            yield weights | {name: entire(t) for name, t in whole_moments(self.module, self._optimizer).items()}
+            yield weights | {name: entire(t) for name, t in whole_moments(self.module, self.optimizer).items()}
             return
         yield weights | self._divided_moments()
         zero = self._engine.optimizer
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
             return Fragment(0, parameter.new_empty(0), parameter.shape)
         row = self._optimised()[mapping.param_group_index]
         place = mapping.hp_fragment_address
-        values = self._optimizer.state[row][kind].narrow(0, place.start, place.numel)
+        values = self.optimizer.state[row][kind].narrow(0, place.start, place.numel)
         return Fragment(mapping.lp_fragment_address.start, values, parameter.shape)
 
     def _moment_of_stage_3(self, parameter: nn.Parameter, kind: str) -> Fragment:
@@ -165,9 +165,11 @@ class DeepSpeedEngine:
         return Partition(values, parameter.ds_shape).fragment(self._world)  # type: ignore[attr-defined]
 
 
-def _zero_section(config: EngineConfig) -> dict[str, int]:
+def _zero_section(config: EngineConfig, world: World) -> dict[str, Any]:
     """DeepSpeed's `zero_optimization`."""
-    section: dict[str, int] = {"stage": config.zero_stage}
+    section: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     if config.persistence_threshold is not None:
         section["stage3_param_persistence_threshold"] = config.persistence_threshold
     return section

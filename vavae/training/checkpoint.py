@@ -1,11 +1,13 @@
 """The state of a training run, named in one place, and checkpoints that are whole or absent.
 
-A checkpoint is a folder. Every set of weights has a subfolder in it with one file of each rank, which holds the rank's
-fragments of weights and optimiser, and so has their average. The commit record is written last. Whatever the engine and
-the number of ranks that wrote a checkpoint, any other reads it: there is nothing to convert.
+A checkpoint is a folder. The attempt that writes it has a subfolder of its own in it, and every set of weights one in
+that, with one file of each rank, which holds the rank's fragments of weights and optimiser; so has their average. The
+commit record is written last. Whatever the engine and the number of ranks that wrote a checkpoint, any other reads it:
+there is nothing to convert.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event, Thread
@@ -19,12 +21,15 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.storage.artefact import Artefact, FileInfo, commit, discard, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
+from vavae.training.config import BestConfig
+from vavae.training.lease import Lease, SupersededError
 from vavae.training.step import Step
 
 logger = logging.getLogger(__name__)
 
 _EMA = "ema"
 _PARTS = "parts"
+_LEASE = "lease.json"
 _LOCAL_POLL_SECONDS, _POLL_SECONDS = 0.02, 1.0
 
 
@@ -65,6 +70,8 @@ class _Details(BaseModel):
     """Of each optimiser."""
     memory: dict[str, list[float | None]]
     """See `Step.memory`."""
+    metrics: dict[str, float | None]
+    """The last row of the log; null for what is not finite."""
 
 
 class _Found(NamedTuple):
@@ -78,22 +85,43 @@ class _Found(NamedTuple):
 class Checkpoints:
     """Checkpoints of one run, written while the training goes on. A checkpoint exists when its commit record does.
 
+    Making one begins an attempt at the training and ends all others: they can neither commit nor delete any more.
+    Every rank makes one.
+
     Args:
         storage: the folder of the checkpoints, one subfolder each.
         fresh: the state of a run that has no checkpoint yet.
-        keep: how many committed checkpoints stay.
+        keep: how many of the last committed checkpoints stay.
         world: the ranks; each writes its own files.
+        best: which others stay.
+        owner: who runs the training, for whoever finds that it was taken over.
     """
 
-    def __init__(self, storage: Storage, fresh: TrainState, keep: int, world: World) -> None:
-        self._storage, self._fresh, self._keep, self._world = storage, fresh, keep, world
+    def __init__(
+        self,
+        storage: Storage,
+        fresh: TrainState,
+        keep: int,
+        world: World,
+        best: BestConfig | None = None,
+        owner: str = "another process",
+    ) -> None:
+        self._storage, self._fresh, self._keep, self._best, self._world = storage, fresh, keep, best, world
+        self._lease = Lease(storage, _LEASE, owner)
+        self._attempt: str = world.broadcast(self._lease.take() if world.is_first else None)
+        self._saves = 0
         self._writing: _Writing | None = None
         self._saved: TrainState | None = None
         self._chosen: list[_Found] | None = None
         """What was found to go on from, which may be nothing; None before anybody looked."""
 
-    def save(self, step: Step, state: TrainState) -> int:
+    def save(self, step: Step, state: TrainState, metrics: Mapping[str, float]) -> int:
         """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
+
+        Args:
+            step: whose weights, optimisers and memory are saved.
+            state: where the run stands.
+            metrics: the last row of the log, by which the best are found.
 
         Returns:
             Bytes that this rank copied.
@@ -102,20 +130,20 @@ class Checkpoints:
             UserError: as `settle` does, of the checkpoint before.
         """
         self.settle()
-        name = f"{state.images_seen:012d}"
-        if self._world.is_first:
-            discard(self._storage, name)
-        memories = self._world.gather(step.memory())  # also a barrier: nothing is written before the folder is empty
+        memories = self._world.gather(step.memory())
         details = _Details(
             state=state,
             updates={key: engine.updates for key, engine in step.engines.items()},
             memory={lane: [*values] for memory in memories for lane, values in memory.items()},
+            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         )
         sets = {key: {**engine.fragments(), **engine.moments()} for key, engine in step.engines.items()}
         if step.ema is not None:
             sets[_EMA] = step.ema.fragments
         copies = {key: _copied(parts) for key, parts in sets.items()}
-        self._writing = _Writing(lambda left: self._write(name, copies, details, left))
+        self._saves += 1
+        place = _Place(f"{state.images_seen:012d}", f"{self._attempt}-{self._saves}")
+        self._writing = _Writing(lambda left: self._write(place, copies, details, left))
         self._saved, self._chosen = state, None
         return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
 
@@ -124,6 +152,7 @@ class Checkpoints:
 
         Raises:
             UserError: it could not be written, on whatever rank.
+            SupersededError: another attempt at this training has begun since.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -135,24 +164,36 @@ class Checkpoints:
                 writing.leave()
             own = writing.result()
         error = next(iter(errors), self._world.broadcast(own))
+        if isinstance(error, SupersededError):
+            raise error
         if error is not None:
             raise UserError(f"no checkpoint could be written: {error}; the one before stays")
 
-    def _write(self, name: str, sets: Mapping[str, Mapping[str, Fragment]], details: _Details, left: Event) -> None:
+    def check_lease(self) -> None:
+        """Make sure that this attempt may still write. Rank 0 calls it.
+
+        Raises:
+            SupersededError: it may not.
+        """
+        self._lease.check()
+
+    def _write(
+        self, place: "_Place", sets: Mapping[str, Mapping[str, Fragment]], details: _Details, left: Event
+    ) -> None:
         """Put this rank's files; on rank 0 wait for those of all and commit them."""
         files = {}
         for key, parts in sets.items():
             path = f"{key}/{self._world.rank:05d}.safetensors"
-            with self._storage.create(f"{name}/{path}") as local:
+            with self._storage.create(f"{place.folder}/{path}") as local:
                 save_fragments(parts, local)
                 files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
-        self._storage.write_json(f"{name}/{_PARTS}/{self._world.rank:05d}.json", files)
+        self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", files)
         if self._world.is_first:
-            self._commit(name, details, left)
+            self._commit(place, details, left)
 
-    def _commit(self, name: str, details: _Details, left: Event) -> None:
+    def _commit(self, place: "_Place", details: _Details, left: Event) -> None:
         poll_seconds = _LOCAL_POLL_SECONDS if self._storage.is_local else _POLL_SECONDS
-        while len(parts := self._storage.list(f"{name}/{_PARTS}")) < self._world.size:
+        while len(parts := self._storage.list(f"{place.folder}/{_PARTS}")) < self._world.size:
             if left.wait(poll_seconds):
                 return
         files = {
@@ -166,19 +207,37 @@ class Checkpoints:
             config=details.state.config,
             inputs={"data": details.state.data},
             images_seen=details.state.images_seen,
-            files=files,
+            files={f"{place.attempt}/{path}": info for path, info in files.items()},
             details=details.model_dump(mode="json"),
         )
-        commit(self._storage, name, record)
-        self._prune(name)
+        self._lease.check()
+        commit(self._storage, place.name, record)
+        self._prune(place.name)
 
     def _prune(self, newest: str) -> None:
-        """Keep the last few committed up to the one just written; what is half-written or lay ahead of it goes."""
-        committed = [name for name in self._storage.list() if read(self._storage, name) is not None]
-        kept = [name for name in committed if name <= newest][-self._keep :]
-        for name in self._storage.list():
+        """Keep the last few committed up to the one just written, and the best; what lay ahead of it goes, too."""
+        records = {name: read(self._storage, name) for name in self._names()}
+        committed = {name: record for name, record in records.items() if record is not None and name <= newest}
+        kept = [*committed][-self._keep :] + self._best_of(committed)
+        for name in records:
             if name not in kept:
                 discard(self._storage, name)
+
+    def _best_of(self, records: Mapping[str, Artefact]) -> list[str]:
+        """Names of the checkpoints that stay for what was measured of them."""
+        best = self._best
+        if best is None:
+            return []
+        metrics = {name: _Details.model_validate(record.details).metrics for name, record in records.items()}
+        scores = {name: score for name, row in metrics.items() if (score := row.get(best.metric)) is not None}
+        if metrics.keys() - scores.keys():
+            known = ", ".join(sorted({key for row in metrics.values() for key in row}))
+            logger.warning("keep_best.metric=%s is not a finite number in every row; there are: %s", best.metric, known)
+        return sorted(scores, key=scores.__getitem__, reverse=best.mode == "max")[: best.count]
+
+    def _names(self) -> list[str]:
+        """All checkpoints, whole or not, oldest first."""
+        return [name for name in self._storage.list() if name != _LEASE]
 
     def images_seen(self) -> int:
         """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
@@ -235,7 +294,7 @@ class Checkpoints:
     def _committed(self) -> list[tuple[str, Artefact]]:
         """Names and records of the checkpoints whose files are all there, newest first."""
         found = []
-        for name in reversed(self._storage.list()):
+        for name in reversed(self._names()):
             record = read(self._storage, name)
             if record is not None and is_intact(self._storage, name, record):
                 found.append((name, record))
@@ -259,8 +318,22 @@ class Checkpoints:
                     return None
             except (FileNotFoundError, UserError):
                 return None
-            files.setdefault(path.partition("/")[0], []).append(local)
+            files.setdefault(path.split("/")[1], []).append(local)
         return files
+
+
+class _Place(NamedTuple):
+    """Where a checkpoint is written."""
+
+    name: str
+    """Its own folder."""
+    attempt: str
+    """The folder in that of who writes it."""
+
+    @property
+    def folder(self) -> str:
+        """Both."""
+        return f"{self.name}/{self.attempt}"
 
 
 class _Writing:
@@ -272,15 +345,17 @@ class _Writing:
 
     def __init__(self, work: Callable[[Event], None]) -> None:
         self._left = Event()
-        self._error: str | None = "the thread that writes it died"
+        self._error: UserError | None = UserError("the thread that writes it died")
         self._thread = Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
 
     def _run(self, work: Callable[[Event], None]) -> None:
         try:
             work(self._left)
+        except SupersededError as error:
+            self._error = error
         except (OSError, UserError) as error:
-            self._error = str(error)
+            self._error = UserError(str(error))  # those of stores' clients do not survive the way to other ranks
         else:
             self._error = None
 
@@ -288,8 +363,8 @@ class _Writing:
         """Ask the thread to wait for nobody."""
         self._left.set()
 
-    def result(self) -> str | None:
-        """Wait for the end; the error as text, if there was one."""
+    def result(self) -> UserError | None:
+        """Wait for the end; the error, if there was one."""
         self._thread.join()
         return self._error
 

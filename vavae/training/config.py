@@ -1,6 +1,7 @@
 """The training sections, and `RunConfig`, the one configuration that all jobs of a run share."""
 
 import sys
+from typing import Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -36,6 +37,16 @@ class ScheduleConfig(Config):
         return self
 
 
+class BestConfig(Config):
+    """Which checkpoints stay for what was measured of them."""
+
+    metric: str = Field(min_length=1)
+    """A figure of the log's rows, such as `loss/total`."""
+    mode: Literal["min", "max"] = "min"
+    """Whether small or large figures are good."""
+    count: int = Field(1, ge=1)
+
+
 class TrainingConfig(Config):
     """One training run of one model."""
 
@@ -56,11 +67,15 @@ class TrainingConfig(Config):
     """Images between two checkpoints."""
     keep_checkpoints: int = runtime(2, ge=1)
     """Checkpoints that stay in storage, newest first."""
+    keep_best: BestConfig | None = runtime(None)
+    """Checkpoints that stay besides the last ones, with the best figures; null keeps none."""
     skip_limit: int = runtime(10, ge=0)
     """Steps in a row that may be skipped because their gradients are not finite, before the run goes back to its last
     checkpoint and on behind the images that it has met since."""
     rollback_limit: int = runtime(3, ge=0)
     """How often it may go back before it gives up."""
+    spike_deviations: float | None = runtime(8.0, gt=0)
+    """A step whose loss lies so many standard deviations above those of late is logged in detail; null logs none."""
     hang_seconds: float | None = runtime(1800.0, gt=0)
     """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
 
@@ -122,6 +137,17 @@ class LightningDiTTrainingConfig(TrainingConfig):
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
+    compile_blocks: bool = runtime(False)
+    """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
+
+    @model_validator(mode="after")
+    def _compiles_whole_weights(self) -> Self:
+        if self.compile_blocks and self.engine.backend == "deepspeed" and self.engine.zero_stage == 3:
+            raise ValueError(
+                "compile_blocks=true with engine.zero_stage=3, which gathers weights between the layers of a block: "
+                "lower zero_stage or switch it off"
+            )
+        return self
 
 
 class RunConfig(Config):

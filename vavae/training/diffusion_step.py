@@ -91,6 +91,9 @@ class DiffusionStep:
         self.model = initialised(
             config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
         ).to(world.device)
+        if training.compile_blocks:
+            for block in self.model.model.blocks:
+                block.compile()
         slice_size = training.batch_size // config.stream.lanes
         self._engine = build_engine(
             self.model, training.optimizer, training.engine, training.precision, world, len(rounds), slice_size

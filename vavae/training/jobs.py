@@ -42,7 +42,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(run.storage.child(folder), manifest, SPLIT, order, size, config.stream, config.seed)
-    checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, world)
+    checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, session, world)
     seen = checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
     for stage in config.tokenizer_stages(seen):
@@ -66,7 +66,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     )
     whole = start.engines["generator"] if start.average is None else start.average
     weights = {WEIGHTS: below("autoencoder.", whole), ALIGNMENT: below("alignment.", whole)}
-    _export(run, "train_vavae", description, weights, state, world)
+    _export(run, "train_vavae", description, weights, state, checkpoints, world)
 
 
 def train_lightningdit(run: Run, session: Session, world: World) -> None:
@@ -82,7 +82,7 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
     step = DiffusionStep(config, model, stream, normalizer, _rounds(run, world), world)
     training = config.train_lightningdit
-    checkpoints = _checkpoints(run, "train_lightningdit", training, world)
+    checkpoints = _checkpoints(run, "train_lightningdit", training, session, world)
     state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world)
     if state.images_seen < training.images:
         return
@@ -90,7 +90,7 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
         lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
     )
     whole = step.engines["lightningdit"].weights() if step.ema is None else step.ema.weights()
-    _export(run, "train_lightningdit", description, {WEIGHTS: below("model.", whole)}, state, world)
+    _export(run, "train_lightningdit", description, {WEIGHTS: below("model.", whole)}, state, checkpoints, world)
 
 
 TRAININGS: dict[Job, Callable[[Run, Session, World], None]] = {
@@ -104,13 +104,13 @@ def _rounds(run: Run, world: World) -> Sequence[Round]:
     return assign_lanes(run.config.stream.lanes, world.rank, world.size)
 
 
-def _checkpoints(run: Run, job: Job, config: TrainingConfig, world: World) -> Checkpoints:
+def _checkpoints(run: Run, job: Job, config: TrainingConfig, session: Session, world: World) -> Checkpoints:
     """The checkpoints of a training, which is claimed for this configuration."""
     if world.is_first:
         run.claim(job)
     fresh = TrainState(images_seen=0, config=digest(run.identity(job)), data=digest(run.inputs(job)))
     storage = run.storage.child(f"{run.training_prefix(job)}/checkpoints")
-    return Checkpoints(storage, fresh, config.keep_checkpoints, world)
+    return Checkpoints(storage, fresh, config.keep_checkpoints, world, config.keep_best, session.owner)
 
 
 def _train(
@@ -133,10 +133,12 @@ def _export(
     description: Config,
     weights: Mapping[str, Mapping[str, Tensor]],
     state: TrainState,
+    checkpoints: Checkpoints,
     world: World,
 ) -> None:
     """Write the export and commit it, on rank 0."""
     if world.is_first:
+        checkpoints.check_lease()
         prefix = run.prefix(job)
         discard(run.storage, prefix)
         files = save_export(run.storage.child(prefix), description, weights)

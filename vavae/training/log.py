@@ -38,7 +38,8 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._images, self._skipped, self._saved_bytes = time.perf_counter(), 0, 0, 0
+        self._start, self._images, self._skipped, self._spikes = time.perf_counter(), 0, 0, 0
+        self._saved_bytes = 0
         self._waited: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -60,6 +61,10 @@ class Meter:
         """Count a step that was not applied."""
         self._images += images
         self._skipped += 1
+
+    def spike(self) -> None:
+        """Count a step whose loss is a spike."""
+        self._spikes += 1
 
     def add(self, result: StepResult, images: int) -> None:
         """Take one step in."""
@@ -91,6 +96,8 @@ class Meter:
         row |= _gpu_memory(self._world.device)
         if self._skipped:
             row["skipped_steps"] = self._skipped
+        if self._spikes:
+            row["loss_spikes"] = self._spikes
         row |= self._asked_of_stores(sums)
         if sums[_UNREADABLE]:
             # In another epoch another rank meets the same image.

@@ -8,7 +8,9 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from vavae.data.config import StreamConfig
 from vavae.data.loading import load_slices
@@ -22,17 +24,30 @@ from vavae.training.config import TrainingConfig
 from vavae.training.log import Meter, MetricsLog
 from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
+from vavae.training.spikes import SpikeDetector
 from vavae.training.step import Step, StepResult
 from vavae.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
-_HEADLINE = ("loss/total", "data_wait")
+_LOSS = "loss/total"
+_HEADLINE = (_LOSS, "data_wait")
 
 
 class NonFiniteError(UserError):
     """Gradients left the finite numbers again and again, whatever was tried."""
+
+
+class _Signals(NamedTuple):
+    """What the ranks tell each other after a step."""
+
+    stop: bool
+    """Some rank was asked to save and leave."""
+    listens: bool
+    """It is time to ask whether a machine is about to go."""
+    loss: float
+    """Mean over the global batch."""
 
 
 class _DivergedError(Exception):
@@ -125,6 +140,7 @@ class _Loop:
         source = step.source()
         meter = Meter(world, step.stopwatch, source.quarantine.names if isinstance(source, ImageStream) else ())
         rate, shown, skipped = Rate(), -math.inf, 0
+        spikes = SpikeDetector(config.spike_deviations)
         row: dict[str, float] = {}
         stop = False
         with closing(self._slices(source, state)) as stream:
@@ -135,22 +151,27 @@ class _Loop:
                 lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
                 result = step.run(slices, state.images_seen, lr)
                 before, state = state.images_seen, state.advanced(config.batch_size)
+                signals = self._exchange(result)
                 if all(map(math.isfinite, result.gradient_norms.values())):
                     skipped = 0
                     meter.add(result, config.batch_size)
                     if step.ema is not None:
                         with step.stopwatch("optimizer"):
                             step.ema.update()
+                    if spikes.is_spike(signals.loss):
+                        meter.spike()
+                        self._report(result, before, "has a loss far above those before it")
                 else:
                     skipped += 1
                     meter.skip(config.batch_size)
-                    self._report_skipped(result, before)
+                    self._report(result, before, "is skipped")
                     if skipped > config.skip_limit:
                         raise _DivergedError(state)
 
                 done = state.images_seen >= self.span.stop
-                stop = world.any(self.session.stop_requested()) or done
+                stop = signals.stop or done
                 save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
+                save = (signals.listens and self.session.must_save()) or save
                 if save or _crosses(before, state.images_seen, config.log_images):
                     row = meter.row() | {"learning_rate": lr}
                     self.log.add(state.images_seen, row)
@@ -160,7 +181,7 @@ class _Loop:
                 if save:
                     self.log.flush(state.images_seen)
                     with meter.waiting("checkpoint_wait"):
-                        meter.saved(self.checkpoints.save(step, state))
+                        meter.saved(self.checkpoints.save(step, state, row))
                     self.session.checkpoint(state.images_seen, row)
         return state
 
@@ -176,12 +197,20 @@ class _Loop:
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
         )
 
-    def _report_skipped(self, result: StepResult, images_seen: int) -> None:
-        """Say what a skipped step was like. Every rank calls it."""
+    def _exchange(self, result: StepResult) -> "_Signals":
+        """What all ranks have to know after a step, in one reduction. Every rank calls it."""
+        flags = {"stop": self.session.stop_requested(), "listens": self.session.listens()}
+        total = self.world.sum_terms(
+            {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
+        )
+        return _Signals(total["stop"] > 0, total["listens"] > 0, total[_LOSS])
+
+    def _report(self, result: StepResult, images_seen: int, what: str) -> None:
+        """Say what a remarkable step was like. Every rank calls it."""
         terms = self.world.sum_terms(result.terms)
         if self.world.is_first:
             figures = ", ".join(f"{name} {value:g}" for name, value in {**result.gradient_norms, **terms}.items())
-            logger.warning("%s: the step at %s images is skipped: %s", self.stage, f"{images_seen:,}", figures)
+            logger.warning("%s: the step at %s images %s: %s", self.stage, f"{images_seen:,}", what, figures)
 
     def _show(self, seen: int, rate: Rate, row: Mapping[str, float]) -> None:
         terms = {name: row[name] for name in _HEADLINE if name in row}

@@ -1,13 +1,24 @@
 """How the training loop speaks to whoever runs it: Ray, torchrun, a test."""
 
+import os
+import socket
 from collections.abc import Mapping
 from typing import Protocol
 
 from vavae.progress import Progress, show
 
 
+def this_process() -> str:
+    """This process, in words."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 class Session(Protocol):
     """The runner's side of a training run."""
+
+    @property
+    def owner(self) -> str:
+        """Who runs the training, in words; the same for all attempts that it makes."""
 
     def progress(self, progress: Progress) -> None:
         """Show how far the run is; called by rank 0, cheap enough for every step."""
@@ -18,9 +29,20 @@ class Session(Protocol):
     def stop_requested(self) -> bool:
         """Whether the run should save and leave. Asked on every rank at every step; one yes is enough."""
 
+    def listens(self) -> bool:
+        """Whether it is time to ask `must_save`. Asked on every rank at every step; one yes is enough."""
+
+    def must_save(self) -> bool:
+        """Whether a machine is about to go, which calls for a checkpoint now. Every rank is asked; may wait for all."""
+
 
 class LocalSession:
     """A run in this process: progress goes to standard output, and nothing asks it to stop."""
+
+    @property
+    def owner(self) -> str:
+        """See `Session.owner`."""
+        return this_process()
 
     def progress(self, progress: Progress) -> None:
         """See `Session.progress`."""
@@ -31,4 +53,12 @@ class LocalSession:
 
     def stop_requested(self) -> bool:
         """See `Session.stop_requested`."""
+        return False
+
+    def listens(self) -> bool:
+        """See `Session.listens`."""
+        return False
+
+    def must_save(self) -> bool:
+        """See `Session.must_save`."""
         return False

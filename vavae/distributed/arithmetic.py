@@ -1,0 +1,17 @@
+"""How this process computes: the settings of torch that hold for all of it."""
+
+import os
+
+import torch
+
+from vavae.distributed.config import WorkersConfig
+
+
+def settle_arithmetic(workers: WorkersConfig) -> None:
+    """Set torch's threads, TF32 and determinism; before the first use of a GPU."""
+    torch.set_num_threads(workers.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = workers.tf32
+    if workers.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
