@@ -20,6 +20,7 @@ from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
+from vavae.training.observer import Observer
 from vavae.training.session import LocalSession, Session
 from vavae.training.step import StepMemory, StepResult
 from vavae.training.stopwatch import Stopwatch
@@ -79,7 +80,12 @@ def toy_checkpoints(
 
 
 def train_toy(
-    storage: Storage, step: ToyStep | None = None, session: Session | None = None, keep: int = 2, **config: Any
+    storage: Storage,
+    step: ToyStep | None = None,
+    session: Session | None = None,
+    keep: int = 2,
+    observers: Sequence[Observer] = (),
+    **config: Any,
 ) -> TrainState:
     """The training loop on a toy step."""
     log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True)
@@ -95,4 +101,5 @@ def train_toy(
         log,
         session or LocalSession(),
         World(),
+        observers,
     )

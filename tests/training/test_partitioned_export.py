@@ -1,4 +1,4 @@
-"""A tokenizer that stage 3 has trained in parts is exported whole."""
+"""A tokenizer that stage 3 has trained in parts is exported whole, and looked at whole on the way."""
 
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from vavae.config import load
 from vavae.data.writer import write_shards
 from vavae.distributed.world import World
 from vavae.interop.export import load_alignment, load_tokenizer
+from vavae.metrics.latent_probes import LatentProbes
 from vavae.training.config import RunConfig
 from vavae.training.jobs import train_vavae
+from vavae.training.log import read_rows
 from vavae.training.run import Run
 from vavae.training.session import LocalSession
 
@@ -25,6 +27,7 @@ def tokenizer_run(root: Path, engine: list[str]) -> Run:
     short = [
         "images=16",
         "batch_size=8",
+        "probe_images=8",
         "ema_decay=0.5",
         "optimizer.learning_rate=1e-5",
         *(f"engine.{e}" for e in engine),
@@ -37,13 +40,17 @@ def train_and_export(world: World, root: Path, engine: list[str]) -> None:
 
 
 def test_the_export_is_that_of_plain_pytorch(gloo: Nursery, tmp_path: Path) -> None:
-    exports = []
+    exports, seen = [], []
     for name, engine in (("plain", ["backend=torch"]), ("parts", _STAGE_3)):
         run = tokenizer_run(tmp_path / name, engine)
         write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda *_: None)
         gloo.run(2, train_and_export, tmp_path / name, engine)
+        rows = read_rows(run.storage.child(f"{run.training_prefix('train_vavae')}/log"))
+        seen.append([value for row in rows for name, value in row.items() if name.startswith("latent/")])
         folder = run.storage.child(run.prefix("train_vavae"))
         exports.append({**load_tokenizer(folder)[0].state_dict(), **load_alignment(folder).state_dict()})
     plain, parts = exports
     assert len(plain) > 100
     torch.testing.assert_close(parts, plain, rtol=0, atol=1e-5)
+    assert len(seen[0]) == 2 * len(LatentProbes._fields)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-3)

@@ -136,6 +136,8 @@ def test_the_log_tells_every_loss(run: Run) -> None:
     assert "loss/discriminator" not in tokenizer[0], "the adversary joins later"
     assert diffusion[-1].keys() >= common | {"loss/velocity", "loss/direction", "gradient_norm/lightningdit"}
     assert any(name.startswith("loss_at_timestep/") for name in diffusion[-1])
+    assert [row["images"] for row in tokenizer if "latent/effective_rank" in row] == [64, 128]
+    assert all(math.isfinite(row[name]) for row in tokenizer for name in row if name.startswith("latent/"))
     assert tokenizer[-1]["loss/reconstruction"] < tokenizer[0]["loss/reconstruction"]
     assert {name for row in _log(run) for name in row} <= COLUMNS.keys() | {"stage", "images"}
 
@@ -151,12 +153,12 @@ def test_pictures_report_and_tensorboard_are_there(run: Run) -> None:
 
 
 def test_a_longer_budget_meets_the_adversary_where_the_shorter_one_did_not(run: Run, tmp_path: Path) -> None:
-    """The discriminator is part of the state before it starts."""
+    """The discriminator is part of the state before it starts. Looking at latents on the way changes nothing."""
     config = run.config.model_copy(update={"storage": run.config.storage.model_copy(update={"root": str(tmp_path)})})
     start = config.losses.adversarial.start_images
     assert start > 0
     for images in (start, config.train_vavae.images):
-        budget = config.train_vavae.model_copy(update={"images": images})
+        budget = config.train_vavae.model_copy(update={"images": images, "probe_images": None})
         extended = Run(config.model_copy(update={"train_vavae": budget}))
         if images == start:
             write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, _ignore)

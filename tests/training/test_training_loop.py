@@ -14,9 +14,10 @@ from torch import Tensor
 from vavae.data.stream import SliceKey
 from vavae.progress import Progress
 from vavae.storage.storage import Storage
-from vavae.training.log import read_rows
+from vavae.training.log import MetricsLog, read_rows
 from vavae.training.loop import NonFiniteError
 from vavae.training.session import LocalSession
+from vavae.training.step import Step
 
 
 @pytest.fixture
@@ -56,6 +57,28 @@ def _rows(storage: Storage) -> list[dict[str, float]]:
         {"images": row["images"], "loss": row["loss/total"], "norm": row["gradient_norm/toy"]}
         for row in read_rows(storage.child("log"))
     ]
+
+
+class Witness:
+    """Notes when it looked, and how often the average had been updated by then."""
+
+    def __init__(self, every_images: int) -> None:
+        self.every_images = every_images
+
+    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        log.add(images_seen, {"latent/updates": len(step.rates)})  # type: ignore[attr-defined]
+
+
+def test_observers_look_at_their_intervals_after_the_update_and_share_the_row(storage: Storage) -> None:
+    train_toy(storage, observers=[Witness(6)], images=24, checkpoint_images=12, log_images=12)
+    rows = read_rows(storage.child("log"))
+    assert [(row["images"], row.get("latent/updates"), "loss/total" in row) for row in rows] == [
+        (8, 2, False),
+        (12, 3, True),
+        (20, 5, False),
+        (24, 6, True),
+    ]
+    assert all(("observe_wait" in row) == ("loss/total" in row) for row in rows)
 
 
 def test_intervals_count_images_and_the_end_is_saved(storage: Storage) -> None:

@@ -27,7 +27,8 @@ _GROUPS = {
     "losses": r"loss/(?!.*weight)",
     "adaptive weights": r".*weight",
     "optimisation": r"learning_rate|gradient_norm",
-    "throughput": r"images_per_second|data_wait|forward|backward|optimizer|checkpoint|gpu_memory|flops|model_flop",
+    "latent space": r"latent/",
+    "throughput": r"images_per_second|.*_wait|forward|backward|optimizer|checkpoint|gpu_memory|flops|model_flop",
     "storage": r"storage/|unreadable_images",
     "others": r"",
 }

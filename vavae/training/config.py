@@ -110,6 +110,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""
+    probe_images: int | None = runtime(100_000, ge=1)
+    """Images between two looks at the latents of a few held-out images, logged as `latent/...`; null never looks."""
     stages: tuple[TokenizerStageConfig, ...] = ()
     """What changes in the course of the training; each stage begins with the weights of the last and fresh moments."""
 

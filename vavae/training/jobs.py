@@ -26,10 +26,12 @@ from vavae.training.config import TrainingConfig
 from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
+from vavae.training.observer import Observer
 from vavae.training.run import Job, Run
 from vavae.training.session import Session
 from vavae.training.start import starting_weights
 from vavae.training.step import Step
+from vavae.training.tokenizer_observer import TokenizerObserver
 from vavae.training.tokenizer_step import TokenizerStep
 
 SPLIT = "train"
@@ -45,15 +47,16 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, session, world)
     seen = checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
+    every = config.train_vavae.probe_images
+    observers = [] if every is None else [TokenizerObserver(run, manifest, every, world)]
     for stage in config.tokenizer_stages(seen):
         if stage.until_images < seen:
             continue
         if stage.from_images and world.any(session.stop_requested()):
             return
         step = TokenizerStep(config, stage, start, stream, _rounds(run, world), world)
-        state = _train(
-            run, "train_vavae", step, range(stage.from_images, stage.until_images), checkpoints, session, world
-        )
+        span = range(stage.from_images, stage.until_images)
+        state = _train(run, "train_vavae", step, span, checkpoints, session, world, observers)
         if state.images_seen < stage.until_images:
             return
         start = step.weights()
@@ -114,7 +117,14 @@ def _checkpoints(run: Run, job: Job, config: TrainingConfig, session: Session, w
 
 
 def _train(
-    run: Run, job: Job, step: Step, span: range, checkpoints: Checkpoints, session: Session, world: World
+    run: Run,
+    job: Job,
+    step: Step,
+    span: range,
+    checkpoints: Checkpoints,
+    session: Session,
+    world: World,
+    observers: Sequence[Observer] = (),
 ) -> TrainState:
     """Run the loop on the run's storage; the state at its end."""
     log = MetricsLog(
@@ -124,7 +134,8 @@ def _train(
         active=world.is_first,
     )
     config: TrainingConfig = getattr(run.config, job)
-    return train(job, step, _rounds(run, world), span, config, run.config.stream, checkpoints, log, session, world)
+    rounds = _rounds(run, world)
+    return train(job, step, rounds, span, config, run.config.stream, checkpoints, log, session, world, observers)
 
 
 def _export(

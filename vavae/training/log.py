@@ -161,11 +161,13 @@ class MetricsLog:
         self._writer = SummaryWriter(folder, purge_step=images_seen + 1)
 
     def add(self, images_seen: int, row: Mapping[str, float]) -> None:
-        """Keep one row."""
+        """Keep one row, or more of the last one where it is of the same images."""
         if not self._active:
             return
         assert self._writer is not None, "rewind opens the log"
-        self._rows.append({"stage": self._stage, "images": images_seen, **row})
+        if not self._rows or self._rows[-1]["images"] != images_seen:
+            self._rows.append({"stage": self._stage, "images": images_seen})
+        self._rows[-1] |= row
         for name, value in row.items():
             self._writer.add_scalar(name, value, images_seen)
 

@@ -22,6 +22,7 @@ from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
 from vavae.training.log import Meter, MetricsLog
+from vavae.training.observer import Observer
 from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
 from vavae.training.spikes import SpikeDetector
@@ -69,6 +70,7 @@ def train(
     log: MetricsLog,
     session: Session,
     world: World,
+    observers: Sequence[Observer] = (),
 ) -> TrainState:
     """Train until enough images are seen or the session asks to stop; returns the state at the end.
 
@@ -87,12 +89,13 @@ def train(
         log: rows of metrics.
         session: whoever runs this.
         world: the ranks.
+        observers: look at the model at their intervals.
 
     Raises:
         NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
         UserError: a checkpoint could not be written.
     """
-    loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world)
+    loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world, observers)
     with Watchdog(config.hang_seconds) as watchdog:
         watchdog.feed()
         state = checkpoints.restore(step, span.start)
@@ -130,6 +133,7 @@ class _Loop:
     log: MetricsLog
     session: Session
     world: World
+    observers: Sequence[Observer]
 
     def go_on(self, state: TrainState, watchdog: Watchdog) -> TrainState:
         """Train from a state on until the end, a stop, or divergence."""
@@ -167,6 +171,11 @@ class _Loop:
                     self._report(result, before, "is skipped")
                     if skipped > config.skip_limit:
                         raise _DivergedError(state)
+
+                for observer in self.observers:
+                    if _crosses(before, state.images_seen, observer.every_images):
+                        with meter.waiting("observe_wait"):
+                            observer.observe(step, state.images_seen, self.log)
 
                 done = state.images_seen >= self.span.stop
                 stop = signals.stop or done
