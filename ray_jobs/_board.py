@@ -1,28 +1,39 @@
-"""The board: where workers post how far they are, and the driver reads it and shows it."""
+"""The board: where workers post how far they are and what happened, and the driver reads it."""
 
 import signal
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
-from vavae.progress import Progress, Rate, clock, show
+from vavae.progress import Progress
+from vavae.training.events import Event
 
-_LINE_SECONDS = 1.5
+
+class News(NamedTuple):
+    """What the driver finds on the board."""
+
+    progress: Progress | None
+    """The latest one that was posted."""
+    advanced: int
+    """The sum of all advances."""
+    events: list[Event]
+    """What happened since it looked last."""
 
 
 class _BoardActor:
-    """Holds the latest progress, and the messages that go the other way."""
+    """Holds the latest progress, what happened, and the messages that go the other way."""
 
     def __init__(self) -> None:
         self._latest: Progress | None = None
         self._advanced = 0
+        self._events: list[Event] = []
+        self._begun = 0
         self._stop = False
         self._error: str | None = None
         self._outage: str | None = None
@@ -33,8 +44,16 @@ class _BoardActor:
     def advance(self, amount: int) -> None:
         self._advanced += amount
 
-    def read(self) -> tuple[Progress | None, int]:
-        return self._latest, self._advanced
+    def record(self, event: Event) -> None:
+        self._events.append(event)
+
+    def begin(self) -> int:
+        self._begun += 1
+        return self._begun
+
+    def read(self) -> News:
+        events, self._events = self._events, []
+        return News(self._latest, self._advanced, events)
 
     def request_stop(self) -> None:
         self._stop = True
@@ -81,8 +100,16 @@ class Board:
         """Add to what pooled tasks have done together."""
         self._actor.advance.remote(amount)
 
-    def read(self) -> tuple[Progress | None, int]:
-        """The latest progress, and the sum of all advances."""
+    def record(self, event: Event) -> None:
+        """Leave what happened for the driver to write down."""
+        self._actor.record.remote(event)
+
+    def begin(self) -> int:
+        """Say that the workers have started; how often they have by now."""
+        return ray.get(self._actor.begin.remote())
+
+    def read(self) -> News:
+        """What there is; of events, those since it was read last."""
         return ray.get(self._actor.read.remote())
 
     def request_stop(self) -> None:
@@ -113,43 +140,6 @@ class Board:
     def outage(self) -> str | None:
         """What a worker lamented last."""
         return ray.get(self._actor.outage.remote())
-
-
-@contextmanager
-def shown(board: Board, stage: str, total: int | None = None, unit: str = "images") -> Iterator[None]:
-    """Print a line of progress every moment until the block ends.
-
-    Args:
-        board: where the workers post.
-        stage: name of the job.
-        total: for pooled tasks that `advance`: how much there is to do.
-        unit: of `total`.
-    """
-    ended = threading.Event()
-    printer = threading.Thread(target=_print_lines, args=(board, stage, total, unit, ended), daemon=True)
-    printer.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        printer.join()
-
-
-def _print_lines(board: Board, stage: str, total: int | None, unit: str, ended: threading.Event) -> None:
-    start, rate = time.monotonic(), Rate()
-    last: Progress | None = None
-    while not ended.wait(_LINE_SECONDS):
-        latest, advanced = board.read()
-        if advanced:
-            latest = Progress(stage, advanced, total, unit, rate.update(advanced))
-        elapsed = clock(time.monotonic() - start)
-        if latest is None:
-            print(f"{stage:<18} starting  {elapsed}", flush=True)
-        elif last is not None and last.done == latest.done == latest.total:
-            print(f"{stage:<18} finishing  {elapsed}", flush=True)
-        else:
-            show(latest)
-        last = latest
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ray_jobs._cluster import cluster
 from ray_jobs._preflight import check_sources, missing_sources, preflight
+from ray_jobs._watch import told
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.errors import UserError
@@ -19,6 +20,7 @@ from vavae.report.results import REPORT
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.config import RunConfig
 from vavae.training.estimate import bytes_to_write
+from vavae.training.events import Event, EventLog
 from vavae.training.run import STAGES, Job, Plan, Run
 
 Work = Callable[[Run], None]
@@ -70,9 +72,12 @@ def _main(
             raise UserError(missing[0])
         _print_plan(run, plans)
         run.storage.write_bytes("config.yaml", dump(config).encode())
+        events = EventLog(run.storage)
+        events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count}))
         with cluster(config):
             for job in to_do:
-                _do(run, job, works[job])
+                _do(run, job, works[job], events)
+        events.add(Event("done"))
     for job, found in plans.items():
         if found.done:
             print(f"{job:<18} done  {found.why}")
@@ -99,7 +104,7 @@ def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
     return {job: Plan(STAGES[job], False, why.get(job, f"after {first.makes}")) for job in jobs}
 
 
-def _do(run: Run, job: Job, work: Work) -> None:
+def _do(run: Run, job: Job, work: Work, events: EventLog) -> None:
     """Do one job, unless the jobs before it have turned out to leave its artefact as it was."""
     found = run.plan(job)
     if found.done:
@@ -107,7 +112,8 @@ def _do(run: Run, job: Job, work: Work) -> None:
         return
     start = time.monotonic()
     try:
-        _in_one_line(work, run)
+        with told(events, job):
+            _in_one_line(work, run)
     except StorageUnavailableError as error:
         raise UserError(f"{job}: {error}; the same command goes on from what is there") from error
     digest = run.require(job).digest[:12]

@@ -7,7 +7,8 @@ import ray
 import torch
 from ray.util import ActorPool
 
-from ray_jobs._board import Board, shown
+from ray_jobs._board import Board
+from ray_jobs._watch import watched
 from vavae.errors import UserError
 from vavae.training.run import Job, Run
 
@@ -72,7 +73,7 @@ def work_through(
         max_restarts=workers.max_failures,
         max_task_retries=workers.max_failures,
     )(_Worker)
-    with shown(board, job, images):
+    with watched(run, job, board, images):
         pool = ActorPool([actor.remote(make_work, run, board) for _ in range(actors)])
         for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
             pass

@@ -6,23 +6,35 @@ from collections.abc import Mapping
 import ray.train
 
 from ray_jobs._board import Board
+from ray_jobs._metrics import Exporter
 from vavae.progress import Progress
+from vavae.training.events import Event
+from vavae.training.run import Job, Run
 
 _NOTICE_SECONDS = 5.0
 
 
 class RaySession:
-    """Speaks to the driver through the board, and to Ray Train through its reports.
+    """Speaks to the driver through the board, to Ray Train through its reports, and to Prometheus through metrics.
 
     Args:
+        run: what is trained.
+        job: of it.
         board: the driver's.
         owner: the driver, in words.
     """
 
-    def __init__(self, board: Board, owner: str) -> None:
+    def __init__(self, run: Run, job: Job, board: Board, owner: str) -> None:
         self._board, self._owner = board, owner
-        self._first = ray.train.get_context().get_world_rank() == 0
+        rank = ray.train.get_context().get_world_rank()
+        self._first = rank == 0
         self._asked_at, self._going = time.monotonic(), set[str]()
+        self._exporter = Exporter(run.config.name, job, str(rank))
+        if self._first:
+            starts = board.begin()
+            self._exporter.show({"restarts": starts - 1, "saved_timestamp_seconds": time.time()})
+            if starts > 1:
+                self.event(Event("restart", job, details={"starts": starts}))
 
     @property
     def owner(self) -> str:
@@ -36,6 +48,16 @@ class RaySession:
     def checkpoint(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """See `Session.checkpoint`. Our own commit record says what a checkpoint is, so Ray gets the metrics alone."""
         ray.train.report({"images_seen": images_seen, **metrics})
+        if self._first:
+            self._exporter.show({"saved_timestamp_seconds": time.time()})
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """See `Session.row`."""
+        self._exporter.show(row)
+
+    def event(self, event: Event) -> None:
+        """See `Session.event`."""
+        self._board.record(event)
 
     def stop_requested(self) -> bool:
         """See `Session.stop_requested`."""

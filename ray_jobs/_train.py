@@ -8,8 +8,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ray_jobs._board import Board, shown, stopped_by_signals
+from ray_jobs._board import Board, stopped_by_signals
 from ray_jobs._session import RaySession
+from ray_jobs._watch import watched
 from vavae.distributed.arithmetic import settle_arithmetic
 from vavae.distributed.world import World
 from vavae.errors import UserError
@@ -44,7 +45,7 @@ def fit(run: Run, job: Job) -> None:
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    with shown(board, job), stopped_by_signals(board):
+    with watched(run, job, board), stopped_by_signals(board):
         try:
             trainer.fit()
         except TrainingFailedError:
@@ -80,7 +81,7 @@ def _worker(settings: dict[str, Any]) -> None:
     settle_arithmetic(run.config.workers)
     owner: str = settings["owner"]
     try:
-        TRAININGS[job](run, RaySession(board, owner), World.current(run.config.workers.use_gpu))
+        TRAININGS[job](run, RaySession(run, job, board, owner), World.current(run.config.workers.use_gpu))
     except SupersededError as error:
         if error.owner != owner:
             board.fail(str(error))

@@ -1,9 +1,12 @@
 """The line of progress, and the rate behind it."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from vavae import progress
-from vavae.progress import Progress, Rate, clock, show
+from vavae.progress import Progress, Rate, clock, display, show
 
 
 @pytest.fixture
@@ -83,3 +86,27 @@ def test_two_updates_at_one_moment_have_no_rate(now):
     rate = Rate()
     rate.update(0)
     assert rate.update(5) is None
+
+
+def test_what_is_waited_for_is_a_share():
+    assert Progress("a", 1, None, terms={"data_wait": 0.1234}).line().endswith("data_wait 12.3%")
+
+
+def test_without_a_terminal_a_moment_is_a_line(capsys):
+    with display("sample") as move:
+        move("starting  0:03")
+        move(Progress("sample", 5, 9))
+    assert capsys.readouterr().out == "sample             starting  0:03\nsample             5/9 images\n"
+
+
+def test_on_a_terminal_a_bar_moves_and_vanishes():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None, _environ={})
+    with display("sample", console) as move:
+        move("starting  0:03")
+        move(Progress("sample", 5, 20, rate=2.5, terms={"data_wait": 0.5}))
+    *shown, erased = screen.getvalue().replace("\r", "\n").splitlines()
+    (line,) = {text.removeprefix("\x1b[2K") for text in shown if "5/20" in text}
+    assert line.startswith("sample ")
+    assert line.rstrip().endswith(" 25% 5/20 images  2.5 images/s  0:06 left  data_wait 50.0%")
+    assert erased.endswith("\x1b[2K")

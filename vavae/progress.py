@@ -1,8 +1,16 @@
-"""How far a long operation is, and the line that says so."""
+"""How far a long operation is, and the line or the bar that says so."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as MovingBar
+
+NAME_WIDTH = 18
+"""Room for the name of a stage."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +28,18 @@ class Progress:
 
     def line(self) -> str:
         """`train_vavae  1,280/19,200 images  61 images/s  4:53 left  loss 0.123`."""
+        return f"{self.stage:<{NAME_WIDTH}} {self.figures()}"
+
+    def figures(self) -> str:
+        """The line without the stage."""
         total = "" if self.total is None else f"/{self.total:,}"
-        parts = [f"{self.stage:<18} {self.done:,}{total} {self.unit}"]
+        parts = [f"{self.done:,}{total} {self.unit}"]
         if self.rate:
             parts.append(f"{self.rate:{',.0f' if self.rate >= 100 else '.3g'}} {self.unit}/s")
             if self.total is not None:
                 # Whole steps may go beyond the total.
                 parts.append(f"{clock(max(0, self.total - self.done) / self.rate)} left")
-        return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in self.terms.items())])
+        return "  ".join([*parts, *(_term(name, value) for name, value in self.terms.items())])
 
 
 class Rate:
@@ -59,3 +71,40 @@ def clock(seconds: float) -> str:
 def show(progress: Progress) -> None:
     """Print the line."""
     print(progress.line(), flush=True)
+
+
+@contextmanager
+def display(stage: str, console: Console | None = None) -> Iterator[Callable[[Progress | str], None]]:
+    """Show a stage: as a bar that moves on a terminal and vanishes at the end, elsewhere as a line each time.
+
+    Args:
+        stage: name of the stage.
+        console: where; standard output by default.
+
+    Yields:
+        What shows a moment of the stage, or a word about it.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        yield lambda moment: show(moment) if isinstance(moment, Progress) else _print(stage, moment)
+        return
+    columns = TextColumn(f"{{task.description:<{NAME_WIDTH}}}"), BarColumn(20), TaskProgressColumn()
+    with MovingBar(*columns, TextColumn("{task.fields[figures]}"), console=console, transient=True) as bar:
+        task = bar.add_task(stage, total=None, figures="")
+
+        def move(moment: Progress | str) -> None:
+            if isinstance(moment, str):
+                bar.update(task, figures=moment)
+            else:
+                bar.update(task, completed=moment.done, total=moment.total, figures=moment.figures())
+
+        yield move
+
+
+def _print(stage: str, word: str) -> None:
+    print(f"{stage:<{NAME_WIDTH}} {word}", flush=True)
+
+
+def _term(name: str, value: float) -> str:
+    """`loss/total 0.1235`; what is waited for is a share."""
+    return f"{name} {value:.1%}" if name.endswith("_wait") else f"{name} {value:.4g}"

@@ -88,7 +88,8 @@ def train_toy(
     **config: Any,
 ) -> TrainState:
     """The training loop on a toy step."""
-    log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True)
+    session = session or LocalSession()
+    log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True, show=session.row)
     training = TrainingConfig(batch_size=4, **config)
     return train(
         "toy",
@@ -99,7 +100,7 @@ def train_toy(
         StreamConfig(),
         toy_checkpoints(storage, keep, best=training.keep_best),
         log,
-        session or LocalSession(),
+        session,
         World(),
         observers,
     )

@@ -131,6 +131,7 @@ def test_the_log_tells_every_loss(run: Run) -> None:
     tokenizer = [row for row in _log(run) if row["stage"] == "train_vavae"]
     diffusion = [row for row in _log(run) if row["stage"] == "train_lightningdit"]
     common = {"learning_rate", "images_per_second", "data_wait", "forward", "backward", "optimizer", "loss/total"}
+    common.add("flops_per_second")
     assert tokenizer[0].keys() >= common | {"loss/reconstruction", "loss/kl", "adaptive_weight/vf", "alignment"}
     assert tokenizer[-1].keys() >= {"loss/discriminator", "gradient_norm/discriminator", "adaptive_weight/adversarial"}
     assert "loss/discriminator" not in tokenizer[0], "the adversary joins later"

@@ -14,6 +14,7 @@ from torch import Tensor
 from vavae.data.stream import SliceKey
 from vavae.progress import Progress
 from vavae.storage.storage import Storage
+from vavae.training.events import Event
 from vavae.training.log import MetricsLog, read_rows
 from vavae.training.loop import NonFiniteError
 from vavae.training.session import LocalSession
@@ -32,9 +33,17 @@ class ScriptedSession(LocalSession):
         self._stop_at, self._notice_at, self._steps = stop_at_step, notice_at_step, 0
         self.checkpoints: list[int] = []
         self.shown: list[Progress] = []
+        self.rows: list[Mapping[str, float]] = []
+        self.events: list[Event] = []
 
     def progress(self, progress: Progress) -> None:
         self.shown.append(progress)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        self.rows.append(row)
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
 
     def checkpoint(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         assert math.isfinite(metrics["loss/total"])
@@ -85,6 +94,8 @@ def test_intervals_count_images_and_the_end_is_saved(storage: Storage) -> None:
     session = ScriptedSession()
     assert train_toy(storage, session=session, images=21, checkpoint_images=9, log_images=6).images_seen == 24
     assert session.checkpoints == [12, 20, 24]
+    assert [(event.event, event.images) for event in session.events] == [("checkpoint", at) for at in (12, 20, 24)]
+    assert [row["loss/total"] for row in session.rows] == [row["loss"] for row in _rows(storage)]
     assert [row["images"] for row in _rows(storage)] == [8, 12, 20, 24]
     assert (session.shown[-1].done, session.shown[-1].total) == (24, 21)
 
@@ -106,7 +117,12 @@ def test_a_stop_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     session = ScriptedSession(stop_at_step=3)
     assert train_toy(stopped, session=session, images=24, log_images=4).images_seen == 12
     assert session.checkpoints == [12]
-    assert train_toy(stopped, again, images=24, log_images=4).images_seen == 24
+    session = ScriptedSession()
+    assert train_toy(stopped, again, session, images=24, log_images=4).images_seen == 24
+    assert [(event.event, event.stage, event.images) for event in session.events] == [
+        ("restored", "toy", 12),
+        ("checkpoint", "toy", 24),
+    ]
     assert len(again.rates) == 3
     assert again.model.weight.equal(step.model.weight)
     assert again.ema.weights()["weight"].equal(step.ema.weights()["weight"])
@@ -199,8 +215,8 @@ def test_a_loss_far_above_those_before_it_is_told_and_counted(
 
 
 def test_after_too_many_the_run_goes_back_and_on_behind_them(storage: Storage) -> None:
-    step = PoisonedStep(range(4, 7))
-    state = train_toy(storage, step, images=32, checkpoint_images=8, log_images=4, skip_limit=1)
+    step, session = PoisonedStep(range(4, 7)), ScriptedSession()
+    state = train_toy(storage, step, session, images=32, checkpoint_images=8, log_images=4, skip_limit=1)
     # Two steps are skipped, so images 8 to 24 are behind it when it starts again at 16 images of 0 to 16.
     assert step.given == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert (state.images_seen, state.excluded) == (32, ((16, 24),))
@@ -208,6 +224,16 @@ def test_after_too_many_the_run_goes_back_and_on_behind_them(storage: Storage) -
     assert [row["images"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
     assert [row["images"] for row in rows if "skipped_steps" in row] == [20]
     assert toy_checkpoints(storage).restore(ToyStep()).excluded == ((16, 24),)
+    assert [(event.event, event.images) for event in session.events] == [
+        ("checkpoint", 8),
+        ("checkpoint", 16),
+        ("skipped_step", 16),
+        ("skipped_step", 20),
+        ("rollback", 24),
+        ("skipped_step", 16),
+        ("checkpoint", 24),
+        ("checkpoint", 32),
+    ]
 
 
 def test_what_is_excluded_stays_so_after_a_resume(tmp_path: Path) -> None:

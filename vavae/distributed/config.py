@@ -26,6 +26,8 @@ class WorkersConfig(Config):
     """Threads of torch per worker; a fixed number keeps CPU results bit-equal between runs."""
     tf32: bool = runtime(False)
     """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, which is several times faster."""
+    peak_flops: float | None = runtime(None, gt=0)
+    """FLOP/s that the device of a worker can do at most, for the utilisation in the log; null looks known GPUs up."""
     deterministic: bool = runtime(False)
     """Choose algorithms on GPUs that give the same bits every time; slower."""
     wait_for_nodes: bool = runtime(False)

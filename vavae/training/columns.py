@@ -1,4 +1,4 @@
-"""The columns of a row of metrics: what each means, and its name where names have rules of their own."""
+"""The figures of a run: what each column of a row of metrics means, and its name in Prometheus."""
 
 import re
 from typing import NamedTuple
@@ -51,8 +51,11 @@ COLUMNS: dict[str, Column] = {
     "gradient_norm/lightningdit": Column("norm of the LightningDiT's gradient before clipping"),
     "learning_rate": Column("of the last step"),
     "skipped_steps": Column("steps not applied because their gradients were not finite", adds_up=True),
+    "loss_spikes": Column("steps with a loss far above those before them", adds_up=True),
     "unreadable_images": Column("different images that could not be read so far"),
     "images_per_second": Column("images that all ranks trained on, per second", of_machine=True),
+    "flops_per_second": Column("FLOP/s of the models on all ranks", of_machine=True),
+    "model_flop_utilisation": Column("their share of what the devices can do", of_machine=True),
     "data_wait": _share("spent waiting for data"),
     "forward": _share("in forward passes and losses, adaptive weights included"),
     "backward": _share("in backward passes, with what the engine does to gradients meanwhile"),
@@ -70,10 +73,19 @@ COLUMNS: dict[str, Column] = {
 }
 """By name."""
 
+BESIDE: dict[str, Column] = {
+    "images": Column("images that the stage is done with"),
+    "images_planned": Column("images of the stage"),
+    "stage_running": Column("1 while the stage is at work, then 0"),
+    "restarts": Column("how often all workers of the training were started again"),
+    "saved_timestamp_seconds": Column("when the last checkpoint was copied, or the workers started"),
+}
+"""What is shown of a running job beside its rows."""
+
 
 def column(name: str) -> Column:
     """The column of this name; one that is not listed is taken for a mean."""
-    return COLUMNS.get(name, Column(name))
+    return (COLUMNS | BESIDE).get(name, Column(name))
 
 
 def metric_name(name: str) -> str:

@@ -33,6 +33,7 @@ from vavae.training.start import starting_weights
 from vavae.training.step import Step
 from vavae.training.tokenizer_observer import TokenizerObserver
 from vavae.training.tokenizer_step import TokenizerStep
+from vavae.training.utilisation import Utilisation
 
 SPLIT = "train"
 
@@ -132,10 +133,12 @@ def _train(
         run.storage.child(f"{run.training_prefix(job)}/log"),
         run.storage.child(f"tensorboard/{job}"),
         active=world.is_first,
+        show=session.row,
     )
     config: TrainingConfig = getattr(run.config, job)
-    rounds = _rounds(run, world)
-    return train(job, step, rounds, span, config, run.config.stream, checkpoints, log, session, world, observers)
+    rounds, reading = _rounds(run, world), run.config.stream
+    utilisation = Utilisation(run.config, job, world) if world.is_first else None
+    return train(job, step, rounds, span, config, reading, checkpoints, log, session, world, observers, utilisation)
 
 
 def _export(

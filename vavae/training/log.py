@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,13 @@ def _gpu_memory(device: torch.device) -> dict[str, float]:
     return memory
 
 
+Show = Callable[[Mapping[str, float]], None]
+
+
+def _unseen(row: Mapping[str, float]) -> None:
+    """Nobody else looks at a row."""
+
+
 class MetricsLog:
     """The rows of one training run. One segment per checkpoint, because an object store cannot append.
 
@@ -138,11 +145,13 @@ class MetricsLog:
         stage: name of the job; part of every row.
         segments: where the segments go.
         tensorboard: where TensorBoard's files go.
-        active: whether this process writes (rank 0); elsewhere every method does nothing.
+        active: whether this process writes (rank 0); elsewhere rows are shown and no more.
+        show: gets every row of this rank too.
     """
 
-    def __init__(self, stage: str, segments: Storage, tensorboard: Storage, active: bool) -> None:
+    def __init__(self, stage: str, segments: Storage, tensorboard: Storage, active: bool, show: Show = _unseen) -> None:
         self._stage, self._segments, self._tensorboard, self._active = stage, segments, tensorboard, active
+        self._show = show
         self._rows: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
         self._scratch = None if tensorboard.is_local else tempfile.TemporaryDirectory(prefix="vavae-")
@@ -162,6 +171,7 @@ class MetricsLog:
 
     def add(self, images_seen: int, row: Mapping[str, float]) -> None:
         """Keep one row, or more of the last one where it is of the same images."""
+        self._show(row)
         if not self._active:
             return
         assert self._writer is not None, "rewind opens the log"

@@ -21,12 +21,14 @@ from vavae.errors import UserError
 from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
+from vavae.training.events import Event, Kind
 from vavae.training.log import Meter, MetricsLog
 from vavae.training.observer import Observer
 from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
 from vavae.training.spikes import SpikeDetector
 from vavae.training.step import Step, StepResult
+from vavae.training.utilisation import Utilisation
 from vavae.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ def train(
     session: Session,
     world: World,
     observers: Sequence[Observer] = (),
+    utilisation: Utilisation | None = None,
 ) -> TrainState:
     """Train until enough images are seen or the session asks to stop; returns the state at the end.
 
@@ -90,15 +93,18 @@ def train(
         session: whoever runs this.
         world: the ranks.
         observers: look at the model at their intervals.
+        utilisation: what rank 0 adds to the rows, if anything.
 
     Raises:
         NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
         UserError: a checkpoint could not be written.
     """
-    loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world, observers)
+    loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world, observers, utilisation)
     with Watchdog(config.hang_seconds) as watchdog:
         watchdog.feed()
         state = checkpoints.restore(step, span.start)
+        if span.start < state.images_seen < span.stop:
+            loop.note("restored", state.images_seen)
         for rollbacks in count(1):
             try:
                 state = loop.go_on(state, watchdog)
@@ -113,6 +119,7 @@ def train(
                         f"{stage}.optimizer.learning_rate under another name, or raise {stage}.rollback_limit"
                     ) from None
                 logger.warning("%s: back from %s to %s images, and on behind them", stage, seen, state.images_seen)
+                loop.note("rollback", seen, back_to=state.images_seen)
                 state = state.behind(diverged.state)
         checkpoints.settle()
     log.close()
@@ -134,6 +141,7 @@ class _Loop:
     session: Session
     world: World
     observers: Sequence[Observer]
+    utilisation: Utilisation | None
 
     def go_on(self, state: TrainState, watchdog: Watchdog) -> TrainState:
         """Train from a state on until the end, a stop, or divergence."""
@@ -164,11 +172,11 @@ class _Loop:
                             step.ema.update()
                     if spikes.is_spike(signals.loss):
                         meter.spike()
-                        self._report(result, before, "has a loss far above those before it")
+                        self._report("loss_spike", "has a loss far above those before it", result, before)
                 else:
                     skipped += 1
                     meter.skip(config.batch_size)
-                    self._report(result, before, "is skipped")
+                    self._report("skipped_step", "is skipped", result, before)
                     if skipped > config.skip_limit:
                         raise _DivergedError(state)
 
@@ -183,6 +191,8 @@ class _Loop:
                 save = (signals.listens and self.session.must_save()) or save
                 if save or _crosses(before, state.images_seen, config.log_images):
                     row = meter.row() | {"learning_rate": lr}
+                    if self.utilisation is not None:
+                        row |= self.utilisation.figures(before, row["images_per_second"])
                     self.log.add(state.images_seen, row)
                 if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
                     shown = time.monotonic()
@@ -192,7 +202,13 @@ class _Loop:
                     with meter.waiting("checkpoint_wait"):
                         meter.saved(self.checkpoints.save(step, state, row))
                     self.session.checkpoint(state.images_seen, row)
+                    self.note("checkpoint", state.images_seen)
         return state
+
+    def note(self, kind: Kind, images_seen: int, **details: Any) -> None:
+        """Have rank 0 remember what happened."""
+        if self.world.is_first:
+            self.session.event(Event(kind, self.stage, images_seen, details))
 
     def _slices(self, source: SliceSource[Any], state: TrainState) -> Generator[list[Any], None, None]:
         """What this rank reads from a state on."""
@@ -214,12 +230,13 @@ class _Loop:
         )
         return _Signals(total["stop"] > 0, total["listens"] > 0, total[_LOSS])
 
-    def _report(self, result: StepResult, images_seen: int, what: str) -> None:
+    def _report(self, kind: Kind, what: str, result: StepResult, images_seen: int) -> None:
         """Say what a remarkable step was like. Every rank calls it."""
         terms = self.world.sum_terms(result.terms)
         if self.world.is_first:
             figures = ", ".join(f"{name} {value:g}" for name, value in {**result.gradient_norms, **terms}.items())
             logger.warning("%s: the step at %s images %s: %s", self.stage, f"{images_seen:,}", what, figures)
+            self.note(kind, images_seen, figures=figures)
 
     def _show(self, seen: int, rate: Rate, row: Mapping[str, float]) -> None:
         terms = {name: row[name] for name in _HEADLINE if name in row}

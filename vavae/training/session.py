@@ -3,9 +3,11 @@
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from vavae.progress import Progress, show
+from vavae.training.events import Event, EventLog
 
 
 def this_process() -> str:
@@ -23,6 +25,12 @@ class Session(Protocol):
     def progress(self, progress: Progress) -> None:
         """Show how far the run is; called by rank 0, cheap enough for every step."""
 
+    def row(self, row: Mapping[str, float]) -> None:
+        """Show a row of metrics. Called by every rank, with its own times and memory."""
+
+    def event(self, event: Event) -> None:
+        """Remember what happened; called by rank 0."""
+
     def checkpoint(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """A checkpoint is on its way. Called by every rank equally often; may wait for all of them."""
 
@@ -36,8 +44,12 @@ class Session(Protocol):
         """Whether a machine is about to go, which calls for a checkpoint now. Every rank is asked; may wait for all."""
 
 
+@dataclass
 class LocalSession:
     """A run in this process: progress goes to standard output, and nothing asks it to stop."""
+
+    events: EventLog | None = None
+    """Where events go; None forgets them."""
 
     @property
     def owner(self) -> str:
@@ -47,6 +59,14 @@ class LocalSession:
     def progress(self, progress: Progress) -> None:
         """See `Session.progress`."""
         show(progress)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """See `Session.row`."""
+
+    def event(self, event: Event) -> None:
+        """See `Session.event`."""
+        if self.events is not None:
+            self.events.add(event)
 
     def checkpoint(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """See `Session.checkpoint`."""

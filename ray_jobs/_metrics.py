@@ -1,0 +1,40 @@
+"""Figures of a run among Ray's own metrics, where Prometheus finds them."""
+
+from collections.abc import Mapping
+from functools import cache
+
+from ray.util.metrics import Counter, Gauge
+
+from vavae.training.columns import column, metric_name
+
+TAGS = ("run", "stage", "rank")
+
+
+class Exporter:
+    """Shows figures under the names of `metric_name`, as `ray_vavae_…`; what adds up becomes a counter.
+
+    Args:
+        run: name of the run.
+        stage: name of the job.
+        rank: of this process, or what else it is.
+    """
+
+    def __init__(self, run: str, stage: str, rank: str) -> None:
+        self._tags = dict(zip(TAGS, (run, stage, rank), strict=True))
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Show the figures of a row, or others of `COLUMNS`."""
+        for name, value in figures.items():
+            metric = _metric(name)
+            if isinstance(metric, Gauge):
+                metric.set(value, self._tags)
+            elif value > 0:  # Ray's counters take nothing else
+                metric.inc(value, self._tags)
+
+
+@cache
+def _metric(name: str) -> Gauge | Counter:
+    """One for the whole process, whatever its tags."""
+    found = column(name)
+    kind = Counter if found.adds_up else Gauge
+    return kind(metric_name(name), found.meaning, TAGS)
