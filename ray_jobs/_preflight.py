@@ -13,6 +13,7 @@ from vavae.data.order import assign_lanes, order_of
 from vavae.data.shards import TRAIN
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.sampling.labels import label_law
 from vavae.tokenizer.teacher import check_teacher
 from vavae.training.config import RunConfig
 from vavae.training.run import STAGES, TRAININGS, Job, Run
@@ -42,6 +43,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     for job in TRAININGS:
         if job in jobs and STAGES[job].inputs[0] not in jobs:
             check_cache(run, job)
+    if "sample" in jobs and run.artefact("prepare_shards") is not None:
+        label_law(config.sample, read_manifest(run.storage, run.prefix("prepare_shards")).classes, config.seed)
     start = config.train_vavae.start_from
     if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
         raise UserError(f"train_vavae.start_from={start}: nothing there; name a tokenizer/export or a released file")

@@ -23,13 +23,13 @@ from vavae.interop.export import ALIGNMENT, load_alignment, load_lightningdit, l
 from vavae.interop.released_lightningdit import save_released_lightningdit
 from vavae.interop.released_tokenizer import load_released_tokenizer, save_released_tokenizer
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.report.results import write_results, write_samples_picture
-from vavae.sampling.generate import Generator
-from vavae.sampling.sample_shards import SampleSet
+from vavae.report.results import write_results
+from vavae.report.samples import write_sample_files
 from vavae.storage.artefact import commit
 from vavae.tokenizer.autoencoder import VAVAE
 from vavae.training.config import RunConfig
 from vavae.training.run import Run
+from vavae.training.samples import open_generator, sample_set
 
 FEATURES = 112
 """Channels of the embedded teacher."""
@@ -100,15 +100,11 @@ class Exchange:
 
     def sample_and_evaluate(self):
         run = self.run()
-        config, storage = run.config, run.storage.child(run.prefix("sample"))
-        jobs = ("train_vavae", "precompute_latents", "train_lightningdit")
-        folders = [run.storage.child(run.prefix(job)) for job in jobs]
-        generator = Generator.load(folders[0], run.require("train_vavae").digest, *folders[1:], World().device)
-        samples = SampleSet(storage, config.sample, config.seed, config.guidance, config.solver, origin="test")
+        generator, samples = open_generator(run, World().device), sample_set(run)
         for shard in samples.shards():
             samples.generate(shard, generator, lambda _: None)
         files = samples.files()
-        record = run.record("sample", digest(list(files)), files, beside=write_samples_picture(run))
+        record = run.record("sample", digest(list(files)), files, beside=write_sample_files(run))
         commit(run.storage, run.prefix("sample"), record)
         write_results(run, lambda _: None)
 

@@ -12,7 +12,7 @@ from vavae.errors import UserError
 from vavae.interop.export import WEIGHTS, LightningDiTDescription, TokenizerDescription, save_export
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.randomness import torch_generator
-from vavae.sampling.generate import Generator
+from vavae.sampling.generate import Generator, noise_of
 from vavae.storage.storage import Storage
 from vavae.tokenizer.config import TeacherConfig
 from vavae.tokenizer.normalizer import LatentNormalizer
@@ -60,6 +60,28 @@ def test_solvers_agree_where_their_steps_are_fine(generator):
         generator.images(INDICES, LABELS, SEED, guidance, solver) for solver in (SolverConfig(name="dopri5"), fine)
     ]
     assert (images[0].int() - images[1].int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_noise_is_the_same_to_the_last_bit_in_every_batch(batch_size):
+    shape = (4, 3, 3)
+    whole = noise_of(INDICES, shape, SEED)
+    pieces = [noise_of(INDICES[i : i + batch_size], shape, SEED) for i in range(0, len(INDICES), batch_size)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert torch.equal(noise_of(INDICES[::-1], shape, SEED).flip(0), whole)
+    assert not torch.equal(noise_of(INDICES, shape, SEED + 1), whole)
+
+
+def test_noise_is_unit_gaussian():
+    noise = noise_of(range(200), (4, 10, 10), SEED)
+    assert noise.mean().abs() < 5 / noise.numel() ** 0.5
+    assert noise.std() == pytest.approx(1, abs=5 / (2 * noise.numel()) ** 0.5)
+
+
+def test_batches_are_the_images_in_order(generator, images):
+    batches = list(generator.batches(INDICES, LABELS, SEED, GUIDED, SOLVER, 2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert (torch.cat(batches).int() - images.int()).abs().max() <= 1
 
 
 def test_index_label_seed_and_guidance_matter(generator, images):

@@ -1,5 +1,6 @@
 """Shards of generated images: balanced over classes, made once, functions of their number."""
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -20,11 +21,12 @@ GUIDANCE, SOLVER, SEED = GuidanceConfig(), SolverConfig(num_steps=1), 3
 class Recorder:
     """A generator, with the indices that it was asked for."""
 
+    batches = Generator.batches
+
     def __init__(self):
         channels = small.TOKENIZER.latent_dim
         normalizer = LatentNormalizer(torch.zeros(channels), torch.ones(channels))
         self.generator, self.asked = Generator(small.tokenizer(), small.lightningdit(), normalizer), []
-        self.lightningdit = self.generator.lightningdit
 
     def images(self, indices, *rest):
         self.asked.append(indices)
@@ -42,7 +44,7 @@ def storage(tmp_path):
 
 
 def samples(storage, origin="o", config=CONFIG):
-    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin)
+    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin, small.CLASSES)
 
 
 def ignore(count):
@@ -135,6 +137,34 @@ def test_the_record_goes_before_the_shard_is_made_again(storage, generator):
     with pytest.raises(KeyboardInterrupt):
         samples(storage, "other").generate(0, generator, die)
     assert "000000.json" not in contents(storage)
+
+
+def test_no_batch_crosses_the_end_of_a_shard(storage, generator):
+    generate_all(samples(storage), generator)
+    assert generator.asked == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 50}, {"shard_images": 3}, {"shard_images": 50}])
+def test_batch_and_shard_sizes_change_no_image(storage, generator, change):
+    generate_all(samples(storage), generator)
+    whole = samples(storage).images(range(10))
+    other = samples(storage, config=CONFIG.model_copy(update=change))
+    generate_all(samples(storage, "other", CONFIG.model_copy(update=change)), generator)
+    assert (other.images(range(10)).int() - whole.int()).abs().max() <= 1
+
+
+def test_given_labels_go_round(storage, generator):
+    config = CONFIG.model_copy(update={"labels": ("c", 0)})
+    files = generate_all(samples(storage, config=config), generator)
+    assert gather(read_samples(storage, files)).labels.tolist() == [2, 0] * 5
+
+
+def test_some_images_come_in_the_order_asked_for(storage, generator):
+    files = generate_all(samples(storage), generator)
+    everything = gather(read_samples(storage, files)).images
+    assert torch.equal(samples(storage).images([7, 0, 9]), everything[[7, 0, 9]])
+    pixels = torch.from_numpy(np.stack(list(samples(storage).pixels())))
+    assert torch.equal(pixels.permute(0, 3, 1, 2), everything)
 
 
 def test_naming_files_early_is_our_own_mistake(storage, generator):

@@ -52,6 +52,8 @@ def path(tmp_path):
         (["tokenizer.channels=48"], r"channels 48 is not a multiple of 32"),
         (["guidance.interval=[0.5, 0.1]"], r"interval=\[0.5, 0.1\] must satisfy"),
         (["solver.shift=0"], r"solver.shift \(command line\): 0 should be greater than 0 or should be 'by_dimension'"),
+        (["sample.labels=some"], r"sample.labels \(command line\): \"some\" should be 'class_balanced' or 'random'"),
+        (["sample.labels=[]"], r"sample.labels \(command line\): \[\] should .* or should have at least 1 item"),
         (["solver.name=rk45"], r"solver.name \(command line\): \"rk45\" should be 'euler', 'heun' or 'dopri5'"),
         (["lightningdit.heads=3"], r"width=32 must be a multiple of heads=3"),
     ],

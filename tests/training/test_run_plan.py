@@ -97,6 +97,13 @@ def test_storage_is_reached_as_the_configuration_says(make):
     assert (options.profile, options.anonymous, options.attempts) == ("lab", True, 3)
 
 
+def test_an_array_that_is_asked_for_later_is_made_of_the_samples_that_are_there(done, make):
+    other = make("sample.npz=true", f"storage.root={done.config.storage.root}")
+    assert to_do(other) == {SAMPLES: "without samples.npz", MEASURES: "after samples"}
+    other.storage.write_bytes("samples.npz", b"")
+    assert to_do(other) == {}
+
+
 def test_planning_writes_nothing(done):
     before = done.storage.sizes()
     done.plans()

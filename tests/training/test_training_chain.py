@@ -14,14 +14,14 @@ from vavae.data.writer import write_shards
 from vavae.distributed.world import World
 from vavae.extraction.extract import Extraction
 from vavae.interop.export import load_tokenizer
-from vavae.report.results import write_results, write_samples_picture
-from vavae.sampling.generate import Generator
-from vavae.sampling.sample_shards import SampleSet
+from vavae.report.results import write_results
+from vavae.report.samples import write_sample_files
 from vavae.storage.artefact import commit
 from vavae.training.columns import COLUMNS
 from vavae.training.config import RunConfig
 from vavae.training.jobs import train_lightningdit, train_vavae
 from vavae.training.run import STAGES, Run
+from vavae.training.samples import open_generator, sample_set
 from vavae.training.session import LocalSession
 
 pytestmark = pytest.mark.jobs
@@ -76,17 +76,11 @@ def _extract(run: Run) -> None:
 
 
 def _sample(run: Run) -> None:
-    config = run.config
-    folders = [
-        run.storage.child(run.prefix(job)) for job in ("train_vavae", "precompute_latents", "train_lightningdit")
-    ]
-    generator = Generator.load(folders[0], run.require("train_vavae").digest, *folders[1:], World().device)
-    storage = run.storage.child(run.prefix("sample"))
-    samples = SampleSet(storage, config.sample, config.seed, config.guidance, config.solver, origin="chain")
+    generator, samples = open_generator(run, World().device), sample_set(run)
     for shard in samples.shards():
         samples.generate(shard, generator, _ignore)
     files = samples.files()
-    beside = write_samples_picture(run)
+    beside = write_sample_files(run)
     commit(run.storage, run.prefix("sample"), run.record("sample", digest(list(files)), files, beside=beside))
 
 

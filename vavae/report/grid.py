@@ -6,6 +6,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+_PICTURE_PIXELS = 64
+
+
+def enlargement(size: int) -> int:
+    """By how much small images of this side are enlarged in pictures."""
+    return max(1, _PICTURE_PIXELS // size)
+
 
 def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 2) -> Image.Image:
     """Images in reading order; given class after class with ``columns`` of each, rows are classes.

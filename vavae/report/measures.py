@@ -56,7 +56,7 @@ def judgement_metrics(judged: Judgement, generated: int, real: LabelledImages, c
 
 def generation_protocol(generated: int, config: RunConfig) -> str:
     """How images were generated, in words."""
-    return f"{generated:,} class-balanced samples, {config.solver.summary}, {config.guidance.summary}"
+    return f"{config.sample.in_words(generated)}, {config.solver.summary}, {config.guidance.summary}"
 
 
 def _extraction(extractor: FeatureExtractor, images: int) -> str:

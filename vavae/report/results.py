@@ -4,8 +4,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from vavae.config import digest
 from vavae.data.manifest import Manifest, read_manifest
 from vavae.data.passes import gather, read_images
@@ -14,7 +12,7 @@ from vavae.evaluation.latent_space import measure_latent_space
 from vavae.evaluation.reconstruction import Reconstruction, measure_reconstruction
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.metrics.features import FeatureExtractor
-from vavae.report.grid import image_grid, pair_grid, png_bytes
+from vavae.report.grid import enlargement, pair_grid, png_bytes
 from vavae.report.html import Metric, render
 from vavae.report.latents import latent_map_png, latent_space_metrics
 from vavae.report.measures import distance_metric, judgement_metrics, reconstruction_metrics
@@ -24,7 +22,6 @@ from vavae.report.run_report import (
     METRICS,
     RECONSTRUCTIONS,
     REPORT,
-    SAMPLES,
     log_rows,
     metrics_json,
     run_report,
@@ -35,9 +32,6 @@ from vavae.tokenizer.teacher import VisionFoundationTeacher
 from vavae.training.run import Run
 
 _CLASSIFIER_IMAGES = 4000
-_PICTURE_CLASSES = 20
-_PICTURE_PIXELS = 64
-"""Images smaller than this are enlarged in pictures."""
 
 
 def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
@@ -57,7 +51,7 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     reconstruction = _reconstruct(run, manifest, extractor, advance)
     metrics = reconstruction_metrics(reconstruction, extractor, config)
     metrics += _generation(run, manifest, reconstruction, extractor, advance)
-    pairs = pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=_scale(config.shards.image_size))
+    pairs = pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=enlargement(config.shards.image_size))
     files = {RECONSTRUCTIONS: png_bytes(pairs)}
     run.storage.delete(LATENT_MAP)
     if config.evaluate.latent_space is not None:
@@ -75,27 +69,6 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     beside = {name: len(data) for name, data in files.items()}
     commit(run.storage, prefix, run.record("evaluate", digest(content), {}, beside=beside))
     return metrics
-
-
-def write_samples_picture(run: Run) -> dict[str, int]:
-    """Draw the first generated images of every class, a row each; name and size of the file."""
-    config, storage = run.config.sample, run.storage.child(run.prefix("sample"))
-    classes = len(read_manifest(run.storage, run.prefix("prepare_shards")).classes)
-    wanted, images, labels = classes * config.picture_columns, [], []
-    for shard in read_samples(storage, [name for name in storage.list() if name.endswith(".tar")]):
-        images.append(shard.images)
-        labels.append(shard.labels)
-        if sum(map(len, labels)) >= wanted:
-            break
-    pixels, names = torch.cat(images), torch.cat(labels)
-    rows = [pixels[names == label][: config.picture_columns] for label in range(min(classes, _PICTURE_CLASSES))]
-    columns = min(len(row) for row in rows)
-    if columns == 0:
-        return {}
-    grid = image_grid(torch.cat([row[:columns] for row in rows]), columns, scale=_scale(pixels.shape[-1]))
-    data = png_bytes(grid)
-    run.storage.write_bytes(SAMPLES, data)
-    return {SAMPLES: len(data)}
 
 
 def write_log(run: Run) -> bytes:
@@ -147,7 +120,3 @@ def _generation(
 def _images(run: Run, manifest: Manifest, split: str, limit: int) -> Any:
     storage = run.storage.child(run.prefix("prepare_shards"))
     return read_images(storage, manifest, split, limit, run.config.evaluate.batch_size)
-
-
-def _scale(size: int) -> int:
-    return max(1, _PICTURE_PIXELS // size)

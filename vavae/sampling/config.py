@@ -1,20 +1,37 @@
 """Which images are generated."""
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from vavae.config import Config, runtime
 
 
 class SampleConfig(Config):
-    """A class-balanced set of generated images: image i shows class i mod (number of classes)."""
+    """A set of generated images."""
 
     images: int = Field(1000, ge=1)
     """How many images."""
+    labels: Literal["class_balanced", "random"] | Annotated[tuple[int | str, ...], Field(min_length=1)] = (
+        "class_balanced"
+    )
+    """Image i shows class i mod (number of classes), or a random class, or class i mod (length) of a list of names
+    or numbers."""
     shard_images: int = Field(500, ge=1)
     """Images of one output shard, the unit that is made at once and resumed."""
+    npz: bool = runtime(False)
+    """Write all images into `samples.npz` as well, as the evaluator of ADM reads them."""
     batch_size: int = runtime(100, ge=1)
     """Images integrated at a time."""
     actors: int = runtime(1, ge=1)
     """Shards generated at the same time, each by `workers.cpus` cores or one GPU."""
     picture_columns: int = runtime(10, ge=1)
     """Images per class in the picture `samples.png`."""
+
+    def in_words(self, count: int) -> str:
+        """So many of these images, as it stands beside a figure."""
+        if self.labels == "class_balanced":
+            return f"{count:,} class-balanced samples"
+        if self.labels == "random":
+            return f"{count:,} randomly labelled samples"
+        return f"{count:,} samples of {len(self.labels)} given labels"

@@ -1,5 +1,6 @@
 """From class labels and image indices to images: noise, guidance and solver, latent statistics, decoder."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,8 @@ class Generator(NamedTuple):
     @torch.inference_mode()
     def images(
         self,
-        indices: list[int],
-        labels: list[int],
+        indices: Sequence[int],
+        labels: Sequence[int],
         seed: int,
         guidance: GuidanceConfig,
         solver: SolverConfig,
@@ -73,7 +74,26 @@ class Generator(NamedTuple):
         model = self.lightningdit
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
-        noise = torch.stack([torch.randn(shape, generator=torch_generator(seed, "sample", index)) for index in indices])
+        noise = noise_of(indices, shape, seed)
         velocity = ClassifierFreeGuidance(model, model.null_label, guidance)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
         return to_uint8(self.tokenizer.decode(self.normalizer.denormalize(latents))).cpu()
+
+    def batches(
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        seed: int,
+        guidance: GuidanceConfig,
+        solver: SolverConfig,
+        batch_size: int,
+    ) -> Iterator[Tensor]:
+        """As :meth:`images`, so many at a time: uint8 [b, 3, H, W], b at most `batch_size`."""
+        for start in range(0, len(indices), batch_size):
+            batch = slice(start, start + batch_size)
+            yield self.images(indices[batch], labels[batch], seed, guidance, solver)
+
+
+def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
+    """Unit Gaussian noise float32 [B, *shape] on the CPU, where it is the same for every device and batch."""
+    return torch.stack([torch.randn(*shape, generator=torch_generator(seed, "sample", index)) for index in indices])

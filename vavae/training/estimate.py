@@ -36,7 +36,7 @@ def bytes_to_write(run: Run, job: Job) -> int | None:
         values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
         return sum(map(manifest.count, manifest.splits)) * (values * _HALF_BYTES + _TAR_BYTES)
     if job == "sample":
-        return config.sample.images * 3 * config.shards.image_size**2
+        return config.sample.images * 3 * config.shards.image_size**2 * (1 + config.sample.npz)
     return None
 
 

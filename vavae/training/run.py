@@ -7,6 +7,7 @@ from typing import Any, Literal
 from vavae.config import differences, digest, identity
 from vavae.data.writer import find_shards
 from vavae.errors import UserError
+from vavae.sampling.npz import NPZ
 from vavae.storage.artefact import Artefact, is_intact, read
 from vavae.storage.storage import Storage
 from vavae.training.config import RunConfig, TrainingConfig
@@ -178,6 +179,8 @@ class Run:
         budget = self.budget(job)
         if budget is not None and IMPORTED not in record.details and (record.images_seen or 0) < budget:
             return Plan(stage, False, f"{record.images_seen:,} of {budget:,} images seen")
+        if job == "sample" and self.config.sample.npz and not self.storage.is_file(NPZ):
+            return Plan(stage, False, f"without {NPZ}")
         return Plan(stage, True, record.digest[:12])
 
     def _differs(self, job: Job, record: Artefact) -> str:

@@ -1,0 +1,57 @@
+"""Which class each generated image shows."""
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.sampling.config import SampleConfig
+
+
+def label_law(config: SampleConfig, classes: Sequence[str], seed: int) -> Callable[[int], int]:
+    """The label of the image at an index; a random one depends on the seed and the index alone.
+
+    Args:
+        config: names the law.
+        classes: their names, in the order of their labels.
+        seed: of the run.
+
+    Raises:
+        UserError: a given label is none of the classes.
+    """
+    if config.labels == "random":
+        return lambda index: int(numpy_generator(seed, "sample label", index).integers(len(classes)))
+    given = (
+        range(len(classes))
+        if config.labels == "class_balanced"
+        else find_classes(config.labels, classes, "sample.labels")
+    )
+    return lambda index: given[index % len(given)]
+
+
+def find_classes(wanted: Sequence[int | str], classes: Sequence[str], place: str) -> list[int]:
+    """The labels of classes by name or number; where a number is the name of a class, it is taken for the name.
+
+    Args:
+        wanted: names or numbers.
+        classes: all names, in the order of their labels.
+        place: where they were asked for, for the error.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    return [_find(str(name), labels, place) for name in wanted]
+
+
+def _find(name: str, labels: dict[str, int], place: str) -> int:
+    if name in labels:
+        return labels[name]
+    if name.isdecimal() and int(name) < len(labels):
+        return int(name)
+    near = get_close_matches(name, labels, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f", such as {next(iter(labels))}"
+    raise UserError(
+        f"{place}: {name!r} is none of the {len(labels)} classes: give a number from 0 to {len(labels) - 1} or a "
+        f"name{hint}"
+    )
