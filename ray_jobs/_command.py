@@ -21,7 +21,7 @@ from vavae.storage.retry import StorageUnavailableError
 from vavae.training.config import RunConfig
 from vavae.training.estimate import bytes_to_write
 from vavae.training.events import Event, EventLog
-from vavae.training.run import STAGES, Job, Plan, Run
+from vavae.training.run import CONFIG, STAGES, Job, Plan, Run
 
 Work = Callable[[Run], None]
 
@@ -71,7 +71,7 @@ def _main(
         if missing:
             raise UserError(missing[0])
         _print_plan(run, plans)
-        run.storage.write_bytes("config.yaml", dump(config).encode())
+        run.storage.write_bytes(CONFIG, dump(config).encode())
         events = EventLog(run.storage)
         events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count}))
         with cluster(config):

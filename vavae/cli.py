@@ -36,6 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (bring, give):
         command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
         command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for latents and for diffusers")
+    sample = commands.add_parser("sample", help="make images of given classes from a trained run")
+    sample.add_argument("--run", required=True, metavar="FOLDER", help="path or URL of the folder of the run")
+    sample.add_argument("--classes", required=True, metavar="LIST", help="names or numbers, such as 207,360")
+    sample.add_argument(
+        "--seeds",
+        required=True,
+        metavar="LIST",
+        help="such as 0-9 or 0,3,8: every class with each; seed i gives the noise of image i of the run's samples",
+    )
+    sample.add_argument("--guidance", metavar="SCALE", help="short for guidance.scale=SCALE; default: the run's")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        metavar="FILE",
+        help="path or URL ending in .png (a class a row), .tar (WebDataset) or .npz (one array); default: %(default)s",
+    )
+    sample.set_defaults(act=_sample)
     data = commands.add_parser("data", help="index, verify and describe shards of images")
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
@@ -44,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(overrides=None)
     for command in (status, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
+    for command in (status, train, bring, give, sample):
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
     # argparse closes the list of overrides at the first option; those that stand after one are left over.
     arguments, overrides = parser.parse_known_args(argv)
@@ -73,6 +91,15 @@ def _train(arguments: argparse.Namespace) -> int:
     settle_arithmetic(run.config.workers)
     with process_group(run.config.workers.use_gpu):
         TRAININGS[_MODELS[arguments.model]](run, LocalSession(), World.current(run.config.workers.use_gpu))
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from vavae.report.sample_command import sample
+
+    guidance = [] if arguments.guidance is None else [f"guidance.scale={arguments.guidance}"]
+    run = Run.at(arguments.run, [*arguments.overrides, *guidance])
+    sample(run, arguments.classes, arguments.seeds, arguments.out)
     return 0
 
 

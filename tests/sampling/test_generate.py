@@ -2,22 +2,16 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import small
+from support.trained import DIGEST, MEAN, STD, trained_run
 
-from vavae.data.latents import STATISTICS
 from vavae.data.pixels import to_uint8
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
-from vavae.interop.export import WEIGHTS, LightningDiTDescription, TokenizerDescription, save_export
-from vavae.losses.config import VisionFoundationLossConfig
 from vavae.randomness import torch_generator
 from vavae.sampling.generate import Generator, noise_of
-from vavae.storage.storage import Storage
-from vavae.tokenizer.config import TeacherConfig
 from vavae.tokenizer.normalizer import LatentNormalizer
 
-MEAN, STD = torch.tensor([0.1, -0.2, 0.3, 0.0]).double(), torch.tensor([1.0, 2.0, 0.5, 1.5]).double()
 GUIDED, PLAIN, SOLVER = GuidanceConfig(scale=6), GuidanceConfig(), SolverConfig(num_steps=3)
 SOLVERS = [SOLVER, SolverConfig(name="heun", num_steps=2, shift="by_dimension"), SolverConfig(name="dopri5")]
 INDICES, LABELS, SEED = [0, 1, 5, 9, 400_000], [0, 1, 2, 0, 1], 7
@@ -107,32 +101,19 @@ def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(generator):
 @pytest.fixture
 def stored(tmp_path):
     """Both exports and the statistics on storage."""
-    tokenizer, latents, lightningdit = (Storage(str(tmp_path / name)) for name in ("tokenizer", "latents", "dit"))
-    described = TokenizerDescription(
-        tokenizer=small.TOKENIZER,
-        teacher=TeacherConfig(),
-        vision_foundation=VisionFoundationLossConfig(),
-        feature_dim=6,
-    )
-    save_export(tokenizer, described, {WEIGHTS: small.tokenizer().state_dict()})
-    description = LightningDiTDescription(
-        lightningdit=small.LIGHTNINGDIT, latent_dim=small.TOKENIZER.latent_dim, grid=small.GRID, tokenizer="a" * 64
-    )
-    save_export(lightningdit, description, {WEIGHTS: small.lightningdit().state_dict()})
-    with latents.create(STATISTICS) as local:
-        save_file({"mean": MEAN, "std": STD}, local)
-    return tokenizer, latents, lightningdit
+    run = trained_run(tmp_path)
+    return [run.storage.child(run.prefix(job)) for job in ("train_vavae", "precompute_latents", "train_lightningdit")]
 
 
 def test_a_generator_from_storage_makes_the_same_images(stored, images):
     tokenizer, latents, lightningdit = stored
-    loaded = Generator.load(tokenizer, "a" * 64, latents, lightningdit, CPU)
+    loaded = Generator.load(tokenizer, DIGEST, latents, lightningdit, CPU)
     assert torch.equal(loaded.images(INDICES, LABELS, SEED, GUIDED, SOLVER), images)
 
 
 def test_a_lightningdit_of_another_tokenizer_is_refused(stored):
     tokenizer, latents, lightningdit = stored
     with pytest.raises(
-        UserError, match=rf"dit was trained on latents of tokenizer {'a' * 12}, but .*tokenizer is {'b' * 12}"
+        UserError, match=rf"export was trained on latents of tokenizer {DIGEST[:12]}, but .*export is {'b' * 12}"
     ):
         Generator.load(tokenizer, "b" * 64, latents, lightningdit, CPU)

@@ -1,10 +1,10 @@
 """One run on storage: where its artefacts lie, what each was made from, and what is still to do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vavae.config import differences, digest, identity
+from vavae.config import differences, digest, identity, load
 from vavae.data.writer import find_shards
 from vavae.errors import UserError
 from vavae.sampling.npz import NPZ
@@ -57,6 +57,9 @@ STAGES: dict[Job, Stage] = {
 
 TRAININGS: tuple[Job, ...] = ("train_vavae", "train_lightningdit")
 
+CONFIG = "config.yaml"
+"""The resolved configuration, in the folder of the run."""
+
 IMPORTED = "imported"
 """Among the details of a record: name of the file from which the weights were imported, in place of a training."""
 
@@ -77,6 +80,27 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.storage = Storage.of(config.storage).child(config.name)
+
+    @classmethod
+    def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":
+        """The run in a folder, with the configuration that its last job was started with.
+
+        Args:
+            folder: path or URL; it may have been moved.
+            overrides: `key.path=value`, as on the command line of a job.
+
+        Raises:
+            UserError: there is no run, or its configuration can't be used.
+        """
+        storage = Storage(folder)
+        try:
+            path = storage.local_file(CONFIG)
+        except FileNotFoundError as error:
+            raise UserError(f"{storage.url()}: no {CONFIG} there, so this is not the folder of a run") from error
+        config = load(RunConfig, path, overrides)
+        root, _, name = storage.url().rstrip("/").rpartition("/")
+        place = config.storage.model_copy(update={"root": root or "/"})
+        return cls(config.model_copy(update={"storage": place, "name": name}))
 
     def prefix(self, job: Job) -> str:
         """Folder of a job's artefact. Latents lie under the digest of the tokenizer that made them."""

@@ -19,6 +19,11 @@ def class_names(run: Run) -> tuple[str, ...]:
     return read_latent_manifest(run.storage.child(run.prefix("precompute_latents"))).classes
 
 
+def this_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def open_generator(run: Run, device: torch.device) -> Generator:
     """The trained models, ready to generate.
 

@@ -1,0 +1,70 @@
+"""A run whose models are those of `small`, as its jobs would have left it, without any training."""
+
+import torch
+from safetensors.torch import save_file
+
+from vavae.config import dump
+from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest
+from vavae.interop.export import WEIGHTS, LightningDiTDescription, TokenizerDescription, save_export
+from vavae.losses.config import VisionFoundationLossConfig
+from vavae.storage.artefact import Artefact, commit
+from vavae.tokenizer.config import TeacherConfig
+from vavae.training.config import RunConfig
+from vavae.training.run import CONFIG, STAGES, Run
+
+from . import small
+
+DIGEST = "a" * 64
+"""Of the tokenizer."""
+MEAN, STD = torch.tensor([0.1, -0.2, 0.3, 0.0]).double(), torch.tensor([1.0, 2.0, 0.5, 1.5]).double()
+"""Of its latents."""
+
+
+def trained_run(root, name="run"):
+    """Write it into a folder below `root`."""
+    training = {"images": 8, "batch_size": 8}
+    document = {
+        "name": name,
+        "seed": 7,
+        "storage": {"root": str(root)},
+        "shards": {"source": "digits", "image_size": small.SIZE},
+        "stream": {"lanes": 2},
+        "tokenizer": small.TOKENIZER.model_dump(mode="json"),
+        "train_vavae": training,
+        "lightningdit": small.LIGHTNINGDIT.model_dump(mode="json"),
+        "train_lightningdit": training,
+        "guidance": {"scale": 1.5},
+        "solver": {"num_steps": 2},
+        "sample": {"images": 9, "shard_images": 4, "batch_size": 3},
+    }
+    run = Run(RunConfig.model_validate(document))
+    run.storage.write_bytes(CONFIG, dump(run.config).encode())
+    tokenizer = TokenizerDescription(
+        tokenizer=small.TOKENIZER,
+        teacher=TeacherConfig(),
+        vision_foundation=VisionFoundationLossConfig(),
+        feature_dim=6,
+    )
+    weights = {WEIGHTS: small.tokenizer().state_dict()}
+    _commit(run, "train_vavae", DIGEST, save_export(_folder(run, "train_vavae"), tokenizer, weights))
+    latents, latent_dim = _folder(run, "precompute_latents"), small.TOKENIZER.latent_dim
+    shape = (latent_dim, small.GRID, small.GRID)
+    manifest = LatentManifest(tokenizer=DIGEST, shape=shape, flip=False, classes=small.CLASSES, splits={})
+    latents.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    with latents.create(STATISTICS) as local:
+        save_file({"mean": MEAN, "std": STD}, local)
+    _commit(run, "precompute_latents", "b" * 64, {})
+    lightningdit = LightningDiTDescription(
+        lightningdit=small.LIGHTNINGDIT, latent_dim=latent_dim, grid=small.GRID, tokenizer=DIGEST
+    )
+    weights = {WEIGHTS: small.lightningdit().state_dict()}
+    _commit(run, "train_lightningdit", "c" * 64, save_export(_folder(run, "train_lightningdit"), lightningdit, weights))
+    return run
+
+
+def _folder(run, job):
+    return run.storage.child(run.prefix(job))
+
+
+def _commit(run, job, digest, files):
+    commit(run.storage, run.prefix(job), Artefact(kind=STAGES[job].makes, digest=digest, config="", files=files))
