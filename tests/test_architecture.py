@@ -28,7 +28,7 @@ LEVELS = (
 RANK = {room: rank for rank, rooms in enumerate(LEVELS) for room in rooms}
 BESIDE = {("sampling", "interop"), ("__main__", "cli")}
 """Arrows within a level."""
-FREE = {"errors", "randomness", "progress", "torchvision_remedy"}
+FREE = {"errors", "hardware", "randomness", "progress", "torchvision_remedy"}
 """Modules that every room may import and that import none."""
 OWNERS = {
     "ray": "ray_jobs",

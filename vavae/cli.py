@@ -53,11 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="path or URL ending in .png (a class a row), .tar (WebDataset) or .npz (one array); default: %(default)s",
     )
     sample.set_defaults(act=_sample)
+    report = commands.add_parser("report", help="make the report of a run again, or put runs side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder or URL of a run, or its YAML configuration")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="default: %(default)s")
+    report.add_argument("--hourly-price", type=float, metavar="PRICE", help="what a worker costs in an hour")
+    report.set_defaults(act=_report)
     data = commands.add_parser("data", help="index, verify and describe shards of images")
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
     add_bench_commands(bench)
-    for command in (data, bench):
+    for command in (report, data, bench):
         command.set_defaults(overrides=None)
     for command in (status, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
@@ -122,6 +127,12 @@ def _exchange(arguments: argparse.Namespace) -> int:
     act(run, arguments.file)
     print(f"{arguments.verb}ed the {arguments.what} of {run.storage.url()}: {arguments.file}")
     return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from vavae.report.command import write_report
+
+    return write_report(arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from vavae.report.curves import smooth, training_curves
+from vavae.report.curves import compared_curves, legend, smooth, training_curves
 
 
 def rows(name: str, values: list, stage: str = "tokenizer") -> list[dict]:
@@ -76,6 +76,41 @@ def test_single_constant_and_wide_values_are_drawn(values: list[float]):
 def test_long_runs_make_no_large_pages():
     (curve,) = training_curves(rows("loss/total", [index * 7919 % 1000 for index in range(4_000)]))
     assert len(curve.svg) < 30_000
+
+
+def test_runs_share_a_frame_and_differ_in_colour_and_dashes():
+    by_run = {"a": rows("loss/total", [3.0, 1.0]), "b": [], "c": rows("loss/total", [2.0, math.nan, 4.0])}
+    (curve,) = compared_curves(by_run)
+    assert curve.meaning == "sum of all losses with their weights"
+    label = ElementTree.fromstring(curve.svg).attrib["aria-label"]
+    assert label == "loss/total of tokenizer over 192 images: a from 3 to 1; c from 2 to 4"
+    assert len(lines(curve.svg)) == 1  # of the first run; alone it has two
+    found = legend([*by_run])
+    strokes = re.findall(r'stroke="(#\w+)".*?stroke-dasharray="([^"]*)"', found)
+    assert len({*strokes}) == 3
+    assert strokes[2][0] in curve.svg
+    assert strokes[1][0] not in curve.svg
+    assert [name in found for name in by_run] == [True] * 3
+
+
+def test_names_in_a_legend_are_escaped():
+    assert "<b>" not in legend(["<b>"])
+
+
+def test_lines_can_be_seen_on_light_and_dark_pages():
+    """Contrast of 3 to 1 (WCAG 1.4.11) with white, the panels and a near-black page."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    colours = {colour for colour, _ in re.findall(r'stroke="(#\w+)".*?dasharray="([^"]*)"', legend(["r"] * 4))}
+    assert len(colours) == 4
+    for colour in colours:
+        for page in ("#ffffff", "#f5f7f9", "#14171a", "#1d2226"):
+            dark, light = sorted((luminance(colour), luminance(page)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, page)
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone():

@@ -46,6 +46,7 @@ def report(words: str) -> Report:
     rows = [{"stage": words, "images": images, f"loss/{words}": 1 / images} for images in range(1, 20)]
     return Report(
         title=words,
+        summary=words,
         facts={words: words},
         metrics=[Metric(words, 12.34567, words, words, "higher"), Metric("rFID", math.nan)],
         pictures=[Picture(words, words, PNG, words), Picture("Reconstructions", "", PNG, "pairs of digits")],
@@ -86,8 +87,8 @@ def test_nothing_comes_from_elsewhere(html: str):
 
 def test_everything_is_escaped(html: str):
     page = Page(html)
-    # title twice, stage, curve, fact twice, metric three times, picture twice, configuration
-    assert page.text.count(HOSTILE) == 12
+    # title twice, summary, stage, curve, fact twice, metric three times, picture twice, configuration
+    assert page.text.count(HOSTILE) == 13
     assert "<script" not in html
 
 
@@ -98,6 +99,19 @@ def test_every_picture_has_words_and_its_bytes(html: str):
     assert all(base64.b64decode((image["src"] or "").split(",")[1]) == PNG for image in found)
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
     assert len(page.all("svg")) == 1
+
+
+def test_every_section_can_be_reached(html: str):
+    page = Page(html)
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert links == [f"#{attributes['id']}" for attributes in page.all("section")]
+    assert len({*links}) == len(links) == 5
+
+
+def test_a_figure_of_several_draws_shows_its_spread():
+    page = Page(render(Report("r", metrics=[Metric("cv", 0.17512, spread=0.01234), Metric("psnr", 30.0, "dB")])))
+    assert "0.1751\u202f±\u202f0.012 ↓" in page.text
+    assert "30\u202fdB ↓" in page.text
 
 
 def test_light_dark_phone_and_paper(html: str):

@@ -37,6 +37,8 @@ class WorkersConfig(Config):
     max_failures: int = runtime(3, ge=0)
     """Restarts from the last checkpoint after a worker was lost, before the job gives up. Machines that a cloud takes
     away with a notice do not count."""
+    hourly_price: float | None = runtime(None, ge=0)
+    """What a worker costs in an hour, in whatever currency: the report tells what the trainings cost."""
 
     @model_validator(mode="after")
     def _minimum_below_count(self) -> Self:

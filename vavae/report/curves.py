@@ -3,9 +3,9 @@
 import html
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,15 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from vavae.training.columns import column
+
 _POINTS = 200
 """More points than this are averaged in bins: a long run must not make a large page."""
 _SMOOTHING = 0.015
 """Deviation of the Gaussian window of the bold line, as a share of the points."""
-_LINE = "#3f87d9"
-"""Contrast of at least 3 to 1 with white and with a near-black page."""
 _TEXT = "#010203"
 """Stands for the page's text colour until the picture is written."""
 _DECADES_FOR_LOG = 2
+_COLOURS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
+"""Contrast of at least 3 to 1 with white and with a near-black page; told apart by the colour-blind."""
+_DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
 _GROUPS = {
     "losses": r"loss/(?!.*weight)",
@@ -44,12 +47,14 @@ class Curve:
         group: heading under which it belongs.
         name: key of the scalar.
         svg: the picture, an ``<svg>`` element with its text alternative.
+        meaning: what the scalar is, where that is known.
     """
 
     stage: str
     group: str
     name: str
     svg: str
+    meaning: str = ""
 
 
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
@@ -60,18 +65,36 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
             and images the later one counts. Missing values are bridged, non-finite ones leave a gap; scalars without
             a finite value make no curve.
     """
-    series: dict[str, dict[str, dict[float, float]]] = {}
-    for row in rows:
-        of_stage = series.setdefault(row["stage"], {})
-        for name, value in row.items():
-            if name not in ("stage", "images") and isinstance(value, (int, float)):
-                of_stage.setdefault(name, {})[row["images"]] = value
+    return compared_curves({"": rows})
+
+
+def compared_curves(rows_by_run: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[Curve]:
+    """As `training_curves`, with a line for each run that has logged the scalar."""
+    series: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
+    for run, rows in rows_by_run.items():
+        for row in rows:
+            of_stage = series.setdefault(row["stage"], {})
+            for name, value in row.items():
+                if name not in ("stage", "images") and isinstance(value, (int, float)):
+                    of_stage.setdefault(name, {}).setdefault(run, {})[row["images"]] = value
+    runs = [*rows_by_run]
     return [
-        Curve(stage, _group(name), name, svg)
+        Curve(stage, _group(name), name, svg, _meaning(name))
         for stage, of_stage in series.items()
         for name in sorted(of_stage, key=lambda name: [*_GROUPS].index(_group(name)))
-        if (svg := _draw(stage, name, of_stage[name])) is not None
+        if (svg := _draw(stage, name, of_stage[name], runs)) is not None
     ]
+
+
+def legend(runs: Sequence[str]) -> str:
+    """Names of runs with samples of their lines, as HTML."""
+    entries = []
+    for index, run in enumerate(runs):
+        colour, dashes = _look(index)
+        line = f'<line x1="1" x2="33" y1="6" y2="6" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
+        sample = f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{line}</svg>'
+        entries.append(f"<li>{sample} {html.escape(run)}</li>")
+    return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -87,30 +110,75 @@ def _group(name: str) -> str:
     return next(group for group, pattern in _GROUPS.items() if re.match(pattern, name))
 
 
-def _draw(stage: str, name: str, points: Mapping[float, float]) -> str | None:
-    images = np.array(sorted(points), dtype=float)
-    values = np.array([points[position] for position in images], dtype=float)
-    values[~np.isfinite(values)] = np.nan
-    images, values = _binned(images), _binned(values)
-    finite = values[np.isfinite(values)]
-    if not len(finite):
+def _meaning(name: str) -> str:
+    meaning = column(name).meaning
+    return "" if meaning == name else meaning
+
+
+def _look(index: int) -> tuple[str, str]:
+    """Colour and dashes (as SVG writes them) of the line of a run; both change, for those who see no colours."""
+    return _COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]
+
+
+class _Line(NamedTuple):
+    """The points of one run."""
+
+    run: str
+    place: int
+    """Among all runs."""
+    images: np.ndarray
+    values: np.ndarray
+
+    @staticmethod
+    def of(run: str, place: int, points: Mapping[float, float]) -> "_Line":
+        images = np.array(sorted(points), dtype=float)
+        values = np.array([points[position] for position in images], dtype=float)
+        values[~np.isfinite(values)] = np.nan
+        return _Line(run, place, _binned(images), _binned(values))
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Its values that are numbers."""
+        return self.values[np.isfinite(self.values)]
+
+    def words(self) -> str:
+        """From where to where it goes."""
+        return f"{self.run} from {self.finite[0]:.4g} to {self.finite[-1]:.4g}".strip()
+
+
+def _draw(stage: str, name: str, points: Mapping[str, Mapping[float, float]], runs: Sequence[str]) -> str | None:
+    lines = [_Line.of(run, runs.index(run), of_run) for run, of_run in points.items()]
+    lines = [line for line in lines if len(line.finite)]
+    if not lines:
         return None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.4, 1.9), layout="constrained")
         axes = figure.add_subplot()
-        _plot(axes, images, values)
+        for line in lines:
+            _plot(axes, line, alone=len(runs) == 1)
+        _decorate(axes)
+        finite = np.concatenate([line.finite for line in lines])
         _scale(axes, finite.min(), finite.max())
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    text = f"{name} of {stage} over {images[-1]:,.0f} images: from {finite[0]:.4g} to {finite[-1]:.4g}"
+    seen = max(line.images[-1] for line in lines)
+    text = f"{name} of {stage} over {seen:,.0f} images: {'; '.join(line.words() for line in lines)}"
     return _inline(buffer.getvalue(), text)
 
 
-def _plot(axes: Axes, images: np.ndarray, values: np.ndarray) -> None:
-    axes.plot(images, values, color=_LINE, alpha=0.35, linewidth=0.8)
-    axes.plot(images, smooth(values), color=_LINE, linewidth=1.6, marker="." if len(values) < 3 else None)
+def _plot(axes: Axes, line: _Line, alone: bool) -> None:
+    """Draw a line smoothed; where it is alone, also as it is."""
+    colour, dashes = _look(line.place)
+    style: Any = (0, tuple(map(float, dashes.split()))) if dashes else "-"
+    if alone:
+        axes.plot(line.images, line.values, color=colour, alpha=0.35, linewidth=0.8)
+    marker = "." if len(line.values) < 3 else None
+    axes.plot(line.images, smooth(line.values), color=colour, linewidth=1.6, linestyle=style, marker=marker)
+
+
+def _decorate(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_TEXT)
     axes.tick_params(colors=_TEXT, width=0.6)

@@ -35,12 +35,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its explanation; ``alt`` says in words what is to be seen."""
+    """A picture with its explanation; ``alt`` says in words what is to be seen, ``smooth`` that it is no pixels."""
 
     title: str
     caption: str
     png: bytes
     alt: str
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Report:
 
     Args:
         title: name of the run.
-        facts: name, digests, images seen, wall time, hardware, command …
+        summary: what it is, in a line.
+        facts: digests, images seen, time, hardware …
         metrics: the figures.
         pictures: image grids and plots.
         curves: see :func:`vavae.report.curves.training_curves`.
@@ -57,6 +59,7 @@ class Report:
     """
 
     title: str
+    summary: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     metrics: Sequence[Metric] = ()
     pictures: Sequence[Picture] = ()
@@ -64,60 +67,105 @@ class Report:
     config: str = ""
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; one without content is left out."""
+
+    heading: str
+    content: str
+
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+LEGEND = '<p class="note">↑ higher is better, ↓ lower is better; ± is the standard deviation over samplings.</p>'
+
+
 def render(report: Report) -> str:
     """The report as the text of an HTML file."""
-    sections = [
-        ("Results", _metrics(report.metrics)),
-        ("Pictures", "".join(map(_picture, report.pictures))),
-        ("Training", _curves(report.curves)),
-        ("Run", _facts(report.facts)),
-        ("Configuration", _config(report.config)),
-    ]
-    body = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content)
+    return page(
+        report.title,
+        report.summary,
+        [
+            Section("Results", _metrics(report.metrics)),
+            Section("Pictures", "".join(map(picture, report.pictures))),
+            Section("Training", curve_panels(report.curves)),
+            Section("Run", _facts(report.facts)),
+            Section("Configuration", _config(report.config)),
+        ],
+    )
+
+
+def page(title: str, summary: str, sections: Iterable[Section]) -> str:
+    """A whole HTML file."""
+    there = [section for section in sections if section.content]
+    links = "".join(f'<a href="#{_anchor(section)}">{section.heading}</a>' for section in there)
+    body = "".join(
+        f'<section id="{_anchor(section)}"><h2>{section.heading}</h2>{section.content}</section>' for section in there
+    )
     template = Template(files("vavae.report").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(report.title), body=body)
+    return template.substitute(
+        title=escape(title),
+        summary=f'<p class="summary">{escape(summary)}</p>' if summary else "",
+        links=f'<nav aria-label="Sections">{links}</nav>' if there else "",
+        body=body,
+    )
+
+
+def _anchor(section: Section) -> str:
+    return section.heading.lower().replace(" ", "-")
+
+
+def figure_text(metric: Metric) -> str:
+    """The figure with its spread and unit, as HTML."""
+    spread = "" if metric.spread is None else f"\u202f±\u202f{metric.spread:.2g}"
+    unit = f"\u202f{escape(metric.unit)}" if metric.unit else ""
+    return f"{metric.value:.4g}{spread}{unit}"
+
+
+def better_mark(metric: Metric) -> str:
+    """Which way is better, as HTML."""
+    return f'<span class="better" title="{metric.better} is better">{ARROWS[metric.better]}</span>'
 
 
 def _metrics(metrics: Sequence[Metric]) -> str:
     if not metrics:
         return ""
-    arrows = {"higher": "↑", "lower": "↓"}
     rows = "".join(
         f'<tr><th scope="row">{escape(metric.name)}</th>'
-        f'<td class="figure">{metric.value:.4g}{_unit(metric.unit)}'
-        f' <span class="better" title="{metric.better} is better">{arrows[metric.better]}</span></td>'
-        f"<td>{escape(metric.protocol)}</td></tr>"
+        f'<td class="figure">{figure_text(metric)} {better_mark(metric)}</td>'
+        f'<td class="protocol">{escape(metric.protocol)}</td></tr>'
         for metric in metrics
     )
     head = '<tr><th scope="col">Measure</th><th scope="col">Value</th><th scope="col">Protocol</th></tr>'
-    legend = '<p class="note">↑ higher is better, ↓ lower is better.</p>'
-    return f'<table class="metrics"><thead>{head}</thead><tbody>{rows}</tbody></table>{legend}'
+    return f'<table class="metrics"><thead>{head}</thead><tbody>{rows}</tbody></table>{LEGEND}'
 
 
-def _unit(unit: str) -> str:
-    return f"\u202f{escape(unit)}" if unit else ""
-
-
-def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
+def picture(shown: Picture, heading: str | None = None) -> str:
+    """A picture under its title, or another heading, as HTML."""
+    data = base64.b64encode(shown.png).decode()
     return (
-        f'<figure class="picture"><h3>{escape(picture.title)}</h3>'
-        f'<img src="data:image/png;base64,{data}" alt="{escape(picture.alt)}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f'<figure class="picture{" smooth" if shown.smooth else ""}"><h3>{escape(heading or shown.title)}</h3>'
+        f'<img src="data:image/png;base64,{data}" alt="{escape(shown.alt)}">'
+        f"<figcaption>{escape(shown.caption)}</figcaption></figure>"
     )
 
 
-def _curves(curves: Iterable[Curve]) -> str:
+def curve_panels(curves: Iterable[Curve]) -> str:
+    """Curves under the headings of their stages and groups, as HTML."""
     parts = []
     for (stage, group), members in groupby(curves, key=lambda curve: (curve.stage, curve.group)):
         panels = "".join(
-            f'<figure class="curve"><figcaption>{escape(curve.name)}</figcaption>{curve.svg}</figure>'
+            f'<figure class="curve"><figcaption><b>{escape(curve.name)}</b>{_meaning(curve)}</figcaption>'
+            f"{curve.svg}</figure>"
             for curve in members
         )
         parts.append(f'<h3>{escape(stage)}: {escape(group)}</h3><div class="curves">{panels}</div>')
     if parts:
         parts.append('<p class="note">Over images seen; the bold line is smoothed.</p>')
     return "".join(parts)
+
+
+def _meaning(curve: Curve) -> str:
+    return f" {escape(curve.meaning)}" if curve.meaning else ""
 
 
 def _facts(facts: Mapping[str, str]) -> str:

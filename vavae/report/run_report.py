@@ -1,14 +1,12 @@
 """The report of one run, from what its jobs have left on storage; parts that are not there yet are left out."""
 
-import platform
 from typing import Any, NamedTuple
-
-import torch
 
 from vavae.config.load import dump
 from vavae.report.curves import training_curves
 from vavae.report.html import Metric, Picture, Report
 from vavae.report.measures import generation_protocol
+from vavae.report.run_facts import run_facts, run_summary
 from vavae.training.log import read_rows
 from vavae.training.run import STAGES, TRAININGS, Run
 
@@ -18,12 +16,14 @@ SAMPLES, RECONSTRUCTIONS, LATENT_MAP = "samples.png", "reconstructions.png", "la
 
 def run_report(run: Run) -> Report:
     """What there is of a run."""
+    rows = log_rows(run)
     return Report(
         title=run.config.name,
-        facts=_facts(run),
+        summary=run_summary(run.config),
+        facts=run_facts(run, rows),
         metrics=read_metrics(run),
         pictures=_pictures(run),
-        curves=training_curves(log_rows(run)),
+        curves=training_curves(rows),
         config=dump(run.config),
     )
 
@@ -62,6 +62,7 @@ class _Shown(NamedTuple):
     title: str
     caption: str
     alt: str
+    smooth: bool = False
 
 
 def _pictures(run: Run) -> list[Picture]:
@@ -85,17 +86,8 @@ def _pictures(run: Run) -> list[Picture]:
             "Latent vectors of training images at one position each, mapped to the plane by t-SNE. Brighter is denser; "
             "the more even, the easier the space is to learn.",
             "Scatter plot of latent vectors in the plane, in the colour of their density",
+            smooth=True,
         ),
     )
     there = [picture for picture in shown if run.storage.is_file(picture.file)]
-    return [Picture(p.title, p.caption, run.storage.read_bytes(p.file), p.alt) for p in there]
-
-
-def _facts(run: Run) -> dict[str, str]:
-    facts = {"storage": run.storage.url(), "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-    for job, stage in STAGES.items():
-        record = run.artefact(job)
-        if record is not None:
-            seen = "" if record.images_seen is None else f", {record.images_seen:,} images seen"
-            facts[stage.makes] = f"{record.digest[:12]}{seen}"
-    return facts
+    return [Picture(p.title, p.caption, run.storage.read_bytes(p.file), p.alt, p.smooth) for p in there]

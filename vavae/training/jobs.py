@@ -24,6 +24,7 @@ from vavae.tokenizer.teacher import teacher_geometry
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
 from vavae.training.diffusion_step import DiffusionStep
+from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
 from vavae.training.observer import Observer
@@ -128,6 +129,8 @@ def _train(
     observers: Sequence[Observer] = (),
 ) -> TrainState:
     """Run the loop on the run's storage; the state at its end."""
+    if world.is_first:
+        run.storage.write_json(f"{run.training_prefix(job)}/{HARDWARE}", Hardware.of(world).model_dump())
     log = MetricsLog(
         job,
         run.storage.child(f"{run.training_prefix(job)}/log"),

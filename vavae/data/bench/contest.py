@@ -7,8 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple
+
+from vavae.hardware import processor_name
 
 OURS = "vavae"
 _VERSIONS = ("torch", "webdataset", "litdata", "mosaicml-streaming")
@@ -88,7 +89,7 @@ def _rate(work: Callable[[], int], clock: Callable[[], float]) -> float:
 def machine() -> str:
     """Processor, cores and versions, in one line."""
     versions = ", ".join(f"{name} {version}" for name in _VERSIONS if (version := installed(name)))
-    return f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
+    return f"{processor_name()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
 def installed(distribution: str) -> str | None:
@@ -97,14 +98,6 @@ def installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table_head() -> str:

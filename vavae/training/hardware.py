@@ -1,0 +1,38 @@
+"""What a training ran on last, in a file beside its checkpoints; records of artefacts hold no place."""
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from vavae.distributed.world import World
+from vavae.hardware import processor_name
+
+HARDWARE = "hardware.json"
+
+
+class Hardware(BaseModel):
+    """The machines of one attempt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int
+    device: str
+    """Of each worker: the name of its GPU, or of the processor that it shares."""
+    threads: int
+    """Of torch per worker, on a CPU."""
+    torch: str
+    """Version."""
+
+    @staticmethod
+    def of(world: World) -> "Hardware":
+        """Of the ranks, taken to be like this one."""
+        on_gpu = world.device.type == "cuda"
+        return Hardware(
+            workers=world.size,
+            device=torch.cuda.get_device_name(world.device) if on_gpu else processor_name(),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        )
+
+    def __str__(self) -> str:
+        workers = f"{self.workers} workers" if self.workers > 1 else "1 worker"
+        return f"{workers}, {self.device}, torch {self.torch}"
