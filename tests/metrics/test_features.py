@@ -2,15 +2,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.inception import random_inception
 from torch import Tensor
 
+import vavae.torchvision_remedy  # noqa: F401  (before timm)
+
+# isort: split
+import timm
+
+from vavae.backbones.config import InceptionConfig
+from vavae.backbones.weights import timm_name
+from vavae.metrics import features
 from vavae.metrics.config import MetricsConfig
-from vavae.metrics.features import FeatureExtractor, preprocess
+from vavae.metrics.features import TimmExtractor, load_extractor, preprocess
 
 
 @pytest.fixture(scope="module")
-def extractor() -> FeatureExtractor:
-    return FeatureExtractor(MetricsConfig().extractor)
+def extractor() -> TimmExtractor:
+    return TimmExtractor("efficientnet_lite0", MetricsConfig())
 
 
 def images(count: int, side: int, seed: int = 0) -> Tensor:
@@ -19,14 +28,14 @@ def images(count: int, side: int, seed: int = 0) -> Tensor:
     )
 
 
-def test_features_are_float32_vectors_of_the_stated_length(extractor: FeatureExtractor):
+def test_features_are_float32_vectors_of_the_stated_length(extractor: TimmExtractor):
     found = extractor(images(2, 32))
     assert found.shape == (2, extractor.num_features)
     assert found.dtype == torch.float32
     assert not found.requires_grad
 
 
-def test_features_do_not_depend_on_the_batch(extractor: FeatureExtractor):
+def test_features_do_not_depend_on_the_batch(extractor: TimmExtractor):
     drawn = images(3, 20)
     together = extractor(drawn)
     alone = torch.cat([extractor(image[None]) for image in drawn])
@@ -34,7 +43,7 @@ def test_features_do_not_depend_on_the_batch(extractor: FeatureExtractor):
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_the_network_sees_its_own_normalisation(extractor: FeatureExtractor):
+def test_the_network_sees_its_own_normalisation(extractor: TimmExtractor):
     seen: list[Tensor] = []
     handle = extractor.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     extractor(torch.tensor([[0], [255]], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32))
@@ -53,6 +62,45 @@ def test_resizing_agrees_with_pillow(side: int, size: int):
     assert (found - expected).abs().max() < 1.1  # Pillow rounds after each direction
 
 
-def test_only_uint8_images(extractor: FeatureExtractor):
+def test_only_uint8_images(extractor: TimmExtractor):
     with pytest.raises(AssertionError, match="uint8"):
         extractor(images(1, 32).float())
+
+
+def test_inception_gives_all_features_and_the_measures_take_the_pooled_ones(tmp_path):
+    config = MetricsConfig(inception=random_inception(tmp_path))
+    extractor = load_extractor("inception", config)
+    found = extractor.features(images(2, 32))
+    assert found.pooled.shape == (2, extractor.num_features)
+    assert found.spatial is not None
+    assert found.logits is not None
+    assert torch.equal(extractor(images(2, 32)), found.pooled)
+
+
+def test_dinov2_gives_the_class_token_of_timm(tmp_path, monkeypatch):
+    model = timm.create_model("vit_small_patch14_dinov2.lvd142m", depth=2, dynamic_img_size=True).eval()
+    monkeypatch.setattr(features, "load_backbone", lambda backbone, **_: model)
+    extractor = load_extractor("dinov2_small", MetricsConfig())
+    (image,) = images(1, 50)
+    assert extractor.num_features == 384
+    assert "224 px (bicubic" in extractor.description.protocol
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+    seen = (torch.from_numpy(np.array(pillow)) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    token = model.forward_features(seen.permute(2, 0, 1)[None])[:, 0]
+    # Pillow rounds, and clamps where bicubic weights overshoot.
+    torch.testing.assert_close(extractor(image[None]), token, rtol=0, atol=0.2)
+    assert torch.nn.functional.cosine_similarity(extractor(image[None]), token).item() > 0.999
+
+
+def test_the_network_of_each_extractor_is_named_for_those_who_fetch_it():
+    config = MetricsConfig(extractor="inception", further_extractors=("dinov2_large", "inception"), dinov2_weights="w")
+    assert config.extractors == ("inception", "dinov2_large")
+    assert config.backbone("inception") is None
+    backbone = config.backbone("dinov2_large")
+    assert backbone is not None
+    assert (backbone.name, backbone.weights) == ("vit_large_patch14_dinov2.lvd142m", "w")
+    timm_name(backbone)
+    other = MetricsConfig(extractor="inception", inception=InceptionConfig(sha256="0" * 64))
+    assert other.fingerprint() != MetricsConfig(extractor="inception").fingerprint()

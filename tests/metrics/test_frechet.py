@@ -9,9 +9,10 @@ from torch import Tensor, nn
 import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
 
 # isort: split
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from vavae.metrics.frechet import FeatureStatistics, frechet_distance
+from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 
 
 def gaussian(mean: Tensor, covariance: Tensor, count: int = 1000) -> FeatureStatistics:
@@ -132,3 +133,21 @@ def test_agrees_with_torchmetrics():
     theirs.update(fake, real=False)
     ours = frechet_distance(statistics_of(extractor(real)), statistics_of(extractor(fake)))
     assert ours == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(200, 150), (20, 30)])
+def test_agrees_with_torch_fidelity(counts: tuple[int, int]):
+    drawn = [features(count, 24, seed=count) for count in counts]
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, drawn), verbose=False)
+    ours = frechet_distance(*map(statistics_of, drawn))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+def test_moments_that_others_computed_serve_as_well():
+    a, b = statistics_of(features(100, 16, seed=1)), statistics_of(features(120, 16, seed=2))
+    assert frechet_distance(a, Gaussian(b.mean, b.covariance)) == frechet_distance(a, b)
+
+
+def test_features_of_two_extractors_have_no_distance():
+    with pytest.raises(AssertionError, match="5 and 4 dimensions"):
+        frechet_distance(statistics_of(features(9, 5)), statistics_of(features(9, 4)))

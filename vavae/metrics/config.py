@@ -1,19 +1,51 @@
 """What the measures look through."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from vavae.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig
 from vavae.config import Config, runtime
+
+ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
+"""The embedded network, that of FID, and those of the Fréchet distance on DINOv2 (published with the large one)."""
 
 
 class MetricsConfig(Config):
     """Settings of the measures."""
 
-    extractor: Literal["efficientnet_lite0"] = "efficientnet_lite0"
-    """The network whose pooled features the Fréchet distance compares; distances of two extractors do not compare."""
+    extractor: ExtractorName = "efficientnet_lite0"
+    """The network whose features the measures of sets compare; figures of two extractors do not compare."""
+    further_extractors: tuple[ExtractorName, ...] = ()
+    """Others through which the Fréchet distances are measured too; the names of those figures end in theirs."""
+    inception: InceptionConfig = InceptionConfig()
+    """Where the weights of the extractor `inception` are."""
+    dinov2_weights: str | None = None
+    """Weights of the DINOv2 among the extractors, as `teacher.weights`; none means timm's repository on the hub."""
     batch_size: int = runtime(64, ge=1)
     """Images per forward pass of the extractor."""
+
+    @property
+    def extractors(self) -> tuple[ExtractorName, ...]:
+        """All of them, the main one first."""
+        return tuple(dict.fromkeys((self.extractor, *self.further_extractors)))
+
+    def backbone(self, name: ExtractorName) -> BackboneConfig | None:
+        """The network of timm behind an extractor; none for `inception`, which timm does not have."""
+        if name == "inception":
+            return None
+        if name == EMBEDDED:
+            return BackboneConfig(name=EMBEDDED)
+        size = name.removeprefix("dinov2_")
+        return BackboneConfig(name=f"vit_{size}_patch14_dinov2.lvd142m", weights=self.dinov2_weights)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the features of images are a function of, besides the images."""
+        described: dict[str, Any] = {}
+        for name in self.extractors:
+            backbone = self.backbone(name)
+            described[name] = self.inception.sha256 if backbone is None else backbone.model_dump()
+        return described
 
 
 class LatentSpaceConfig(Config):

@@ -2,9 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Moments(Protocol):
+    """What the distance sees of a set of features."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean [D], float64."""
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance [D, D], float64."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Moments that somebody else has computed, of a number of features that is not known."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 @dataclass
@@ -72,16 +93,17 @@ class FeatureStatistics:
         return self.count <= self.dimensions
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), at least 0.
 
     The trace of (Σ_a Σ_b)^½ equals that of (Σ_a^½ Σ_b Σ_a^½)^½, whose inner matrix is symmetric: eigenvalues in
     float64 do, where the square root of a non-symmetric matrix may turn complex. Singular covariances are no exception.
     """
-    assert a.dimensions == b.dimensions, f"features of {a.dimensions} and {b.dimensions} dimensions"
-    root = _square_root(a.covariance)
-    cross = _eigenvalues(root @ b.covariance @ root).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    assert len(a.mean) == len(b.mean), f"features of {len(a.mean)} and {len(b.mean)} dimensions"
+    first, second = a.covariance, b.covariance
+    root = _square_root(first)
+    cross = _eigenvalues(root @ second @ root).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross
     return max(0.0, distance.item())
 
 
