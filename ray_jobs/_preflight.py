@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from vavae.backbones.config import BackboneConfig
+from vavae.backbones.inception import check_inception
 from vavae.backbones.weights import check_weights, timm_name
 from vavae.data.ahead import OrderedShards
 from vavae.data.latents import read_latent_manifest
@@ -13,6 +14,7 @@ from vavae.data.order import assign_lanes, order_of
 from vavae.data.shards import TRAIN
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.report.measuring import find_reference
 from vavae.sampling.labels import label_law
 from vavae.tokenizer.teacher import check_teacher
 from vavae.training.config import RunConfig
@@ -57,7 +59,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             check_weights(backbone)
         except UserError as error:
             missing.append(f"{section}: {error}")
-    return missing
+    return missing + (_missing_measures(run) if "evaluate" in jobs else [])
 
 
 def check_cache(run: Run, job: Job) -> None:
@@ -119,5 +121,26 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
         backbones["losses.perceptual"] = config.losses.perceptual.backbone
     if "evaluate" in jobs:
-        backbones["evaluate.metrics.extractor"] = BackboneConfig(name=config.evaluate.metrics.extractor)
+        if config.evaluate.lpips:
+            backbones["losses.perceptual"] = config.losses.perceptual.backbone
+        for name in config.evaluate.metrics.extractors:
+            backbone = config.evaluate.metrics.backbone(name)
+            if backbone is not None:
+                backbones[f"extractor {name} of evaluate.metrics"] = backbone
     return backbones
+
+
+def _missing_measures(run: Run) -> list[str]:
+    """One line for each of Inception and the reference file that is asked for and can't be had from here."""
+    evaluate, missing = run.config.evaluate, []
+    try:
+        if "inception" in evaluate.metrics.extractors:
+            check_inception(evaluate.metrics.inception)
+    except UserError as error:
+        missing.append(f"evaluate.metrics: {error}")
+    try:
+        if evaluate.reference_file is not None:
+            find_reference(run.storage, evaluate.reference_file)
+    except UserError as error:
+        missing.append(str(error))
+    return missing

@@ -4,19 +4,32 @@ import sys
 
 from ray_jobs._command import main
 from ray_jobs._pool import Advance, Work, work_through
-from vavae.data.manifest import read_manifest
+from vavae.evaluation.parts import Part
+from vavae.report.measuring import Measuring
 from vavae.report.results import write_results
 from vavae.training.run import Run
 
 
 def work(run: Run) -> None:
-    """Measure and write the report, in one actor, because the measures are sums over everything."""
-    manifest = read_manifest(run.storage, run.prefix("prepare_shards"))
-    images = min(run.config.evaluate.images, manifest.count("validation")) + run.config.sample.images
-    work_through(run, "evaluate", _make_work, [run], images, actors=1)
+    """Measure what is missing, several parts at a time where there are actors for it; then write the report."""
+    parts, actors = Measuring(run).missing(), run.config.evaluate.actors
+    images = sum(len(part.span) for part in parts)
+    if actors > 1 and len(parts) > 1:
+        work_through(run, "evaluate", _make_measure, parts, images, actors)
+        images = 0
+    work_through(run, "evaluate", _make_report, [run], images, actors=1)
 
 
-def _make_work(run: Run) -> Work:
+def _make_measure(run: Run) -> Work:
+    measuring = Measuring(run)
+
+    def do(part: Part, advance: Advance) -> None:
+        measuring.measure(part, advance)
+
+    return do
+
+
+def _make_report(run: Run) -> Work:
     def do(item: Run, advance: Advance) -> None:
         write_results(item, advance)
 

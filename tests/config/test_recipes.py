@@ -275,6 +275,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(command, "cluster", refuse)
     monkeypatch.chdir(tmp_path)
 
@@ -298,7 +299,10 @@ def test_each_recipe_can_be_planned_offline_and_says_what_to_fetch(path, offline
     for section, network in networks.items():
         (line,) = (line for line in needed if line.startswith(f"{section}: the weights of {network}"))
         assert re.search(r"download https://\S+/model.safetensors where there is a connection", line)
-    assert len(needed) == 2 + len(networks)
+    inception, reference = needed[-2:]
+    assert re.match(r"evaluate.metrics: the weights of Inception .* download https://\S+-6726825d.pth where", inception)
+    assert re.match(r"evaluate.reference=imagenet/VIRTUAL\S+: no file there; ADM's .* is https://\S+.npz$", reference)
+    assert len(needed) == 4 + len(networks)
 
 
 def test_without_images_a_run_refuses_in_one_line(offline, capfd):

@@ -7,7 +7,7 @@ from PIL import Image
 from support import small
 
 from vavae.data.image import center_crop_resize
-from vavae.data.passes import gather, read_images
+from vavae.data.passes import gather, read_images, read_span
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
@@ -31,6 +31,22 @@ def test_the_first_images_in_order_whatever_the_batch(storage, limit, batch_size
     assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
     assert found.labels.tolist() == [small.label_of(index) for index in range(count)]
     assert (found.images.dtype, found.labels.dtype) == (torch.uint8, torch.int64)
+
+
+@pytest.mark.parametrize("batch_size", [2, 50])
+@pytest.mark.parametrize("span", [range(0, 7), range(2, 4), range(3, 6), range(4, 7), range(6, 7), range(1, 99)])
+def test_a_span_of_records_is_read_through_the_shards(storage, span, batch_size):
+    manifest = small.write_image_shards(storage, {"validation": COUNTS})
+    found = gather(read_span(storage, manifest, "validation", span, batch_size))
+    expected = np.stack([small.image("validation", index) for index in span if index < sum(COUNTS)])
+    assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
+
+
+def test_spans_side_by_side_share_no_image_though_one_cannot_be_read(storage):
+    manifest = small.write_image_shards(storage, {"validation": COUNTS}, damaged=[("validation", 1)])
+    first, second = (gather(read_span(storage, manifest, "validation", s, 9)) for s in (range(3), range(3, 7)))
+    expected = np.stack([small.image("validation", index) for index in (0, 2, 3, 4, 5, 6)])
+    assert np.array_equal(torch.cat([first.images, second.images]).permute(0, 2, 3, 1), expected)
 
 
 def test_larger_images_are_cut_as_adm_cuts_them(storage):

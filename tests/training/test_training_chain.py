@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,13 @@ from vavae.config import digest, load
 from vavae.data.manifest import read_manifest
 from vavae.data.writer import write_shards
 from vavae.distributed.world import World
+from vavae.evaluation import parts
+from vavae.evaluation.generation import measure_generation
+from vavae.evaluation.parts import Part
 from vavae.extraction.extract import Extraction
 from vavae.interop.export import load_tokenizer
+from vavae.metrics.config import MetricsConfig
+from vavae.report.measuring import Measuring
 from vavae.report.results import write_results
 from vavae.report.samples import write_sample_files
 from vavae.storage.artefact import commit
@@ -111,6 +116,44 @@ def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
         assert math.isfinite(metric["value"])
         assert metric["protocol"]
         assert metric["better"] in ("higher", "lower")
+
+
+def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:
+    """All figures of a run whose parts are measured in this order, by two processes in turns."""
+    run.storage.delete("references")
+    actors = [Measuring(run), Measuring(run)]
+    for number, part in enumerate(order):
+        actors[number % 2].measure(part, _ignore)
+    last = Measuring(run)
+    assert last.missing() == []
+    reconstruction, name = last.reconstruction(), run.config.evaluate.metrics.extractor
+    generation = measure_generation(last.generated()[name], last.references()[name], run.config.seed)
+    last.clean()
+    assert generation.kernel_distance is not None
+    assert generation.precision_recall is not None
+    return {
+        **reconstruction.means,
+        "reconstruction_frechet_distance": reconstruction.frechet_distances[name],
+        "generation_frechet_distance": generation.frechet_distance,
+        "generation_kernel_distance": generation.kernel_distance.mean,
+        **generation.precision_recall._asdict(),
+    }
+
+
+def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SPLIT_IMAGES", 18)  # in the middle of a shard of samples
+    metrics = json.loads(run.storage.read_bytes("metrics.json"))
+    run.storage.delete("references")
+    missing = Measuring(run).missing()
+    assert [part.of for part in missing] == ["held_out"] * 4 + ["reconstructions"] * 4 + ["samples"] * 3
+    found = _figures(run, missing)
+    assert _figures(run, missing[::-1]) == found, "to the last bit"
+    small = run.config.evaluate.model_copy(update={"batch_size": 7, "metrics": MetricsConfig(batch_size=5)})
+    other = _figures(Run(run.config.model_copy(update={"evaluate": small})), missing)
+    for name, value in found.items():
+        assert other[name] == pytest.approx(value, rel=1e-4), name
+        if name in metrics:  # of one part
+            assert metrics[name]["value"] == pytest.approx(value, rel=1e-6), name
 
 
 def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:

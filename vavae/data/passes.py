@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,9 @@ def read_images(
     Raises:
         UserError: a shard is damaged, a class is none of the manifest's, or no image can be read.
     """
-    samples = chain.from_iterable(_samples(storage, manifest, split, info) for info in manifest.splits[split])
+    samples = chain.from_iterable(
+        _samples(storage, manifest, split, info, range(info.count)) for info in manifest.splits[split]
+    )
     chosen, found = islice(samples, limit), False
     while batch := list(islice(chosen, batch_size)):
         yield _batch(batch)
@@ -68,8 +70,30 @@ def read_images(
         raise UserError(f"{storage.url(split)}: no readable image in all its shards; make the shards again")
 
 
-def _samples(storage: Storage, manifest: Manifest, split: str, info: ShardInfo) -> Iterator[tuple[np.ndarray, int]]:
-    for record in shard_records(shard_file(storage, split, info), info.count, info.dropped):
+def read_span(
+    storage: Storage, manifest: Manifest, split: str, span: range, batch_size: int
+) -> Iterator[LabelledImages]:
+    """The readable images among some records of a split, counted through its shards, as :func:`read_images`.
+
+    Raises:
+        UserError: a shard is damaged, or a class is none of the manifest's.
+    """
+    infos = manifest.splits[split]
+    firsts = accumulate((info.count for info in infos), initial=0)
+    samples = chain.from_iterable(
+        _samples(storage, manifest, split, info, range(max(0, span.start - first), min(info.count, span.stop - first)))
+        for info, first in zip(infos, firsts, strict=False)
+        if first < span.stop and first + info.count > span.start
+    )
+    while batch := list(islice(samples, batch_size)):
+        yield _batch(batch)
+
+
+def _samples(
+    storage: Storage, manifest: Manifest, split: str, info: ShardInfo, within: range
+) -> Iterator[tuple[np.ndarray, int]]:
+    records = shard_records(shard_file(storage, split, info), info.count, info.dropped)
+    for record in islice(records, within.start, within.stop):
         place = f"{split}/{info.name}#{record['__key__']}"
         try:
             pixels = prepare_image(image_bytes(record, place), manifest.image_size)

@@ -1,23 +1,79 @@
-"""What is measured, on how many images."""
+"""What is measured, on how many images, and by which accepted protocol."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from vavae.config import Config, runtime
 from vavae.metrics.config import LatentSpaceConfig, MetricsConfig
+
+GENERATION_PROTOCOLS = {"adm-50k": 50_000, "fid-10k": 10_000}
+"""Generated images of a protocol, which are compared through Inception with ADM's reference, an npz file, or with what
+that was made of, the training images. FID-50K stands in most tables, FID-10K in the ablations of the paper."""
+
+RECONSTRUCTION_PROTOCOLS = {"rfid-val-50k": 50_000}
+"""Held-out images of a protocol: all of ImageNet's validation set, through Inception."""
+
+HELD_OUT, TRAIN = "validation", "train"
 
 
 class EvaluateConfig(Config):
     """The measures of a run."""
 
     metrics: MetricsConfig = MetricsConfig()
-    """The feature extractor."""
+    """The feature extractors."""
+    generation_protocol: Literal["custom", "adm-50k", "fid-10k"] = "custom"
+    """`custom` is what the other fields say; a name is a promise that is checked."""
+    reconstruction_protocol: Literal["custom", "rfid-val-50k"] = "custom"
+    """Likewise."""
     images: int = Field(10_000, ge=2)
     """At most this many held-out images are reconstructed and compared with."""
+    reference: str = HELD_OUT
+    """What generated images are compared with: the held-out images (`validation`), all training images (`train`), or an
+    npz file with statistics as ADM or pytorch-fid publish it, as a path or a storage URL."""
+    lpips: bool = False
+    """Measure LPIPS too, on VGG16 with the weights that `losses.perceptual.weights` names."""
     class_agreement: bool = False
     """Fit a classifier on the pixels of real images and let it judge the generated ones; for small images."""
     latent_space: LatentSpaceConfig | None = None
     """Measure how evenly the latents fill their space, as in Table 6; null does not."""
     batch_size: int = runtime(64, ge=1)
     """Images that pass the tokenizer at a time."""
+    actors: int = runtime(1, ge=1)
+    """Parts of 5,000 images measured at the same time, each by `workers.cpus` cores or one GPU."""
     pictures: int = runtime(10, ge=1)
     """Pairs of original and reconstruction in `reconstructions.png`."""
+
+    @property
+    def reference_file(self) -> str | None:
+        """The npz file, where the reference is one."""
+        return None if self.reference in (HELD_OUT, TRAIN) else self.reference
+
+    def check_samples(self, images: int) -> None:
+        """ValueError where so many generated images are not those of the protocol."""
+        wanted = GENERATION_PROTOCOLS.get(self.generation_protocol, images)
+        if images != wanted:
+            raise ValueError(
+                f"evaluate.generation_protocol={self.generation_protocol} takes {wanted:,} samples, sample.images is "
+                f"{images:,}: set it, or generation_protocol=custom"
+            )
+
+    @model_validator(mode="after")
+    def _protocols_hold(self) -> Self:
+        for field in ("generation_protocol", "reconstruction_protocol"):
+            name = getattr(self, field)
+            if name != "custom" and self.metrics.extractor != "inception":
+                raise ValueError(f"{field}={name} looks through inception: set metrics.extractor=inception, or custom")
+        if self.generation_protocol != "custom" and self.reference == HELD_OUT:
+            raise ValueError(
+                f"generation_protocol={self.generation_protocol} compares with training images: set reference to ADM's "
+                "npz file or to train"
+            )
+        wanted = RECONSTRUCTION_PROTOCOLS.get(self.reconstruction_protocol, self.images)
+        if self.images != wanted:
+            raise ValueError(
+                f"reconstruction_protocol={self.reconstruction_protocol} takes {wanted:,} held-out images, images is "
+                f"{self.images:,}: set it, or reconstruction_protocol=custom"
+            )
+        return self

@@ -1,6 +1,6 @@
 """How well a tokenizer reconstructs held-out images, and how well its latents agree with the teacher."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,84 +8,109 @@ from torch import Tensor
 
 from vavae.data.passes import LabelledImages
 from vavae.data.pixels import to_float, to_uint8
+from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.metrics.features import FeatureExtractor
-from vavae.metrics.frechet import FeatureStatistics, frechet_distance
+from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
+from vavae.metrics.summary import Summaries
 from vavae.randomness import torch_generator
 from vavae.tokenizer.autoencoder import VAVAE
 from vavae.tokenizer.teacher import VisionFoundationTeacher
+
+
+class Reconstructor(NamedTuple):
+    """A tokenizer, and what looks at its work image by image; what is none is not measured."""
+
+    tokenizer: VAVAE
+    alignment: VisionFoundationLoss | None
+    """Its projection."""
+    teacher: VisionFoundationTeacher | None
+    """What it was aligned with."""
+    lpips: LPIPS | None
+
+    def to(self, device: torch.device) -> "Reconstructor":
+        """Move all parts to a device."""
+        for part in self:
+            if part is not None:
+                part.to(device)
+        return self
+
+
+class ReconstructedBatch(NamedTuple):
+    """Some images, their reconstructions, and measures of each."""
+
+    originals: Tensor
+    """uint8 [B, 3, H, W]."""
+    reconstructions: Tensor
+    """uint8 [B, 3, H, W]."""
+    measures: dict[str, Tensor]
+    """By name, [B]: `psnr` in decibels, `ssim`; and where they are measured `lpips` and `alignment`, the mean cosine of
+    projected latents and teacher features over positions and batch."""
+
+
+@torch.inference_mode()
+def reconstruct(
+    batches: Iterable[LabelledImages], reconstructor: Reconstructor, seed: int, first: int, device: torch.device
+) -> Iterator[ReconstructedBatch]:
+    """Reconstruct images from one posterior sample each (the released protocol).
+
+    LPIPS sees the decoder's own output, not rounded or clamped to 8 bits, as in the released code.
+
+    Args:
+        batches: held-out images.
+        reconstructor: the tokenizer; on the device.
+        seed: keys the posterior noise, together with the index of the image.
+        first: index of the first image.
+        device: where to do it.
+    """
+    tokenizer, alignment, teacher, lpips = reconstructor
+    for batch in batches:
+        images = batch.images.to(device)
+        pixels = to_float(images)
+        posterior = tokenizer.encode(pixels)
+        z = posterior.at(_noise(posterior.mean.shape, seed, first).to(device))
+        decoded = tokenizer.decode(z)
+        restored = to_uint8(decoded)
+        measures = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
+        if lpips is not None:
+            measures["lpips"] = lpips(pixels, decoded)
+        if alignment is not None and teacher is not None:
+            features = teacher(pixels, (z.shape[2], z.shape[3]))
+            measures["alignment"] = alignment(z, features).alignment.expand(len(z))
+        first += len(z)
+        yield ReconstructedBatch(images, restored, measures)
 
 
 class Reconstruction(NamedTuple):
     """Measures over a set of images."""
 
     images: int
-    psnr: float
-    """Decibels, mean over images."""
-    ssim: float
-    frechet_distance: float
-    """Between originals and reconstructions."""
-    alignment: float | None
-    """Mean cosine of projected latents and teacher features over images and positions; none without a projection."""
-    features: FeatureStatistics
-    """Of the originals."""
+    means: dict[str, float]
+    """Over the images, by name, see `ReconstructedBatch`."""
+    frechet_distances: dict[str, float]
+    """Between originals and reconstructions, by the name of the extractor."""
     pairs: tuple[Tensor, Tensor]
     """The first originals and their reconstructions, uint8 [P, 3, H, W]."""
 
 
-@torch.inference_mode()
-def measure_reconstruction(
-    batches: Iterator[LabelledImages],
-    tokenizer: VAVAE,
-    alignment: VisionFoundationLoss | None,
-    teacher: VisionFoundationTeacher | None,
-    extractor: FeatureExtractor,
-    seed: int,
-    pictures: int,
-    advance: Callable[[int], None],
+def reconstruction_of(
+    measures: Mapping[str, Tensor], originals: Summaries, reconstructions: Summaries, pairs: tuple[Tensor, Tensor]
 ) -> Reconstruction:
-    """Reconstruct images from one posterior sample each (the released protocol) and measure.
+    """The measures of a set.
 
     Args:
-        batches: held-out images.
-        tokenizer: the autoencoder.
-        alignment: its projection; none leaves that measure out.
-        teacher: what it was aligned with, if it was.
-        extractor: of the Fréchet distance.
-        seed: keys the posterior noise, together with the index of the image.
-        pictures: pairs to keep.
-        advance: told the images done since its last call.
+        measures: of every image, by name.
+        originals: as extractors see them.
+        reconstructions: likewise.
+        pairs: to be shown.
     """
-    originals = FeatureStatistics.empty(extractor.num_features)
-    reconstructions = FeatureStatistics.empty(extractor.num_features)
-    psnrs, ssims, cosines, kept = [], [], [], []
-    done = 0
-    for batch in batches:
-        pixels = to_float(batch.images)
-        posterior = tokenizer.encode(pixels)
-        z = posterior.at(_noise(posterior.mean.shape, seed, done))
-        restored = to_uint8(tokenizer.decode(z))
-        psnrs.append(psnr(restored, batch.images))
-        ssims.append(ssim(restored, batch.images))
-        if alignment is not None and teacher is not None:
-            features = teacher(pixels, (z.shape[2], z.shape[3]))
-            cosines.append(alignment(z, features).alignment.expand(len(z)))
-        originals.update(extractor(batch.images))
-        reconstructions.update(extractor(restored))
-        if done < pictures:
-            kept.append((batch.images, restored))
-        done += len(z)
-        advance(len(z))
-    shown = [torch.cat(side)[:pictures] for side in zip(*kept, strict=True)]
     return Reconstruction(
-        images=done,
-        psnr=torch.cat(psnrs).mean().item(),
-        ssim=torch.cat(ssims).mean().item(),
-        frechet_distance=frechet_distance(originals, reconstructions),
-        alignment=torch.cat(cosines).mean().item() if cosines else None,
-        features=originals,
-        pairs=(shown[0], shown[1]),
+        images=len(measures["psnr"]),
+        means={name: values.mean().item() for name, values in measures.items()},
+        frechet_distances={
+            name: frechet_distance(originals[name].pooled, summary.pooled) for name, summary in reconstructions.items()
+        },
+        pairs=pairs,
     )
 
 

@@ -230,6 +230,7 @@ class RunConfig(Config):
             batch = getattr(self, section).batch_size
             if batch % lanes:
                 raise ValueError(f"{section}.batch_size={batch} is no multiple of stream.lanes={lanes}")
+        self.evaluate.check_samples(self.sample.images)
         if self.workers.count > lanes:
             raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
         return self
