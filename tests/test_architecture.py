@@ -21,7 +21,7 @@ LEVELS = (
     {"tokenizer", "dit", "diffusion", "losses", "data", "metrics", "distributed"},
     {"interop", "extraction", "sampling"},
     {"training", "evaluation"},
-    {"report"},
+    {"report", "planning"},
     {"cli", "__main__", "ray_jobs"},
 )
 """A room imports rooms of earlier levels and none of its own level."""

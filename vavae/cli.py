@@ -9,6 +9,7 @@ from vavae.config.load import load
 from vavae.data.bench.command import add_commands as add_bench_commands
 from vavae.data.command import add_commands as add_data_commands
 from vavae.errors import UserError
+from vavae.planning.command import add_arguments as add_plan_arguments
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     status = commands.add_parser("status", help="say what a run has and what is still to do")
     status.set_defaults(act=_status)
+    plan = commands.add_parser("plan", help="say what a run would take on a cluster: time, money, bytes, bottlenecks")
+    add_plan_arguments(plan)
     train = commands.add_parser("train", help="train one model in this process, or under torchrun in several")
     train.add_argument("model", choices=list(_MODELS))
     train.set_defaults(act=_train)
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_bench_commands(bench)
     for command in (report, data, bench):
         command.set_defaults(overrides=None)
-    for command in (status, train, bring, give):
+    for command in (status, plan, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
     for command in (status, train, bring, give, sample):
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")

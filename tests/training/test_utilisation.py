@@ -7,7 +7,6 @@ from support.tiny import tiny_config
 from vavae.distributed.world import World
 from vavae.training import utilisation
 from vavae.training.config import RunConfig
-from vavae.training.flops import Flops
 from vavae.training.utilisation import Utilisation
 
 
@@ -15,9 +14,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where in a training it was counted; the count is a thousand and the place."""
     places: list[int] = []
 
-    def count(config: RunConfig, job: str, images_seen: int) -> Flops:
+    def count(config: RunConfig, job: str, images_seen: int) -> float:
         places.append(images_seen)
-        return Flops(400.0, 600.0 + images_seen)
+        return 1000.0 + images_seen
 
     monkeypatch.setattr(utilisation, "training_flops", count)
     return places

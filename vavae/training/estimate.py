@@ -1,17 +1,15 @@
-"""How much the stages of a run will write, before they run."""
+"""How many bytes the stages of a run write, before they run."""
 
-from collections.abc import Callable
-
-import torch
 from torch import nn
 
 from vavae.data.manifest import read_manifest
-from vavae.dit.model import LightningDiT
+from vavae.losses.adversarial import PatchDiscriminator
 from vavae.tokenizer.autoencoder import VAVAE
-from vavae.training.config import TrainingConfig
+from vavae.training.config import RunConfig, TrainingConfig
 from vavae.training.run import Job, Run
+from vavae.training.sized import lightningdit_of, sized
 
-_FLOAT_BYTES = 4
+FLOAT_BYTES = 4
 _HALF_BYTES = 2
 _TAR_BYTES = 5 * 512
 """Per latent: two headers, the label, and what rounds the array up to blocks."""
@@ -23,26 +21,52 @@ def bytes_to_write(run: Run, job: Job) -> int | None:
     """Bytes that a job leaves in storage, at most; None where they can't be known before."""
     config = run.config
     manifest = read_manifest(run.storage, run.prefix("prepare_shards")) if run.artefact("prepare_shards") else None
-    if job == "train_vavae":
-        return _training_bytes(config.train_vavae, lambda: VAVAE(config.tokenizer))
-    if job == "train_lightningdit":
-        model = config.lightningdit.with_classes(
-            len(manifest.classes) if manifest else config.lightningdit.classes or 1
-        )
-        return _training_bytes(
-            config.train_lightningdit, lambda: LightningDiT(model, config.tokenizer.latent_dim, config.grid)
-        )
+    if job == "train_lightningdit" and manifest is not None:
+        known = config.lightningdit.with_classes(len(manifest.classes))
+        config = config.model_copy(update={"lightningdit": known})
+    if job in ("train_vavae", "train_lightningdit"):
+        return training_bytes(config, job)
     if job == "precompute_latents" and manifest is not None:
-        values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
-        return sum(map(manifest.count, manifest.splits)) * (values * _HALF_BYTES + _TAR_BYTES)
-    if job == "sample":
-        return config.sample.images * 3 * config.shards.image_size**2 * (1 + config.sample.npz)
-    return None
+        return sum(map(manifest.count, manifest.splits)) * latent_bytes(config)
+    return sample_bytes(config) if job == "sample" else None
 
 
-def _training_bytes(config: TrainingConfig, build: Callable[[], nn.Module]) -> int:
-    """The export and the checkpoints that are kept."""
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build().parameters())
-    checkpoint = _ADAM_FLOATS + (config.ema_decay is not None)
-    return parameters * _FLOAT_BYTES * (1 + config.keep_checkpoints * checkpoint)
+def sample_bytes(config: RunConfig) -> int:
+    """Of all samples, at most: PNG takes less than their pixels, the file of all of them takes as much."""
+    return config.sample.images * 3 * config.shards.image_size**2 * (1 + config.sample.npz)
+
+
+def latent_bytes(config: RunConfig) -> int:
+    """Of one image among the latents: mean and deviation in float16, mirrored too where they are."""
+    values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
+    return values * _HALF_BYTES + _TAR_BYTES
+
+
+def trained_parameters(config: RunConfig, job: Job) -> dict[str, int]:
+    """Numbers of weights that a training optimises, by engine; the one that is exported comes first."""
+    if job == "train_lightningdit":
+        return {"lightningdit": _parameters(sized(lambda: lightningdit_of(config)))}
+    found = {"generator": _parameters(sized(lambda: VAVAE(config.tokenizer)))}
+    if config.adversarial:
+        found["discriminator"] = _parameters(sized(lambda: PatchDiscriminator(config.losses.adversarial)))
+    return found
+
+
+def checkpoint_bytes(config: RunConfig, job: Job) -> int:
+    """Of one checkpoint: weights and moments of all engines, and the average of the first where it is taken."""
+    training: TrainingConfig = getattr(config, job)
+    first, *others = trained_parameters(config, job).values()
+    averaged = training.ema_decay is not None
+    return FLOAT_BYTES * (first * (_ADAM_FLOATS + averaged) + sum(others) * _ADAM_FLOATS)
+
+
+def training_bytes(config: RunConfig, job: Job) -> int:
+    """The checkpoints that a training keeps, and its export."""
+    training: TrainingConfig = getattr(config, job)
+    exported = next(iter(trained_parameters(config, job).values()))
+    kept = training.keep_checkpoints + (training.keep_best.count if training.keep_best else 0)
+    return kept * checkpoint_bytes(config, job) + FLOAT_BYTES * exported
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

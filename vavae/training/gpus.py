@@ -12,7 +12,6 @@ class Gpu(NamedTuple):
 
     bf16: float
     tf32: float
-    """Also of convolutions in fp32, which torch lets cuDNN round so; matrix products in fp32 are not."""
     fp32: float
     memory_bytes: float
     link: float

@@ -42,7 +42,7 @@ class Utilisation:
         """Counted once for each part of the training with networks of its own, as that takes a second or two."""
         part = max((start for start in self._starts() if start <= images_seen), default=0)
         if part not in self._flops:
-            self._flops[part] = training_flops(self._config, self._job, part).total
+            self._flops[part] = training_flops(self._config, self._job, part)
         return self._flops[part]
 
     def _starts(self) -> list[int]:

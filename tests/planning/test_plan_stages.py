@@ -1,0 +1,205 @@
+"""Plans of whole runs against figures computed by hand, and the command that prints them."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.small import CLASSES
+from support.tiny import BATCH, tiny_config
+
+from vavae.cli import main
+from vavae.config import load
+from vavae.dit.model import LightningDiT
+from vavae.planning import safety, stages
+from vavae.planning.activations import activation_bytes
+from vavae.planning.offer import Offer
+from vavae.planning.stages import Dataset, evaluations, plan_stages, tokenizer_flops
+from vavae.training.config import RunConfig
+from vavae.training.estimate import checkpoint_bytes, trained_parameters
+from vavae.training.flops import training_flops
+
+XL = "configs/imagenet/lightningdit_xl_64_epochs.yaml"
+TINY = "configs/tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def xl():
+    """Eight H100 at half of their best rate, with a store that is never in the way."""
+    config = load(RunConfig, XL, ["workers.count=8", "workers.tf32=true", "train_vavae.stages=[]"])
+    found = plan_stages(config, Offer("H100", 8, utilisation=0.5, store=1e12), Dataset(1_281_167, 100_000))
+    return {stage.job: stage for stage in found}
+
+
+def test_lightningdit_xl_on_eight_h100(xl):
+    """695 images/s of each; a step of 1024 waits 2 · 7/8 · 4 B · 674 M / 450 GB/s for gradients."""
+    stage = xl["train_lightningdit"]
+    assert (stage.images, stage.steps) == (81_920_000, 80_000)
+    assert stage.rates["compute"] == pytest.approx(8 * 695, rel=2e-3)
+    assert stage.rates["network"] == pytest.approx(1024 / (2 * 7 / 8 * 4 * 674e6 / 450e9), rel=1e-3)
+    step = 1024 / (8 * 695) + 2 * 7 / 8 * 4 * 674e6 / 450e9
+    assert stage.images_per_second == pytest.approx(1024 / step, rel=2e-3)
+    assert stage.hours * (1 - stage.safety.lost) == pytest.approx(80_000 * step / 3600, rel=2e-3)
+    assert stage.bottleneck == "compute"
+    assert stage.bytes_read == 2 * 2 * 32 * 16 * 16 * 2 + 2560
+
+
+def test_checkpoints_of_lightningdit_xl(xl):
+    """10.8 GB with the average, copied at 25 GB/s by each of eight GPUs."""
+    safety = xl["train_lightningdit"].safety
+    assert safety.checkpoint == pytest.approx(10.8e9, rel=2e-3)
+    assert safety.stall_seconds == pytest.approx(0.054, rel=2e-3)
+    assert safety.upload_seconds == pytest.approx(0.0108, rel=2e-3)
+    assert safety.advised_seconds == pytest.approx((2 * 0.054 * 86_400) ** 0.5, rel=2e-3)
+    assert safety.configured_seconds == pytest.approx(5_120_000 / xl["train_lightningdit"].images_per_second)
+    states = [safety.memory[0] - memory for memory in safety.memory]
+    assert states[3] == pytest.approx(4 * 674e6 * (4 - 5 / 8), rel=2e-3)
+
+
+def test_tokenizer_and_latents_on_eight_h100(xl):
+    """TF32. 1,790 encoded images/s of each, half of that with the mirror image."""
+    assert xl["precompute_latents"].rates["compute"] == pytest.approx(8 * 1790 / 2, rel=0.02)
+    assert xl["precompute_latents"].bytes_written == 1_281_167 * (2 * 2 * 32 * 16 * 16 * 2 + 2560)
+    assert xl["prepare_shards"].bytes_written == 1_281_167 * 100_000
+    tokenizer = xl["train_vavae"]
+    assert tokenizer.steps == 650_650
+    assert tokenizer.rates["compute"] == pytest.approx(8 * 0.5 * 494.7e12 / tokenizer.flops)
+    assert tokenizer.flops / 2e9 == pytest.approx(878.6, rel=1e-3)
+    frozen = 4 * (304.4e6 + 14.7e6)  # DINOv2-L and the convolutions of VGG16
+    without = tokenizer.safety.memory[0] - tokenizer.safety.activations - 16 * tokenizer.safety.parameters
+    assert without == pytest.approx(frozen, rel=2e-3)
+
+
+def test_samples_on_eight_h100(xl):
+    """Euler, 249 steps, of which 181 lie in the interval and take two evaluations, in TF32."""
+    stage = xl["sample"]
+    assert stage.rates["compute"] == pytest.approx(8 * 0.5 / ((249 + 181) * 237.25e9 / 494.7e12), rel=5e-3)
+    assert stage.bytes_written == 50_000 * 3 * 256**2
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    """Counting takes seconds, and what is counted does not depend on the machines."""
+    for module, name in ((stages, "training_flops"), (safety, "activation_bytes")):
+        monkeypatch.setattr(module, name, partial(_remember, getattr(module, name)))
+
+
+_KNOWN = {}
+
+
+def _remember(count, config, *arguments):
+    key = (config.name, *arguments)
+    if key not in _KNOWN:
+        _KNOWN[key] = count(config, *arguments)
+    return _KNOWN[key]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (["solver={name: euler, num_steps: 10}"], 10),
+        (["solver={name: heun, num_steps: 10}"], 20),
+        (["solver={name: euler, num_steps: 10}", "guidance.scale=2"], 20),
+        (["solver={name: euler, num_steps: 10}", "guidance={scale: 2, interval: [0.45, 0.75]}"], 13),
+    ],
+)
+def test_evaluations_of_a_sample(overrides, count):
+    assert evaluations(load(RunConfig, TINY, overrides)) == count
+
+
+def test_evaluations_of_adaptive_steps_grow_with_what_is_asked_of_them():
+    loose, tight = (evaluations(load(RunConfig, TINY, [f"solver={{name: dopri5, rtol: {r}}}"])) for r in (1e-2, 1e-5))
+    assert 6 < loose < tight
+
+
+@pytest.mark.parametrize(
+    ("image_bytes", "offer", "bottleneck"),
+    [
+        (1e12, {"store": 1e15}, "store"),
+        (None, {"network": 1.0, "node_gpus": 1, "store": 1e15}, "network"),
+        (1.0, {"store": 1e6}, "checkpoints"),
+    ],
+)
+def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, offer, bottleneck):
+    config = load(RunConfig, TINY)
+    stage = plan_stages(config, Offer("L4", 4, **offer), Dataset(1000, image_bytes))[1]
+    assert (stage.job, stage.bottleneck) == ("train_vavae", bottleneck)
+    assert stage.images_per_second <= min(stage.rates.values())
+
+
+def test_an_uneven_share_of_lanes_costs_a_round(remembered):
+    """Four lanes on three workers take two rounds, as on two."""
+    config = load(RunConfig, TINY)
+    two, three = (plan_stages(config, Offer("L4", count), Dataset(1000))[3] for count in (2, 3))
+    assert two.job == "train_lightningdit"
+    assert two.rates["compute"] == three.rates["compute"]
+
+
+def test_the_tokenizer_is_planned_over_its_stages():
+    """Half of its images without an adversary, then half with."""
+    config = load(RunConfig, TINY)
+    before, after = (training_flops(config, "train_vavae", seen) for seen in (0, 64))
+    assert before < after
+    assert tokenizer_flops(config) == pytest.approx((before + after) / 2)
+
+
+def test_activations_are_what_a_real_forward_pass_leaves_behind():
+    config = tiny_config()
+    images = BATCH // config.stream.lanes
+    model = LightningDiT(config.lightningdit.with_classes(len(CLASSES)), 4, 8)
+    known, kept = {parameter.data_ptr() for parameter in (*model.parameters(), *model.buffers())}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(torch.zeros(images, 4, 8, 8), torch.rand(images), torch.zeros(images, dtype=torch.int64))
+    found = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+    planned = activation_bytes(config, "train_lightningdit", images)
+    losses = 8 * out.numel() * 4  # of the objective, which stands on the velocity
+    assert found <= planned <= found + losses
+
+
+def test_activations_grow_with_the_slice_and_shrink_in_bf16():
+    full, half = tiny_config(), tiny_config(precision="bf16")
+    one, two, four = (activation_bytes(full, "train_lightningdit", images) for images in (1, 2, 4))
+    assert four - two == 2 * (two - one)
+    in_half = [activation_bytes(half, "train_lightningdit", images) for images in (2, 4)]
+    assert 0.4 < (in_half[1] - in_half[0]) / (four - two) < 0.9
+
+
+def test_checkpoints_hold_all_engines():
+    config = load(RunConfig, TINY)
+    generator, discriminator = trained_parameters(config, "train_vavae").values()
+    assert checkpoint_bytes(config, "train_vavae") == 4 * 3 * (generator + discriminator)
+    averaged = load(RunConfig, TINY, ["train_vavae.ema_decay=0.9"])
+    assert checkpoint_bytes(averaged, "train_vavae") == 4 * (4 * generator + 3 * discriminator)
+    alone = load(RunConfig, TINY, ["losses.adversarial.weight=0"])
+    assert checkpoint_bytes(alone, "train_vavae") == 4 * 3 * generator
+
+
+def test_the_command_prints_a_plan(capsys):
+    assert main(["plan", "--config", TINY, "--gpus", "8xL4", "--price", "0.5", "--images", "1535"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x L4 in 1 machines" in printed
+    for row in ("GFLOP per image", "bound by", "cost", "best every", "memory in ZeRO stage 3"):
+        assert row in printed
+    assert "run it with stream.lanes=8 workers.count=8 workers.use_gpu=true latents.actors=8 sample.actors=8" in printed
+    assert "assumed: 1,535 images; 30% of the GPU's best rate" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "8xV100"], "error: GPU 'V100' is not known; did you mean H100? there are B200,"),
+        (["--gpus", "8xH100", "--utilisation", "40"], "error: --utilisation 40: give a share, at most 1"),
+        (["--gpus", "8xH100", "--price", "0"], "error: --price 0: give a number above 0"),
+        (["--gpus", "7xH100"], "train_vavae.batch_size=16 is no multiple of stream.lanes=7"),
+    ],
+)
+def test_mistakes_take_one_line(capsys, arguments, message):
+    assert main(["plan", "--config", TINY, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out

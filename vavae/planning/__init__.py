@@ -1,0 +1,1 @@
+"""What a run takes on a cluster, computed before there is one: time, money, bytes, and what holds it up."""

@@ -1,0 +1,64 @@
+"""The arithmetic of a plan: pure functions of numbers, each with its source.
+
+Weights, gradients, moments and averages are fp32 in every precision.
+"""
+
+import math
+
+from vavae.distributed.config import Precision
+from vavae.training.estimate import FLOAT_BYTES
+from vavae.training.gpus import Gpu
+
+
+def best_rate(gpu: Gpu, precision: Precision, tf32: bool) -> float:
+    """FLOP/s that a GPU can do at most in the arithmetic of a stage; `tf32` is that of `workers`."""
+    if precision == "bf16":
+        return gpu.bf16
+    return gpu.tf32 if tf32 else gpu.fp32
+
+
+def rounds_of(lanes: int, workers: int) -> int:
+    """Slices that a worker takes in a step: ⌈L / W⌉, the last of which may be empty for some workers."""
+    return -(-lanes // workers)
+
+
+def gradient_bytes(parameters: int, workers: int, zero_stage: int, rounds: int) -> float:
+    """Bytes that leave a worker in a step: ZeRO, arXiv 1910.02054, section 7, with fp32 throughout.
+
+    A ring sends (W - 1) / W of what it reduces, and as much of what it gathers. Stages 0 and 1 reduce and gather once a
+    step; stage 2 reduces in every round and gathers once; stage 3 reduces once and gathers twice in every round.
+    """
+    passes = {0: 2, 1: 2, 2: 1 + rounds, 3: 3 * rounds}[zero_stage]
+    return passes * FLOAT_BYTES * parameters * (workers - 1) / workers
+
+
+def exposed_seconds(communication: float, compute: float, zero_stage: int) -> float:
+    """The part of a communication that training waits for.
+
+    DeepSpeed overlaps it in stage 3 alone (its default); the backward pass, which hides it, is two thirds of a step.
+    """
+    return max(0.0, communication - 2 / 3 * compute) if zero_stage == 3 else communication
+
+
+def state_bytes(parameters: int, workers: int, zero_stage: int, *, averaged: bool, offloaded: bool = False) -> float:
+    """Bytes on a GPU for weights, gradients, two moments and the average of so many parameters.
+
+    ZeRO, arXiv 1910.02054, section 5: stage 1 divides the moments among the workers, stage 2 also the gradients, stage
+    3 also the weights. DeepSpeed adds a divided copy of the weights in stages 1 to 3, which goes to the host's memory
+    with the moments where they are offloaded. The average is always divided.
+    """
+    share = 1 / workers
+    weights = share if zero_stage == 3 else 1
+    gradients = share if zero_stage >= 2 else 1
+    moments_and_copy = 2 if zero_stage == 0 else 0 if offloaded else 3 * share
+    return FLOAT_BYTES * parameters * (weights + gradients + moments_and_copy + averaged * share)
+
+
+def checkpoint_interval(stall: float, between_failures: float) -> float:
+    """Seconds between checkpoints that lose the least: √(2 δ M), Young, CACM 17(9), 1974."""
+    return math.sqrt(2 * stall * between_failures)
+
+
+def lost_share(stall: float, interval: float, between_failures: float) -> float:
+    """Share of the time that stalls take and that a failure makes do again, half an interval each time (Young)."""
+    return stall / interval + interval / (2 * between_failures)
