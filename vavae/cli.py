@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(overrides=None)
     for command in (status, plan, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
-    for command in (status, train, bring, give, sample):
+    for command in (status, plan, train, bring, give, sample):
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
     # argparse closes the list of overrides at the first option; those that stand after one are left over.
     arguments, overrides = parser.parse_known_args(argv)
