@@ -5,9 +5,9 @@ import torch
 from report.test_html import HOSTILE, Page
 from support.tiny import tiny_config
 
+from vavae.data.grid import image_grid, png_bytes
 from vavae.report.comparison import Comparison, compare_configurations, render_comparison
 from vavae.report.curves import compared_curves
-from vavae.report.grid import image_grid, png_bytes
 from vavae.report.html import Metric, Picture, Report
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from vavae.data.grid import image_grid, png_bytes
 from vavae.report.curves import training_curves
-from vavae.report.grid import image_grid, png_bytes
 from vavae.report.html import Metric, Picture, Report, render
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $title ${body}"

@@ -1,1 +1,1 @@
-"""What a person looks at: image grids, training curves and the HTML page that holds them."""
+"""What a person looks at: training curves, plots, and the HTML page that holds them."""

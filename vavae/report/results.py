@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable
 
 from vavae.config import digest
+from vavae.data.grid import enlargement, pair_grid, png_bytes
 from vavae.evaluation.generation import further_distances, judge, measure_generation
 from vavae.evaluation.latent_space import measure_latent_space
 from vavae.evaluation.reconstruction import Reconstruction
 from vavae.metrics.features import describe
-from vavae.report.grid import enlargement, pair_grid, png_bytes
 from vavae.report.html import Metric, render
 from vavae.report.latents import latent_map_png, latent_space_metrics
 from vavae.report.measures import few_images, generation_metrics, judgement_metrics, reconstruction_metrics

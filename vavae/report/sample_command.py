@@ -6,10 +6,10 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from vavae.data.grid import enlargement, image_grid, png_bytes
 from vavae.distributed.arithmetic import settle_arithmetic
 from vavae.errors import UserError
 from vavae.progress import Progress, Rate, show
-from vavae.report.grid import enlargement, image_grid, png_bytes
 from vavae.sampling.files import Wanted, parse_seeds, write_array, write_shard
 from vavae.sampling.labels import find_classes
 from vavae.training.run import Run

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vavae.report.grid import enlargement, image_grid, png_bytes
+from vavae.data.grid import enlargement, image_grid, png_bytes
 from vavae.report.run_report import SAMPLES
 from vavae.sampling.npz import NPZ, write_npz
 from vavae.training.run import Run
