@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from vavae.config.command import run_command
 from vavae.config.load import load
-from vavae.data.bench.command import add_commands as add_bench_commands
+from vavae.data.bench import command as data_bench
 from vavae.data.command import add_commands as add_data_commands
 from vavae.errors import UserError
+from vavae.evaluation.bench import command as metrics_bench
 from vavae.planning.command import add_arguments as add_plan_arguments
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = commands.add_parser("data", help="index, verify and describe shards of images")
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
-    add_bench_commands(bench)
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    for room in (data_bench, metrics_bench):
+        room.add_command(benches)
     for command in (report, data, bench):
         command.set_defaults(overrides=None)
     for command in (status, plan, train, bring, give):

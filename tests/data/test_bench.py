@@ -97,7 +97,7 @@ def test_unequal_outputs_are_not_measured(monkeypatch, tmp_path):
 
 
 def test_where_linux_does_not_tell_memory_starting_is_left_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(start, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(start, "STATUS", tmp_path / "missing")
     (found,) = start.start_contests(tmp_path, 64, 40)
     assert isinstance(found, LeftOut)
 

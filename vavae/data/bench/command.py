@@ -1,14 +1,15 @@
 """``vavae bench data``."""
 
 import argparse
+from typing import Any
 
 from vavae.data.bench.contest import LeftOut, machine, table_head, table_line
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of ``vavae bench`` what it measures; ``act`` of the arguments returns the exit status."""
+def add_command(commands: Any) -> None:
+    """Give ``vavae bench`` the command ``data``; ``act`` of the arguments returns the exit status."""
     text = "compare readers of shards: rates, ratios to other readers (above 1: ours is better), and their range"
-    data = parser.add_subparsers(required=True, metavar="WHAT").add_parser("data", help=text, description=text)
+    data = commands.add_parser("data", help=text, description=text)
     data.add_argument("--rounds", type=int, default=7, help="turns of each side; default: %(default)s")
     data.set_defaults(act=_data)
 
@@ -16,7 +17,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def _data(arguments: argparse.Namespace) -> int:
     from vavae.data.bench.run import Sizes, run
 
-    print(f"{machine()}\n\n{table_head()}", flush=True)
+    print(f"{machine('webdataset', 'litdata', 'mosaicml-streaming')}\n\n{table_head()}", flush=True)
     left_out = []
     for found in run(arguments.rounds, Sizes()):
         if isinstance(found, LeftOut):

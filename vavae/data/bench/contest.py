@@ -12,7 +12,6 @@ from typing import NamedTuple
 from vavae.hardware import processor_name
 
 OURS = "vavae"
-_VERSIONS = ("torch", "webdataset", "litdata", "mosaicml-streaming")
 _COLUMNS = {"contest": 24, "unit": 20, "against": 18, "theirs": 9, OURS: 9, "ratio": 7, "range": 16}
 """Names and widths."""
 
@@ -86,9 +85,9 @@ def _rate(work: Callable[[], int], clock: Callable[[], float]) -> float:
         gc.enable()
 
 
-def machine() -> str:
-    """Processor, cores and versions, in one line."""
-    versions = ", ".join(f"{name} {version}" for name in _VERSIONS if (version := installed(name)))
+def machine(*packages: str) -> str:
+    """Processor, cores, and versions of torch and of those packages that are installed, in one line."""
+    versions = ", ".join(f"{name} {version}" for name in ("torch", *packages) if (version := installed(name)))
     return f"{processor_name()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 

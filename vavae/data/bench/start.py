@@ -4,12 +4,11 @@ All shards of the set are one file under many names, so that a manifest of thous
 process to itself. Memory is what the process alone holds (anonymous pages); mapped shards are the page cache's.
 """
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vavae.data.bench.contest import OURS, Contest, LeftOut, Row
+from vavae.data.bench.process import STATUS, apart, own_mebibytes
 from vavae.data.bench.shards import SPLIT, labels_of, make_latents, write_latent_shard
 from vavae.data.config import StreamConfig
 from vavae.data.latents import MANIFEST, LatentStream, read_latent_manifest
@@ -25,9 +25,6 @@ from vavae.data.stream import SliceKey
 from vavae.storage.storage import Storage
 
 _CONFIG, _SLICE = StreamConfig(), 32
-_STATUS = Path("/proc/self/status")
-
-T = TypeVar("T")
 
 
 class _Set(NamedTuple):
@@ -63,8 +60,8 @@ def start_contests(folder: Path, latents: int, shards: int) -> Iterator[Contest 
         latents: in a shard.
         shards: how many.
     """
-    if not _STATUS.exists():
-        yield LeftOut("start-up", f"there is no {_STATUS}, where Linux tells the memory of a process")
+    if not STATUS.exists():
+        yield LeftOut("start-up", f"there is no {STATUS}, where Linux tells the memory of a process")
         return
     latent_set = _write_set(folder, latents, shards)
     order = order_of([latents] * shards, 0, _CONFIG)
@@ -75,25 +72,17 @@ def start_contests(folder: Path, latents: int, shards: int) -> Iterator[Contest 
     for unit, part in (("s of processor", 0), ("MiB", 1)):
         turns = {side: partial(_turn, start, latent_set, part) for side, start in sides.items()}
         yield Contest(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
-    yield Row("memory over an epoch", "MiB more", "", None, _apart(_growth, latent_set), ())
+    yield Row("memory over an epoch", "MiB more", "", None, apart(_growth, latent_set), ())
 
 
 def _turn(start: Callable[[_Set], _Started], latent_set: _Set, part: int) -> float:
-    return _apart(_cost, start, latent_set)[part]
-
-
-def _apart(function: Callable[..., T], *arguments: object) -> T:
-    """The result of a function of this module in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+    return apart(_cost, start, latent_set)[part]
 
 
 def _cost(start: Callable[[_Set], _Started], latent_set: _Set) -> _Cost:
-    memory, clock = _own_mebibytes(), time.process_time()
+    memory, clock = own_mebibytes(), time.process_time()
     started = start(latent_set)
-    cost = _Cost(time.process_time() - clock, _own_mebibytes() - memory)
+    cost = _Cost(time.process_time() - clock, own_mebibytes() - memory)
     assert len(started.batch) == _CONFIG.lanes * _SLICE
     return cost
 
@@ -106,13 +95,8 @@ def _growth(latent_set: _Set) -> float:
     for step in range(steps):
         for lane in range(_CONFIG.lanes):
             stream[SliceKey(lane, step)]
-        memory.append(_own_mebibytes())
+        memory.append(own_mebibytes())
     return max(memory) - max(memory[: max(1, steps // 10)])
-
-
-def _own_mebibytes() -> float:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) / 1024
 
 
 def _start_ours(latent_set: _Set) -> _Started:
