@@ -96,12 +96,16 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.distributed.arithmetic import settle_arithmetic
     from vavae.distributed.world import World, process_group
     from vavae.training.jobs import TRAININGS
-    from vavae.training.session import LocalSession
+    from vavae.training.session import SignalledSession
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
     settle_arithmetic(run.config.workers)
     with process_group(run.config.workers.use_gpu):
-        TRAININGS[_MODELS[arguments.model]](run, LocalSession(), World.current(run.config.workers.use_gpu))
+        job, session = _MODELS[arguments.model], SignalledSession()
+        with session.listening():
+            TRAININGS[job](run, session, World.current(run.config.workers.use_gpu))
+    if session.stop_requested() and not run.plan(job).done:
+        raise KeyboardInterrupt
     return 0
 
 

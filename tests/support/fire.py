@@ -169,7 +169,7 @@ def try_training(world: World, attempt: Attempt, folder: Path) -> int:
     trouble, stop = attempt.trouble, lambda: False
     if trouble is not None and trouble.rank == world.rank:
         stop = _arm(step, trouble, folder)
-    checkpoints = Checkpoints(storage.child("checkpoints"), TrainState(images_seen=0, config="c", data="d"), 2, world)
+    checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), 2, world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
     rounds = assign_lanes(LANES, world.rank, world.size)
     training, session = getattr(config, job), _Session(stop)

@@ -76,7 +76,7 @@ def toy_checkpoints(
     owner: str = "a test",
 ) -> Checkpoints:
     """Checkpoints in a folder of the storage."""
-    return Checkpoints(storage.child("checkpoints"), fresh, keep, World(), best, owner)
+    return Checkpoints(storage, fresh, keep, World(), best, owner)
 
 
 def train_toy(

@@ -33,7 +33,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def _saved(storage: Storage) -> list[str]:
-    return [name for name in storage.child("checkpoints").list() if name != "lease.json"]
+    return storage.child("checkpoints").list()
 
 
 def _file_of(storage: Storage, name: str) -> str:
@@ -125,7 +125,7 @@ def test_an_attempt_that_was_superseded_neither_commits_nor_deletes(storage: Sto
     old.settle()
     new = toy_checkpoints(storage, keep=1, owner="the new one")
     old.save(step, FRESH.advanced(8), {})
-    with pytest.raises(SupersededError, match="checkpoints: the new one goes on with this training now"):
+    with pytest.raises(SupersededError, match=": the new one goes on with this training now"):
         old.settle()
     with pytest.raises(SupersededError):
         old.check_lease()

@@ -27,6 +27,8 @@ from vavae.training.step import Step
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Their folder within that of a training."""
 _EMA = "ema"
 _PARTS = "parts"
 _LEASE = "lease.json"
@@ -89,7 +91,7 @@ class Checkpoints:
     Every rank makes one.
 
     Args:
-        storage: the folder of the checkpoints, one subfolder each.
+        training: the folder of the training; they lie in its `checkpoints`, one subfolder each.
         fresh: the state of a run that has no checkpoint yet.
         keep: how many of the last committed checkpoints stay.
         world: the ranks; each writes its own files.
@@ -99,15 +101,16 @@ class Checkpoints:
 
     def __init__(
         self,
-        storage: Storage,
+        training: Storage,
         fresh: TrainState,
         keep: int,
         world: World,
         best: BestConfig | None = None,
         owner: str = "another process",
     ) -> None:
-        self._storage, self._fresh, self._keep, self._best, self._world = storage, fresh, keep, best, world
-        self._lease = Lease(storage, _LEASE, owner)
+        self._storage = training.child(CHECKPOINTS)
+        self._fresh, self._keep, self._best, self._world = fresh, keep, best, world
+        self._lease = Lease(training, _LEASE, owner)
         self._attempt: str = world.broadcast(self._lease.take() if world.is_first else None)
         self._saves = 0
         self._writing: _Writing | None = None
@@ -216,7 +219,7 @@ class Checkpoints:
 
     def _prune(self, newest: str) -> None:
         """Keep the last few committed up to the one just written, and the best; what lay ahead of it goes, too."""
-        records = {name: read(self._storage, name) for name in self._names()}
+        records = {name: read(self._storage, name) for name in self._storage.list()}
         committed = {name: record for name, record in records.items() if record is not None and name <= newest}
         kept = [*committed][-self._keep :] + self._best_of(committed)
         for name in records:
@@ -234,10 +237,6 @@ class Checkpoints:
             known = ", ".join(sorted({key for row in metrics.values() for key in row}))
             logger.warning("keep_best.metric=%s is not a finite number in every row; there are: %s", best.metric, known)
         return sorted(scores, key=scores.__getitem__, reverse=best.mode == "max")[: best.count]
-
-    def _names(self) -> list[str]:
-        """All checkpoints, whole or not, oldest first."""
-        return [name for name in self._storage.list() if name != _LEASE]
 
     def images_seen(self) -> int:
         """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
@@ -294,7 +293,7 @@ class Checkpoints:
     def _committed(self) -> list[tuple[str, Artefact]]:
         """Names and records of the checkpoints whose files are all there, newest first."""
         found = []
-        for name in reversed(self._names()):
+        for name in reversed(self._storage.list()):
             record = read(self._storage, name)
             if record is not None and is_intact(self._storage, name, record):
                 found.append((name, record))

@@ -114,7 +114,7 @@ def _checkpoints(run: Run, job: Job, config: TrainingConfig, session: Session, w
     if world.is_first:
         run.claim(job)
     fresh = TrainState(images_seen=0, config=digest(run.identity(job)), data=digest(run.inputs(job)))
-    storage = run.storage.child(f"{run.training_prefix(job)}/checkpoints")
+    storage = run.storage.child(run.training_prefix(job))
     return Checkpoints(storage, fresh, config.keep_checkpoints, world, config.keep_best, session.owner)
 
 

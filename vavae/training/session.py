@@ -1,9 +1,13 @@
 """How the training loop speaks to whoever runs it: Ray, torchrun, a test."""
 
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Protocol
 
 from vavae.progress import Progress, show
@@ -82,3 +86,29 @@ class LocalSession:
     def must_save(self) -> bool:
         """See `Session.must_save`."""
         return False
+
+
+class SignalledSession(LocalSession):
+    """A run in this process that SIGINT and SIGTERM ask to stop; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self._stop = False
+
+    def stop_requested(self) -> bool:
+        """See `Session.stop_requested`."""
+        return self._stop
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals until the block ends; in the main thread."""
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        print("stopping: a checkpoint is saved", file=sys.stderr, flush=True)
+        self._stop = True
+        signal.signal(number, signal.default_int_handler)

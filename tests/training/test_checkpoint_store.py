@@ -1,0 +1,66 @@
+"""Checkpoints on a real S3 server whose answers fail, and which goes away in the middle of an upload."""
+
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import pytest
+from support.faults import PASSING, Plan, faulty
+from support.toy import ToyStep, toy_checkpoints, train_toy
+from torch import Tensor
+
+from vavae.errors import UserError
+from vavae.storage.artefact import RECORD
+from vavae.storage.config import StorageOptions
+from vavae.storage.loopback import S3Server
+from vavae.storage.storage import Storage
+from vavae.training.step import StepResult
+
+
+def _reached(endpoint: str, root: str, attempts: int = 10) -> Storage:
+    return Storage(root, options=StorageOptions(endpoint=endpoint, attempts=attempts, backoff_seconds=0.01))
+
+
+@pytest.fixture
+def root(s3: S3Server) -> str:
+    return f"s3://{s3.bucket}/{uuid.uuid4().hex}"
+
+
+def test_uploads_through_faults_are_whole(s3: S3Server, root: str) -> None:
+    plan, step, restored = Plan(seed=4, kinds=PASSING, rate=0.3, silence_seconds=0.01), ToyStep(), ToyStep()
+    with faulty(s3.endpoint, plan) as endpoint:
+        train_toy(_reached(endpoint, root), step, images=16, checkpoint_images=4)
+    assert plan.happened.total() > 10
+    assert toy_checkpoints(_reached(s3.endpoint, root)).restore(restored).images_seen == 16
+    assert restored.model.weight.equal(step.model.weight)
+
+
+class Cutting(ToyStep):
+    """Ends the way to the store before one of its steps."""
+
+    def __init__(self, way: ExitStack, at_images: int) -> None:
+        super().__init__()
+        self._way, self._at_images = way, at_images
+
+    def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+        """See `Step.run`."""
+        if images_seen == self._at_images:
+            self._way.close()
+        return super().run(slices, images_seen, learning_rate)
+
+
+def test_a_store_that_goes_away_stops_the_run_at_the_next_checkpoint_which_goes_on_later(
+    s3: S3Server, root: str
+) -> None:
+    near, straight, again = _reached(s3.endpoint, root), ToyStep(), ToyStep()
+    with ExitStack() as way:
+        endpoint = way.enter_context(faulty(s3.endpoint, Plan(seed=0, rate=0.0)))
+        step = Cutting(way, at_images=20)
+        with pytest.raises(UserError, match="no checkpoint could be written: .*; the one before stays"):
+            train_toy(_reached(endpoint, root, attempts=2), step, images=48, checkpoint_images=12)
+    assert len(step.rates) == 9, "it learns of what happened to the checkpoint at 24 images when it comes to 36"
+    assert near.is_file(f"checkpoints/{12:012d}/{RECORD}")
+    train_toy(near, again, images=48, checkpoint_images=12)
+    assert len(again.rates) == 9
+    train_toy(Storage("memory://straight"), straight, images=48)
+    assert again.model.weight.equal(straight.model.weight)

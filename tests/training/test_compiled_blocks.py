@@ -1,0 +1,56 @@
+"""Blocks that are compiled do what they did, keep their names, and are refused where they can't work."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support.gloo import Nursery
+from support.parity import TORCH, ZERO
+from support.tiny import LANES, build_step, tiny_config
+
+from vavae.data.loading import load_slices
+from vavae.data.order import assign_lanes
+from vavae.distributed.world import World
+
+
+def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tuple[list[str], list[dict[str, float]]]:
+    """Names of the weights, and the figures of each step."""
+    config = tiny_config(engine=engine)
+    training = config.train_lightningdit.model_copy(update={"compile_blocks": compiles})
+    dit = config.lightningdit.model_copy(update={"checkpoint_activations": compiles})
+    step = build_step(
+        "train_lightningdit",
+        config.model_copy(update={"train_lightningdit": training, "lightningdit": dit}),
+        world,
+    )
+    stream = load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
+    results = [step.run(next(stream), 0, 1e-3) for _ in range(4)]
+    (trained,) = step.engines.values()
+    return [*trained.weights()], [world.sum_terms(each.terms) | dict(each.gradient_norms) for each in results]
+
+
+@pytest.mark.gloo
+def test_compiled_blocks_take_the_same_steps(gloo: Nursery) -> None:
+    names, figures = gloo.run(1, train_some_steps, TORCH, False)[0]
+    compiled_names, compiled = gloo.run(2, train_some_steps, ZERO[2], True)[0]
+    assert compiled_names == names
+    for ours, theirs in zip(compiled, figures, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_stage_3_cannot_be_compiled() -> None:
+    with pytest.raises(ValidationError, match="compile_blocks=true with engine.zero_stage=3"):
+        tiny_config().train_lightningdit.model_validate(
+            {"images": 1, "compile_blocks": True, "engine": {"zero_stage": 3}}
+        )
+
+
+@pytest.mark.parametrize("engine", [{"backend": "torch"}, {"zero_stage": 0}])
+def test_only_divided_optimisers_are_offloaded(engine: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="offload_optimizer=true with backend="):
+        tiny_config(engine={**engine, "offload_optimizer": True})
+
+
+def test_a_minimum_above_the_number_of_workers_is_refused() -> None:
+    with pytest.raises(ValidationError, match="min_count=3 exceeds count=2"):
+        tiny_config().workers.model_validate({"count": 2, "min_count": 3})
