@@ -95,13 +95,14 @@ def _train(arguments: argparse.Namespace) -> int:
     # torch and DeepSpeed take seconds to import, and `status` needs neither.
     from vavae.distributed.arithmetic import settle_arithmetic
     from vavae.distributed.world import World, process_group
+    from vavae.training.events import EventLog
     from vavae.training.jobs import TRAININGS
     from vavae.training.session import SignalledSession
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
     settle_arithmetic(run.config.workers)
     with process_group(run.config.workers.use_gpu):
-        job, session = _MODELS[arguments.model], SignalledSession()
+        job, session = _MODELS[arguments.model], SignalledSession(EventLog(run.storage))
         with session.listening():
             TRAININGS[job](run, session, World.current(run.config.workers.use_gpu))
     if session.stop_requested() and not run.plan(job).done:

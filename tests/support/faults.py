@@ -56,7 +56,7 @@ class Plan:
         self.sent_bytes = 0
         self.silence_seconds = silence_seconds
         self._random, self._lock = random.Random(seed), threading.Lock()
-        self._kinds, self._rate, self._limit, self._reads_only = kinds, rate, limit, reads_only
+        self._kinds, self.rate, self._limit, self._reads_only = kinds, rate, limit, reads_only
 
     def next(self, is_read: bool) -> tuple[Fault | None, float]:
         """The fault of the next request, and where in its body, from 0 to 1."""
@@ -64,7 +64,7 @@ class Plan:
             chance, choice, where = (self._random.random() for _ in range(3))
             kinds = [kind for kind in self._kinds if is_read or not (self._reads_only or kind in _OF_BODIES)]
             over = self._limit is not None and self.happened.total() >= self._limit
-            if over or not kinds or chance >= self._rate:
+            if over or not kinds or chance >= self.rate:
                 return None, where
             fault = kinds[int(choice * len(kinds))]
             self.happened[fault] += 1

@@ -68,6 +68,10 @@ class ToyStep:
         self.remembered = memory
 
 
+def no_log() -> None:
+    """Nothing was logged."""
+
+
 def toy_checkpoints(
     storage: Storage,
     keep: int = 2,

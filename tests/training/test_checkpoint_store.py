@@ -1,11 +1,11 @@
 """Checkpoints on a real S3 server whose answers fail, and which goes away in the middle of an upload."""
 
+import time
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import pytest
-from support.faults import PASSING, Plan, faulty
+from support.faults import PASSING, Fault, Plan, faulty
 from support.toy import ToyStep, toy_checkpoints, train_toy
 from torch import Tensor
 
@@ -36,16 +36,18 @@ def test_uploads_through_faults_are_whole(s3: S3Server, root: str) -> None:
 
 
 class Cutting(ToyStep):
-    """Ends the way to the store before one of its steps."""
+    """Makes the store refuse everything from one of its steps on, when the checkpoint before that is there."""
 
-    def __init__(self, way: ExitStack, at_images: int) -> None:
+    def __init__(self, plan: Plan, near: Storage, before: str, at_images: int) -> None:
         super().__init__()
-        self._way, self._at_images = way, at_images
+        self._plan, self._near, self._before, self._at_images = plan, near, before, at_images
 
     def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
         if images_seen == self._at_images:
-            self._way.close()
+            while not self._near.is_file(self._before):
+                time.sleep(0.01)
+            self._plan.rate = 1.0
         return super().run(slices, images_seen, learning_rate)
 
 
@@ -53,13 +55,14 @@ def test_a_store_that_goes_away_stops_the_run_at_the_next_checkpoint_which_goes_
     s3: S3Server, root: str
 ) -> None:
     near, straight, again = _reached(s3.endpoint, root), ToyStep(), ToyStep()
-    with ExitStack() as way:
-        endpoint = way.enter_context(faulty(s3.endpoint, Plan(seed=0, rate=0.0)))
-        step = Cutting(way, at_images=20)
-        with pytest.raises(UserError, match="no checkpoint could be written: .*; the one before stays"):
-            train_toy(_reached(endpoint, root, attempts=2), step, images=48, checkpoint_images=12)
+    plan = Plan(seed=0, kinds=[Fault.ERROR_503], rate=0.0)
+    step = Cutting(plan, near, f"checkpoints/{12:012d}/{RECORD}", at_images=20)
+    with (
+        faulty(s3.endpoint, plan) as endpoint,
+        pytest.raises(UserError, match=r"no checkpoint could be written: .*; the one before stays"),
+    ):
+        train_toy(_reached(endpoint, root, attempts=2), step, images=48, checkpoint_images=12)
     assert len(step.rates) == 9, "it learns of what happened to the checkpoint at 24 images when it comes to 36"
-    assert near.is_file(f"checkpoints/{12:012d}/{RECORD}")
     train_toy(near, again, images=48, checkpoint_images=12)
     assert len(again.rates) == 9
     train_toy(Storage("memory://straight"), straight, images=48)

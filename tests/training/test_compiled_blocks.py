@@ -39,7 +39,7 @@ def test_compiled_blocks_take_the_same_steps(gloo: Nursery) -> None:
 
 
 def test_stage_3_cannot_be_compiled() -> None:
-    with pytest.raises(ValidationError, match="compile_blocks=true with engine.zero_stage=3"):
+    with pytest.raises(ValidationError, match=r"compile_blocks=true with engine\.zero_stage=3"):
         tiny_config().train_lightningdit.model_validate(
             {"images": 1, "compile_blocks": True, "engine": {"zero_stage": 3}}
         )

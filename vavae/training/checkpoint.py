@@ -118,13 +118,14 @@ class Checkpoints:
         self._chosen: list[_Found] | None = None
         """What was found to go on from, which may be nothing; None before anybody looked."""
 
-    def save(self, step: Step, state: TrainState, metrics: Mapping[str, float]) -> int:
+    def save(self, step: Step, state: TrainState, metrics: Mapping[str, float], put_log: Callable[[], None]) -> int:
         """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
 
         Args:
             step: whose weights, optimisers and memory are saved.
             state: where the run stands.
             metrics: the last row of the log, by which the best are found.
+            put_log: writes the log up to here; on rank 0, before it commits.
 
         Returns:
             Bytes that this rank copied.
@@ -146,7 +147,7 @@ class Checkpoints:
         copies = {key: _copied(parts) for key, parts in sets.items()}
         self._saves += 1
         place = _Place(f"{state.images_seen:012d}", f"{self._attempt}-{self._saves}")
-        self._writing = _Writing(lambda left: self._write(place, copies, details, left))
+        self._writing = _Writing(lambda left: self._write(place, copies, details, put_log, left))
         self._saved, self._chosen = state, None
         return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
 
@@ -181,7 +182,12 @@ class Checkpoints:
         self._lease.check()
 
     def _write(
-        self, place: "_Place", sets: Mapping[str, Mapping[str, Fragment]], details: _Details, left: Event
+        self,
+        place: "_Place",
+        sets: Mapping[str, Mapping[str, Fragment]],
+        details: _Details,
+        put_log: Callable[[], None],
+        left: Event,
     ) -> None:
         """Put this rank's files; on rank 0 wait for those of all and commit them."""
         files = {}
@@ -192,6 +198,7 @@ class Checkpoints:
                 files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
         self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", files)
         if self._world.is_first:
+            put_log()
             self._commit(place, details, left)
 
     def _commit(self, place: "_Place", details: _Details, left: Event) -> None:

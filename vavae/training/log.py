@@ -181,25 +181,32 @@ class MetricsLog:
         for name, value in row.items():
             self._writer.add_scalar(name, value, images_seen)
 
-    def flush(self, images_seen: int) -> None:
-        """Write the rows since the last segment as one."""
+    def seal(self, images_seen: int) -> Callable[[], None]:
+        """Make one segment of the rows since the last; what is returned writes it, in whatever thread."""
         if not self._active:
-            return
+            return _nothing
         assert self._writer is not None, "rewind opens the log"
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        self._segments.write_bytes(f"{images_seen:012d}.jsonl", text.encode())
         self._rows = []
         self._writer.flush()
+        return lambda: self._write(f"{images_seen:012d}.jsonl", text)
+
+    def _write(self, name: str, text: str) -> None:
+        self._segments.write_bytes(name, text.encode())
         if self._scratch:
             for file in Path(self._scratch.name).iterdir():
                 self._tensorboard.put_file(file, file.name)
 
     def close(self) -> None:
-        """End it; rows that were not flushed are lost."""
+        """End it; rows that were not sealed are lost."""
         if self._writer is not None:
             self._writer.close()
         if self._scratch:
             self._scratch.cleanup()
+
+
+def _nothing() -> None:
+    """Other ranks have nothing to write."""
 
 
 def read_rows(segments: Storage) -> list[dict[str, Any]]:

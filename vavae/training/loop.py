@@ -198,9 +198,8 @@ class _Loop:
                     shown = time.monotonic()
                     self._show(state.images_seen, rate, row)
                 if save:
-                    self.log.flush(state.images_seen)
                     with meter.waiting("checkpoint_wait"):
-                        meter.saved(self.checkpoints.save(step, state, row))
+                        meter.saved(self.checkpoints.save(step, state, row, self.log.seal(state.images_seen)))
                     self.session.checkpoint(state.images_seen, row)
                     self.note("checkpoint", state.images_seen)
         return state

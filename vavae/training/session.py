@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Protocol
 
@@ -88,11 +88,11 @@ class LocalSession:
         return False
 
 
+@dataclass
 class SignalledSession(LocalSession):
     """A run in this process that SIGINT and SIGTERM ask to stop; a second one interrupts at once."""
 
-    def __init__(self) -> None:
-        self._stop = False
+    _stop: bool = field(default=False, init=False)
 
     def stop_requested(self) -> bool:
         """See `Session.stop_requested`."""
