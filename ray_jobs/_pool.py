@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-import torch
 from ray.util import ActorPool
 
 from ray_jobs._board import Board
 from ray_jobs._watch import watched
+from vavae.distributed.arithmetic import settle_arithmetic
 from vavae.errors import UserError
 from vavae.training.run import Job, Run
 
@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
 class _Worker:
     def __init__(self, make_work: Callable[[Run], Work], run: Run, board: Board) -> None:
-        torch.set_num_threads(run.config.workers.threads)
+        settle_arithmetic(run.config.workers)
         self._work, self._board = make_work(run), board
 
     def do(self, item: Any) -> None:

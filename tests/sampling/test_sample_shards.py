@@ -1,13 +1,19 @@
 """Shards of generated images: balanced over classes, made once, functions of their number."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 import webdataset
 from support import small
 
+from vavae.data.image import decode_image
 from vavae.data.passes import gather
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
+from vavae.sampling import sample_shards
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.generate import Generator
 from vavae.sampling.sample_shards import SampleSet, read_samples
@@ -123,6 +129,40 @@ def test_a_shard_that_was_broken_off_leaves_nothing(storage, generator):
     assert samples(storage).record(0) is None
 
 
+@pytest.mark.parametrize("batches", [0, 1, 3, 4])
+def test_a_set_whose_process_is_killed_goes_on_to_the_same_bytes(storage, generator, tmp_path, batches):
+    def generate_until_killed():
+        left = batches
+
+        def advance(count):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        generate_all(samples(storage), generator, advance)
+
+    process = multiprocessing.get_context("fork").Process(target=generate_until_killed)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    survived = [shard for shard in samples(storage).shards() if samples(storage).record(shard)]
+    assert survived == list(range(batches // 2))  # two batches a shard
+    files = generate_all(samples(storage), generator)
+    assert len(generator.asked) == 5 - 2 * len(survived)
+    undisturbed = Storage(str(tmp_path / "undisturbed"))
+    assert generate_all(samples(undisturbed), generator) == files
+    assert contents(storage) == contents(undisturbed)
+
+
+def test_shards_are_the_same_in_any_order_and_from_any_worker(storage, generator, tmp_path):
+    files = generate_all(samples(storage), generator)
+    other = Storage(str(tmp_path / "other"))
+    for shard in reversed(samples(other).shards()):
+        samples(other).generate(shard, Recorder(), ignore)
+    assert samples(other).files() == files
+
+
 def test_samples_of_other_models_are_made_again(storage, generator):
     generate_all(samples(storage, "one"), generator)
     other = samples(storage, "other")
@@ -165,6 +205,14 @@ def test_some_images_come_in_the_order_asked_for(storage, generator):
     assert torch.equal(samples(storage).images([7, 0, 9]), everything[[7, 0, 9]])
     pixels = torch.from_numpy(np.stack(list(samples(storage).pixels())))
     assert torch.equal(pixels.permute(0, 3, 1, 2), everything)
+
+
+def test_only_the_images_asked_for_are_decoded(storage, generator, monkeypatch):
+    generate_all(samples(storage), generator)
+    decoded = []
+    monkeypatch.setattr(sample_shards, "decode_image", lambda data: decoded.append(data) or decode_image(data))
+    samples(storage).images([5, 2])
+    assert len(decoded) == 2
 
 
 def test_naming_files_early_is_our_own_mistake(storage, generator):

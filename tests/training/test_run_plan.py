@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from ray_jobs._preflight import preflight
 from vavae.config import digest, load
 from vavae.data.writer import write_shards
 from vavae.errors import UserError
@@ -102,6 +103,14 @@ def test_an_array_that_is_asked_for_later_is_made_of_the_samples_that_are_there(
     assert to_do(other) == {SAMPLES: "without samples.npz", MEASURES: "after samples"}
     other.storage.write_bytes("samples.npz", b"")
     assert to_do(other) == {}
+
+
+def test_a_label_that_is_no_class_is_refused_before_anything_starts(make):
+    run = make("sample.labels=[cat, lion]")
+    assert preflight(run, [SAMPLES]) == []  # without images the classes are not known
+    do(run, SHARDS)
+    with pytest.raises(UserError, match=r"sample\.labels: 'lion' is none of the 2 classes"):
+        preflight(run, [SAMPLES])
 
 
 def test_planning_writes_nothing(done):
