@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +15,7 @@ import torch
 from vavae.data.config import StreamConfig
 from vavae.data.loading import load_slices
 from vavae.data.order import Round
-from vavae.data.stream import ImageStream, SliceSource
+from vavae.data.stream import ImageStream
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.progress import Progress, Rate
@@ -147,89 +147,15 @@ class _Loop:
         """Train from a state on until the end, a stop, or divergence."""
         if state.images_seen >= self.span.stop:
             return state
-        step, config, world = self.step, self.config, self.world
         self.log.rewind(state.images_seen)
-        source = step.source()
-        meter = Meter(world, step.stopwatch, source.quarantine.names if isinstance(source, ImageStream) else ())
-        rate, shown, skipped = Rate(), -math.inf, 0
-        spikes = SpikeDetector(config.spike_deviations)
-        row: dict[str, float] = {}
-        stop = False
-        with closing(self._slices(source, state)) as stream:
-            while not stop:
-                watchdog.feed()
-                with meter.waiting("data_wait"):
-                    slices = next(stream)
-                lr = learning_rate(config.optimizer.learning_rate, config.schedule, state.images_seen)
-                result = step.run(slices, state.images_seen, lr)
-                before, state = state.images_seen, state.advanced(config.batch_size)
-                signals = self._exchange(result)
-                if all(map(math.isfinite, result.gradient_norms.values())):
-                    skipped = 0
-                    meter.add(result, config.batch_size)
-                    if step.ema is not None:
-                        with step.stopwatch("optimizer"):
-                            step.ema.update()
-                    if spikes.is_spike(signals.loss):
-                        meter.spike()
-                        self._report("loss_spike", "has a loss far above those before it", result, before)
-                else:
-                    skipped += 1
-                    meter.skip(config.batch_size)
-                    self._report("skipped_step", "is skipped", result, before)
-                    if skipped > config.skip_limit:
-                        raise _DivergedError(state)
-
-                for observer in self.observers:
-                    if _crosses(before, state.images_seen, observer.every_images):
-                        with meter.waiting("observe_wait"):
-                            observer.observe(step, state.images_seen, self.log)
-
-                done = state.images_seen >= self.span.stop
-                stop = signals.stop or done
-                save = stop or _crosses(before, state.images_seen, config.checkpoint_images)
-                save = (signals.listens and self.session.must_save()) or save
-                if save or _crosses(before, state.images_seen, config.log_images):
-                    row = meter.row() | {"learning_rate": lr}
-                    if self.utilisation is not None:
-                        row |= self.utilisation.figures(before, row["images_per_second"])
-                    self.log.add(state.images_seen, row)
-                if world.is_first and (done or time.monotonic() - shown > _PROGRESS_SECONDS):
-                    shown = time.monotonic()
-                    self._show(state.images_seen, rate, row)
-                if save:
-                    with meter.waiting("checkpoint_wait"):
-                        meter.saved(self.checkpoints.save(step, state, row, self.log.seal(state.images_seen)))
-                    self.session.checkpoint(state.images_seen, row)
-                    self.note("checkpoint", state.images_seen)
-        return state
+        return _Way(self, state).go(watchdog)
 
     def note(self, kind: Kind, images_seen: int, **details: Any) -> None:
         """Have rank 0 remember what happened."""
         if self.world.is_first:
             self.session.event(Event(kind, self.stage, images_seen, details))
 
-    def _slices(self, source: SliceSource[Any], state: TrainState) -> Generator[list[Any], None, None]:
-        """What this rank reads from a state on."""
-        return load_slices(
-            source,
-            self.rounds,
-            state.position // self.config.batch_size,
-            self.reading.workers,
-            pin_memory=self.world.device.type == "cuda",
-            prefetch_bytes=self.reading.prefetch_bytes,
-            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
-        )
-
-    def _exchange(self, result: StepResult) -> "_Signals":
-        """What all ranks have to know after a step, in one reduction. Every rank calls it."""
-        flags = {"stop": self.session.stop_requested(), "listens": self.session.listens()}
-        total = self.world.sum_terms(
-            {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
-        )
-        return _Signals(total["stop"] > 0, total["listens"] > 0, total[_LOSS])
-
-    def _report(self, kind: Kind, what: str, result: StepResult, images_seen: int) -> None:
+    def report(self, kind: Kind, what: str, result: StepResult, images_seen: int) -> None:
         """Say what a remarkable step was like. Every rank calls it."""
         terms = self.world.sum_terms(result.terms)
         if self.world.is_first:
@@ -237,9 +163,123 @@ class _Loop:
             logger.warning("%s: the step at %s images %s: %s", self.stage, f"{images_seen:,}", what, figures)
             self.note(kind, images_seen, figures=figures)
 
-    def _show(self, seen: int, rate: Rate, row: Mapping[str, float]) -> None:
-        terms = {name: row[name] for name in _HEADLINE if name in row}
-        self.session.progress(Progress(self.stage, seen, self.config.images, rate=rate.update(seen), terms=terms))
+    def exchange(self, result: StepResult) -> _Signals:
+        """What all ranks have to know after a step, in one reduction. Every rank calls it."""
+        flags = {"stop": self.session.stop_requested(), "listens": self.session.listens()}
+        total = self.world.sum_terms(
+            {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
+        )
+        return _Signals(total["stop"] > 0, total["listens"] > 0, total[_LOSS])
+
+
+class _Way:
+    """The steps from one state on, and what was counted of them."""
+
+    def __init__(self, loop: _Loop, state: TrainState) -> None:
+        self._loop, self._state, self._source = loop, state, loop.step.source()
+        unreadable = self._source.quarantine.names if isinstance(self._source, ImageStream) else ()
+        self._meter = Meter(loop.world, loop.step.stopwatch, unreadable)
+        self._rate, self._spikes = Rate(), SpikeDetector(loop.config.spike_deviations)
+        self._row: dict[str, float] = {}
+        self._shown, self._skipped = -math.inf, 0
+
+    def go(self, watchdog: Watchdog) -> TrainState:
+        """Step after step; the state behind the last."""
+        stop = False
+        with closing(self._slices()) as stream:
+            while not stop:
+                watchdog.feed()
+                before = self._state.images_seen
+                signals = self._step(stream)
+                self._observe(before)
+                done = self._state.images_seen >= self._loop.span.stop
+                stop = signals.stop or done
+                asked = signals.listens and self._loop.session.must_save()
+                self._keep(before, save=stop or asked, done=done)
+        return self._state
+
+    def _slices(self) -> Generator[list[Any], None, None]:
+        """What this rank reads from the state on."""
+        loop = self._loop
+        return load_slices(
+            self._source,
+            loop.rounds,
+            self._state.position // loop.config.batch_size,
+            loop.reading.workers,
+            pin_memory=loop.world.device.type == "cuda",
+            prefetch_bytes=loop.reading.prefetch_bytes,
+            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", loop.world.size)),
+        )
+
+    def _step(self, stream: Iterator[list[Any]]) -> _Signals:
+        """One step, which moves the state on.
+
+        Raises:
+            _DivergedError: as those before it, it has gradients that are not finite.
+        """
+        loop, before = self._loop, self._state.images_seen
+        with self._meter.waiting("data_wait"):
+            slices = next(stream)
+        result = loop.step.run(slices, before, self._learning_rate(before))
+        self._state = self._state.advanced(loop.config.batch_size)
+        signals = loop.exchange(result)
+        if not all(map(math.isfinite, result.gradient_norms.values())):
+            self._skip(result, before)
+            return signals
+        self._skipped = 0
+        self._meter.add(result, loop.config.batch_size)
+        if loop.step.ema is not None:
+            with loop.step.stopwatch("optimizer"):
+                loop.step.ema.update()
+        if self._spikes.is_spike(signals.loss):
+            self._meter.spike()
+            loop.report("loss_spike", "has a loss far above those before it", result, before)
+        return signals
+
+    def _learning_rate(self, images_seen: int) -> float:
+        config = self._loop.config
+        return learning_rate(config.optimizer.learning_rate, config.schedule, images_seen)
+
+    def _skip(self, result: StepResult, images_seen: int) -> None:
+        """Count a step that no engine has applied."""
+        self._skipped += 1
+        self._meter.skip(self._loop.config.batch_size)
+        self._loop.report("skipped_step", "is skipped", result, images_seen)
+        if self._skipped > self._loop.config.skip_limit:
+            raise _DivergedError(self._state)
+
+    def _observe(self, before: int) -> None:
+        for observer in self._loop.observers:
+            if _crosses(before, self._state.images_seen, observer.every_images):
+                with self._meter.waiting("observe_wait"):
+                    observer.observe(self._loop.step, self._state.images_seen, self._loop.log)
+
+    def _keep(self, before: int, save: bool, done: bool) -> None:
+        """Log, show and save what is due after a step.
+
+        Args:
+            before: images seen before it.
+            save: whether a checkpoint is due whatever the interval says.
+            done: whether it was the last.
+        """
+        loop, seen = self._loop, self._state.images_seen
+        save = save or _crosses(before, seen, loop.config.checkpoint_images)
+        if save or _crosses(before, seen, loop.config.log_images):
+            self._row = self._meter.row() | {"learning_rate": self._learning_rate(before)}
+            if loop.utilisation is not None:
+                self._row |= loop.utilisation.figures(before, self._row["images_per_second"])
+            loop.log.add(seen, self._row)
+        if loop.world.is_first and (done or time.monotonic() - self._shown > _PROGRESS_SECONDS):
+            self._shown = time.monotonic()
+            terms = {name: self._row[name] for name in _HEADLINE if name in self._row}
+            loop.session.progress(
+                Progress(loop.stage, seen, loop.config.images, rate=self._rate.update(seen), terms=terms)
+            )
+        if save:
+            with self._meter.waiting("checkpoint_wait"):
+                self._meter.saved(loop.checkpoints.save(loop.step, self._state, self._row, loop.log.seal(seen)))
+            loop.session.checkpoint(seen, self._row)
+            loop.note("checkpoint", seen)
 
 
 def _crosses(before: int, after: int, interval: int) -> bool:
