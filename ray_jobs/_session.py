@@ -61,6 +61,7 @@ class RaySession:
 
     def stop_requested(self) -> bool:
         """See `Session.stop_requested`."""
+        self._exporter.refresh()  # here, for every rank comes by at every step
         return self._first and self._board.stop_requested()
 
     def listens(self) -> bool:

@@ -62,6 +62,7 @@ class Watch:
         self._exporter.show({"stage_running": 0})
 
     def _look(self) -> News:
+        self._exporter.refresh()
         news = self._board.read()
         self._events.add(*news.events)
         return news

@@ -30,11 +30,14 @@ class Remembering:
     """An exporter that remembers the last figures."""
 
     def __init__(self):
-        self.figures, self.running = {}, []
+        self.figures, self.running, self.refreshed = {}, [], 0
 
     def show(self, figures):
         self.figures |= figures
         self.running += [figures["stage_running"]] if "stage_running" in figures else []
+
+    def refresh(self):
+        self.refreshed += 1
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ def test_a_line_comes_even_when_nothing_is_reported(lines_of, exporter):
     lines = lines_of([(None, 0, [])] * 3, 8)
     assert [line.split()[:2] for line in lines] == [["sample", "starting"]] * 3
     assert (exporter.figures["images"], exporter.running) == (0, [1, 0])
+    assert exporter.refreshed == 4, "at every look"
 
 
 def test_advances_of_pooled_tasks_add_up_to_progress(lines_of, exporter):
