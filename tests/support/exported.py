@@ -1,0 +1,17 @@
+"""What a job's figures are called where Prometheus finds them."""
+
+from vavae.training.columns import BESIDE, COLUMNS, Column, metric_name
+
+OF_NODES = frozenset(
+    f"ray_node_{name}" for name in ("cpu_utilization", "mem_used", "network_receive_speed", "network_send_speed")
+)
+"""Metrics of Ray itself that the board shows."""
+
+
+def exported_name(name: str, column: Column) -> str:
+    """Ray puts its own name in front of all metrics, and a suffix behind counters."""
+    return f"ray_{metric_name(name)}" + ("_total" if column.adds_up else "")
+
+
+EXPORTED = frozenset(exported_name(name, column) for name, column in (COLUMNS | BESIDE).items())
+"""Names of all figures that jobs show."""
