@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Lint, types and tests: bash tests/run.sh [--tests-only] [--long] [pytest arguments …]
+# Lint, types and tests: bash tests/run.sh [--tests-only] [--long | --gpu] [pytest arguments …]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source cluster/local/environment.sh
 
 lint=yes
-select=(-m "not long")
+select=(-m "not long and not gpu")
 arguments=()
 for argument in "$@"; do
     case $argument in
     --tests-only) lint=no ;;
     --long) select=(-m long) ;;
+    --gpu) select=(-m gpu) ;;
     *) arguments+=("$argument") ;;
     esac
 done

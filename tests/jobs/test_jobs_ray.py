@@ -1,6 +1,9 @@
 """The jobs on a real local Ray with two workers; one cluster for all tests of this file."""
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -130,6 +133,17 @@ def test_deleted_training_comes_back_bit_for_bit_though_a_worker_is_killed(argum
 
     with one_killed("ray::RayTrainWorker", a_checkpoint_is_there):
         assert run_pipeline(arguments, "train_lightningdit.checkpoint_images=32") == 0
+    assert run.require("train_lightningdit").digest == before
+
+
+def test_torchrun_trains_to_the_same_bits(arguments: list[str], root: Path, tmp_path: Path) -> None:
+    ours = shutil.copytree(root, tmp_path / "copy")
+    overrides = ["--config", CONFIG, f"storage.root={ours}", *arguments[3:]]
+    run = Run(load(RunConfig, CONFIG, overrides[2:]))
+    before = run.require("train_lightningdit").digest
+    run.storage.delete("lightningdit")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "-m", "vavae", "train", "lightningdit", *overrides], check=True, timeout=300)
     assert run.require("train_lightningdit").digest == before
 
 
