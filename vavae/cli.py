@@ -11,6 +11,7 @@ from vavae.data.command import add_commands as add_data_commands
 from vavae.errors import UserError
 from vavae.evaluation.bench import command as metrics_bench
 from vavae.planning.command import add_arguments as add_plan_arguments
+from vavae.training.bench import command as checkpoint_bench
 from vavae.training.config import RunConfig
 from vavae.training.run import Job, Run
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
-    for room in (data_bench, metrics_bench):
+    for room in (data_bench, metrics_bench, checkpoint_bench):
         room.add_command(benches)
     for command in (report, data, bench):
         command.set_defaults(overrides=None)

@@ -1,0 +1,1 @@
+"""What a training costs besides its arithmetic, measured."""
