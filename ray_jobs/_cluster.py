@@ -38,7 +38,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
     workers = config.workers
     environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **_KEEP_FREED_MEMORY}}
     print("joining the cluster" if "RAY_ADDRESS" in os.environ else "starting Ray", flush=True)
-    # The Train tab of the dashboard is empty without it.
+    # Without it the dashboard knows nothing of trainings, their workers and their logs.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     if "RAY_ADDRESS" in os.environ:
         ray.init(runtime_env=environment, logging_level=logging.WARNING)

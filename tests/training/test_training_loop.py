@@ -209,7 +209,9 @@ class ScaledStep(ToyStep):
 def test_a_loss_far_above_those_before_it_is_told_and_counted(
     storage: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train_toy(storage, ScaledStep(), images=4 * 200, log_images=4)
+    session = ScriptedSession()
+    train_toy(storage, ScaledStep(), session, images=4 * 200, log_images=4)
+    assert [(event.event, event.images) for event in session.events][:1] == [("loss_spike", 600)]
     assert "toy: the step at 600 images has a loss far above those before it: gradient_norm/toy" in caplog.text
     assert [row["images"] for row in read_rows(storage.child("log")) if "loss_spikes" in row] == [604]
 
