@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from report.test_html import HOSTILE, Page
+from support.page import HOSTILE, Page
 from support.tiny import tiny_config
 
 from vavae.data.grid import image_grid, png_bytes

@@ -1,45 +1,16 @@
 import base64
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from support.page import HOSTILE, Page
 
 from vavae.data.grid import image_grid, png_bytes
 from vavae.report.curves import training_curves
 from vavae.report.html import Metric, Picture, Report, render
 
-HOSTILE = "<script>alert('x')</script> & \"quoted\" $title ${body}"
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, text, and whether every element is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def report(words: str) -> Report:

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from report.test_html import Page
+from PIL import Image
+from support.page import Page
 from support.tiny import tiny_config
 
 from vavae.cli import main
 from vavae.config.load import dump
+from vavae.data.grid import png_bytes
 from vavae.report.run_facts import run_summary, training_seconds
 from vavae.storage.artefact import Artefact, FileInfo, commit
 from vavae.training.hardware import HARDWARE, Hardware
@@ -58,6 +60,20 @@ def test_a_run_that_has_only_begun_has_a_report_with_time_and_cost(make, tmp_pat
     assert run_summary(run.config) in text
     assert "loss/total" in text
     assert "d" * 12 in text
+
+
+def test_the_newest_preview_is_shown_until_there_is_the_final_picture(make, tmp_path):
+    run, output = make(), tmp_path / "page.html"
+    folder = f"{run.training_prefix('train_vavae')}/previews"
+    for seen in (900, 1_200):
+        run.storage.write_bytes(f"{folder}/{seen:012d}.png", png_bytes(Image.new("RGB", (2, 2))))
+    assert main(["report", run.storage.url(), "--out", str(output)]) == 0
+    assert "Reconstructions after 1,200 images" in text_of(output)
+    assert "900 images" not in text_of(output)
+    run.storage.write_bytes("reconstructions.png", png_bytes(Image.new("RGB", (2, 2))))
+    assert main(["report", run.storage.url(), "--out", str(output)]) == 0
+    assert "1,200" not in text_of(output)
+    assert "Held-out images above" in text_of(output)
 
 
 def test_runs_side_by_side_by_folder_and_by_configuration(make, tmp_path):

@@ -77,3 +77,18 @@ def build_step(job: Job, config: RunConfig, world: World) -> Step:
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
     return DiffusionStep(config, model, DrawnLatents(), normalizer, rounds, world)  # type: ignore[arg-type]
+
+
+class Notes:
+    """A log that keeps what it was told last."""
+
+    row: Mapping[str, float] | None = None
+    picture_name: str | None = None
+
+    def add(self, images_seen: int, row: Mapping[str, float]) -> None:
+        """See `MetricsLog.add`."""
+        self.row = row
+
+    def picture(self, images_seen: int, name: str, picture: Any) -> None:
+        """See `MetricsLog.picture`."""
+        self.picture_name = name

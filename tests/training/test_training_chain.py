@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vavae.config import digest, load
 from vavae.data.manifest import read_manifest
@@ -190,13 +191,25 @@ def test_pictures_report_and_tensorboard_are_there(run: Run) -> None:
         assert any("tfevents" in name for name in run.storage.list(f"tensorboard/{job}"))
 
 
+def test_previews_are_in_the_folder_and_in_tensorboard(run: Run) -> None:
+    for job, name, positions in (
+        ("train_vavae", "reconstructions", [64, 128]),
+        ("train_lightningdit", "samples", [256]),
+    ):
+        previews = run.storage.list(f"{run.training_prefix(job)}/previews")  # type: ignore[arg-type]
+        assert [path.rpartition("/")[2] for path in previews] == [f"{seen:012d}.png" for seen in positions]
+        events = EventAccumulator(run.storage.url(f"tensorboard/{job}"))
+        events.Reload()
+        assert [event.step for event in events.Images(name)] == positions
+
+
 def test_a_longer_budget_meets_the_adversary_where_the_shorter_one_did_not(run: Run, tmp_path: Path) -> None:
     """The discriminator is part of the state before it starts. Looking at latents on the way changes nothing."""
     config = run.config.model_copy(update={"storage": run.config.storage.model_copy(update={"root": str(tmp_path)})})
     start = config.losses.adversarial.start_images
     assert start > 0
     for images in (start, config.train_vavae.images):
-        budget = config.train_vavae.model_copy(update={"images": images, "probe_images": None})
+        budget = config.train_vavae.model_copy(update={"images": images, "probe_images": None, "preview_images": None})
         extended = Run(config.model_copy(update={"train_vavae": budget}))
         if images == start:
             write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, _ignore)

@@ -1,5 +1,6 @@
 """The report of one run, from what its jobs have left on storage; parts that are not there yet are left out."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vavae.config.load import dump
@@ -8,7 +9,8 @@ from vavae.report.html import Metric, Picture, Report
 from vavae.report.measures import generation_protocol
 from vavae.report.run_facts import run_facts, run_summary
 from vavae.training.log import read_rows
-from vavae.training.run import STAGES, TRAININGS, Run
+from vavae.training.observer import PREVIEWS
+from vavae.training.run import STAGES, TRAININGS, Job, Run
 
 METRICS, LOG, REPORT = "metrics.json", "metrics.jsonl", "report.html"
 SAMPLES, RECONSTRUCTIONS, LATENT_MAP = "samples.png", "reconstructions.png", "latent_map.png"
@@ -22,7 +24,7 @@ def run_report(run: Run) -> Report:
         summary=run_summary(run.config),
         facts=run_facts(run, rows),
         metrics=read_metrics(run),
-        pictures=_pictures(run),
+        pictures=[*_pictures(run), *_previews(run)],
         curves=training_curves(rows),
         config=dump(run.config),
     )
@@ -91,3 +93,43 @@ def _pictures(run: Run) -> list[Picture]:
     )
     there = [picture for picture in shown if run.storage.is_file(picture.file)]
     return [Picture(p.title, p.caption, run.storage.read_bytes(p.file), p.alt, p.smooth) for p in there]
+
+
+class _Preview(NamedTuple):
+    """Pictures that a training leaves on its way, until its model has made the final ones."""
+
+    job: Job
+    final: str
+    title: str
+    caption: str
+    alt: str
+
+
+_PREVIEWS = (
+    _Preview(
+        "train_lightningdit",
+        SAMPLES,
+        "Samples",
+        "The first images that the sample job would make with the weights at that time.",
+        "Grid of generated images",
+    ),
+    _Preview(
+        "train_vavae",
+        RECONSTRUCTIONS,
+        "Reconstructions",
+        "Held-out images, their reconstructions, and four times the difference.",
+        "Rows of held-out images, of their reconstructions, and of the differences",
+    ),
+)
+
+
+def _previews(run: Run) -> list[Picture]:
+    """The newest one of each training."""
+    found = []
+    for job, final, title, caption, alt in _PREVIEWS:
+        if run.storage.is_file(final) or run.artefact(STAGES[job].inputs[0]) is None:
+            continue
+        for path in run.storage.list(f"{run.training_prefix(job)}/{PREVIEWS}")[-1:]:
+            name = f"{title} after {int(Path(path).stem):,} images"
+            found.append(Picture(name, caption, run.storage.read_bytes(path), alt))
+    return found

@@ -69,6 +69,10 @@ class TrainingConfig(Config):
     """Checkpoints that stay in storage, newest first."""
     keep_best: BestConfig | None = runtime(None)
     """Checkpoints that stay besides the last ones, with the best figures; null keeps none."""
+    preview_images: int | None = runtime(500_000, ge=1)
+    """Images between two pictures of what the model makes of the same inputs, in `previews` beside the checkpoints and
+    in TensorBoard: held-out images, their reconstructions and four times the difference; or the first samples. Null
+    draws none."""
     skip_limit: int = runtime(10, ge=0)
     """Steps in a row that may be skipped because their gradients are not finite, before the run goes back to its last
     checkpoint and on behind the images that it has met since."""
@@ -139,6 +143,8 @@ class LightningDiTTrainingConfig(TrainingConfig):
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
+    preview_images: int | None = runtime(5_000_000, ge=1)
+    """As for the tokenizer; rarer, because training stands still while the first worker samples."""
     compile_blocks: bool = runtime(False)
     """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from vavae.config import Config, digest
 from vavae.data.latents import LatentStream, read_latents_of, read_statistics
-from vavae.data.manifest import read_manifest
+from vavae.data.manifest import Manifest, read_manifest
 from vavae.data.order import Round, assign_lanes, order_of
 from vavae.data.stream import ImageStream
 from vavae.distributed.world import World
@@ -16,23 +17,26 @@ from vavae.interop.export import (
     LightningDiTDescription,
     TokenizerDescription,
     below,
+    load_tokenizer,
     save_export,
 )
 from vavae.storage.artefact import commit, discard
+from vavae.storage.storage import Storage
 from vavae.tokenizer.normalizer import LatentNormalizer
 from vavae.tokenizer.teacher import teacher_geometry
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
+from vavae.training.diffusion_observer import SamplePreview
 from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
-from vavae.training.observer import Observer
+from vavae.training.observer import PREVIEWS, Observer
 from vavae.training.run import Job, Run
 from vavae.training.session import Session
 from vavae.training.start import starting_weights
 from vavae.training.step import Step
-from vavae.training.tokenizer_observer import TokenizerObserver
+from vavae.training.tokenizer_observer import LatentProbe, ReconstructionPreview, held_out_images
 from vavae.training.tokenizer_step import TokenizerStep
 from vavae.training.utilisation import Utilisation
 
@@ -49,8 +53,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, session, world)
     seen = checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
-    every = config.train_vavae.probe_images
-    observers = [] if every is None else [TokenizerObserver(run, manifest, every, world)]
+    observers = _tokenizer_observers(run, manifest, world)
     for stage in config.tokenizer_stages(seen):
         if stage.until_images < seen:
             continue
@@ -88,7 +91,14 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     step = DiffusionStep(config, model, stream, normalizer, _rounds(run, world), world)
     training = config.train_lightningdit
     checkpoints = _checkpoints(run, "train_lightningdit", training, session, world)
-    state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world)
+    observers: list[Observer] = []
+    if training.preview_images is not None:
+        tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
+        folder, classes = _previews(run, "train_lightningdit"), manifest.classes
+        observers.append(
+            SamplePreview(config, model, tokenizer, normalizer, classes, training.preview_images, folder, world)
+        )
+    state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world, observers)
     if state.images_seen < training.images:
         return
     description = LightningDiTDescription(
@@ -116,6 +126,25 @@ def _checkpoints(run: Run, job: Job, config: TrainingConfig, session: Session, w
     fresh = TrainState(images_seen=0, config=digest(run.identity(job)), data=digest(run.inputs(job)))
     storage = run.storage.child(run.training_prefix(job))
     return Checkpoints(storage, fresh, config.keep_checkpoints, world, config.keep_best, session.owner)
+
+
+def _tokenizer_observers(run: Run, manifest: Manifest, world: World) -> list[Observer]:
+    """All that looks at the tokenizer while it trains."""
+    training = run.config.train_vavae
+    if training.probe_images is None and training.preview_images is None:
+        return []
+    images = held_out_images(run, manifest) if world.is_first else torch.empty(0)  # the others look at nothing
+    observers: list[Observer] = []
+    if training.probe_images is not None:
+        observers.append(LatentProbe(run.config, images, training.probe_images, world))
+    if training.preview_images is not None:
+        folder = _previews(run, "train_vavae")
+        observers.append(ReconstructionPreview(run.config, images, training.preview_images, folder, world))
+    return observers
+
+
+def _previews(run: Run, job: Job) -> Storage:
+    return run.storage.child(f"{run.training_prefix(job)}/{PREVIEWS}")
 
 
 def _train(

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -180,6 +182,13 @@ class MetricsLog:
         self._rows[-1] |= row
         for name, value in row.items():
             self._writer.add_scalar(name, value, images_seen)
+
+    def picture(self, images_seen: int, name: str, picture: Image) -> None:
+        """Show a picture in TensorBoard."""
+        if not self._active:
+            return
+        assert self._writer is not None, "rewind opens the log"
+        self._writer.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
 
     def seal(self, images_seen: int) -> Callable[[], None]:
         """Make one segment of the rows since the last; what is returned writes it, in whatever thread."""

@@ -2,10 +2,16 @@
 
 from typing import Protocol
 
+from PIL.Image import Image
 from torch import Tensor
 
+from vavae.data.grid import png_bytes
+from vavae.storage.storage import Storage
 from vavae.training.log import MetricsLog
 from vavae.training.step import Step
+
+PREVIEWS = "previews"
+"""Folder of the pictures of a training."""
 
 
 class Observer(Protocol):
@@ -21,3 +27,9 @@ class Observer(Protocol):
 def exported_weights(step: Step, engine: str) -> dict[str, Tensor]:
     """The state dict that would be exported now: the average where there is one. On the CPU; every rank calls it."""
     return step.engines[engine].weights() if step.ema is None else step.ema.weights()
+
+
+def keep_preview(folder: Storage, images_seen: int, name: str, picture: Image, log: MetricsLog) -> None:
+    """Put a picture into the folder, named by the images seen, and show it in TensorBoard."""
+    folder.write_bytes(f"{images_seen:012d}.png", png_bytes(picture))
+    log.picture(images_seen, name, picture)

@@ -1,69 +1,110 @@
-"""The tokenizer during its training, seen through a fixed set of images."""
+"""The tokenizer during its training, seen through the same few images with the same noise."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from vavae.data.grid import enlargement, image_grid
 from vavae.data.manifest import Manifest
 from vavae.data.passes import gather, read_images
-from vavae.data.pixels import to_float
+from vavae.data.pixels import to_float, to_uint8
 from vavae.distributed.world import World
 from vavae.interop.export import below
 from vavae.metrics.latent_probes import probe_latents
 from vavae.randomness import torch_generator
+from vavae.storage.storage import Storage
 from vavae.tokenizer.autoencoder import VAVAE
+from vavae.training.config import RunConfig
 from vavae.training.log import MetricsLog
-from vavae.training.observer import exported_weights
+from vavae.training.observer import exported_weights, keep_preview
 from vavae.training.run import Run
 from vavae.training.step import Step
 
-_IMAGES = 64
+PROBED, SHOWN = 64, 8
+"""Images whose latents are probed, and whose reconstructions are drawn."""
 _BATCH = 16
+_DIFFERENCE_SCALE = 4
 
 
-class TokenizerObserver:
-    """Encodes the same held-out images, with the same noise, at intervals, and logs what their latents are like.
-
-    The weights are those that would be exported. They are copied into an autoencoder of its own, so that this works
-    with any engine; rank 0 looks alone.
+class LatentProbe:
+    """Encodes images at intervals, and logs what their latents are like.
 
     Args:
-        run: its configuration, and its image shards.
-        manifest: of the shards. Without held-out images it is training images that are looked at.
-        every_images: images between two looks.
+        config: of the run.
+        images: see `held_out_images`.
+        every_images: images of the training between two looks.
         world: the ranks.
     """
 
-    def __init__(self, run: Run, manifest: Manifest, every_images: int, world: World) -> None:
+    def __init__(self, config: RunConfig, images: Tensor, every_images: int, world: World) -> None:
         self.every_images = every_images
-        self._config, self._world = run.config, world
-        self._images: Tensor | None = None
-        if world.is_first:
-            split = "validation" if manifest.splits.get("validation") else "train"
-            shards = run.storage.child(run.prefix("prepare_shards"))
-            self._images = gather(read_images(shards, manifest, split, _IMAGES, _BATCH)).images
+        self._config, self._images, self._world = config, images[:PROBED], world
 
     def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         """See `Observer.observe`."""
-        weights = exported_weights(step, "generator")
-        if self._images is None:
+        model = _autoencoder(step, self._config, self._world)
+        if model is None:
             return
-        probes = probe_latents(self._latents(self._autoencoder(weights), self._images))
-        log.add(images_seen, {f"latent/{name}": value for name, value in probes._asdict().items()})
+        latents = torch.cat([z.cpu() for z in _latents(model, self._images, self._config.seed, self._world)])
+        log.add(images_seen, {f"latent/{name}": value for name, value in probe_latents(latents)._asdict().items()})
 
-    def _autoencoder(self, weights: dict[str, Tensor]) -> VAVAE:
-        """The autoencoder with these weights. On the meta device nothing is initialised, so nothing is drawn."""
-        with torch.device("meta"):
-            model = VAVAE(self._config.tokenizer)
-        model.load_state_dict(below("autoencoder.", weights), assign=True)
-        return model.eval().requires_grad_(False).to(self._world.device)
+
+class ReconstructionPreview:
+    """Draws images, their reconstructions, and four times their difference below each other, at intervals.
+
+    Args:
+        config: of the run.
+        images: see `held_out_images`.
+        every_images: images of the training between two looks.
+        folder: where pictures go.
+        world: the ranks.
+    """
+
+    def __init__(self, config: RunConfig, images: Tensor, every_images: int, folder: Storage, world: World) -> None:
+        self.every_images = every_images
+        self._config, self._images, self._folder, self._world = config, images[:SHOWN], folder, world
 
     @torch.inference_mode()
-    def _latents(self, model: VAVAE, images: Tensor) -> Tensor:
-        """A sample of the posterior of each image [N, C, h, w], on the CPU."""
-        generator = torch_generator(self._config.seed, "observed posterior")
-        samples = []
-        for batch in images.split(_BATCH):
-            posterior = model.encode(to_float(batch.to(self._world.device)))
-            noise = torch.randn(posterior.mean.shape, generator=generator)
-            samples.append(posterior.at(noise.to(self._world.device)).cpu())
-        return torch.cat(samples)
+    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Observer.observe`."""
+        model = _autoencoder(step, self._config, self._world)
+        if model is None:
+            return
+        latents = _latents(model, self._images, self._config.seed, self._world)
+        restored = torch.cat([to_uint8(model.decode(z)).cpu() for z in latents])
+        difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
+        triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
+        grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-1]))
+        keep_preview(self._folder, images_seen, "reconstructions", grid, log)
+
+
+def held_out_images(run: Run, manifest: Manifest) -> Tensor:
+    """The first held-out images of a run, uint8 [N, 3, H, W]; training images where none are held out."""
+    split = "validation" if manifest.splits.get("validation") else "train"
+    shards = run.storage.child(run.prefix("prepare_shards"))
+    return gather(read_images(shards, manifest, split, PROBED, _BATCH)).images
+
+
+def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
+    """What would be exported now, in a module of its own, on rank 0; every rank calls it.
+
+    On the meta device nothing is initialised, so nothing is drawn.
+    """
+    weights = exported_weights(step, "generator")
+    if not world.is_first:
+        return None
+    with torch.device("meta"):
+        model = VAVAE(config.tokenizer)
+    model.load_state_dict(below("autoencoder.", weights), assign=True)
+    return model.eval().requires_grad_(False).to(world.device)
+
+
+@torch.inference_mode()
+def _latents(model: VAVAE, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
+    """Samples of the posteriors of images, in batches [b, C, h, w]."""
+    generator = torch_generator(seed, "observed posterior")
+    for batch in images.split(_BATCH):
+        posterior = model.encode(to_float(batch.to(world.device)))
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        yield posterior.at(noise.to(world.device))
