@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 from support.sockets import beyond_loopback
+from support.trained import trained_run
 
 from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
@@ -22,6 +25,7 @@ from vavae.storage.artefact import RECORD
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.config import RunConfig
 from vavae.training.run import Run
+from vavae.training.samples import open_generator
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 
@@ -154,6 +158,26 @@ def test_latents_survive_a_killed_actor_whatever_their_number(arguments: list[st
     with one_killed("ray::_Worker.do"):
         assert run_pipeline(arguments, "latents.actors=1") == 0
     assert {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)} == before
+
+
+def test_samples_survive_a_killed_actor_and_come_as_one_array(tmp_path: Path) -> None:
+    settings = ["sample.images=60", "sample.shard_images=20", "solver.num_steps=30"]
+    config = trained_run(tmp_path / "runs").storage.local_file("config.yaml")
+    run = Run(load(RunConfig, config, settings))
+
+    def a_shard_is_done() -> bool:
+        return run.storage.exists("samples/000000.json")
+
+    with one_killed("ray::_Worker.do", a_shard_is_done):
+        job = ["--config", str(config), *settings, "sample.actors=1", "sample.npz=true"]
+        assert command.main("sample", DESCRIPTION, sample.work, job) == 0
+    with np.load(tmp_path / "runs" / "run" / "samples.npz") as array:
+        undisturbed = open_generator(run, torch.device("cpu")).batches(
+            range(60), [index % 3 for index in range(60)], run.config.seed, run.config.guidance, run.config.solver, 20
+        )
+        found = torch.from_numpy(array["arr_0"]).permute(0, 3, 1, 2)
+        assert (found.int() - torch.cat(list(undisturbed)).int()).abs().max() <= 1
+    assert list(run.require("sample").files) == ["000000.tar", "000001.tar", "000002.tar"]
 
 
 def test_an_actor_too_large_for_every_node_is_refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,22 @@ def test_what_is_done_is_not_done_again(storage, generator):
     assert contents(storage) == before
 
 
+def test_more_images_keep_the_full_shards_that_are_there(storage, generator):
+    generate_all(samples(storage), generator)
+    before = contents(storage)
+    generator.asked.clear()
+    generate_all(samples(storage, config=CONFIG.model_copy(update={"images": 13})), generator)
+    assert generator.asked == [[8, 9, 10], [11], [12]]
+    after = contents(storage)
+    assert all(
+        after[f"00000{shard}.{kind}"] == before[f"00000{shard}.{kind}"] for shard in (0, 1) for kind in ("tar", "json")
+    )
+    generator.asked.clear()
+    generate_all(samples(storage), generator)
+    assert generator.asked == [[8, 9]]
+    assert {path: data for path, data in contents(storage).items() if path in before} == before
+
+
 def test_a_truncated_shard_is_made_again(storage, generator):
     generate_all(samples(storage), generator)
     before = contents(storage)

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from vavae.config import dump
+from vavae.config import digest, dump
 from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest
 from vavae.interop.export import WEIGHTS, LightningDiTDescription, TokenizerDescription, save_export
 from vavae.losses.config import VisionFoundationLossConfig
@@ -66,5 +66,6 @@ def _folder(run, job):
     return run.storage.child(run.prefix(job))
 
 
-def _commit(run, job, digest, files):
-    commit(run.storage, run.prefix(job), Artefact(kind=STAGES[job].makes, digest=digest, config="", files=files))
+def _commit(run, job, content, files):
+    config = digest(run.identity(job))
+    commit(run.storage, run.prefix(job), Artefact(kind=STAGES[job].makes, digest=content, config=config, files=files))

@@ -26,6 +26,7 @@ class SampleShardRecord(BaseModel):
 
     origin: str
     """Digest of the models and the settings that it was made with."""
+    images: int
     file: FileInfo
 
 
@@ -38,7 +39,7 @@ class SampleSet:
         seed: of the run.
         guidance: classifier-free guidance.
         solver: of the flow.
-        origin: digest of everything that the images are a function of.
+        origin: digest of everything that an image is a function of, beside its index.
         classes: names of the classes, in the order of their labels.
 
     Raises:
@@ -80,7 +81,7 @@ class SampleSet:
                         add_image(tar, indices[tar.count], labels[tar.count], image)
                     advance(len(batch))
             info = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
-        record = SampleShardRecord(origin=self._origin, file=info)
+        record = SampleShardRecord(origin=self._origin, images=len(indices), file=info)
         self._storage.write_json(_record_path(shard), record.model_dump())
 
     def record(self, shard: int) -> SampleShardRecord | None:
@@ -90,7 +91,8 @@ class SampleSet:
             intact = self._storage.size(_path(shard)) == record.file.bytes
         except (FileNotFoundError, ValidationError):
             return None
-        return record if intact and record.origin == self._origin else None
+        valid = record.origin == self._origin and record.images == len(self._indices(shard))
+        return record if intact and valid else None
 
     def files(self) -> dict[str, FileInfo]:
         """All shards once they are done."""

@@ -42,12 +42,14 @@ def open_generator(run: Run, device: torch.device) -> Generator:
 
 
 def sample_set(run: Run) -> SampleSet:
-    """The images of the configuration, done or not.
+    """The images of the configuration, done or not; where it asks for more than before, those that are there stay.
 
     Raises:
         UserError: `sample.labels` names a class that there is not, or an input is missing.
     """
     config = run.config
-    origin = digest({"config": run.identity("sample"), "inputs": run.inputs("sample")})
+    identity = run.identity("sample")
+    each = {key: value for key, value in identity["sample"].items() if key != "images"}
+    origin = digest({"config": {**identity, "sample": each}, "inputs": run.inputs("sample")})
     storage = run.storage.child(run.prefix("sample"))
     return SampleSet(storage, config.sample, config.seed, config.guidance, config.solver, origin, class_names(run))
