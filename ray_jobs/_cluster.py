@@ -2,10 +2,12 @@
 
 import logging
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import ray
 from ray._private import ray_constants
@@ -13,6 +15,8 @@ from ray._private import ray_constants
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
 
+TOKEN = Path("~/.ray/auth_token")
+"""Where Ray keeps the token that it makes by itself."""
 _LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
 _KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2 * 1024**3),
@@ -45,6 +49,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         _check_resources(config)
     else:
         _stay_on_loopback()
+        keep_token_private()
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus)),
@@ -69,6 +74,17 @@ def _stay_on_loopback() -> None:
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def keep_token_private() -> None:
+    """The token of a local Ray lets everybody in who has it, and Ray would leave it readable for everybody."""
+    if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")):
+        return
+    path = TOKEN.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
+    path.chmod(0o600)
 
 
 def _check_resources(config: RunConfig) -> None:

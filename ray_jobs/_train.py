@@ -1,5 +1,6 @@
 """Ray Train around the training loop: workers, restarts, and the errors that come back."""
 
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ def fit(run: Run, job: Job) -> None:
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    with watched(run, job, board), stopped_by_signals(board):
+    # In the main thread Ray Train would answer an interrupt itself, by ending the workers where they are.
+    with watched(run, job, board), stopped_by_signals(board), ThreadPool(1) as thread:
         try:
-            trainer.fit()
+            thread.apply(trainer.fit)
         except TrainingFailedError:
             error = board.error() or board.outage()
             if error is not None:

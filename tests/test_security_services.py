@@ -8,6 +8,7 @@ import psutil
 import pytest
 from support.sockets import beyond_loopback
 
+from ray_jobs._cluster import TOKEN, keep_token_private
 from vavae.storage.loopback import s3_server, why_no_s3_server
 
 
@@ -19,6 +20,23 @@ def test_listening_beyond_loopback_is_seen(host, beyond):
         process.stdout.readline()
         assert set(beyond_loopback(psutil.Process(process.pid))) == beyond
         process.communicate(b"\n")
+
+
+@pytest.mark.parametrize("before", [None, "made by Ray, which lets everybody read it"])
+def test_the_token_of_a_local_ray_is_its_owners(tmp_path, monkeypatch, before):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = TOKEN.expanduser()
+    if before is not None:
+        path.parent.mkdir()
+        path.write_text(before)
+    for _ in range(2):
+        keep_token_private()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert path.read_text() == (before or path.read_text())
+        before = path.read_text()
+    assert len(before) >= 32
 
 
 @pytest.mark.skipif(why_no_s3_server() is not None, reason="JuiceFS' gateway is not installed")

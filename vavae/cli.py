@@ -1,9 +1,11 @@
-"""The console command ``vavae``: what needs no cluster."""
+"""The console command ``vavae``: what needs no cluster, and how to reach one."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
+from ray_jobs.submission.command import add_commands as add_submission_commands
 from vavae.config.command import run_command
 from vavae.config.load import load
 from vavae.data.bench import command as data_bench
@@ -21,11 +23,18 @@ _MODELS: dict[str, Job] = {"vavae": "train_vavae", "lightningdit": "train_lightn
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(
-        "vavae", description="VA-VAE and LightningDiT without a cluster.", allow_abbrev=False
+        "vavae", description="VA-VAE and LightningDiT, here and on a cluster.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    status = commands.add_parser("status", help="say what a run has and what is still to do")
+    status = commands.add_parser("status", help="say what a run has and what is still to do, from its storage alone")
     status.set_defaults(act=_status)
+    status.add_argument(
+        "--config", metavar="FILE", help="the YAML configuration of the run, in place of its folder: compares the two"
+    )
+    status.add_argument("--hourly-price", type=float, metavar="PRICE", help="what a worker costs in an hour")
+    status.add_argument(
+        "overrides", nargs="*", metavar="RUN | key.path=value", help="folder or URL of the run; set one key"
+    )
     plan = commands.add_parser("plan", help="say what a run would take on a cluster: time, money, bytes, bottlenecks")
     add_plan_arguments(plan)
     train = commands.add_parser("train", help="train one model in this process, or under torchrun in several")
@@ -63,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--out", default="report.html", metavar="FILE", help="default: %(default)s")
     report.add_argument("--hourly-price", type=float, metavar="PRICE", help="what a worker costs in an hour")
     report.set_defaults(act=_report)
+    add_submission_commands(commands)
     data = commands.add_parser("data", help="index, verify and describe shards of images")
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
@@ -71,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         room.add_command(benches)
     for command in (report, data, bench):
         command.set_defaults(overrides=None)
-    for command in (status, plan, train, bring, give):
+    for command in (plan, train, bring, give):
         command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
-    for command in (status, plan, train, bring, give, sample):
+    for command in (plan, train, bring, give, sample):
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
     # argparse closes the list of overrides at the first option; those that stand after one are left over.
     arguments, overrides = parser.parse_known_args(argv)
@@ -85,10 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    run = Run(load(RunConfig, arguments.config, arguments.overrides))
-    for job, plan in run.plans().items():
-        state = "done" if plan.done else "to do"
-        print(f"{job:<18} {state:<6} {plan.why}")
+    from vavae.report.status import run_cost, run_status
+
+    if arguments.config is not None:
+        run = Run(load(RunConfig, arguments.config, arguments.overrides))
+    elif arguments.overrides:
+        run = Run.at(arguments.overrides[0], arguments.overrides[1:])
+    else:
+        raise UserError("name the run: the folder storage.root/name, or --config FILE")
+    for stage in run_status(run, run.plans(sources=arguments.config is not None)):
+        print(stage.line(datetime.now(timezone.utc)))
+    price = run.config.workers.hourly_price if arguments.hourly_price is None else arguments.hourly_price
+    if price is not None:
+        print(f"cost so far: {run_cost(run, price):,.2f} at {price:g} per worker and hour")
     return 0
 
 

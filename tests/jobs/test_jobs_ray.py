@@ -1,7 +1,9 @@
 """The jobs on a real local Ray with two workers; one cluster for all tests of this file."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,9 @@ from support.trained import trained_run
 from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
 from ray_jobs._cluster import cluster
+from vavae import progress
 from vavae.config import load
+from vavae.report.status import run_status
 from vavae.storage.artefact import RECORD
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.config import RunConfig
@@ -195,11 +199,26 @@ def test_an_actor_too_large_for_every_node_is_refused(arguments: list[str], capf
     assert "precompute_latents: an actor needs 10000 CPUs of one node and none has so many" in capfd.readouterr().err
 
 
-def test_more_images_go_on_from_the_checkpoint_with_another_number_of_workers(
-    arguments: list[str], capfd: pytest.CaptureFixture[str]
+def test_ctrl_c_saves_and_more_images_go_on_from_there_with_another_number_of_workers(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = load(RunConfig, CONFIG, arguments[2:])
-    budget = config.train_lightningdit.images + config.train_lightningdit.batch_size
+    before = config.train_lightningdit.images
+
+    def interrupt(moment: progress.Progress) -> None:
+        if moment.done > before:
+            patch.undo()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "show", interrupt)
+        endless = [f"train_lightningdit.{key}=1_000_000" for key in ("images", "checkpoint_images")]
+        assert run_pipeline(arguments, *endless) == 130
+    run = Run(config)
+    (training,) = (stage.training for stage in run_status(run, run.plans()) if stage.job == "train_lightningdit")
+    assert training is not None
+    assert training.seen > before, "beyond what the run had before"
+    budget = training.seen + config.train_lightningdit.batch_size
     assert run_pipeline(arguments, f"train_lightningdit.images={budget}", "workers.count=1") == 0
     run = Run(load(RunConfig, CONFIG, [*arguments[2:], f"train_lightningdit.images={budget}"]))
     assert run.require("train_lightningdit").images_seen == budget

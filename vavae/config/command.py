@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from vavae.errors import UserError
 
-_MISUSE, _INTERRUPTED = 2, 130
+_MISUSE = 2
+INTERRUPTED = 130
+"""Exit status of what was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -51,4 +53,4 @@ def run_command(main: Callable[[], int | None]) -> int:
         return _MISUSE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED

@@ -40,6 +40,12 @@ def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return facts
 
 
+def hardware_of(run: Run, job: Job) -> Hardware | None:
+    """What a training runs on, once it has begun."""
+    place = f"{run.training_prefix(job)}/{HARDWARE}"
+    return Hardware.model_validate(run.storage.read_json(place)) if run.storage.is_file(place) else None
+
+
 def training_seconds(rows: Iterable[Mapping[str, Any]]) -> float:
     """Time of the steps behind the rows of one training; starts, and steps that were lost, are not in the log."""
     measured = [row for row in rows if row.get("images_per_second")]
@@ -50,6 +56,11 @@ def training_seconds(rows: Iterable[Mapping[str, Any]]) -> float:
     )
 
 
+def training_cost(rows: Iterable[Mapping[str, Any]], workers: int, hourly_price: float) -> float:
+    """What the steps behind the rows of one training cost, at a price per worker."""
+    return training_seconds(rows) / _HOUR * workers * hourly_price
+
+
 def _training(run: Run, job: Job, rows: list[Mapping[str, Any]]) -> str:
     seconds, images = training_seconds(rows), rows[-1]["images"]
     budget = run.budget(job)
@@ -57,12 +68,11 @@ def _training(run: Run, job: Job, rows: list[Mapping[str, Any]]) -> str:
     parts = [f"{images:,}{of} images in {clock(seconds)}"]
     if seconds:
         parts.append(f"{images / seconds:,.4g} images/s")
-    place = f"{run.training_prefix(job)}/{HARDWARE}"
-    if run.storage.is_file(place):
-        hardware = Hardware.model_validate(run.storage.read_json(place))
+    hardware = hardware_of(run, job)
+    if hardware is not None:
         parts.append(str(hardware))
         price = run.config.workers.hourly_price
         if price is not None:
-            cost = seconds / _HOUR * hardware.workers * price
+            cost = training_cost(rows, hardware.workers, price)
             parts.append(f"cost {cost:,.2f} at {price:g} per worker and hour")
     return "; ".join(parts)

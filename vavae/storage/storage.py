@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -92,6 +93,14 @@ class Storage:
     def size(self, path: str) -> int:
         """Bytes of a file."""
         return self._info(path)["size"]
+
+    def modified(self, path: str) -> datetime | None:
+        """When a file was put; None where its store doesn't tell."""
+        name = self._name(path)
+        try:
+            return self._ask(path, lambda: self._fs.modified(name))
+        except NotImplementedError:
+            return None
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Bytes of every file beneath a folder, at any depth, by sorted path; empty where there is no such folder."""

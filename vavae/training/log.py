@@ -223,5 +223,14 @@ def read_rows(segments: Storage) -> list[dict[str, Any]]:
     return [json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()]
 
 
+def latest_row(segments: Storage) -> dict[str, Any]:
+    """The last row of a training run, without reading those before it; empty where there is none."""
+    for name in reversed(segments.list()):
+        lines = segments.read_bytes(name).decode().splitlines()
+        if lines:
+            return json.loads(lines[-1])
+    return {}
+
+
 def _images(segment: str) -> int:
     return int(segment.removesuffix(".jsonl"))

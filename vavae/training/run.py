@@ -159,8 +159,11 @@ class Run:
         """
         return {name: self.require(name).digest for name in STAGES[job].inputs}
 
-    def plans(self) -> dict[Job, Plan]:
+    def plans(self, sources: bool = True) -> dict[Job, Plan]:
         """What every job would do now, found out without any work.
+
+        Args:
+            sources: compare the sources of the images with those of the shards, too.
 
         Raises:
             UserError: an artefact was made with another configuration and is too precious to be made again under the
@@ -169,7 +172,9 @@ class Run:
         plans: dict[Job, Plan] = {}
         for job, stage in STAGES.items():
             missing = next((name for name in reversed(stage.inputs) if not plans[name].done), None)
-            plans[job] = self._plan(job) if missing is None else Plan(stage, False, f"after {STAGES[missing].makes}")
+            plans[job] = (
+                self._plan(job, sources) if missing is None else Plan(stage, False, f"after {STAGES[missing].makes}")
+            )
         return plans
 
     def plan(self, job: Job) -> Plan:
@@ -186,8 +191,11 @@ class Run:
                 )
         return self._plan(job)
 
-    def _plan(self, job: Job) -> Plan:
+    def _plan(self, job: Job, sources: bool = True) -> Plan:
         stage = STAGES[job]
+        if job == "prepare_shards" and not sources:
+            record = self.artefact(job)
+            return Plan(stage, record is not None, record.digest[:12] if record else "not there yet")
         if job == "prepare_shards":
             manifest = find_shards(self.storage, self.prefix(job), self.config.shards)
             return Plan(stage, manifest is not None, manifest.digest[:12] if manifest else "not there yet")

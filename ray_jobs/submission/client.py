@@ -1,0 +1,170 @@
+"""Speaking to the cluster: its jobs, their logs, and stopping them."""
+
+import asyncio
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+
+from ray_jobs._cluster import TOKEN
+from ray_jobs.submission.submission import GRACE, Submission
+from vavae.config.command import INTERRUPTED
+from vavae.errors import UserError
+
+_POLL_SECONDS, _RETRY_SECONDS, _PATIENCE_SECONDS = 0.5, 1.0, 300.0
+_OUTAGE = (RuntimeError, OSError, aiohttp.ClientError)
+
+
+class Cluster:
+    """The cluster that `RAY_ADDRESS` names (`http://HEAD:8265`), or the one on this machine.
+
+    The token comes from `RAY_AUTH_TOKEN`, the file `RAY_AUTH_TOKEN_PATH`, or Ray's own file.
+
+    Args:
+        client: speaks to it; None makes one.
+
+    Raises:
+        UserError: nobody answers there, the token is another, or others can read its file.
+    """
+
+    def __init__(self, client: JobSubmissionClient | None = None) -> None:
+        self._client = _connect() if client is None else client
+
+    @property
+    def address(self) -> str:
+        """Of its dashboard."""
+        return self._client.get_address()
+
+    def submit(self, submission: Submission, working_dir: Path) -> None:
+        """Upload the working directory, unless the cluster has it, and start the job."""
+        with _in_one_line():
+            self._client.submit_job(
+                submission_id=submission.id,
+                entrypoint=submission.entrypoint,
+                metadata=dict(submission.metadata),
+                runtime_env={**submission.runtime_env, "working_dir": str(working_dir)},
+            )
+
+    def jobs(self) -> list[JobDetails]:
+        """All that was submitted, the oldest first."""
+        with _in_one_line():
+            found = [job for job in self._client.list_jobs() if job.type == JobType.SUBMISSION]
+        return sorted(found, key=lambda job: job.start_time or 0)
+
+    def job(self, name: str) -> JobDetails:
+        """What is known of a job; UserError where there is none of this name."""
+        with _in_one_line(f"{name}: no such job; vavae jobs lists them"):
+            return self._client.get_job_info(name)
+
+    def log(self, name: str) -> str:
+        """What a job has printed so far."""
+        self.job(name)
+        with _in_one_line():
+            return self._client.get_job_logs(name)
+
+    def follow(self, name: str, show: Callable[[str], None]) -> JobDetails:
+        """Show what a job prints until it has ended, through broken connections.
+
+        Raises:
+            UserError: the cluster is gone for minutes.
+        """
+        unseen, lost_at = _Unseen(show), None
+        while True:
+            try:
+                asyncio.run(self._tail(name, unseen))
+                job, lost_at = self._client.get_job_info(name), None
+                if job.status.is_terminal():
+                    return job
+            except _OUTAGE as error:
+                lost_at = time.monotonic() if lost_at is None else lost_at
+                if time.monotonic() - lost_at > _PATIENCE_SECONDS:
+                    reason = _in_short(error)
+                    raise UserError(f"{name}: lost {self.address} ({reason}); vavae logs {name} --follow") from error
+            time.sleep(_RETRY_SECONDS)
+
+    async def _tail(self, name: str, unseen: "_Unseen") -> None:
+        unseen.begin()
+        async for text in self._client.tail_job_logs(name):
+            unseen(text)
+
+    def stop(self, name: str) -> bool:
+        """Ask a job to save and leave, and wait until it has; whether it left by itself in the time that it has."""
+        grace = int((self.job(name).runtime_env or {}).get("env_vars", {}).get(GRACE, 3))
+        start = time.monotonic()
+        with _in_one_line():
+            self._client.stop_job(name)
+        while not self.job(name).status.is_terminal():
+            time.sleep(_POLL_SECONDS)
+        return time.monotonic() - start < grace
+
+
+class _Unseen:
+    """Shows what is new of a log that is told from its beginning every time.
+
+    Args:
+        show: what shows it.
+    """
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show, self._shown, self._at = show, 0, 0
+
+    def begin(self) -> None:
+        """The log is told anew."""
+        self._at = 0
+
+    def __call__(self, text: str) -> None:
+        new = text[max(0, self._shown - self._at) :]
+        self._at += len(text)
+        if new:
+            self._show(new)
+            self._shown = self._at
+
+
+def exit_status(job: JobDetails) -> int:
+    """What a command that waited for a job ends with."""
+    if job.status == JobStatus.SUCCEEDED:
+        return 0
+    return INTERRUPTED if job.status == JobStatus.STOPPED else job.driver_exit_code or 1
+
+
+def _connect() -> JobSubmissionClient:
+    _check_token_file()
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # of packages and ignored files, one by one
+    with _in_one_line():
+        return JobSubmissionClient()
+
+
+def _check_token_file() -> None:
+    """Refuse a token that everybody on this machine can read, as ssh refuses such keys."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", TOKEN)).expanduser()
+    asked = "RAY_AUTH_TOKEN" not in os.environ and os.environ.get("RAY_AUTH_MODE") != "disabled"
+    if asked and path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise UserError(f"{path}: others on this machine can read the token; chmod 600 {path}")
+
+
+@contextmanager
+def _in_one_line(otherwise: str | None = None) -> Iterator[None]:
+    """What Ray's client raises, as the user's error; `otherwise` where the cluster says that there is no such thing."""
+    named = [f"{name}={os.environ[name]}" for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ]
+    place = named[0] if named else "no RAY_ADDRESS is set, and on this machine"
+    try:
+        yield
+    except AuthenticationError as error:
+        raise UserError(f"{place}: {_in_short(error)}; see RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH") from error
+    except OSError as error:
+        raise UserError(f"{place}: no Ray dashboard answers ({_in_short(error)})") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(otherwise if otherwise and "404" in str(error) else f"{place}: {_in_short(error)}") from error
+
+
+def _in_short(error: Exception) -> str:
+    """The first sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]

@@ -1,0 +1,132 @@
+"""What is submitted: a readable name, the command, what the dashboard shows of it, and its environment."""
+
+import json
+import pkgutil
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import ray_jobs
+from vavae.config import digest
+from vavae.config.credentials import REFUSAL, has_credentials
+from vavae.errors import UserError
+from vavae.training.config import RunConfig
+
+JOBS = tuple(
+    module.name
+    for module in pkgutil.iter_modules(ray_jobs.__path__)
+    if not (module.ispkg or module.name.startswith("_"))
+)
+"""Names of the jobs, each a module of `ray_jobs`."""
+
+GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Variable of a job: seconds that it has for its last checkpoint when it is stopped, before it is killed."""
+_GRACE_SECONDS = 600
+_SECRET_NAME = re.compile(
+    r"(^|_)(secrets?|tokens?|passw(or)?d|passphrase|credentials?|(api|access|private)?key(_id)?)(_(?!file|path)|$)",
+    re.IGNORECASE,
+)
+_SECRET_CHARACTERS = 8
+"""A shorter value of a variable could be any word."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job, as Ray Jobs is given it. All of it can be read by whoever sees the dashboard."""
+
+    id: str
+    entrypoint: str
+    metadata: Mapping[str, str]
+    runtime_env: Mapping[str, Any]
+
+
+def describe(
+    job: str,
+    config: RunConfig,
+    arguments: Sequence[str],
+    working_dir: Path,
+    variables: Mapping[str, str],
+    pip: Sequence[str],
+    now: datetime,
+) -> Submission:
+    """What to submit for a job.
+
+    Args:
+        job: its name.
+        config: the configuration that its arguments amount to.
+        arguments: of the job's command line, as the job will see them in the working directory.
+        working_dir: the folder that is uploaded.
+        variables: environment of the job and its workers.
+        pip: requirements that are installed for this job.
+        now: the time, which makes the name unique.
+    """
+    metadata = {"job": job, "run": config.name, "storage": config.storage.root, "config": digest(config)}
+    commit = _commit(working_dir)
+    if commit is not None:
+        metadata["commit"] = commit
+    environment: dict[str, Any] = {"env_vars": {GRACE: str(_GRACE_SECONDS), **variables}}
+    if pip:
+        environment["pip"] = list(pip)
+    return Submission(
+        id=f"{config.name}-{job}-{now:%Y%m%d-%H%M%S}",
+        entrypoint=shlex.join(["python", "-m", f"{ray_jobs.__name__}.{job}", *arguments]),
+        metadata=metadata,
+        runtime_env=environment,
+    )
+
+
+def variables_of(asked: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a job from `NAME=value`, or `NAME` for the value that it has here.
+
+    Raises:
+        UserError: one isn't set here, is a secret by its name, or belongs to the job itself.
+    """
+    variables = {}
+    for item in asked:
+        name, given, value = item.partition("=")
+        if _SECRET_NAME.search(name):
+            raise UserError(
+                f"--env {name}: looks like a secret, and whoever sees the dashboard can read the environment of a job; "
+                "give it to the machines of the cluster (role, profile, Kubernetes secret)"
+            )
+        if name == "OMP_NUM_THREADS":
+            raise UserError(f"--env {name}: the job sets it itself; use workers.threads")
+        if not given and name not in environment:
+            raise UserError(f"--env {name}: not set here; give --env {name}=value")
+        variables[name] = value if given else environment[name]
+    return variables
+
+
+def refuse_secrets(submission: Submission, environment: Mapping[str, str]) -> None:
+    """Refuse to show the dashboard a URL with credentials, or the value of a variable that is named like a secret.
+
+    Args:
+        submission: what would be sent.
+        environment: of this process.
+
+    Raises:
+        UserError: it would; the message names the variable and doesn't repeat the value.
+    """
+    words = [*shlex.split(submission.entrypoint), *submission.metadata.values()]
+    words += [*submission.runtime_env["env_vars"].values(), *submission.runtime_env.get("pip", ())]
+    if any(map(has_credentials, words)):
+        raise UserError(f"the submission holds {REFUSAL}")
+    text = json.dumps(words, ensure_ascii=False)
+    for name, value in environment.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SECRET_CHARACTERS and value in text:
+            raise UserError(f"the submission holds the value of {name}, and would show it to everybody: take it out")
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a checkout, with `-dirty` where files differ from it; None outside of one."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
