@@ -16,10 +16,11 @@ from vavae.planning.offer import Offer
 from vavae.planning.stages import Dataset, evaluations, plan_stages, tokenizer_flops
 from vavae.training.config import RunConfig
 from vavae.training.estimate import checkpoint_bytes, trained_parameters
-from vavae.training.flops import training_flops
 
 XL = "configs/imagenet/lightningdit_xl_64_epochs.yaml"
 TINY = "configs/tiny.yaml"
+LIGHT = "losses.perceptual.kind=none"
+"""Leaves out what takes long to count."""
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +80,17 @@ def test_samples_on_eight_h100(xl):
 @pytest.fixture
 def remembered(monkeypatch):
     """Counting takes seconds, and what is counted does not depend on the machines."""
-    for module, name in ((stages, "training_flops"), (safety, "activation_bytes")):
-        monkeypatch.setattr(module, name, partial(_remember, getattr(module, name)))
+    names = {stages: ("training_flops", "encoding_flops", "decoding_flops", "velocity_flops")}
+    for module, counts in {**names, safety: ("activation_bytes",)}.items():
+        for name in counts:
+            monkeypatch.setattr(module, name, partial(_remember, getattr(module, name)))
 
 
 _KNOWN = {}
 
 
 def _remember(count, config, *arguments):
-    key = (config.name, *arguments)
+    key = (count.__name__, config.name, *arguments)
     if key not in _KNOWN:
         _KNOWN[key] = count(config, *arguments)
     return _KNOWN[key]
@@ -120,7 +123,7 @@ def test_evaluations_of_adaptive_steps_grow_with_what_is_asked_of_them():
     ],
 )
 def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, offer, bottleneck):
-    config = load(RunConfig, TINY)
+    config = load(RunConfig, TINY, [LIGHT])
     stage = plan_stages(config, Offer("L4", 4, **offer), Dataset(1000, image_bytes))[1]
     assert (stage.job, stage.bottleneck) == ("train_vavae", bottleneck)
     assert stage.images_per_second <= min(stage.rates.values())
@@ -128,16 +131,16 @@ def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, offer, b
 
 def test_an_uneven_share_of_lanes_costs_a_round(remembered):
     """Four lanes on three workers take two rounds, as on two."""
-    config = load(RunConfig, TINY)
+    config = load(RunConfig, TINY, [LIGHT])
     two, three = (plan_stages(config, Offer("L4", count), Dataset(1000))[3] for count in (2, 3))
     assert two.job == "train_lightningdit"
     assert two.rates["compute"] == three.rates["compute"]
 
 
-def test_the_tokenizer_is_planned_over_its_stages():
+def test_the_tokenizer_is_planned_over_its_stages(remembered):
     """Half of its images without an adversary, then half with."""
-    config = load(RunConfig, TINY)
-    before, after = (training_flops(config, "train_vavae", seen) for seen in (0, 64))
+    config = load(RunConfig, TINY, [LIGHT])
+    before, after = (stages.training_flops(config, "train_vavae", seen) for seen in (0, 64))
     assert before < after
     assert tokenizer_flops(config) == pytest.approx((before + after) / 2)
 
@@ -169,7 +172,7 @@ def test_activations_grow_with_the_slice_and_shrink_in_bf16():
 
 
 def test_checkpoints_hold_all_engines():
-    config = load(RunConfig, TINY)
+    config = load(RunConfig, TINY, [LIGHT])
     generator, discriminator = trained_parameters(config, "train_vavae").values()
     assert checkpoint_bytes(config, "train_vavae") == 4 * 3 * (generator + discriminator)
     averaged = load(RunConfig, TINY, ["train_vavae.ema_decay=0.9"])
@@ -178,8 +181,9 @@ def test_checkpoints_hold_all_engines():
     assert checkpoint_bytes(alone, "train_vavae") == 4 * 3 * generator
 
 
-def test_the_command_prints_a_plan(capsys):
-    assert main(["plan", "--config", TINY, "--gpus", "8xL4", "--price", "0.5", "--images", "1535"]) == 0
+def test_the_command_prints_a_plan(remembered, capsys):
+    options = ["--gpus", "8xL4", "--price", "0.5", "--images", "1535"]
+    assert main(["plan", "--config", TINY, *options, LIGHT]) == 0
     printed = capsys.readouterr().out
     assert "8 x L4 in 1 machines" in printed
     for row in ("GFLOP per image", "bound by", "cost", "best every", "memory in ZeRO stage 3"):

@@ -15,10 +15,12 @@ from vavae.diffusion.objective import TIMESTEP_BINS
 from vavae.distributed.world import World
 from vavae.dit.config import SIZES
 from vavae.errors import UserError
+from vavae.training import flops
 from vavae.training.config import RunConfig
 from vavae.training.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
 from vavae.training.gpus import GPUS, gpu_named, gpu_of_device
 
+TINY = "configs/tiny.yaml"
 STAGES = "configs/imagenet/f16d32_dinov2_stages.yaml"
 
 
@@ -104,24 +106,25 @@ def test_steps_take_what_is_counted(job, recompute):
     with Counted() as counted, sdpa_kernel(SDPBackend.MATH):
         step.run(slices, 0, 1e-3)
     reported = {"train_vavae": 0, "train_lightningdit": 2 * TIMESTEP_BINS}[job]  # the losses by timestep, for the log
-    assert counted.total == BATCH * (training_flops(config, job, recompute=recompute) + reported)
-    assert (training_flops(config, job) < training_flops(config, job, recompute=True)) == recompute
+    counts = {again: training_flops(config, job, recompute=again) for again in (False, True)}
+    assert counted.total == BATCH * (counts[recompute] + reported)
+    assert (counts[False] < counts[True]) == recompute
 
 
-def tokenizer_step(*overrides, seen=0):
-    return training_flops(load(RunConfig, "configs/tiny.yaml", overrides), "train_vavae", seen)
-
-
-def test_a_measurement_that_serves_several_steps_is_shared_by_them():
-    every, half, never = (tokenizer_step(f"losses.adaptive.every={k}", seen=64) for k in (1, 2, 1_000_000_000))
-    assert never < every
-    assert half == pytest.approx((every + never) / 2)
+def test_a_measurement_that_serves_several_steps_is_shared_by_them(monkeypatch):
+    """Eight for a step that measures and four for one that does not: (8 + 3 · 4) / 4."""
+    monkeypatch.setattr(flops, "tokenizer_step", lambda *_, measures, **__: 8 if measures else 4)
+    monkeypatch.setattr(flops, "_count", lambda steps: steps)
+    counts = [
+        training_flops(load(RunConfig, TINY, [f"losses.adaptive.every={every}"]), "train_vavae") for every in (1, 4)
+    ]
+    assert counts == [8, 5]
 
 
 def test_stages_differ():
     stages = "train_vavae.stages=[{from_images: 64, frozen: [encoder], losses: {vision_foundation: {weight: 0}}}]"
-    assert tokenizer_step(stages, seen=64) < tokenizer_step(stages, seen=63)
-    assert tokenizer_step("losses.adversarial.start_images=64", seen=64) > tokenizer_step(seen=63)
+    config = load(RunConfig, TINY, ["losses.perceptual.kind=none", stages])
+    assert training_flops(config, "train_vavae", 64) < training_flops(config, "train_vavae", 63)
 
 
 @pytest.mark.parametrize(
