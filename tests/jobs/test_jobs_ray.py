@@ -1,12 +1,16 @@
 """The jobs on a real local Ray with two workers; one cluster for all tests of this file."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,18 +20,22 @@ import psutil
 import pytest
 import ray
 import torch
+from support.exported import EXPORTED, OF_NODES
 from support.sockets import beyond_loopback
 from support.trained import trained_run
 
 from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
 from ray_jobs._cluster import cluster
+from ray_jobs._metrics import Exporter
 from vavae import progress
 from vavae.config import load
 from vavae.report.status import run_status
 from vavae.storage.artefact import RECORD
 from vavae.storage.retry import StorageUnavailableError
+from vavae.training.columns import BESIDE, COLUMNS
 from vavae.training.config import RunConfig
+from vavae.training.events import read_events
 from vavae.training.run import Run
 from vavae.training.samples import open_generator
 
@@ -35,6 +43,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 
 CONFIG = "configs/tiny.yaml"
 DESCRIPTION = "test"
+SAMPLE = re.compile(r"^(\w+)\{(.*)\} ", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +58,45 @@ def arguments(root: Path) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray(arguments: list[str]) -> Iterator[None]:
-    with cluster(load(RunConfig, CONFIG, arguments[2:])):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        with cluster(load(RunConfig, CONFIG, arguments[2:])):
+            yield
 
 
 def test_ray_listens_on_loopback_alone() -> None:
     assert not beyond_loopback(psutil.Process())
+
+
+class Scraper:
+    """Asks the node for metrics all the time, as Prometheus does, and remembers what it ever saw."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._ended = url, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.seen: dict[str, set[str]] = {}
+        """The text of labels of each metric."""
+
+    def __enter__(self) -> "Scraper":
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.2):
+            with suppress(OSError), urllib.request.urlopen(self._url, timeout=5) as answer:
+                for name, labels in SAMPLE.findall(answer.read().decode()):
+                    self.seen.setdefault(name, set()).add(labels)
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scraper(_ray: None) -> Iterator[Scraper]:
+    (node,) = ray.nodes()
+    with Scraper(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as scraper:
+        yield scraper
 
 
 def run_pipeline(arguments: list[str], *overrides: str) -> int:
@@ -82,6 +124,33 @@ def test_pipeline_makes_everything(arguments: list[str], root: Path, capfd: pyte
     stages = {json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
     assert stages == {"train_vavae", "train_lightningdit"}
     assert f"report: {folder / 'report.html'}" in capfd.readouterr().out
+
+
+def test_events_of_the_pipeline_are_in_its_folder(arguments: list[str]) -> None:
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    events = read_events(run.storage)
+    assert (events[0]["event"], events[0]["jobs"], events[-1]["event"]) == ("started", [*pipeline.WORKS], "done")
+    stages = [(event["event"], event["stage"]) for event in events if event["event"].startswith("stage_")]
+    assert stages == [(f"stage_{what}", job) for job in pipeline.WORKS for what in ("begun", "done")]
+    checkpoints = [(event["stage"], event["images"]) for event in events if event["event"] == "checkpoint"]
+    assert checkpoints == [("train_vavae", images) for images in (64, 128)] + [
+        ("train_lightningdit", images) for images in (128, 256)
+    ]
+
+
+def test_prometheus_finds_every_rank_and_every_figure(scraper: Scraper) -> None:
+    for stage, rank in itertools.product(("train_vavae", "train_lightningdit"), "01"):
+        labels = ('run="run"', f'stage="{stage}"', f'rank="{rank}"')
+        assert any(all(label in found for label in labels) for found in scraper.seen["ray_vavae_loss_total"])
+    for job in pipeline.WORKS:
+        assert any(f'stage="{job}"' in found and 'rank="driver"' in found for found in scraper.seen["ray_vavae_images"])
+
+    Exporter("run", "test", "driver").show(dict.fromkeys(COLUMNS | BESIDE, 1.0))
+    deadline = time.monotonic() + 60
+    while not scraper.seen.keys() >= EXPORTED | OF_NODES and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert scraper.seen.keys() >= EXPORTED | OF_NODES
+    assert {name for name in scraper.seen if name.startswith("ray_vavae_")} == EXPORTED
 
 
 def test_finished_pipeline_needs_no_ray(arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]) -> None:

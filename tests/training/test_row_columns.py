@@ -32,7 +32,7 @@ def test_a_stopwatch_adds_up_phases_and_begins_anew(monkeypatch: pytest.MonkeyPa
     assert watch.read() == {}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_stopwatch_on_a_gpu_counts_what_the_gpu_does_and_waits_for_none_of_it() -> None:
     device, cycles = torch.device("cuda"), 200_000_000
     with Stopwatch(device)("warm-up"):
@@ -46,6 +46,19 @@ def test_a_stopwatch_on_a_gpu_counts_what_the_gpu_does_and_waits_for_none_of_it(
     seconds = watch.read()
     assert seconds["long"] / seconds["short"] == pytest.approx(10, rel=0.3)
     assert host.read()["launch"] < seconds["long"] / 5
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu_have_the_peak_of_their_own_interval() -> None:
+    world = World(device=torch.device("cuda", 0))
+    meter, rows = Meter(world, Stopwatch(world.device)), []
+    for size in (1 << 24, 1 << 20):
+        torch.empty(size, dtype=torch.uint8, device=world.device)
+        meter.add(StepResult({"loss/total": torch.ones((), device=world.device)}, {}), 1)
+        rows.append(meter.row())
+    assert rows[0]["gpu_memory/peak_bytes"] >= 1 << 24
+    assert 1 << 20 <= rows[1]["gpu_memory/peak_bytes"] < 1 << 24
+    assert rows[1]["gpu_memory/reserved_bytes"] >= 1 << 24
 
 
 def test_rows_have_the_shares_of_a_step(tmp_path: Path) -> None:
