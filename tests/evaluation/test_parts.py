@@ -18,9 +18,16 @@ def storage(tmp_path):
 @pytest.mark.parametrize(("count", "expected"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])
 def test_spans_cover_a_set_once(monkeypatch, count, expected):
     monkeypatch.setattr(parts, "SPLIT_IMAGES", 4)
-    found = spans(count)
+    found = spans("samples", count)
     assert [len(span) for span in found] == expected
     assert [index for span in found for index in span] == list(range(count))
+
+
+def test_many_real_images_are_cut_into_few_parts_and_samples_into_splits():
+    lengths = {of: [len(span) for span in spans(of, 1_281_167)] for of in ("train", "samples")}
+    assert lengths["train"] == [25_000] * 51 + [6_167]
+    assert lengths["samples"] == [5_000] * 256 + [1_167]
+    assert spans("held_out", 50_000) == spans("samples", 50_000)
 
 
 def test_what_is_missing_shrinks_until_the_whole_takes_the_place_of_the_parts(storage):

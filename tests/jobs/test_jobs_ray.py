@@ -53,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(root: Path) -> list[str]:
-    return ["--config", CONFIG, f"storage.root={root}", "name=run", "workers.count=2"]
+    return ["--config", CONFIG, f"storage.root={root}", "name=run", "workers.count=2", "evaluate.actors=2"]
 
 
 @pytest.fixture(scope="module", autouse=True)

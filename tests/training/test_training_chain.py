@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -13,8 +15,9 @@ from vavae.config import digest, load
 from vavae.data.manifest import read_manifest
 from vavae.data.writer import write_shards
 from vavae.distributed.world import World
+from vavae.errors import UserError
 from vavae.evaluation import parts
-from vavae.evaluation.generation import measure_generation
+from vavae.evaluation.generation import Reference, measure_generation
 from vavae.evaluation.parts import Part
 from vavae.extraction.extract import Extraction
 from vavae.interop.export import load_tokenizer
@@ -155,6 +158,43 @@ def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytes
         assert other[name] == pytest.approx(value, rel=1e-4), name
         if name in metrics:  # of one part
             assert metrics[name]["value"] == pytest.approx(value, rel=1e-6), name
+
+
+def _reference(run: Run, reference: str) -> Reference:
+    evaluate = run.config.evaluate.model_copy(update={"reference": reference})
+    measuring = Measuring(Run(run.config.model_copy(update={"evaluate": evaluate})))
+    for part in measuring.missing():
+        if part.of not in ("reconstructions", "samples"):
+            measuring.measure(part, _ignore)
+    assert {part.of for part in measuring.missing()} <= {"reconstructions", "samples"}
+    return measuring.references()[run.config.evaluate.metrics.extractor]
+
+
+def test_generated_images_are_compared_with_what_the_configuration_names(run: Run, tmp_path: Path) -> None:
+    held_out, train = _reference(run, "validation"), _reference(run, "train")
+    assert held_out.name == f"{run.config.evaluate.images} held-out images"
+    assert train.images == read_manifest(run.storage, run.prefix("prepare_shards")).count("train")
+    assert train.name == f"{train.images:,} training images"
+    images = Measuring(run).some("validation", 20).images.permute(0, 2, 3, 1)
+    moments = {"mu": held_out.pooled.mean, "sigma": held_out.pooled.covariance}
+    np.savez(tmp_path / "adm.npz", arr_0=images.numpy(), **{name: array.numpy() for name, array in moments.items()})
+    file = _reference(run, str(tmp_path / "adm.npz"))
+    assert torch.equal(file.pooled.covariance, held_out.pooled.covariance)
+    torch.testing.assert_close(file.kept, held_out.kept[:20], rtol=1e-4, atol=1e-4)
+    assert file.name == "adm.npz"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": "gone.npz"}, r"evaluate.reference=gone.npz: no file there; ADM's .* is https://"),
+        ({"reconstruction_protocol": "rfid-val-50k"}, r"means 50,000 held-out images, .* has 262: set it to custom"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(run: Run, change: dict[str, str], message: str) -> None:
+    evaluate = run.config.evaluate.model_copy(update=change)
+    with pytest.raises(UserError, match=message):
+        Measuring(Run(run.config.model_copy(update={"evaluate": evaluate})))
 
 
 def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:

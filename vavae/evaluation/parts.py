@@ -1,5 +1,6 @@
 """A set of images is measured in parts, each a file of tensors when it is done, so that actors can share the work."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -16,17 +17,25 @@ SetName = Literal["held_out", "train", "file", "reconstructions", "samples"]
 
 Tensors = dict[str, Tensor]
 
+_MOST_PARTS = 64
+"""Of a set that is not cut into splits of the Inception score."""
+
 
 class Part(NamedTuple):
-    """Some images of a set, whatever the number of actors: a split of the Inception score."""
+    """Some images of a set, whatever the number of actors."""
 
     of: SetName
     span: range
 
 
-def spans(count: int) -> list[range]:
-    """A set of so many images in parts."""
-    return [range(start, min(start + SPLIT_IMAGES, count)) for start in range(0, count, SPLIT_IMAGES)]
+def spans(of: SetName, count: int) -> list[range]:
+    """A set of so many images in parts: each a split of the Inception score, or some of real images, which have none.
+
+    A part is a file of up to 100 MB, and ImageNet's training images would be 257 of them.
+    """
+    splits = 1 if of == "samples" else max(1, math.ceil(count / (_MOST_PARTS * SPLIT_IMAGES)))
+    size = splits * SPLIT_IMAGES
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class PartFiles:

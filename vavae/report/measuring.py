@@ -81,10 +81,10 @@ class Measuring:
 
     def reconstruction(self) -> Reconstruction:
         """The measures of the tokenizer, once all parts are there."""
-        parts = self._files("reconstructions")
+        originals, parts = self._held_out, self._files("reconstructions")
         measures = concatenate({name: t for name, t in part.items() if "/" not in name} for part in parts.read())
         pairs = (measures.pop("originals"), measures.pop("reconstructions"))
-        return reconstruction_of(measures, self._held_out, join(map(unpack, parts.read())), pairs)
+        return reconstruction_of(measures, originals, join(map(unpack, parts.read())), pairs)
 
     def generated(self) -> Summaries:
         """The generated images, once all parts are there."""
@@ -132,7 +132,10 @@ class Measuring:
         return self._joined("held_out")
 
     def _joined(self, name: SetName) -> Summaries:
-        return unpack(self._files(name).join(lambda parts: pack(join(map(unpack, parts)))))
+        found = unpack(self._files(name).join(lambda parts: pack(join(map(unpack, parts)))))
+        if not all(summary.pooled.count for summary in found.values()):
+            raise UserError(f"{self._shards.url()}: no readable image to measure against; make the shards again")
+        return found
 
     def _seen(self, part: Part, advance: Callable[[int], None]) -> Tensors:
         """What the extractors see of a part."""
@@ -200,7 +203,7 @@ class Measuring:
 
     def _files(self, name: SetName) -> PartFiles:
         folder = f"{_OURS if name in ('reconstructions', 'samples') else 'references'}/{name}-{self._origins[name]}"
-        return PartFiles(self._run.storage, folder, spans(self._counts[name]))
+        return PartFiles(self._run.storage, folder, spans(name, self._counts[name]))
 
     @cached_property
     def _origins(self) -> dict[SetName, str]:
@@ -215,7 +218,7 @@ class Measuring:
                 "tokenizer": run.require("train_vavae").digest,
                 "seed": run.config.seed,
                 "images": self._counts["reconstructions"],
-                "lpips": config.lpips,
+                "lpips": [config.lpips, run.config.losses.perceptual.weights],
                 "pictures": config.pictures,
             },
             "samples": {"samples": run.require("sample").digest},
