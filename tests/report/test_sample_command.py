@@ -62,7 +62,7 @@ def test_a_picture_has_a_class_a_row_and_a_seed_a_column(sample, expected, tmp_p
 
 
 def test_a_shard_is_webdataset(sample, expected, tmp_path):
-    assert sample("0,c", "0,1-2", "--out", "some.tar") == 0
+    assert sample("0, c", "0, 1-2", "--out", "some.tar") == 0
     records = list(webdataset.WebDataset([str(tmp_path / "some.tar")], shardshuffle=False).decode("rgb8"))
     assert [(record["cls"], record["json"]["seed"]) for record in records] == [
         (label, seed) for label in (0, 2) for seed in (0, 1, 2)

@@ -69,7 +69,7 @@ class SolverConfig(Config):
     """Of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
     evenly; `by_dimension` is √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
     rtol: float = Field(1e-3, ge=1e-6)
-    """Error that `dopri5` allows in a step, relative to the latent. This and the next are the released code's."""
+    """Error that `dopri5` allows in a step, relative to the latent. This and the next are SiT's."""
     atol: float = Field(1e-6, gt=0)
     """The same where the latent is near zero."""
 

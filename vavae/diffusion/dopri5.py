@@ -1,9 +1,9 @@
 """Adaptive integration by the pair of orders 5 and 4 of Dormand and Prince (1980), every image with steps of its own.
 
 The size of a step is found as in Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
-Libraries measure the error over the whole batch, so that an image depends on what it is integrated beside; here it is
-measured for each image, and a batch is merely what the model evaluates at a time. Time runs from noise (t = 0) to data
-(t = 1).
+Measured over the whole batch, as by torchdiffeq, the error makes an image depend on what it is integrated beside; here
+it is measured for each image, and a batch is merely what the model evaluates at a time. Time runs from noise (t = 0) to
+data (t = 1).
 """
 
 from collections.abc import Callable, Sequence

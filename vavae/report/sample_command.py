@@ -34,7 +34,8 @@ def sample(run: Run, classes: str, seeds: str, out: str) -> None:
         UserError: there is no such class, seed or kind of file, or a model is missing.
     """
     config = run.config
-    wanted = Wanted(find_classes(classes.split(","), class_names(run), "--classes"), parse_seeds(seeds))
+    names = [name.strip() for name in classes.split(",")]
+    wanted = Wanted(find_classes(names, class_names(run), "--classes"), parse_seeds(seeds))
     write = _writer(out, len(wanted.indices))
     # Nothing else runs here, so the threads are not those of one worker among many.
     settle_arithmetic(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
