@@ -28,6 +28,7 @@ def tokenizer_run(root: Path, engine: list[str]) -> Run:
         "images=16",
         "batch_size=8",
         "probe_images=8",
+        "preview_images=16",
         "ema_decay=0.5",
         "optimizer.learning_rate=1e-5",
         *(f"engine.{e}" for e in engine),
@@ -47,6 +48,7 @@ def test_the_export_is_that_of_plain_pytorch(gloo: Nursery, tmp_path: Path) -> N
         gloo.run(2, train_and_export, tmp_path / name, engine)
         rows = read_rows(run.storage.child(f"{run.training_prefix('train_vavae')}/log"))
         seen.append([value for row in rows for name, value in row.items() if name.startswith("latent/")])
+        assert run.storage.list(f"{run.training_prefix('train_vavae')}/previews")
         folder = run.storage.child(run.prefix("train_vavae"))
         exports.append({**load_tokenizer(folder)[0].state_dict(), **load_alignment(folder).state_dict()})
     plain, parts = exports

@@ -10,7 +10,6 @@ from vavae.data.grid import enlargement, image_grid
 from vavae.distributed.world import World
 from vavae.dit.config import LightningDiTConfig
 from vavae.dit.model import LightningDiT
-from vavae.interop.export import below
 from vavae.sampling.generate import Generator
 from vavae.sampling.labels import label_law
 from vavae.storage.storage import Storage
@@ -18,7 +17,7 @@ from vavae.tokenizer.autoencoder import VAVAE
 from vavae.tokenizer.normalizer import LatentNormalizer
 from vavae.training.config import RunConfig
 from vavae.training.log import MetricsLog
-from vavae.training.observer import exported_weights, keep_preview
+from vavae.training.observer import exported_module, keep_preview
 from vavae.training.step import Step
 
 _log = logging.getLogger(__name__)
@@ -61,24 +60,27 @@ class SamplePreview:
 
     def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         """See `Observer.observe`."""
-        weights = exported_weights(step, "lightningdit")
-        if not self._world.is_first:
-            return
+        config = self._config
         try:
-            images = self._generate(weights)
+            model = exported_module(
+                step,
+                "lightningdit",
+                "model.",
+                lambda: LightningDiT(self._model, config.tokenizer.latent_dim, config.grid),
+                self._world,
+            )
+            if model is None:
+                return
+            images = self._generate(model)
         except torch.OutOfMemoryError:
             _log.warning("no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen)
             return
         grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-1]))
         keep_preview(self._folder, images_seen, "samples", grid, log)
 
-    def _generate(self, weights: dict[str, Tensor]) -> Tensor:
+    def _generate(self, model: LightningDiT) -> Tensor:
         """The images, uint8 [N, 3, H, W]."""
         config, device = self._config, self._world.device
-        with torch.device("meta"):  # where nothing is initialised, so nothing is drawn
-            model = LightningDiT(self._model, config.tokenizer.latent_dim, config.grid)
-        model.load_state_dict(below("model.", weights), assign=True)
-        model = model.eval().requires_grad_(False).to(device)
         generator = Generator(self._tokenizer.to(device), model, self._normalizer.to(device))
         drawn = generator.batches(
             range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size

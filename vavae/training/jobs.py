@@ -31,7 +31,7 @@ from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
-from vavae.training.observer import PREVIEWS, Observer
+from vavae.training.observer import PREVIEWS, Observer, exported_weights
 from vavae.training.run import Job, Run
 from vavae.training.session import Session
 from vavae.training.start import starting_weights
@@ -104,8 +104,8 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     description = LightningDiTDescription(
         lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
     )
-    whole = step.engines["lightningdit"].weights() if step.ema is None else step.ema.weights()
-    _export(run, "train_lightningdit", description, {WEIGHTS: below("model.", whole)}, state, checkpoints, world)
+    weights = below("model.", exported_weights(step, "lightningdit"))
+    _export(run, "train_lightningdit", description, {WEIGHTS: weights}, state, checkpoints, world)
 
 
 TRAININGS: dict[Job, Callable[[Run, Session, World], None]] = {

@@ -10,14 +10,13 @@ from vavae.data.manifest import Manifest
 from vavae.data.passes import gather, read_images
 from vavae.data.pixels import to_float, to_uint8
 from vavae.distributed.world import World
-from vavae.interop.export import below
 from vavae.metrics.latent_probes import probe_latents
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage
 from vavae.tokenizer.autoencoder import VAVAE
 from vavae.training.config import RunConfig
 from vavae.training.log import MetricsLog
-from vavae.training.observer import exported_weights, keep_preview
+from vavae.training.observer import exported_module, keep_preview
 from vavae.training.run import Run
 from vavae.training.step import Step
 
@@ -87,17 +86,7 @@ def held_out_images(run: Run, manifest: Manifest) -> Tensor:
 
 
 def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
-    """What would be exported now, in a module of its own, on rank 0; every rank calls it.
-
-    On the meta device nothing is initialised, so nothing is drawn.
-    """
-    weights = exported_weights(step, "generator")
-    if not world.is_first:
-        return None
-    with torch.device("meta"):
-        model = VAVAE(config.tokenizer)
-    model.load_state_dict(below("autoencoder.", weights), assign=True)
-    return model.eval().requires_grad_(False).to(world.device)
+    return exported_module(step, "generator", "autoencoder.", lambda: VAVAE(config.tokenizer), world)
 
 
 @torch.inference_mode()
