@@ -1,7 +1,6 @@
 """What is submitted: a readable name, the command, what the dashboard shows of it, and its environment."""
 
 import json
-import pkgutil
 import re
 import shlex
 import subprocess
@@ -16,13 +15,10 @@ from vavae.config import digest
 from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
+from vavae.training.run import STAGES
 
-JOBS = tuple(
-    module.name
-    for module in pkgutil.iter_modules(ray_jobs.__path__)
-    if not (module.ispkg or module.name.startswith("_"))
-)
-"""Names of the jobs, each a module of `ray_jobs`."""
+JOBS = (*STAGES, "pipeline")
+"""Modules of `ray_jobs` that take the configuration of a run."""
 
 GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Variable of a job: seconds that it has for its last checkpoint when it is stopped, before it is killed."""

@@ -1,5 +1,6 @@
 """What is submitted and uploaded, and what is never: secrets, data, and what only a checkout needs."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -34,7 +35,8 @@ def submission(arguments=(), variables=None, pip=(), folder=ROOT):
 
 
 def test_all_jobs_can_be_submitted():
-    assert {*STAGES, "pipeline"} <= {*JOBS}
+    assert {"pipeline", *STAGES} == {*JOBS}
+    assert all(importlib.util.find_spec(f"ray_jobs.{job}") for job in JOBS)
 
 
 def test_the_name_tells_run_job_and_time():
