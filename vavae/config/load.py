@@ -29,14 +29,29 @@ def load(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) 
     Raises:
         UserError: one line with the dotted path, where it was written and what is wrong with it.
     """
-    assert _INHERIT not in model.model_fields, f"{_INHERIT} is the key of inheritance, {model.__name__} cannot have it"
+    return check(model, read(path, overrides))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Located:
+    """The tree of a file, of those that it inherits and of overrides, as for :func:`load`, before it is checked."""
     tree = _read(Path(path))
     for override in overrides:
         tree = _apply(tree, override)
+    return tree
+
+
+def check(model: type[ConfigT], tree: Located) -> ConfigT:
+    """The configuration that a tree holds; UserError as for :func:`load`."""
+    assert _INHERIT not in model.model_fields, f"{_INHERIT} is the key of inheritance, {model.__name__} cannot have it"
     try:
         return model.model_validate(plain(tree))
     except ValidationError as error:
         raise UserError(explain(error, model, tree)) from None
+
+
+def assign(tree: Located, path: str, item: Located) -> Located:
+    """A tree with an item merged in at a dotted path, as by an override; UserError where there is no such place."""
+    return _assign(tree, path.split("."), item, 0)
 
 
 def dump(config: Config) -> str:

@@ -1,7 +1,9 @@
 """Local files: durable replacement, sizes, checksums."""
 
+import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +48,17 @@ def replacing(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def linked(source: Path, target: Path) -> None:
+    """Give a file a second name, in place of what had it; a copy where one disk can't hold both names."""
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            shutil.copyfile(source, temporary)
 
 
 def _sync(path: Path) -> None:

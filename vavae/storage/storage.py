@@ -25,7 +25,7 @@ from vavae.errors import UserError
 from vavae.storage.cache import Cache
 from vavae.storage.config import DEFAULT_CACHE, StorageConfig, StorageOptions
 from vavae.storage.filesystem import explained, open_place
-from vavae.storage.local import PARTIAL, local_sizes, replacing, sha256_of
+from vavae.storage.local import PARTIAL, linked, local_sizes, replacing, sha256_of
 from vavae.storage.retry import COUNTERS, Retry
 
 __all__ = ["Storage", "sha256_of"]
@@ -172,6 +172,19 @@ class Storage:
         """Put a copy of a local file."""
         with self.create(path) as temporary:
             shutil.copyfile(local, temporary)
+
+    def copy_from(self, source: "Storage", path: str) -> None:
+        """Put what another storage of the same kind has under the same path, without its bytes passing through here.
+
+        On one local disk it becomes a second name of the same file, which is safe because files are replaced and never
+        changed; elsewhere the store copies it.
+        """
+        theirs, ours = source._name(path), self._name(path)
+        assert self.is_local == source.is_local, f"{source.url()} and {self.url()} are of two kinds"
+        if self.is_local:
+            linked(Path(theirs), Path(ours))
+        else:
+            self._ask(path, lambda: self._fs.cp_file(theirs, ours))
 
     def local_file(self, path: str = "", sha256: str | None = None) -> Path:
         """A local file with this content, to be read only: the file itself, or a copy in the cache.
