@@ -1,6 +1,7 @@
 """Join the cluster that is there, or start Ray in this process."""
 
 import logging
+import math
 import os
 import secrets
 import shlex
@@ -27,11 +28,15 @@ _KEEP_FREED_MEMORY = {
 
 
 @contextmanager
-def cluster(config: RunConfig) -> Iterator[None]:
+def cluster(config: RunConfig, cpus: float = 0) -> Iterator[None]:
     """Ray for the length of a job.
 
     Joins the cluster that `RAY_ADDRESS` or a surrounding `ray job submit` names. Otherwise starts Ray in this process,
     with as many CPUs as the workers ask for even where there are fewer, because a laptop's workers may share cores.
+
+    Args:
+        config: of the run.
+        cpus: how many it shall have at least where it is started here.
 
     Raises:
         UserError: the cluster can't hold the workers.
@@ -52,7 +57,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         keep_token_private()
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus)),
+            num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus), math.ceil(cpus)),
             include_dashboard=workers.dashboard,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
             # Ray starts workers through a shell and leaves the quoting of the interpreter to us.
@@ -91,7 +96,7 @@ def _check_resources(config: RunConfig) -> None:
     """Refuse a cluster that can't hold the workers, rather than wait for ever."""
     workers, there = config.workers, ray.cluster_resources()
     field, count = ("count", workers.count) if workers.min_count is None else ("min_count", workers.min_count)
-    kind, needed = ("GPU", count) if workers.use_gpu else ("CPU", count * workers.cpus)
+    kind, needed = ("GPU", count * workers.gpus) if workers.use_gpu else ("CPU", count * workers.cpus)
     if there.get(kind, 0) < needed and not workers.wait_for_nodes:
         raise UserError(
             f"workers.{field}={count} needs {needed:g} {kind}s and the cluster has {there.get(kind, 0):g}; "

@@ -38,7 +38,7 @@ def main(job: Job, description: str, work: Work, argv: Sequence[str] | None = No
     return run_command(lambda: _main(job, description, lambda run: {job: run.plan(job)}, {job: work}, argv))
 
 
-def pipeline(description: str, works: dict[Job, Work], argv: Sequence[str] | None = None) -> int:
+def pipeline(description: str, works: Mapping[Job, Work], argv: Sequence[str] | None = None) -> int:
     """The command line of all jobs in a row; returns its exit status."""
     return run_command(lambda: _main("pipeline", description, Run.plans, works, argv))
 
@@ -47,7 +47,7 @@ def _main(
     name: str,
     description: str,
     plan: Callable[[Run], dict[Job, Plan]],
-    works: dict[Job, Work],
+    works: Mapping[Job, Work],
     argv: Sequence[str] | None,
 ) -> int:
     arguments = parse_arguments(f"python -m ray_jobs.{name}", description, argv)

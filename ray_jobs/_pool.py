@@ -25,9 +25,10 @@ class Share(NamedTuple):
     gpus: float
 
     @staticmethod
-    def of(run: Run, cpus: float | None = None, gpus: float = 1.0) -> "Share":
-        """`workers.cpus` cores unless told otherwise, and GPUs where the run uses them."""
+    def of(run: Run, cpus: float | None = None, gpus: float | None = None) -> "Share":
+        """What a worker of the training takes unless told otherwise; GPUs only where the run uses them."""
         workers = run.config.workers
+        gpus = workers.gpus if gpus is None else gpus
         return Share(workers.cpus if cpus is None else cpus, gpus if workers.use_gpu else 0)
 
 

@@ -70,7 +70,7 @@ def _ray_folder(run: Run) -> str:
 
 def _resources(run: Run) -> dict[str, float]:
     workers = run.config.workers
-    return {"CPU": workers.cpus, **({"GPU": 1} if workers.use_gpu else {})}
+    return {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.use_gpu else {})}
 
 
 def _worker(settings: dict[str, Any]) -> None:

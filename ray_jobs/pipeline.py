@@ -1,12 +1,13 @@
 """Every stage in a row, skipping what is there: ``python -m ray_jobs.pipeline --config FILE``."""
 
 import sys
+from collections.abc import Mapping
 
 from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
 from ray_jobs._command import Work, pipeline
 from vavae.training.run import Job
 
-WORKS: dict[Job, Work] = {
+WORKS: Mapping[Job, Work] = {
     "prepare_shards": prepare_shards.work,
     "train_vavae": train_vavae.work,
     "precompute_latents": precompute_latents.work,

@@ -22,6 +22,8 @@ class WorkersConfig(Config):
     """One GPU and NCCL per worker instead of CPU cores and gloo."""
     cpus: float = runtime(1.0, gt=0)
     """CPU cores that Ray reserves per worker."""
+    gpus: float = runtime(1.0, gt=0, le=1)
+    """Share of a GPU that Ray reserves per worker, where `use_gpu`: two runs of 0.5 and one worker each share one."""
     threads: int = runtime(1, ge=1)
     """Threads of torch per worker; a fixed number keeps CPU results bit-equal between runs."""
     tf32: bool = runtime(False)
@@ -44,6 +46,12 @@ class WorkersConfig(Config):
     def _minimum_below_count(self) -> Self:
         if self.min_count is not None and self.min_count > self.count:
             raise ValueError(f"min_count={self.min_count} exceeds count={self.count}: lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_their_own_gpus(self) -> Self:
+        if self.gpus < 1 and self.count > 1:
+            raise ValueError(f"gpus={self.gpus:g} with count={self.count}: NCCL wants a whole GPU for each worker")
         return self
 
 

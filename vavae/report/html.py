@@ -88,8 +88,8 @@ def render(report: Report) -> str:
             Section("Results", _metrics(report.metrics)),
             Section("Pictures", "".join(map(picture, report.pictures))),
             Section("Training", curve_panels(report.curves)),
-            Section("Run", _facts(report.facts)),
-            Section("Configuration", _config(report.config)),
+            Section("Run", facts_table(report.facts)),
+            Section("Configuration", yaml_text(report.config)),
         ],
     )
 
@@ -168,7 +168,8 @@ def _meaning(curve: Curve) -> str:
     return f" {escape(curve.meaning)}" if curve.meaning else ""
 
 
-def _facts(facts: Mapping[str, str]) -> str:
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Facts by their names, as HTML."""
     if not facts:
         return ""
     rows = "".join(
@@ -177,5 +178,6 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
 
-def _config(text: str) -> str:
+def yaml_text(text: str) -> str:
+    """A configuration that can be unfolded, as HTML."""
     return f"<details><summary>Resolved YAML</summary><pre>{escape(text)}</pre></details>" if text else ""

@@ -1,6 +1,6 @@
 """The measures of a run, part by part: any number of actors may do the parts, in any order, with the same bits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Measuring:
     """What a run's images are seen as, in parts on its storage.
 
     Args:
-        run: with a tokenizer and samples.
+        run: with a tokenizer, and samples where they are to be measured.
 
     Raises:
         UserError: the held-out images are not those of the protocol, or the reference file does not fit.
@@ -68,9 +68,10 @@ class Measuring:
             self._counts["file"] = self._file.images
         self._counts |= {"reconstructions": self._counts["held_out"], "samples": run.config.sample.images}
 
-    def missing(self) -> list[Part]:
-        """The parts that are still to be measured."""
-        return [Part(name, span) for name in self._counts for span in self._files(name).missing()]
+    def missing(self, of: Collection[SetName] | None = None) -> list[Part]:
+        """The parts that are still to be measured, of some of the sets or of all."""
+        names = [name for name in self._counts if of is None or name in of]
+        return [Part(name, span) for name in names for span in self._files(name).missing()]
 
     def measure(self, part: Part, advance: Callable[[int], None]) -> None:
         """Do one part; `advance` is told the images done since its last call."""
@@ -221,8 +222,9 @@ class Measuring:
                 "lpips": [config.lpips, run.config.losses.perceptual.weights],
                 "pictures": config.pictures,
             },
-            "samples": {"samples": run.require("sample").digest},
         }
+        if (samples := run.artefact("sample")) is not None:
+            facts["samples"] = {"samples": samples.digest}
         if "file" in self._counts:
             facts["file"] = {"file": sha256_of(self._reference_path)}
         extractors = config.metrics.fingerprint()

@@ -71,6 +71,14 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     return metrics
 
 
+def measure_tokenizer(run: Run, advance: Callable[[int], None]) -> list[Metric]:
+    """The measures of a run's tokenizer alone, which needs neither latents nor samples."""
+    measuring = Measuring(run)
+    for part in measuring.missing(("held_out", "reconstructions")):
+        measuring.measure(part, advance)
+    return reconstruction_metrics(measuring.reconstruction(), run.config)
+
+
 def write_log(run: Run) -> bytes:
     """Put the rows of both trainings into one file; its content."""
     data = "".join(json.dumps(row) + "\n" for row in log_rows(run)).encode()
