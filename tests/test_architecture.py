@@ -22,6 +22,7 @@ LEVELS = (
     {"interop", "extraction", "sampling"},
     {"training", "evaluation"},
     {"report", "planning"},
+    {"sweep"},
     {"cli", "__main__", "ray_jobs"},
 )
 """A room imports rooms of earlier levels and none of its own level."""

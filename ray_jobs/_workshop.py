@@ -1,0 +1,80 @@
+"""The workshop of a sweep: does each job once for all trials that ask for it.
+
+It lies outside the trials, which take next to nothing: Ray would place the workers of a job within that.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from vavae.sweep.sharing import SHARED_JOBS, Sharing
+from vavae.sweep.trial import Task
+from vavae.training.config import RunConfig
+from vavae.training.run import Job, Run
+
+Works = Mapping[Task, Callable[[Run], None]]
+"""What does each task in a run."""
+
+
+class _WorkshopActor:
+    """Hands out the results of jobs, which are begun when they are first asked for."""
+
+    def __init__(self, sharing: Sharing, works: Works) -> None:
+        self._sharing, self._works = sharing, works
+        self._begun: dict[str, Any] = {}
+
+    def order(self, config: RunConfig, task: Task) -> list[Any]:
+        """A reference, in a list that keeps it one, to the end of a job: one that goes on, or a new attempt."""
+        run = _place(self._sharing, config, task)
+        key = f"{task} {run.storage.url()} {config.train_lightningdit.images}"
+        begun = self._begun.get(key)
+        if begun is None or ray.wait([begun], timeout=0)[0]:
+            workshop = Workshop(ray.get_runtime_context().current_actor, self._sharing)
+            self._begun[key] = _do.remote(workshop, self._works[task], config, task)
+        return [self._begun[key]]
+
+
+class Workshop:
+    """A handle to the workshop, for trials and jobs.
+
+    Args:
+        actor: the workshop itself.
+        sharing: where what is shared lies.
+    """
+
+    def __init__(self, actor: Any, sharing: Sharing) -> None:
+        self._actor, self.sharing = actor, sharing
+
+    @staticmethod
+    def open(sharing: Sharing, works: Works) -> "Workshop":
+        """A new workshop; it lasts as long as a handle to it."""
+        return Workshop(ray.remote(num_cpus=0, max_restarts=-1)(_WorkshopActor).remote(sharing, works), sharing)
+
+    def order(self, config: RunConfig, task: Task) -> Run:
+        """Wait until a job is done and return the run that has what it makes; its errors are raised here."""
+        run, job = _place(self.sharing, config, task), _shared(task)
+        if job is None or run.artefact(job) is None:
+            ray.get(ray.get(self._actor.order.remote(config, task))[0])
+        return run
+
+
+def _shared(task: Task) -> Job | None:
+    """The job that a task is, if trials share what it makes."""
+    return next((job for job in SHARED_JOBS if job == task), None)
+
+
+def _place(sharing: Sharing, config: RunConfig, task: Task) -> Run:
+    """The run in which a task is done."""
+    job = _shared(task)
+    return Run(config) if job is None else sharing.run(config, job)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _do(workshop: Workshop, work: Callable[[Run], None], config: RunConfig, task: Task) -> None:
+    """Do one task, in a process of its own that takes no resources: the job's workers do."""
+    job, run = _shared(task), Run(config)
+    if job is not None:
+        workshop.sharing.make(config, job, work, workshop.order)
+    elif task == "measure_tokenizer" or not run.plan(task).done:
+        work(run)

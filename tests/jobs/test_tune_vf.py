@@ -1,0 +1,199 @@
+"""Sweeps under Ray Tune on one local Ray: on jobs that take no time, and once on real ones."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.toy_trials import BROKEN, HOLD, made, toy_sweep_file, toy_works
+
+from ray_jobs import tune_vf
+from ray_jobs._cluster import cluster
+from vavae.config import load
+from vavae.sweep.sweep import Sweep, name_of_trial
+from vavae.sweep.trial import read_ledger
+from vavae.training.config import RunConfig
+from vavae.training.run import Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.jobs]
+
+_ROOT = Path(__file__).parents[2]
+_BASE = _ROOT / "configs" / "tiny.yaml"
+_PATHS = os.pathsep.join([str(_ROOT), str(_ROOT / "tests")])
+_PATIENCE_SECONDS = 300
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", _PATHS)  # the toy's jobs are looked up by name
+        with cluster(load(RunConfig, _BASE), cpus=2):
+            yield
+
+
+def _sweep(root: Path, text: str, *overrides: str) -> tuple[Sweep, list[str]]:
+    """A toy sweep and its arguments on the command line."""
+    file, settings = toy_sweep_file(root, _BASE, text), [f"run.storage.root={root}", *overrides]
+    return Sweep.load(file, settings), ["--config", str(file), *settings]
+
+
+def _run(root: Path, arguments: list[str]) -> int:
+    return tune_vf.main(arguments, toy_works(root))
+
+
+def _states(sweep: Sweep) -> dict[str, str]:
+    return {name: entry.state for name, entry in read_ledger(sweep).items()}
+
+
+_FOUR = """
+name: toy
+base: {base}
+sweep:
+  tokenizer.latent_dim: {{grid: [4, 8]}}
+  lightningdit.depth: {{grid: [2, 3]}}
+rungs: [128]
+max_concurrent: 1
+"""
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sweep, arguments = _sweep(tmp_path, _FOUR)
+    first, second, *_ = map(name_of_trial, sweep.points())
+    (tmp_path / HOLD).touch()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "support.toy_trials", str(tmp_path), *arguments],
+        env={**os.environ, "PYTHONPATH": _PATHS}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while _states(sweep).get(second) != "running":
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = made(tmp_path)
+    assert _states(sweep) == {first: "finished", second: "running"}
+    (tmp_path / HOLD).unlink()
+    assert _run(tmp_path, arguments) == 0
+    assert set(_states(sweep).values()) == {"finished"}
+    after = made(tmp_path)
+    assert after[: len(before)] == before
+    assert not [line for line in after[len(before) :] if first in line], "what was finished stays"
+    once = [line for line in after if not line.startswith(("sample", "evaluate"))]
+    assert len(once) == len(set(once)), "nothing is made twice"
+    output = capfd.readouterr().out
+    assert f"{first}  begins" not in output
+    assert f"{second}  begins" in output
+    rows = list(csv.DictReader((tmp_path / "toy" / "trials.csv").open()))
+    assert [row["images_seen"] for row in rows] == ["128", "256"] * 4
+
+    assert _run(tmp_path, arguments) == 0, "and a finished one says so"
+    assert "4 finished" in capfd.readouterr().out
+    assert made(tmp_path) == after
+
+
+def test_a_trial_that_fails_is_tried_again_then_marked_and_ends_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [4, 2, 3]}}}}\n"
+    sweep, arguments = _sweep(tmp_path, text, "retries=1")
+    (tmp_path / BROKEN).touch()
+    assert _run(tmp_path, arguments) == 1
+    broken, *whole = map(name_of_trial, sweep.points())
+    assert _states(sweep) == {broken: "failed", **dict.fromkeys(whole, "finished")}
+    assert "the toy broke" in read_ledger(sweep)[broken].why
+    assert made(tmp_path).count("failed") == 2, "once, and once again"
+    assert "1 failed, 2 finished" in capfd.readouterr().out
+    assert list((tmp_path / "toy" / "tune").glob("*/events.out.tfevents*")), "TensorBoard has the trials"
+
+    (tmp_path / BROKEN).unlink()
+    before = made(tmp_path)
+    assert _run(tmp_path, arguments) == 0
+    assert [line.split()[0] for line in made(tmp_path)[len(before) :]] == ["train_lightningdit", "sample", "evaluate"]
+
+
+def test_optuna_is_told_of_former_points_and_goes_on_from_them(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    text = """
+name: toy
+base: {base}
+sweep:
+  tokenizer.latent_dim: {{choice: [4, 8]}}
+  train_lightningdit.optimizer.learning_rate: {{loguniform: [1e-4, 1e-3]}}
+search: {{method: optuna, trials: 2}}
+max_concurrent: 1
+"""
+    sweep, arguments = _sweep(tmp_path, text)
+    assert _run(tmp_path, arguments) == 0
+    before, lines = read_ledger(sweep), made(tmp_path)
+    assert set(_states(sweep).values()) == {"finished"}
+    assert len(before) == 2
+    assert _run(tmp_path, [*arguments, "search.trials=3"]) == 0
+    after = read_ledger(sweep)
+    assert before.items() < after.items()
+    assert len(after) == 3
+    new = made(tmp_path)[len(lines) :]
+    assert sum(line.startswith("train_lightningdit") for line in new) == 1, "only the third was run"
+
+
+def test_asha_ends_what_is_worse_at_a_rung(tmp_path: Path) -> None:
+    sweep, arguments = _sweep(
+        tmp_path,
+        _FOUR,
+        "objectives=[generation_frechet_distance]",
+        "early_stopping={rule: asha, reduction_factor: 2}",
+        "rungs=[64, 128]",
+    )
+    assert _run(tmp_path, arguments) == 0
+    # The toy's distances at the first rung, in order: 31, 21, 62, 42; of two, the better goes on.
+    states = _states(sweep)
+    assert [states[name_of_trial(point)] for point in sweep.points()] == ["finished", "finished", "stopped", "stopped"]
+    assert {entry.why for entry in read_ledger(sweep).values()} == {"", "by asha"}
+    config = load(RunConfig, tmp_path / "toy" / "best.yaml")
+    assert (config.tokenizer.latent_dim, config.lightningdit.depth) == (4, 3)
+
+
+def test_more_trials_at_once_than_there_is_room_for_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, arguments = _sweep(tmp_path, _FOUR, "max_concurrent=9999")
+    assert _run(tmp_path, arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: max_concurrent=9999: a trial takes up to 2 CPUs and 0 GPUs")
+    assert error.count("\n") == 1
+
+
+def test_the_plan_says_what_is_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _, arguments = _sweep(tmp_path, _FOUR, "seeds=[0, 1, 2]")
+    assert tune_vf.main([*arguments, "--dry-run"]) == 0
+    output = capfd.readouterr().out
+    assert "image shards: made 1 times for 12 runs" in output
+    assert "tokenizer: made 6 times for 12 runs" in output
+    assert not made(tmp_path)
+
+
+def test_two_tiny_trials_from_digits_to_the_frontier(tmp_path: Path) -> None:
+    arguments = ["--config", str(_ROOT / "configs" / "sweeps" / "tiny.yaml"), f"run.storage.root={tmp_path}"]
+    assert tune_vf.main([*arguments, "rungs=[]"]) == 0
+    folder = tmp_path / "tiny_sweep"
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [(row["losses.vision_foundation.weight"], row["state"]) for row in rows] == [
+        ("unaligned", "finished"), ("aligned", "finished"),
+    ]  # fmt: skip
+    for row in rows:
+        assert float(row["reconstruction_frechet_distance"]) > 0
+        assert float(row["generation_frechet_distance"]) > 0
+    assert rows[0]["psnr"] != rows[1]["psnr"]
+    runs = [Run(load(RunConfig, path)) for path in sorted(folder.glob("trials/*/config.yaml"))]
+    assert all(plan.done for run in runs for plan in run.plans().values()), "every tool finds them finished"
+    assert len(runs) == 2
+    shards = {path.stat().st_ino for path in folder.glob("*/*/shards/train/000000.tar")}
+    assert len(shards) == 1, "one file, whatever the number of runs that have it"
+    assert (folder / "frontier.png").stat().st_size > 0

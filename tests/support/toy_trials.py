@@ -1,0 +1,117 @@
+"""Jobs of a sweep that take no time: they leave records, and measures that are a formula of the configuration."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from vavae.config import digest
+from vavae.report.results import METRICS
+from vavae.storage.artefact import Artefact, commit
+from vavae.sweep.sharing import Sharing
+from vavae.sweep.sweep import Sweep
+from vavae.sweep.trial import Task, write_signals
+from vavae.training.config import RunConfig
+from vavae.training.run import STAGES, TRAININGS, Job, Run
+
+MADE = "made.txt"
+"""In the storage's root: a line for each job that was done."""
+HOLD, BROKEN = "hold", "broken"
+"""While there is a file of this name in the root, trainings of LightningDiTs of depth 3 wait, and those of depth 4
+fail."""
+
+SWEEP = """
+name: toy
+base: {base}
+sweep:
+  tokenizer.latent_dim: {{grid: [4, 8]}}
+  lightningdit.depth: {{grid: [2, 3]}}
+rungs: [128]
+"""
+
+
+def toy_sweep_file(folder: Path, base: Path, text: str = SWEEP) -> Path:
+    """Write a sweep file over a base."""
+    path = folder / "sweep.yaml"
+    path.write_text(text.format(base=base))
+    return path
+
+
+def made(root: Path) -> list[str]:
+    """What was done, in order."""
+    return (root / MADE).read_text().splitlines() if (root / MADE).exists() else []
+
+
+def reconstruction(config: RunConfig) -> float:
+    """The toy's reconstruction distance: more channels are better."""
+    return 100 / config.tokenizer.latent_dim + config.seed
+
+
+def generation(config: RunConfig, images: int) -> float:
+    """The toy's generation distance: more images, fewer channels and more layers are better."""
+    return 1000 * config.tokenizer.latent_dim / images / config.lightningdit.depth + config.seed
+
+
+def toy_works(root: Path) -> dict[Task, Callable[[Run], None]]:
+    """What does each task."""
+    works: dict[Task, Callable[[Run], None]] = {job: partial(_work, job, str(root)) for job in STAGES}
+    return {**works, "measure_tokenizer": partial(_signal, str(root))}
+
+
+class InProcess:
+    """Has tasks done in this process, as the workshop would on Ray."""
+
+    def __init__(self, sweep: Sweep, root: Path) -> None:
+        self._sharing = Sharing.of(sweep.shared, sweep.config.sweep)
+        self._works = toy_works(root)
+
+    def order(self, config: RunConfig, task: Task) -> Run:
+        if task in ("prepare_shards", "train_vavae", "precompute_latents"):
+            return self._sharing.make(config, task, self._works[task], self.order)
+        self._works[task](Run(config))
+        return Run(config)
+
+
+def _note(root: str, line: str) -> None:
+    with open(f"{root}/{MADE}", "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def _work(job: Job, root: str, run: Run) -> None:
+    budget = run.budget(job)
+    if job == "train_lightningdit":
+        while run.config.lightningdit.depth == 3 and os.path.exists(f"{root}/{HOLD}"):
+            time.sleep(0.1)
+        if run.config.lightningdit.depth == 4 and os.path.exists(f"{root}/{BROKEN}"):
+            _note(root, "failed")
+            raise RuntimeError("the toy broke")
+    if job == "evaluate":
+        assert budget is None
+        trained = run.require("train_lightningdit").images_seen
+        assert trained is not None
+        measures = {
+            "reconstruction_frechet_distance": reconstruction(run.config),
+            "generation_frechet_distance": generation(run.config, trained),
+        }
+        run.storage.write_json(METRICS, {name: {"value": value} for name, value in measures.items()})
+    content = digest({"job": job, "budget": budget, **run.identity(job), "inputs": run.inputs(job)})
+    record = run.record(job, content, {}, **({"images_seen": budget} if job in TRAININGS else {}))
+    if job == "prepare_shards":
+        record = Artefact(kind=record.kind, digest=content, config=digest(run.config.shards))
+    commit(run.storage, run.prefix(job), record)
+    _note(root, f"{job} {run.config.name}" + (f" {budget}" if budget else ""))
+
+
+def _signal(root: str, run: Run) -> None:
+    write_signals(run, {"psnr": float(run.config.tokenizer.latent_dim)})
+    _note(root, f"measure_tokenizer {run.config.name}")
+
+
+if __name__ == "__main__":
+    from support import toy_trials
+
+    from ray_jobs.tune_vf import main
+
+    sys.exit(main(sys.argv[2:], toy_trials.toy_works(Path(sys.argv[1]))))

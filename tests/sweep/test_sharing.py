@@ -1,0 +1,173 @@
+"""What trials share is made once: the tokenizer up to the last stage, of which four trials branch, without Ray."""
+
+from pathlib import Path
+
+import pytest
+
+from vavae.config import load
+from vavae.data.writer import write_shards
+from vavae.distributed.world import World
+from vavae.errors import UserError
+from vavae.report.results import measure_tokenizer
+from vavae.storage.artefact import read
+from vavae.sweep.config import EARLY_MEASURES
+from vavae.sweep.sharing import Sharing, content_key, lend
+from vavae.training.branch import prefix_of
+from vavae.training.config import RunConfig
+from vavae.training.jobs import train_vavae
+from vavae.training.log import read_rows
+from vavae.training.run import Job, Run
+from vavae.training.session import LocalSession
+
+_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+_BATCH = 8
+_BOUNDARY, _BUDGET = 2 * _BATCH, 3 * _BATCH
+_FIELDS = [
+    "train_vavae.engine.backend=torch",
+    f"train_vavae.images={_BUDGET}",
+    "train_vavae.ema_decay=0.5",
+    f"train_vavae.batch_size={_BATCH}",
+    f"train_vavae.log_images={_BATCH}",
+    "train_vavae.keep_checkpoints=1",
+    f"losses.adversarial.start_images={_BATCH}",
+    "train_vavae.stages=[{losses: {vision_foundation: {weight: 0.5}}},"
+    f" {{from_images: {_BOUNDARY}, losses: {{vision_foundation: {{weight: 0.1}}}}}}]",
+]
+_MARGINS = (0.0, 0.99, 1.0, 1.01)
+
+
+def _config(root: Path, *overrides: str) -> RunConfig:
+    return load(RunConfig, _CONFIG, [f"storage.root={root}", *_FIELDS, *overrides])
+
+
+def _with_margin(root: Path, margin: float) -> RunConfig:
+    return _config(root, f"train_vavae.stages.1.losses.vision_foundation.cos_margin={margin}")
+
+
+class Workshop:
+    """Makes what is asked for in this process, and remembers the order."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        self.sharing = sharing
+        self.made: list[str] = []
+
+    def obtain(self, config: RunConfig, job: Job) -> Run:
+        return self.sharing.make(config, job, self._works()[job], self.obtain)
+
+    def _works(self):
+        return {"prepare_shards": self._shard, "train_vavae": self._train}
+
+    def _shard(self, run: Run) -> None:
+        self.made.append(run.config.name)
+        write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda *_: None)
+
+    def _train(self, run: Run) -> None:
+        self.made.append(run.config.name)
+        train_vavae(run, LocalSession(), World())
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """One that has made the tokenizers of four margins."""
+    root = tmp_path_factory.mktemp("sweep")
+    paths = ["train_vavae.stages.1.losses.vision_foundation.cos_margin", "losses.kl_weight"]
+    workshop = Workshop(Sharing.of(str(root), paths))
+    for margin in _MARGINS:
+        workshop.obtain(_with_margin(root, margin), "train_vavae")
+    return workshop
+
+
+@pytest.fixture(scope="module")
+def branches(workshop: Workshop) -> list[Run]:
+    return [workshop.obtain(_with_margin(Path(workshop.sharing.root), margin), "train_vavae") for margin in _MARGINS]
+
+
+@pytest.mark.jobs
+def test_four_margins_are_four_short_branches_of_one_tokenizer(workshop: Workshop, branches: list[Run]) -> None:
+    records = {}
+    for folder in sorted(Path(workshop.sharing.root).iterdir()):
+        run = Run(load(RunConfig, folder / "config.yaml"))
+        if (record := run.artefact("train_vavae")) is not None:
+            records[folder.name] = record
+    assert sorted(record.images_seen for record in records.values()) == [_BOUNDARY, *[_BUDGET] * len(_MARGINS)]
+    assert len({record.digest for record in records.values()}) == len(records), "each is another tokenizer"
+    assert len(workshop.made) == 1 + len(records), "shards once, the prefix once, every branch once"
+    (prefix,) = (name for name, record in records.items() if record.images_seen == _BOUNDARY)
+    for run in branches:
+        log = run.storage.child(f"{run.training_prefix('train_vavae')}/log")
+        owned = [Path(log.url(name)).stat().st_nlink for name in log.list()]
+        assert owned == [1 + len(_MARGINS), 1], "up to the boundary its log is the prefix's, then its own"
+        assert [row["images"] for row in read_rows(log)] == [_BATCH, 2 * _BATCH, 3 * _BATCH]
+    assert prefix not in [run.config.name for run in branches]
+
+
+@pytest.mark.jobs
+def test_a_branch_is_the_tokenizer_that_a_whole_training_makes(
+    workshop: Workshop, branches: list[Run], tmp_path: Path
+) -> None:
+    whole = Workshop(Sharing(str(tmp_path))).obtain(_with_margin(tmp_path, _MARGINS[2]), "train_vavae")
+    assert whole.require("train_vavae") == branches[2].require("train_vavae")
+
+
+@pytest.mark.jobs
+def test_what_is_made_is_not_made_again(workshop: Workshop, branches: list[Run]) -> None:
+    before = list(workshop.made)
+    for margin in _MARGINS:
+        workshop.obtain(_with_margin(Path(workshop.sharing.root), margin), "train_vavae")
+    assert workshop.made == before
+
+
+@pytest.mark.jobs
+def test_a_lent_tokenizer_is_the_borrowers_own(workshop: Workshop, branches: list[Run]) -> None:
+    config = _with_margin(Path(workshop.sharing.root), _MARGINS[0]).model_copy(update={"name": "borrower"})
+    borrower = Run(config)
+    lend(workshop.obtain(config, "prepare_shards"), borrower, "prepare_shards")
+    lend(branches[0], borrower, "train_vavae")
+    plans = borrower.plans()
+    assert [plans[job].done for job in ("prepare_shards", "train_vavae", "precompute_latents")] == [True, True, False]
+    assert read(borrower.storage, borrower.prefix("train_vavae")) == branches[0].require("train_vavae")
+    with pytest.raises(UserError, match="its tokenizer is another than this sweep makes now"):
+        lend(branches[1], borrower, "train_vavae")
+
+
+@pytest.mark.jobs
+def test_a_tokenizer_is_measured_before_there_are_latents(branches: list[Run]) -> None:
+    seen: list[int] = []
+    measures = {metric.name: metric for metric in measure_tokenizer(branches[0], seen.append)}
+    assert measures.keys() <= EARLY_MEASURES.keys()
+    assert all(EARLY_MEASURES[name] == metric.better for name, metric in measures.items())
+    assert measures["psnr"].value > 0
+    assert measures["reconstruction_frechet_distance"].value > 0
+    assert sum(seen) == 2 * branches[0].config.evaluate.images, "the images and their reconstructions"
+
+
+def test_keys_name_what_decides_and_nothing_else(tmp_path: Path) -> None:
+    base = _config(tmp_path)
+
+    def changed(job: Job, *overrides: str) -> bool:
+        return content_key(_config(tmp_path, *overrides), job) != content_key(base, job)
+
+    assert not changed("precompute_latents", "lightningdit.depth=3", "workers.count=2", "name=other")
+    assert changed("precompute_latents", "losses.kl_weight=1")
+    assert not changed("prepare_shards", "losses.kl_weight=1")
+    assert changed("train_vavae", "train_vavae.images=64")
+    assert changed("train_vavae", "shards.source=elsewhere.zip")
+    assert changed("precompute_latents", "latents.flip=false")
+    assert not changed("train_vavae", "latents.flip=false")
+
+
+def test_a_prefix_ends_where_its_stage_begins_and_needs_the_same_adversary(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    prefix = prefix_of(config, 1)
+    assert prefix is not None
+    assert (prefix.train_vavae.images, len(prefix.train_vavae.stages)) == (_BOUNDARY, 1)
+    assert prefix_of(config, 0) is None, "nothing comes before the first stage"
+    assert prefix_of(config, 2) is None, "there is no such stage"
+    assert prefix_of(_config(tmp_path, f"train_vavae.images={_BOUNDARY}"), 1) is None, "its stage is never reached"
+    late = ["losses.adversarial.weight=0", "train_vavae.stages.1.losses.adversarial.weight=0.1"]
+    assert prefix_of(_config(tmp_path, *late), 1) is None, "the adversary's weights are drawn before the first step"
+
+
+def test_the_stages_that_a_sweep_varies_are_read_from_its_keys() -> None:
+    paths = ["train_vavae.stages.2.losses", "tokenizer.latent_dim", "train_vavae.stages.1.from_images"]
+    assert Sharing.of("root", paths).stages == (1, 2)

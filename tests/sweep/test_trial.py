@@ -1,0 +1,225 @@
+"""Trials, from their runs to the table, on jobs that take no time."""
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from support.toy_trials import InProcess, generation, made, reconstruction, toy_sweep_file
+
+from vavae.config import load
+from vavae.errors import UserError
+from vavae.sweep.outcomes import collect, front, speed_ups, twins
+from vavae.sweep.results import write_sweep
+from vavae.sweep.sweep import Sweep, name_of_trial
+from vavae.sweep.trial import Entry, Task, read_ledger, run_trial, write_entry
+from vavae.training.config import RunConfig
+from vavae.training.run import Run
+
+_BASE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def _sweep(root: Path, *overrides: str) -> Sweep:
+    return Sweep.load(toy_sweep_file(root, _BASE), [f"run.storage.root={root}", *overrides])
+
+
+def _run_all(sweep: Sweep, root: Path) -> list[list[dict[str, float]]]:
+    """What every trial reports."""
+    reports: list[list[dict[str, float]]] = []
+    for point in sweep.points():
+        reports.append([])
+        run_trial(sweep, point, InProcess(sweep, root).order, reports[-1].append)
+    return reports
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(scope="module")
+def reports(root: Path) -> list[list[dict[str, float]]]:
+    """Of four trials with two seeds each, all finished."""
+    return _run_all(_sweep(root, "seeds=[0, 1]"), root)
+
+
+def test_a_trial_reports_the_mean_over_its_seeds_at_every_rung(root: Path, reports) -> None:
+    sweep = _sweep(root, "seeds=[0, 1]")
+    for point, rows in zip(sweep.points(), reports, strict=True):
+        configs = [sweep.run_config(point, seed) for seed in (0, 1)]
+        assert [row["images_seen"] for row in rows] == [128, 256]
+        for row in rows:
+            values = [generation(config, int(row["images_seen"])) for config in configs]
+            assert row["generation_frechet_distance"] == pytest.approx(sum(values) / 2)
+            assert row["reconstruction_frechet_distance"] == pytest.approx(sum(map(reconstruction, configs)) / 2)
+
+
+def test_trials_share_tokenizers_and_latents_and_nothing_else(root: Path, reports) -> None:
+    lines = made(root)
+    once = [line for line in lines if not line.startswith(("sample", "evaluate"))]  # these two at every rung
+    assert len(once) == len(set(once)), "nothing is made twice"
+    counts = {job: sum(line.startswith(job) for line in lines) for job in ("prepare", "train_v", "precompute")}
+    assert counts == {"prepare": 1, "train_v": 4, "precompute": 4}, "two numbers of channels, two seeds"
+    assert sum(line.startswith("train_lightningdit") for line in lines) == 16, "each run is trained to both rungs"
+
+
+def test_a_trials_runs_are_ordinary_runs(root: Path, reports) -> None:
+    folders = sorted((root / "toy" / "trials").iterdir())
+    assert len(folders) == 8
+    for folder in folders:
+        run = Run(load(RunConfig, folder / "config.yaml"))
+        assert run.config.train_lightningdit.images == 256
+        # The toy's shards have no manifest, which only the plan of the first job reads.
+        assert all(run.plan(job).done for job in ("train_vavae", "precompute_latents", "train_lightningdit", "sample"))
+
+
+def test_what_is_there_is_reported_again_and_not_made_again(root: Path, reports) -> None:
+    before = made(root)
+    assert _run_all(_sweep(root, "seeds=[0, 1]"), root) == reports
+    assert made(root) == before
+
+
+def test_a_deleted_rung_is_made_again_without_the_ones_before(root: Path, reports, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    sweep = _sweep(copy)
+    point = sweep.points()[0]
+    (run,) = sweep.runs(point)
+    run.storage.delete("rungs/000000000128.json")
+    found: list[dict[str, float]] = []
+    run_trial(sweep, point, InProcess(sweep, copy).order, found.append)
+    assert [row["images_seen"] for row in found] == [256], "the run is further already than its first rung"
+    assert made(copy) == made(root)
+
+
+def test_a_trial_is_finished_before_its_last_report(root: Path, reports) -> None:
+    sweep = _sweep(root, "seeds=[0, 1]")
+    point, states = sweep.points()[0], []
+    run_trial(
+        sweep, point, InProcess(sweep, root).order,
+        lambda row: states.append(read_ledger(sweep)[name_of_trial(point)].state),
+    )  # fmt: skip
+    assert states == ["running", "finished"], "who is told of the last may end it"
+
+
+def test_an_objective_that_nothing_measures_and_a_lowered_budget_are_named(root: Path, reports, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    other = _sweep(copy, "objectives=[{measure: beauty, better: higher}]")
+    with pytest.raises(UserError, match=r"a run measures generation_frechet_distance, .*, and no beauty"):
+        run_trial(other, other.points()[0], InProcess(other, copy).order, lambda row: None)
+    lower = _sweep(copy, "run.train_lightningdit.images=192")
+    with pytest.raises(UserError, match=r"has seen more than train_lightningdit\.images"):
+        run_trial(lower, lower.points()[0], InProcess(lower, copy).order, lambda row: None)
+
+
+def test_the_table_has_every_trial_and_rung(root: Path, reports) -> None:
+    sweep = _sweep(root, "seeds=[0, 1]")
+    write_sweep(sweep)
+    rows = list(csv.DictReader(io.StringIO((root / "toy" / "trials.csv").read_text())))
+    assert len(rows) == 8
+    row = next(row for row in rows if row["trial"] == name_of_trial(sweep.points()[3]) and row["images_seen"] == "256")
+    config = sweep.run_config(sweep.points()[3], 0)
+    assert float(row["generation_frechet_distance"]) == pytest.approx(generation(config, 256) + 0.5)
+    assert float(row["generation_frechet_distance_deviation"]) == pytest.approx(0.5**0.5)
+    assert (row["tokenizer.latent_dim"], row["lightningdit.depth"], row["seeds"]) == ("8", "3", "2")
+    on_front = {row["trial"] for row in rows if row["on_front"] == "True"}
+    assert on_front == {name_of_trial(sweep.points()[1]), name_of_trial(sweep.points()[3])}, "the deeper ones"
+    assert on_front == {one.name for one in front(collect(sweep), sweep.config.objectives)}
+
+
+def test_best_configurations_run_as_they_are(root: Path, reports) -> None:
+    write_sweep(_sweep(root, "seeds=[0, 1]"))
+    files = sorted((root / "toy" / "best").iterdir())
+    configs = [load(RunConfig, file) for file in files]
+    assert sorted((config.tokenizer.latent_dim, config.lightningdit.depth) for config in configs) == [(4, 3), (8, 3)]
+    assert all(Path(config.storage.root) == root and config.name.startswith("toy-") for config in configs)
+    one = _sweep(root, "seeds=[0, 1]", "objectives=[generation_frechet_distance]")
+    write_sweep(one)
+    assert load(RunConfig, root / "toy" / "best.yaml").tokenizer.latent_dim == 4
+
+
+def test_the_page_shows_trials_pictures_and_the_sweep_file(root: Path, reports) -> None:
+    write_sweep(_sweep(root, "seeds=[0, 1]"))
+    page = (root / "toy" / "frontier.html").read_text()
+    assert page.count("<img") == 4, "frontier, curves, and a picture for each of two keys"
+    assert "4 finished" in page
+    assert "tokenizer.latent_dim=8, lightningdit.depth=3" in page
+    assert (root / "toy" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_can_be_written_before_anything_is_known(tmp_path: Path) -> None:
+    sweep = _sweep(tmp_path)
+    write_entry(sweep, Entry(sweep.points()[0], "failed", "the reason"))
+    write_sweep(sweep)
+    assert "failed" in (tmp_path / "toy" / "frontier.html").read_text()
+    assert not (tmp_path / "toy" / "frontier.png").exists()
+
+
+def test_references_are_made_once_for_all_runs(tmp_path: Path) -> None:
+    sweep = _sweep(tmp_path)
+    worker = InProcess(sweep, tmp_path)
+    there: list[bool] = []
+
+    def order(config: RunConfig, task: Task) -> Run:
+        if task == "evaluate":
+            storage = Run(config).storage
+            there.append(storage.exists("references/held_out"))
+            if not there[-1]:
+                storage.write_bytes("references/held_out", b"features")
+        return worker.order(config, task)
+
+    for point in sweep.points():
+        run_trial(sweep, point, order, lambda report: None)
+    assert there == [False] + [True] * 7
+    assert len({path.stat().st_ino for path in (tmp_path / "toy").glob("*/*/references/held_out")}) == 1
+
+
+def test_a_threshold_ends_a_trial_before_its_latents(tmp_path: Path) -> None:
+    sweep = _sweep(tmp_path, "thresholds={psnr: {min: 5}}")
+    reports = _run_all(sweep, tmp_path)
+    assert list(map(len, reports)) == [0, 0, 2, 2], "the toy's psnr is the number of channels"
+    entries = read_ledger(sweep)
+    assert [entries[name_of_trial(point)].state for point in sweep.points()] == ["stopped"] * 2 + ["finished"] * 2
+    assert entries[name_of_trial(sweep.points()[0])].why == "psnr is 4, and should be at least 5"
+    lines = made(tmp_path)
+    assert sum(line.startswith("precompute") for line in lines) == 1
+    assert sum(line.startswith("measure_tokenizer") for line in lines) == 4
+    _run_all(sweep, tmp_path)
+    assert made(tmp_path) == lines, "the measures of the tokenizers are remembered"
+
+
+def test_arrows_lead_to_what_differs_by_the_alignment_alone(tmp_path: Path) -> None:
+    text = """
+name: toy
+base: {base}
+sweep:
+  lightningdit.depth: {{grid: [2, 3]}}
+  losses.vision_foundation.weight: {{grid: {{none: 0, some: 0.1}}}}
+  losses.vision_foundation:
+    grid: {{whole: {{}}, without: {{cos_weight: 0}}}}
+    when: {{losses.vision_foundation.weight: some}}
+rungs: [64, 128]
+"""
+    sweep = Sweep.load(toy_sweep_file(tmp_path, _BASE, text), [f"run.storage.root={tmp_path}"])
+    _run_all(sweep, tmp_path)
+    found = [(dict(before.point), dict(after.point)) for before, after in twins(sweep, collect(sweep))]
+    assert [(before["lightningdit.depth"], after["lightningdit.depth"]) for before, after in found] == [
+        ("2", "2"), ("3", "3"),
+    ]  # fmt: skip
+    assert all(after["losses.vision_foundation"] == "whole" for _, after in found)
+    ratios = [ratio for *_, ratio in speed_ups(sweep, collect(sweep))]
+    assert [(ratio.ratio, ratio.at_least) for ratio in ratios if ratio] == [(1, False), (1, False)], "the toy is blind"
+
+
+@pytest.mark.parametrize("change", ["seeds=[0, 1, 2]", "rungs=[64]", "run.losses.kl_weight=1", "seeds=[0, 1]"])
+def test_a_trial_that_was_run_in_another_way_is_not_known(root: Path, reports, change: str) -> None:
+    same = change == "seeds=[0, 1]"
+    assert len(read_ledger(_sweep(root, "seeds=[0, 1]", change))) == (4 if same else 0)
+
+
+def test_points_of_a_former_space_are_left_out(root: Path, reports) -> None:
+    text = "name: toy\nbase: {base}\nsweep: {{tokenizer.latent_dim: {{grid: [4, 8]}}}}\n"
+    sweep = Sweep.load(toy_sweep_file(root, _BASE, text), [f"run.storage.root={root}"])
+    assert read_ledger(sweep) == {}

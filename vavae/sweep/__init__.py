@@ -1,0 +1,1 @@
+"""Sweeps: a space of configurations, what its trials share, and the frontier that comes out. Knows nothing of Ray."""

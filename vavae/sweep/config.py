@@ -1,0 +1,247 @@
+"""What a sweep file says."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from vavae.config import Config, runtime
+from vavae.config.explain import show
+
+Better = Literal["higher", "lower"]
+
+EARLY_MEASURES: dict[str, Better] = {
+    "psnr": "higher",
+    "ssim": "higher",
+    "lpips": "lower",
+    "reconstruction_frechet_distance": "lower",
+    "alignment_cosine": "higher",
+}
+"""Measures of a tokenizer alone, known before its latents are made, and which way is better."""
+
+MEASURES: dict[str, Better] = {
+    **EARLY_MEASURES,
+    "generation_frechet_distance": "lower",
+    "generation_kernel_distance": "lower",
+    "generation_precision": "higher",
+    "generation_recall": "higher",
+    "generation_spatial_frechet_distance": "lower",
+    "inception_score": "higher",
+    "class_agreement": "higher",
+    "within_class_variety": "higher",
+    "density_cv": "lower",
+    "density_gini": "lower",
+    "density_entropy": "higher",
+}
+"""The measures whose better end is known here; an objective may name any other that a run measures."""
+
+
+class DomainConfig(Config):
+    """What one key is tried with: exactly one of `grid`, `choice`, `uniform` and `loguniform`."""
+
+    grid: list[Any] | dict[str, Any] | None = None
+    """Every value, with everything else: a list, or values by names that tables and pictures shall show. A value may be
+    a whole section, of which only what it names is set."""
+    choice: list[Any] | dict[str, Any] | None = None
+    """One of these values, as `grid` has them, drawn or chosen; in a grid search every one."""
+    uniform: tuple[float, float] | None = None
+    """A number between two."""
+    loguniform: tuple[float, float] | None = None
+    """A number between two positive ones, with equally likely logarithms."""
+    when: dict[str, Any] = Field(default_factory=dict)
+    """The key is set only where each of these keys, which must stand before it, has the value or one of the values
+    given here (or their names); elsewhere it is left as it was."""
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Both ends of a continuous domain; None for one that can be enumerated."""
+        return self.uniform or self.loguniform
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values of an enumerable domain by their names; empty for a continuous one."""
+        values = self.choice if self.grid is None else self.grid
+        if isinstance(values, Mapping):
+            return dict(values)
+        return {name_of(value): value for value in values or ()}
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        kinds = ("grid", "choice", "uniform", "loguniform")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(kinds)}, not {' and '.join(given) or 'none'}")
+        values = getattr(self, given[0])
+        if not values:
+            raise ValueError(f"{given[0]} is empty: give it a value, or leave this key out of the sweep")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"{given[0]}={list(self.range)} is empty: the first must be less than the second")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform={list(self.loguniform)} must be positive: a logarithm is taken")
+        if self.range is None and len(self.options) < len(values):
+            raise ValueError(f"{given[0]} has values of the same name: {', '.join(map(name_of, values))}; name them")
+        return self
+
+
+def name_of(value: Any) -> str:
+    """How a value is called that was given no name."""
+    return value if isinstance(value, str) else show(value)
+
+
+class ObjectiveConfig(Config):
+    """One measure that a search improves."""
+
+    measure: str
+    """Its name, as in `metrics.json`."""
+    better: Better
+    """Which way is better."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_by_name(cls, given: Any) -> Any:
+        """A bare name, of a measure whose better end is known."""
+        if not isinstance(given, str):
+            return given
+        if given not in MEASURES:
+            near = get_close_matches(given, MEASURES, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MEASURES)};"
+            raise ValueError(f"no such measure; {hint} Of another say {{measure: {given}, better: lower or higher}}")
+        return {"measure": given, "better": MEASURES[given]}
+
+
+class SearchConfig(Config):
+    """How points of the space are chosen."""
+
+    method: Literal["grid", "random", "optuna"] = "grid"
+    """All of them; drawn ones; or by Optuna from what came out so far (TPE; with several objectives their front)."""
+    trials: int | None = Field(None, ge=1)
+    """Points in all; of `random`, points for every combination of the `grid` domains. Not for `grid`."""
+    seed: int = Field(0, ge=0)
+    """Keys the draws."""
+
+    @model_validator(mode="after")
+    def _trials_are_counted(self) -> Self:
+        if (self.trials is None) != (self.method == "grid"):
+            verb = "counts its trials itself: leave trials out" if self.trials else "needs a number of trials"
+            raise ValueError(f"method {self.method} {verb}")
+        return self
+
+
+class EarlyStoppingConfig(Config):
+    """Trials that end before their budget because others did better at the same number of images; one objective."""
+
+    rule: Literal["none", "asha", "median"] = "none"
+    """`asha` keeps the best of every rung; `median` ends what is worse than the median of the others so far."""
+    reduction_factor: int = Field(2, ge=2)
+    """Of ASHA: one of so many goes on at a rung."""
+
+
+class ThresholdConfig(Config):
+    """What a measure of the tokenizer must reach for its trial to go on to latents and diffusion."""
+
+    min: float | None = None
+    max: float | None = None
+
+    def broken_by(self, value: float) -> str | None:
+        """In words the limit that a value breaks; None where it breaks none."""
+        if self.min is not None and not value >= self.min:
+            return f"at least {self.min:g}"
+        return f"at most {self.max:g}" if self.max is not None and not value <= self.max else None
+
+
+class SweepConfig(Config):
+    """A sweep over the configurations of runs."""
+
+    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the sweep below the `storage.root` of its runs."""
+    base: str = Field(min_length=1)
+    """Configuration file of a run that the trials vary, relative to the file that names it."""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """Laid over `base`, for the trials and for `best.yaml`."""
+    reduced: dict[str, Any] = Field(default_factory=dict)
+    """Laid over that for the trials alone: what makes them smaller than the run that they are to inform."""
+    sweep: dict[str, DomainConfig]
+    """Domains by dotted keys of the run's configuration; a later one is set over an earlier one."""
+    seeds: tuple[int, ...] = (0,)
+    """Every point is run once with each; results are means over them."""
+    search: SearchConfig = SearchConfig()
+    objectives: tuple[ObjectiveConfig, ...] = (
+        ObjectiveConfig(measure="reconstruction_frechet_distance", better="lower"),
+        ObjectiveConfig(measure="generation_frechet_distance", better="lower"),
+    )
+    """Measures by name, or {measure, better}; of several the Pareto front is looked for."""
+    rungs: tuple[int, ...] = ()
+    """Images seen by the LightningDiT, besides its budget, at which a trial samples and is measured."""
+    thresholds: dict[str, ThresholdConfig] = Field(default_factory=dict)
+    """What ends a trial before its latents are made: measures of the tokenizer alone, or scalars of its log's last row
+    by their names there, such as `loss/total`."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    max_concurrent: int | None = runtime(None, ge=1)
+    """Trials at the same time; null takes as many as the cluster holds."""
+    retries: int = runtime(1, ge=0)
+    """How often a trial that failed is tried again, before it is marked and the others go on."""
+    tracking: tuple[Literal["mlflow", "wandb"], ...] = runtime(())
+    """Also report to MLflow or Weights & Biases, which find their server and project in the environment."""
+
+    @field_validator("sweep")
+    @classmethod
+    def _has_domains(cls, domains: dict[str, DomainConfig]) -> dict[str, DomainConfig]:
+        if not domains:
+            raise ValueError("the sweep is empty: give it a key of the run's configuration")
+        for path, domain in domains.items():
+            if path.partition(".")[0] in ("name", "seed", "storage"):
+                raise ValueError(f"{path} is the sweep's to set; leave it out")
+            for other, wanted in domain.when.items():
+                _check_condition(path, other, wanted, domains)
+        return domains
+
+    @field_validator("thresholds")
+    @classmethod
+    def _are_early(cls, thresholds: dict[str, ThresholdConfig]) -> dict[str, ThresholdConfig]:
+        for measure in thresholds:
+            if measure not in EARLY_MEASURES and "/" not in measure:
+                raise ValueError(
+                    f"{measure} is not known before the diffusion training; take one of {', '.join(EARLY_MEASURES)} or "
+                    "a scalar of the tokenizer's log, such as loss/total"
+                )
+        return thresholds
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        method = self.search.method
+        for path, domain in self.sweep.items():
+            if method == "grid" and domain.range is not None:
+                raise ValueError(f"sweep.{path} has no end of values for a grid; set search.method to random or optuna")
+            if method == "optuna" and domain.grid is not None:
+                raise ValueError(f"sweep.{path} is a grid, but optuna chooses for itself: write choice")
+        if self.early_stopping.rule != "none" and len(self.objectives) != 1:
+            raise ValueError(f"early_stopping.rule={self.early_stopping.rule} compares one objective; give it one")
+        for field, values in (("seeds", self.seeds), ("objectives", self.objectives)):
+            if not values:
+                raise ValueError(f"{field} is empty: give at least one")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} repeats one; a replication needs a seed of its own")
+        if list(self.rungs) != sorted(set(self.rungs)) or any(rung < 1 for rung in self.rungs):
+            raise ValueError(f"rungs={list(self.rungs)} must be positive and rise")
+        return self
+
+
+def _check_condition(path: str, other: str, wanted: Any, domains: Mapping[str, DomainConfig]) -> None:
+    """Refuse a condition on a key that does not stand before, is no choice, or never has a value like that."""
+    if other not in list(domains)[: list(domains).index(path)]:
+        near = get_close_matches(other, domains, 1)
+        hint = f"; did you mean {near[0]}?" if near and near[0] != other else ""
+        raise ValueError(f"{path}: when.{other} must be a key of the sweep that stands before it{hint}")
+    options = domains[other].options
+    if not options:
+        raise ValueError(f"{path}: when.{other} is a range, of which no single value can be asked for")
+    for name in conditions(wanted):
+        if name not in options:
+            raise ValueError(f"{path}: when.{other}={name} never holds: its values are {', '.join(options)}")
+
+
+def conditions(wanted: Any) -> list[str]:
+    """Names of the values, one or a list of them, that a condition asks for."""
+    return [name_of(value) for value in (wanted if isinstance(wanted, list) else [wanted])]

@@ -1,0 +1,119 @@
+"""The pictures of a sweep, as PNG: the frontier, quality against images seen, and what each hyperparameter does."""
+
+import io
+from collections.abc import Sequence
+from statistics import fmean
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from vavae.sweep.config import DomainConfig, ObjectiveConfig
+from vavae.sweep.outcomes import GENERATION, RECONSTRUCTION, Outcome, curve_of, is_aligned, twins
+from vavae.sweep.pareto import pareto_front
+from vavae.sweep.sweep import Sweep
+
+_DPI = 130
+_ALIGNED, _UNALIGNED, _FRONT = "#3f87d9", "#d9733f", "#7a7a7a"
+_LABEL_CHARACTERS = 40
+_LEVEL_NAMES = 3
+"""Names of more options than this are turned, or they would run into each other."""
+
+
+def frontier_png(sweep: Sweep, outcomes: Sequence[Outcome]) -> bytes | None:
+    """Reconstruction against generation with error bars, the front, and arrows from unaligned trials to their twins."""
+    shown = [one for one in outcomes if {RECONSTRUCTION, GENERATION} <= one.last.keys()]
+    if not shown:
+        return None
+    canvas = Canvas(figsize=(8, 5.5), dpi=_DPI, layout="constrained")
+    axes = canvas.add_subplot()
+    for one in shown:
+        x, y = one.last[RECONSTRUCTION], one.last[GENERATION]
+        aligned = is_aligned(sweep, one)
+        axes.errorbar(
+            x.mean, y.mean, xerr=x.deviation, yerr=y.deviation, marker="o", capsize=3,
+            color=_ALIGNED if aligned else _UNALIGNED, markerfacecolor=None if aligned else "white",
+        )  # fmt: skip
+        axes.annotate(label(one), (x.mean, y.mean), textcoords="offset points", xytext=(7, 5), fontsize=7)
+    for before, after in twins(sweep, shown):
+        tail, head = ((one.last[RECONSTRUCTION].mean, one.last[GENERATION].mean) for one in (before, after))
+        axes.annotate("", head, tail, arrowprops={"arrowstyle": "->", "color": _FRONT, "shrinkA": 6, "shrinkB": 6})
+    _draw_front(axes, shown)
+    axes.set_xlabel("reconstruction: Fréchet distance (lower is better)")
+    axes.set_ylabel("generation: Fréchet distance (lower is better)")
+    axes.margins(0.15)
+    return _png(canvas)
+
+
+def curves_png(sweep: Sweep, outcomes: Sequence[Outcome]) -> bytes | None:
+    """The distance of generated images against the images that the LightningDiT has seen."""
+    shown = [(one, curve) for one in outcomes if len(curve := curve_of(one, GENERATION)) > 1]
+    if not shown:
+        return None
+    canvas = Canvas(figsize=(8, 5), dpi=_DPI, layout="constrained")
+    axes = canvas.add_subplot()
+    colours = matplotlib.colormaps["tab10"]
+    for place, (one, curve) in enumerate(shown):
+        axes.errorbar(
+            list(curve), [figure.mean for figure in curve.values()],
+            yerr=[figure.deviation or 0 for figure in curve.values()], capsize=3, marker="o", color=colours(place % 10),
+            linestyle="-" if is_aligned(sweep, one) else "--", label=label(one),
+        )  # fmt: skip
+    axes.set_xscale("log")
+    rungs = sorted({images for _, curve in shown for images in curve})
+    axes.set_xticks(rungs, [f"{images:,}" for images in rungs])
+    axes.minorticks_off()
+    axes.set_xlabel("images seen by the LightningDiT")
+    axes.set_ylabel("generation: Fréchet distance (lower is better)")
+    axes.legend(fontsize=7)
+    return _png(canvas)
+
+
+def sensitivity_png(
+    path: str, domain: DomainConfig, outcomes: Sequence[Outcome], objectives: Sequence[ObjectiveConfig]
+) -> bytes | None:
+    """Each objective against one key: every finished trial that sets it, and the mean of each option."""
+    shown = [one for one in outcomes if path in one.point and one.last]
+    if not shown:
+        return None
+    canvas = Canvas(figsize=(4 * len(objectives), 3), dpi=_DPI, layout="constrained")
+    for axes, objective in zip(canvas.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
+        points = [(one.point[path], one.last[objective.measure].mean) for one in shown if objective.measure in one.last]
+        _draw_values(axes, domain, points)
+        axes.set_xlabel(path, fontsize=8)
+        axes.set_ylabel(f"{objective.measure}\n({objective.better} is better)", fontsize=8)
+    return _png(canvas)
+
+
+def label(one: Outcome) -> str:
+    """A trial in a few words: the values that it sets."""
+    words = " ".join(value if isinstance(value, str) else f"{value:.3g}" for value in one.point.values())
+    return words if len(words) <= _LABEL_CHARACTERS else f"{words[: _LABEL_CHARACTERS - 1]}…"
+
+
+def _draw_front(axes: Axes, shown: Sequence[Outcome]) -> None:
+    """A staircase under which no trial lies."""
+    points = [(one.last[RECONSTRUCTION].mean, one.last[GENERATION].mean) for one in shown]
+    front = sorted(point for point, on in zip(points, pareto_front(points), strict=True) if on)
+    axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=_FRONT, linewidth=1, linestyle=":", zorder=0)
+
+
+def _draw_values(axes: Axes, domain: DomainConfig, points: Sequence[tuple[str | float, float]]) -> None:
+    """Values of an objective over those of a key; options stand side by side, with their means."""
+    if domain.range is not None:
+        axes.plot(*zip(*points, strict=True), "o", color=_ALIGNED, markersize=4)
+        axes.set_xscale("linear" if domain.loguniform is None else "log")
+        return
+    names = list(domain.options)
+    axes.plot([names.index(str(name)) for name, _ in points], [value for _, value in points], "o", color=_ALIGNED)
+    found = {name: [value for other, value in points if other == name] for name in names}
+    means = {names.index(name): fmean(values) for name, values in found.items() if values}
+    axes.plot(list(means), list(means.values()), "-", color=_FRONT, linewidth=1, zorder=0)
+    axes.set_xticks(range(len(names)), names, fontsize=7, rotation=0 if len(names) <= _LEVEL_NAMES else 20)
+    axes.margins(x=0.15)
+
+
+def _png(canvas: Canvas) -> bytes:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,137 @@
+"""A sweep with its base: which run belongs to a point and a seed, and the check of all of it before anything starts."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vavae.config import digest
+from vavae.config.load import assign, check, read
+from vavae.config.yaml_source import Located, merge, plain
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+from vavae.sweep.config import SweepConfig
+from vavae.sweep.space import Point, Space
+from vavae.training.config import RunConfig
+from vavae.training.run import Run
+
+TRIALS, SHARED = "trials", "shared"
+_NAME_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file and the configuration that it varies."""
+
+    config: SweepConfig
+    tree: Located
+    """The sweep file."""
+    base: Located
+    """The configuration of the run that is varied, with `run` laid over it."""
+
+    @staticmethod
+    def load(path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
+        """Read a sweep file and its base, and check every domain by building configurations with it.
+
+        Raises:
+            UserError: one line with the key, where it was written and what is wrong with it.
+        """
+        tree = read(path, overrides)
+        config = check(SweepConfig, tree)
+        base = read(_beside(tree.value["base"]))
+        sweep = Sweep(config, tree, merge(base, tree.value["run"]) if "run" in tree.value else base)
+        for point in sweep.space.examples() + sweep.points():
+            sweep.run_config(point, config.seeds[0])
+            sweep.full_config(point)
+        return sweep
+
+    @property
+    def space(self) -> Space:
+        """The space that is searched."""
+        return Space(self.config.sweep)
+
+    def points(self) -> list[Point]:
+        """The points that are known before the search begins; Optuna chooses while it goes on."""
+        search = self.config.search
+        if search.method == "grid":
+            return self.space.points()
+        if search.method == "random" and search.trials is not None:
+            return self.space.draw(numpy_generator(search.seed, "sweep"), search.trials)
+        return []
+
+    def run_config(self, point: Point, seed: int) -> RunConfig:
+        """The configuration of a trial's run; UserError where there is no such run."""
+        reduced = self.tree.value.get("reduced")
+        config = self._check(self.base if reduced is None else merge(self.base, reduced), point, seed)
+        storage = config.storage.model_copy(
+            update={"root": Storage.of(config.storage).child(f"{self.config.name}/{TRIALS}").root}
+        )
+        return config.model_copy(update={"name": f"{name_of_trial(point)}-seed-{seed}", "storage": storage})
+
+    def full_config(self, point: Point) -> RunConfig:
+        """The configuration of a point at the size of the base, ready to run; UserError where there is none."""
+        config = self._check(self.base, point, self.config.seeds[0])
+        return config.model_copy(update={"name": f"{self.config.name}-{name_of_trial(point)}"})
+
+    def runs(self, point: Point) -> list[Run]:
+        """The runs of a trial, one for each seed."""
+        return [Run(self.run_config(point, seed)) for seed in self.config.seeds]
+
+    @property
+    def storage(self) -> Storage:
+        """The folder of the sweep."""
+        any_run = self._check(self.base, self.space.examples()[0], self.config.seeds[0])
+        return Storage.of(any_run.storage).child(self.config.name)
+
+    @property
+    def shared(self) -> str:
+        """The root of the storage of what trials share."""
+        return self.storage.child(SHARED).root
+
+    def _check(self, tree: Located, point: Point, seed: int) -> RunConfig:
+        """The configuration that a point makes of a tree."""
+        tree = merge(tree, _located({"name": self.config.name, "seed": seed}, "the sweep"))
+        for path, value in self.space.values(point).items():
+            tree = assign(tree, path, _located(value, self.tree.value["sweep"].value[path].place))
+        try:
+            return check(RunConfig, tree)
+        except UserError as error:
+            raise UserError(f"{error} [{describe(point)}]") from None
+
+
+def name_of_trial(point: Point) -> str:
+    """A name for a folder: what is set, in short, and a digest that tells it from every other point."""
+    words = "-".join(f"{path.rpartition('.')[2]}-{_text(value)}" for path, value in point.items())
+    words = re.sub(r"[^A-Za-z0-9._]+", "-", words)[:_NAME_CHARACTERS].strip("-._")
+    return f"{words}-{digest(point)[:8]}"
+
+
+def describe(point: Mapping[str, str | float]) -> str:
+    """A point in words."""
+    return ", ".join(f"{path}={_text(value)}" for path, value in point.items())
+
+
+def _text(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _beside(name: Located) -> Path:
+    """A file that another one names, relative to that; to the working directory where the command line names it."""
+    file, colon, _ = name.place.rpartition(":")
+    return Path(file).parent / name.value if colon else Path(name.value)
+
+
+def _located(value: Any, place: str) -> Located:
+    """A plain value as if it had been written at one place."""
+    if isinstance(value, Mapping):
+        return Located({str(key): _located(item, place) for key, item in value.items()}, place)
+    if isinstance(value, (list, tuple)):
+        return Located([_located(item, place) for item in value], place)
+    return Located(value, place)
+
+
+def as_written(sweep: Sweep) -> Any:
+    """The sweep file with all that it inherits and all overrides, as plain values."""
+    return plain(sweep.tree)
