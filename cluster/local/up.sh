@@ -3,7 +3,7 @@
 #
 #     bash cluster/local/up.sh [FOLDER]      # runs/local by default; keeps data, logs, and the process ids for down.sh
 #     source FOLDER/environment              # addresses and keys, for this shell alone
-#     ray job submit --working-dir . -- python -m ray_jobs.pipeline --config configs/tiny.yaml storage.root=s3://vavae/runs
+#     vavae submit pipeline --config configs/tiny.yaml storage.root=s3://vavae/runs --follow
 #     bash cluster/local/down.sh [FOLDER]
 #
 # Everything listens on loopback alone. Ray asks for the token and the store for the keys of FOLDER, which nobody else can read.

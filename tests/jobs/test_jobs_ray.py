@@ -210,6 +210,7 @@ def test_deleted_training_comes_back_bit_for_bit_though_a_worker_is_killed(argum
 
     with one_killed("ray::RayTrainWorker", a_checkpoint_is_there):
         assert run_pipeline(arguments, "train_lightningdit.checkpoint_images=32") == 0
+    assert "restart" in {event["event"] for event in read_events(run.storage)}
     assert run.require("train_lightningdit").digest == before
 
 
