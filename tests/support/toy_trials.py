@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from vavae.config import digest
-from vavae.report.results import METRICS
+from vavae.report.html import Metric
+from vavae.report.run_report import METRICS, metrics_json
 from vavae.storage.artefact import Artefact, commit
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep
@@ -95,7 +96,7 @@ def _work(job: Job, root: str, run: Run) -> None:
             "reconstruction_frechet_distance": reconstruction(run.config),
             "generation_frechet_distance": generation(run.config, trained),
         }
-        run.storage.write_json(METRICS, {name: {"value": value} for name, value in measures.items()})
+        run.storage.write_json(METRICS, metrics_json([Metric(name, value) for name, value in measures.items()]))
     content = digest({"job": job, "budget": budget, **run.identity(job), "inputs": run.inputs(job)})
     record = run.record(job, content, {}, **({"images_seen": budget} if job in TRAININGS else {}))
     if job == "prepare_shards":

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from vavae.config import digest, identity
 from vavae.config.load import dump
 from vavae.errors import UserError
-from vavae.report.run_report import METRICS
+from vavae.report.run_report import read_metrics
 from vavae.sweep.config import ThresholdConfig
 from vavae.sweep.sharing import content_key, lend, lend_files
 from vavae.sweep.space import Point
@@ -136,19 +136,19 @@ def _measured(run: Run, order: Order) -> dict[str, float] | None:
             return None
         for job in ("train_lightningdit", "sample"):
             order(run.config, job)
-        _evaluate(run, order)
-        measures = {name: metric["value"] for name, metric in run.storage.read_json(METRICS).items()}
+        _measure(run, order, "evaluate")
+        measures = {metric.name: metric.value for metric in read_metrics(run)}
         row = {IMAGES: budget, "key": _key(run.config), "measures": measures}
         run.storage.write_json(f"{_RUNGS}/{budget:012d}.json", row)
         known = {budget: measures}
     return {IMAGES: budget, **known[budget]}
 
 
-def _evaluate(run: Run, order: Order) -> None:
+def _measure(run: Run, order: Order, task: Task) -> None:
     """Have a run measured, against references that are made once for all runs with the same shards."""
     shards = order(run.config, "prepare_shards")
     lend_files(shards, run, _REFERENCES)
-    order(run.config, "evaluate")
+    order(run.config, task)
     lend_files(run, shards, _REFERENCES)
 
 
@@ -181,7 +181,7 @@ def _signals(run: Run, order: Order) -> dict[str, float]:
     """What is known of a run's tokenizer before its latents: measures, and the last row of its log."""
     _borrow(run, order, "train_vavae")
     if not run.storage.exists(_EARLY) or run.storage.read_json(_EARLY)["key"] != _early_key(run):
-        order(run.config, "measure_tokenizer")
+        _measure(run, order, "measure_tokenizer")
     measures = run.storage.read_json(_EARLY)["measures"]
     rows = read_rows(run.storage.child(f"{run.training_prefix('train_vavae')}/log"))
     logged = rows[-1] if rows else {}
