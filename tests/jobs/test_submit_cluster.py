@@ -18,7 +18,7 @@ from vavae.config import load
 from vavae.data.writer import write_shards
 from vavae.report.status import Training, run_status
 from vavae.training.config import RunConfig
-from vavae.training.run import STAGES, Run
+from vavae.training.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.timeout(1800)]
 
@@ -120,21 +120,3 @@ def test_a_stopped_job_goes_on_as_if_nothing_had_happened(head: Head, tmp_path: 
     made, expected = (run_of(root, name).require("train_vavae") for name in ("tiny", "undisturbed"))
     assert made.images_seen == expected.images_seen
     assert made.digest == expected.digest, "the same bits"
-
-
-@pytest.mark.long
-def test_a_stopped_pipeline_ends_like_an_undisturbed_one(head: Head, tmp_path: Path) -> None:
-    root = tmp_path / "all runs"
-    submit = ["submit", "pipeline", "--config", CONFIG, f"storage.root={root}", "--follow"]
-    seen = stopped_in_training(head, *submit).seen
-    budget = f"train_vavae.images={seen + BATCHES * run_of(root, 'tiny').config.train_vavae.batch_size}"
-    for name in ("tiny", "undisturbed"):
-        status, text = said(*submit, f"name={name}", budget, head=head)
-        assert status == 0, text
-    ends = [
-        {job: run_of(root, name).require(job).digest for job in STAGES if job != "evaluate"}
-        for name in ("tiny", "undisturbed")
-    ]
-    assert ends[0] == ends[1]
-    measures = [run_of(root, name).storage.read_json("metrics.json") for name in ("tiny", "undisturbed")]
-    assert measures[0] == measures[1]
