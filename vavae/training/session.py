@@ -109,6 +109,6 @@ class SignalledSession(LocalSession):
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        print("stopping: a checkpoint is saved", file=sys.stderr, flush=True)
+        print("stopping: a checkpoint is saved; the same again leaves at once", file=sys.stderr, flush=True)
         self._stop = True
         signal.signal(number, signal.default_int_handler)
