@@ -70,7 +70,7 @@ class StagePlan:
 
 
 def plan_stages(config: RunConfig, offer: Offer, dataset: Dataset) -> list[StagePlan]:
-    """All stages but the last: `evaluate` is one actor, whatever there is."""
+    """All stages but the last: what `evaluate` takes is not counted."""
     return [
         _prepare(config, offer, dataset),
         _train(config, offer, "train_vavae", tokenizer_flops(config), stored_bytes(config, dataset)),

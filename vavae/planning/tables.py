@@ -27,7 +27,7 @@ def print_table(stages: Sequence[StagePlan], offer: Offer) -> None:
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH).print(table)
     hours = sum(stage.hours for stage in stages)
     price = "" if offer.price is None else f", {_price(hours, offer)}"
-    print(f"in all {_hours(hours)} of {offer.count} GPUs{price}; evaluate is one actor more")
+    print(f"in all {_hours(hours)} of {offer.count} GPUs{price}; evaluate is not counted")
 
 
 def _work(stage: StagePlan, offer: Offer) -> dict[str, str]:

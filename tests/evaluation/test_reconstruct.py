@@ -1,0 +1,74 @@
+"""Reconstructions are a function of image, seed and index; each is measured as the released code does."""
+
+import math
+
+import pytest
+import torch
+from support import small
+from torch import Tensor
+
+import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
+
+# isort: split
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from vavae.backbones.load import meta_backbone
+from vavae.data.passes import LabelledImages
+from vavae.data.pixels import to_float, to_uint8
+from vavae.evaluation.reconstruction import ReconstructedBatch, Reconstructor, reconstruct
+from vavae.losses.config import PerceptualLossConfig
+from vavae.losses.perceptual import LPIPS, published_heads
+from vavae.randomness import torch_generator
+
+SEED, FIRST = 5, 40
+
+
+@pytest.fixture(scope="module")
+def reconstructor() -> Reconstructor:
+    layers = meta_backbone(PerceptualLossConfig().backbone).features.to_empty(device="cpu")
+    for name, parameter in layers.named_parameters():
+        scale = math.sqrt(2 / parameter[0].numel())
+        parameter.data = torch.randn(parameter.shape, generator=torch_generator(0, name)) * scale
+    return Reconstructor(small.tokenizer(), alignment=None, teacher=None, lpips=LPIPS(layers, published_heads()))
+
+
+def images(count: int = 5) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def reconstructed(reconstructor: Reconstructor, batch_size: int, seed: int = SEED) -> list[ReconstructedBatch]:
+    batches = (LabelledImages(batch, torch.zeros(len(batch))) for batch in images().split(batch_size))
+    return list(reconstruct(batches, reconstructor, seed, FIRST, torch.device("cpu")))
+
+
+def test_lpips_is_of_what_the_decoder_gives_and_the_rest_of_8_bits(reconstructor: Reconstructor):
+    (found,) = reconstructed(reconstructor, 9)
+    pixels = to_float(images())
+    with torch.inference_mode():
+        posterior = reconstructor.tokenizer.encode(pixels)
+        shape = posterior.mean.shape[1:]
+        noise = [torch.randn(shape, generator=torch_generator(SEED, "reconstruction", FIRST + i)) for i in range(5)]
+        decoded = reconstructor.tokenizer.decode(posterior.mean + posterior.std * torch.stack(noise))
+        assert reconstructor.lpips is not None
+        lpips = reconstructor.lpips(pixels, decoded)
+        rounded = reconstructor.lpips(pixels, to_float(to_uint8(decoded)))
+    torch.testing.assert_close(found.measures["lpips"], lpips)
+    assert (lpips - rounded).abs().max() > 1e-5
+    assert torch.equal(found.reconstructions, to_uint8(decoded))
+    for original, restored, psnr in zip(images(), to_uint8(decoded), found.measures["psnr"], strict=True):
+        theirs = peak_signal_noise_ratio(restored.double(), original.double(), data_range=255.0)
+        assert psnr.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert found.measures.keys() == {"psnr", "ssim", "lpips"}, "what there is no projection for is left out"
+
+
+def test_batches_change_nothing_and_the_seed_does(reconstructor: Reconstructor):
+    (whole,), parts, (other,) = (
+        reconstructed(reconstructor, 9),
+        reconstructed(reconstructor, 2),
+        reconstructed(reconstructor, 9, seed=6),
+    )
+    assert [len(part.originals) for part in parts] == [2, 2, 1]
+    for name, values in whole.measures.items():
+        torch.testing.assert_close(torch.cat([part.measures[name] for part in parts]), values, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(other.measures[name], values)
+    assert torch.equal(torch.cat([part.originals for part in parts]), images())
