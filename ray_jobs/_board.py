@@ -147,7 +147,8 @@ def stopped_by_signals(board: Board) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a polite request; a second one interrupts at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
-        print("stopping: the workers save a checkpoint and leave; the same again leaves at once", file=sys.stderr, flush=True)
+        text = "stopping: the workers save a checkpoint and leave; the same again leaves at once"
+        print(text, file=sys.stderr, flush=True)
         board.request_stop()
         signal.signal(number, signal.default_int_handler)
 
