@@ -4,6 +4,7 @@ import pytest
 
 from vavae.errors import UserError
 from vavae.planning.formulas import (
+    arithmetic_of,
     best_rate,
     checkpoint_interval,
     exposed_seconds,
@@ -19,11 +20,17 @@ GPU = Gpu(bf16=1000.0, tf32=500.0, fp32=50.0, memory_bytes=1.0, link=1.0)
 
 
 @pytest.mark.parametrize(
-    ("precision", "tf32", "rate"),
-    [("bf16", False, 1000.0), ("bf16", True, 1000.0), ("fp32", True, 500.0), ("fp32", False, 50.0)],
+    ("precision", "tf32", "arithmetic", "rate"),
+    [
+        ("bf16", False, "bf16", 1000.0),
+        ("bf16", True, "bf16", 1000.0),
+        ("fp32", True, "tf32", 500.0),
+        ("fp32", False, "fp32", 50.0),
+    ],
 )
-def test_the_best_rate_depends_on_the_arithmetic(precision, tf32, rate):
-    assert best_rate(GPU, precision, tf32) == rate
+def test_the_best_rate_depends_on_the_arithmetic(precision, tf32, arithmetic, rate):
+    assert arithmetic_of(precision, tf32) == arithmetic
+    assert best_rate(GPU, arithmetic) == rate
 
 
 @pytest.mark.parametrize(("lanes", "workers", "rounds"), [(8, 1, 8), (8, 2, 4), (8, 3, 3), (8, 4, 2), (8, 8, 1)])

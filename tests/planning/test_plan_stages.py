@@ -189,6 +189,7 @@ def test_the_command_prints_a_plan(remembered, capsys):
     for row in ("GFLOP per image", "bound by", "cost", "best every", "memory in ZeRO stage 3"):
         assert row in printed
     assert "run it with stream.lanes=8 workers.count=8 workers.use_gpu=true latents.actors=8 sample.actors=8" in printed
+    assert "workers.tf32=true would compute what is in fp32 up to 2.0 times as fast" in printed
     assert "assumed: 1,535 images; 30% of the GPU's best rate" in printed
 
 

@@ -4,17 +4,25 @@ Weights, gradients, moments and averages are fp32 in every precision.
 """
 
 import math
+from typing import Literal
 
 from vavae.distributed.config import Precision
 from vavae.training.estimate import FLOAT_BYTES
 from vavae.training.gpus import Gpu
 
+Arithmetic = Literal["bf16", "tf32", "fp32"]
 
-def best_rate(gpu: Gpu, precision: Precision, tf32: bool) -> float:
-    """FLOP/s that a GPU can do at most in the arithmetic of a stage; `tf32` is that of `workers`."""
+
+def arithmetic_of(precision: Precision, tf32: bool) -> Arithmetic:
+    """What convolutions and matrix products are computed in; `tf32` is that of `workers`."""
     if precision == "bf16":
-        return gpu.bf16
-    return gpu.tf32 if tf32 else gpu.fp32
+        return "bf16"
+    return "tf32" if tf32 else "fp32"
+
+
+def best_rate(gpu: Gpu, arithmetic: Arithmetic) -> float:
+    """FLOP/s that a GPU can do at most."""
+    return {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.fp32}[arithmetic]
 
 
 def rounds_of(lanes: int, workers: int) -> int:
@@ -45,7 +53,7 @@ def state_bytes(parameters: int, workers: int, zero_stage: int, *, averaged: boo
 
     ZeRO, arXiv 1910.02054, section 5: stage 1 divides the moments among the workers, stage 2 also the gradients, stage
     3 also the weights. DeepSpeed adds a divided copy of the weights in stages 1 to 3, which goes to the host's memory
-    with the moments where they are offloaded. The average is always divided.
+    with the moments where they are offloaded. The average is always divided. DeepSpeed's buckets come on top.
     """
     share = 1 / workers
     weights = share if zero_stage == 3 else 1

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
-from vavae.distributed.config import Precision
-from vavae.planning.formulas import best_rate, exposed_seconds, gradient_bytes, rounds_of
+from vavae.planning.formulas import Arithmetic, arithmetic_of, best_rate, exposed_seconds, gradient_bytes, rounds_of
 from vavae.planning.offer import Offer
 from vavae.planning.safety import Safety, safety_of
 from vavae.training.config import RunConfig, TrainingConfig
@@ -54,6 +53,8 @@ class StagePlan:
     """From the store, for one image."""
     bytes_written: float
     """To the store, in all."""
+    arithmetic: Arithmetic | None = None
+    """On GPUs; none where none is used."""
     safety: Safety | None = None
     """Checkpoints and memory, of trainings."""
 
@@ -142,7 +143,8 @@ def _prepare(config: RunConfig, offer: Offer, dataset: Dataset) -> StagePlan:
 def _extract(config: RunConfig, offer: Offer, dataset: Dataset) -> StagePlan:
     """Each actor decodes and encodes in turns; those that share a GPU fill each other's gaps."""
     flops = encoding_flops(config) * (1 + config.latents.flip)
-    computing = _seconds(flops, config, offer)
+    arithmetic = arithmetic_of("fp32", config.workers.tf32)
+    computing = _seconds(flops, offer, arithmetic)
     decoding = 1 / _of_this_size(config, _DECODED[_form(config)])
     actors = offer.count / config.latents.gpus
     read, written = stored_bytes(config, dataset), latent_bytes(config)
@@ -151,20 +153,21 @@ def _extract(config: RunConfig, offer: Offer, dataset: Dataset) -> StagePlan:
         "decoding": actors / (decoding + computing),
         "store": _store_rate(offer, read + written),
     }
-    total = dataset.images * written
-    return StagePlan("precompute_latents", dataset.images, None, flops, rates, min(rates.values()), read, total)
+    total, rate = dataset.images * written, min(rates.values())
+    return StagePlan("precompute_latents", dataset.images, None, flops, rates, rate, read, total, arithmetic)
 
 
 def _sample(config: RunConfig, offer: Offer) -> StagePlan:
     flops = velocity_flops(config) * evaluations(config) + decoding_flops(config)
-    rates = {"compute": offer.count / _seconds(flops, config, offer)}
-    images = config.sample.images
-    return StagePlan("sample", images, None, flops, rates, rates["compute"], 0, sample_bytes(config))
+    arithmetic = arithmetic_of("fp32", config.workers.tf32)
+    rate = offer.count / _seconds(flops, offer, arithmetic)
+    images, written = config.sample.images, sample_bytes(config)
+    return StagePlan("sample", images, None, flops, {"compute": rate}, rate, 0, written, arithmetic)
 
 
-def _seconds(flops: float, config: RunConfig, offer: Offer, precision: Precision = "fp32") -> float:
-    """Of an image on one GPU; latents and samples are made in fp32."""
-    return flops / best_rate(offer.gpu, precision, config.workers.tf32) / offer.utilisation
+def _seconds(flops: float, offer: Offer, arithmetic: Arithmetic) -> float:
+    """Of so many FLOPs on one GPU."""
+    return flops / best_rate(offer.gpu, arithmetic) / offer.utilisation
 
 
 def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: float) -> StagePlan:
@@ -172,7 +175,8 @@ def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: 
     lanes, batch, stage = config.stream.lanes, training.batch_size, training.engine.zero_stage
     rounds = rounds_of(lanes, offer.count)
     images_of_a_gpu = rounds * batch // lanes
-    compute = images_of_a_gpu * _seconds(flops, config, offer, training.precision)
+    arithmetic = arithmetic_of(training.precision, config.workers.tf32)
+    compute = images_of_a_gpu * _seconds(flops, offer, arithmetic)
     parameters = sum(trained_parameters(config, job).values())
     leaving = gradient_bytes(parameters, offer.count, stage, rounds)
     communication = leaving / offer.interconnect
@@ -198,5 +202,6 @@ def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: 
         min(rate, rates["checkpoints"]),
         bytes_read,
         training_bytes(config, job),
+        arithmetic,
         safety,
     )

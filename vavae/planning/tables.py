@@ -28,14 +28,19 @@ def print_table(stages: Sequence[StagePlan], offer: Offer) -> None:
     hours = sum(stage.hours for stage in stages)
     price = "" if offer.price is None else f", {_price(hours, offer)}"
     print(f"in all {_hours(hours)} of {offer.count} GPUs{price}; evaluate is not counted")
+    if any(stage.arithmetic == "fp32" for stage in stages):
+        print(
+            f"workers.tf32=true would compute what is in fp32 up to {offer.gpu.tf32 / offer.gpu.fp32:.1f} times as fast"
+        )
 
 
 def _work(stage: StagePlan, offer: Offer) -> dict[str, str]:
     rows = {"images": f"{stage.images:,}"}
     if stage.steps is not None:
         rows["steps"] = f"{stage.steps:,}"
-    if stage.flops:
+    if stage.arithmetic is not None:
         rows["GFLOP per image"] = f"{stage.flops / 1e9:{',.0f' if stage.flops > 1e10 else '.2g'}}"
+        rows["arithmetic"] = stage.arithmetic
     rows |= {
         "expected images/s": f"{stage.images_per_second:,.0f}",
         "bound by": stage.bottleneck,
