@@ -4,14 +4,15 @@
 # The data of the S3 server and of Prometheus stay in FOLDER, as do the logs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source cluster/local/environment.sh
 folder=${1:-runs/local}
 
 # stop NAME: ask the process of that name to end, unless its number has gone to another one since.
 stop() {
-    local file=$folder/$1.pid process started
+    local file=$folder/$1.pid process began
     [ -e "$file" ] || return 0
-    read -r process started <"$file"
-    if [ "$(ps -p "$process" -o lstart= | xargs)" = "$(xargs <<<"$started")" ]; then
+    read -r process began <"$file"
+    if [ "$(born "$process")" = "$began" ]; then
         kill "$process"
         for _ in $(seq 1200); do
             kill -0 "$process" 2>/dev/null || break

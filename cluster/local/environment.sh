@@ -44,3 +44,15 @@ find_python() {
     done
     return 1
 }
+
+# born PROCESS: when it began; nothing where there is none. It tells a process from a later one of the same number.
+born() {
+    "$(dirname "${BASH_SOURCE[0]}")/../../.venv/bin/python" - "$1" <<'PYTHON'
+import sys
+
+import psutil
+
+if psutil.pid_exists(int(sys.argv[1])):
+    print(psutil.Process(int(sys.argv[1])).create_time())
+PYTHON
+}

@@ -32,14 +32,14 @@ start() {
     local name=$1
     shift
     setsid "$@" >"$folder/$name.log" 2>&1 </dev/null &
-    echo "$! $(ps -p $! -o lstart=)" >"$folder/$name.pid"
+    echo "$! $(born $!)" >"$folder/$name.pid"
 }
 
 # wait_for NAME COMMAND…: until the command succeeds, while the process lives.
 wait_for() {
-    local name=$1 process rest
+    local name=$1 process began
     shift
-    read -r process rest <"$folder/$name.pid"
+    read -r process began <"$folder/$name.pid"
     for _ in $(seq 1200); do
         "$@" 2>/dev/null && return
         kill -0 "$process" 2>/dev/null || break
