@@ -165,6 +165,15 @@ def test_state_of_another_run_is_refused(storage: Storage, what: str) -> None:
         toy_checkpoints(storage, fresh=fresh).restore(ToyStep())
 
 
+def test_a_checkpoint_of_another_version_is_no_reason_to_begin_anew(storage: Storage) -> None:
+    train_toy(storage, images=4)
+    record = storage.read_json(f"checkpoints/000000000004/{RECORD}")
+    del record["details"]["metrics"]
+    storage.write_json(f"checkpoints/000000000004/{RECORD}", record)
+    with pytest.raises(UserError, match=r"000000000004: written by another version of this program \(metrics\)"):
+        toy_checkpoints(storage).restore(ToyStep())
+
+
 def test_checkpoints_work_in_an_object_store() -> None:
     storage = Storage("memory://checkpoints-of-a-toy")
     step, other = ToyStep(), ToyStep()

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.config import digest
 from vavae.distributed.fragments import Fragment, load_fragments, save_fragments
@@ -238,7 +238,7 @@ class Checkpoints:
         best = self._best
         if best is None:
             return []
-        metrics = {name: _Details.model_validate(record.details).metrics for name, record in records.items()}
+        metrics = {name: self._details(name, record).metrics for name, record in records.items()}
         scores = {name: score for name, row in metrics.items() if (score := row.get(best.metric)) is not None}
         if metrics.keys() - scores.keys():
             known = ", ".join(sorted({key for row in metrics.values() for key in row}))
@@ -289,13 +289,23 @@ class Checkpoints:
                 self._pass_over(name)
                 continue
             assert files is not None, "no rank lacks a file"
-            details = _Details.model_validate(record.details)
+            details = self._details(name, record)
             for what in ("config", "data"):
                 if getattr(details.state, what) != getattr(self._fresh, what):
                     url = self._storage.url(name)
                     raise UserError(f"{url}: made with another {what}; give the run another name")
             return _Found(details, files)
         return None
+
+    def _details(self, name: str, record: Artefact) -> _Details:
+        try:
+            return _Details.model_validate(record.details)
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{self._storage.url(name)}: written by another version of this program ({field}): go on with that one, "
+                "or give the run another name"
+            ) from error
 
     def _committed(self) -> list[tuple[str, Artefact]]:
         """Names and records of the checkpoints whose files are all there, newest first."""
