@@ -303,8 +303,8 @@ class Checkpoints:
         except ValidationError as error:
             field = ".".join(map(str, error.errors()[0]["loc"]))
             raise UserError(
-                f"{self._storage.url(name)}: written by another version of this program ({field}): go on with that one, "
-                "or give the run another name"
+                f"{self._storage.url(name)}: written by another version of this program ({field}): "
+                "go on with that one, or give the run another name"
             ) from error
 
     def _committed(self) -> list[tuple[str, Artefact]]:
