@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from vavae.config import load
+from vavae.sweep.sweep import Sweep
 from vavae.training.config import RunConfig
-from vavae.training.run import STAGES
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster/kuberay/vavae.yaml").read_text()
@@ -93,12 +93,13 @@ def test_mistakes_are_found(right, wrong):
         check(items_of(TEXT.replace(right, wrong)))
 
 
-def test_there_is_a_job_for_every_stage_and_one_for_all():
+def test_there_is_a_job_for_every_module():
     jobs = {name.replace("-", "_"): job["spec"]["entrypoint"] for name, job in named("RayJob").items()}
-    assert {*STAGES, "pipeline"} <= jobs.keys()
+    assert jobs.keys() == {path.stem for path in (ROOT / "ray_jobs").glob("[a-z]*.py")}
+    sweep = "python -m ray_jobs.tune_vf --config $VAVAE_SWEEP $VAVAE_SWEEP_SETTINGS"
+    assert jobs.pop("tune_vf") == sweep
     for module, entrypoint in jobs.items():
         assert entrypoint == f"python -m ray_jobs.{module} --config $VAVAE_CONFIG $VAVAE_SETTINGS"
-        assert (ROOT / f"ray_jobs/{module}.py").exists()
 
 
 def test_jobs_wait_to_be_started_and_clean_up_and_are_tried_again():
@@ -128,6 +129,14 @@ def test_the_settings_are_those_of_a_run():
         requests = pod["containers"][0]["resources"]["requests"]
         if name != "cpu":
             assert 8 * config.workers.cpus <= requests["cpu"]
+
+
+def test_the_settings_of_the_sweep_are_those_of_a_sweep():
+    data = named("ConfigMap", "vavae-run")["data"]
+    sweep = Sweep.load(ROOT / data["VAVAE_SWEEP"], data["VAVAE_SWEEP_SETTINGS"].split())
+    for run in sweep.runs(sweep.space.examples()[0]):
+        assert run.config.storage.cache == "/cache"
+        assert run.config.workers.use_gpu
 
 
 def test_nothing_runs_on_the_head_and_no_machine_is_kept():
