@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from vavae.config import digest
+from vavae.data.manifest import Manifest, ShardInfo, write_manifest
 from vavae.report.html import Metric
 from vavae.report.run_report import METRICS, metrics_json
 from vavae.storage.artefact import Artefact, commit
@@ -17,6 +18,7 @@ from vavae.sweep.trial import Task, write_signals
 from vavae.training.config import RunConfig
 from vavae.training.run import STAGES, TRAININGS, Job, Run
 
+_SPLITS = ("train", "validation")
 MADE = "made.txt"
 """In the storage's root: a line for each job that was done."""
 HOLD, BROKEN = "hold", "broken"
@@ -100,6 +102,9 @@ def _work(job: Job, root: str, run: Run) -> None:
     content = digest({"job": job, "budget": budget, **run.identity(job), "inputs": run.inputs(job)})
     record = run.record(job, content, {}, **({"images_seen": budget} if job in TRAININGS else {}))
     if job == "prepare_shards":
+        splits = {split: (ShardInfo(name="000000.tar", count=100, bytes=1, sha256="0" * 64),) for split in _SPLITS}
+        manifest = Manifest(splits=splits, classes=("a", "b"), image_size=run.config.shards.image_size, sources={})
+        write_manifest(run.storage, run.prefix(job), manifest)
         record = Artefact(kind=record.kind, digest=content, config=digest(run.config.shards))
     commit(run.storage, run.prefix(job), record)
     _note(root, f"{job} {run.config.name}" + (f" {budget}" if budget else ""))
