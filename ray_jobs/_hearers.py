@@ -52,7 +52,7 @@ class Watch(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `tune.Callback`."""
-        why = _reason(trial.get_pickled_error())
+        why = _reason(trial.get_pickled_error() or trial.get_error())
         if name_of(trial) in read_ledger(self._sweep):  # else its point was no run at all
             write_entry(self._sweep, Entry(trial.config[POINT], "failed", why))
         print(f"{name_of(trial)}  failed  {why}", flush=True)
