@@ -14,7 +14,7 @@ from ray_jobs._session import RaySession
 from ray_jobs._watch import watched
 from vavae.distributed.arithmetic import settle_arithmetic
 from vavae.distributed.world import World
-from vavae.errors import UserError
+from vavae.errors import CommonError, UserError
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.jobs import TRAININGS
 from vavae.training.lease import SupersededError
@@ -84,10 +84,10 @@ def _worker(settings: dict[str, Any]) -> None:
     owner: str = settings["owner"]
     try:
         TRAININGS[job](run, RaySession(run, job, board, owner), World.current(run.config.workers.use_gpu))
-    except SupersededError as error:
-        if error.owner != owner:
+    except CommonError as error:
+        # All workers end with it, so there is no need for the error that lets Ray end, and then start, the others.
+        if not (isinstance(error, SupersededError) and error.owner == owner):
             board.fail(str(error))
-        raise
     except UserError as error:
         board.fail(str(error))
         raise

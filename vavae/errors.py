@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Every command catches it at the top, prints the line on standard error and exits with status 2.
     """
+
+
+class CommonError(UserError):
+    """One that every rank of a training raises at the same step, so that none waits for another."""

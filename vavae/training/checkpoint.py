@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vavae.config import digest
 from vavae.distributed.fragments import Fragment, load_fragments, save_fragments
 from vavae.distributed.world import World
-from vavae.errors import UserError
+from vavae.errors import CommonError, UserError
 from vavae.storage.artefact import Artefact, FileInfo, commit, discard, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
 from vavae.training.config import BestConfig
@@ -131,7 +131,7 @@ class Checkpoints:
             Bytes that this rank copied.
 
         Raises:
-            UserError: as `settle` does, of the checkpoint before.
+            CommonError: as `settle` does, of the checkpoint before.
         """
         self.settle()
         memories = self._world.gather(step.memory())
@@ -155,7 +155,7 @@ class Checkpoints:
         """Wait until the last checkpoint is there. Every rank calls it.
 
         Raises:
-            UserError: it could not be written, on whatever rank.
+            CommonError: it could not be written, on whatever rank.
             SupersededError: another attempt at this training has begun since.
         """
         writing, self._writing = self._writing, None
@@ -171,15 +171,23 @@ class Checkpoints:
         if isinstance(error, SupersededError):
             raise error
         if error is not None:
-            raise UserError(f"no checkpoint could be written: {error}; the one before stays")
+            raise CommonError(f"no checkpoint could be written: {error}; the one before stays")
 
     def check_lease(self) -> None:
-        """Make sure that this attempt may still write. Rank 0 calls it.
+        """Make sure that this attempt may still write. Every rank calls it.
 
         Raises:
             SupersededError: it may not.
         """
-        self._lease.check()
+        error = None
+        if self._world.is_first:
+            try:
+                self._lease.check()
+            except SupersededError as lost:
+                error = lost
+        error = self._world.broadcast(error)
+        if error is not None:
+            raise error
 
     def _write(
         self,

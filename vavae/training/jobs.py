@@ -183,8 +183,8 @@ def _export(
     world: World,
 ) -> None:
     """Write the export and commit it, on rank 0."""
+    checkpoints.check_lease()
     if world.is_first:
-        checkpoints.check_lease()
         prefix = run.prefix(job)
         discard(run.storage, prefix)
         files = save_export(run.storage.child(prefix), description, weights)

@@ -2,11 +2,11 @@
 
 from uuid import uuid4
 
-from vavae.errors import UserError
+from vavae.errors import CommonError
 from vavae.storage.storage import Storage
 
 
-class SupersededError(UserError):
+class SupersededError(CommonError):
     """Another attempt at the same training has begun since.
 
     Args:

@@ -17,7 +17,7 @@ from vavae.data.loading import load_slices
 from vavae.data.order import Round
 from vavae.data.stream import ImageStream
 from vavae.distributed.world import World
-from vavae.errors import UserError
+from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
@@ -38,7 +38,7 @@ _LOSS = "loss/total"
 _HEADLINE = (_LOSS, "data_wait")
 
 
-class NonFiniteError(UserError):
+class NonFiniteError(CommonError):
     """Gradients left the finite numbers again and again, whatever was tried."""
 
 
@@ -97,7 +97,7 @@ def train(
 
     Raises:
         NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
-        UserError: a checkpoint could not be written.
+        CommonError: a checkpoint could not be written.
     """
     loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world, observers, utilisation)
     with Watchdog(config.hang_seconds) as watchdog:
