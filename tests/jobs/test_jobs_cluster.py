@@ -133,7 +133,6 @@ def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training
         other.send_signal(signal.SIGTERM)
         assert other.wait(_PATIENCE_SECONDS) == _INTERRUPTED
         assert training.newest().workers == 1
-        assert "Traceback" not in training.log()
 
 
 def test_ray_is_not_left_behind() -> None:
