@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from support.head import unquoted_interpreter
 
 from vavae.config import load
 from vavae.data.writer import write_shards
@@ -73,13 +74,15 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without CPUs, and two nodes with one each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", unquoted_interpreter(tmp_path_factory.mktemp("interpreter")))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

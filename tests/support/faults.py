@@ -39,7 +39,7 @@ class Plan:
     """Which of the requests, in the order they come, meets which fault: a function of the seed alone.
 
     A request meets one with probability ``rate`` until ``limit`` faults have happened. ``reads_only`` spares all but
-    reads of objects, the only requests whose answers can be cut or altered.
+    reads of objects, the only requests whose answers can be cut or altered; ``within``, all whose paths lack it.
     """
 
     def __init__(
@@ -50,21 +50,23 @@ class Plan:
         rate: float = 0.3,
         limit: int | None = None,
         reads_only: bool = False,
+        within: str = "",
         silence_seconds: float = 0.05,
     ) -> None:
         self.happened: Counter[Fault] = Counter()
         self.sent_bytes = 0
         self.silence_seconds = silence_seconds
         self._random, self._lock = random.Random(seed), threading.Lock()
-        self._kinds, self.rate, self._limit, self._reads_only = kinds, rate, limit, reads_only
+        self._kinds, self._rate, self._limit, self._reads_only = kinds, rate, limit, reads_only
+        self._within = within
 
-    def next(self, is_read: bool) -> tuple[Fault | None, float]:
+    def next(self, path: str, is_read: bool) -> tuple[Fault | None, float]:
         """The fault of the next request, and where in its body, from 0 to 1."""
         with self._lock:
             chance, choice, where = (self._random.random() for _ in range(3))
             kinds = [kind for kind in self._kinds if is_read or not (self._reads_only or kind in _OF_BODIES)]
             over = self._limit is not None and self.happened.total() >= self._limit
-            if over or not kinds or chance >= self.rate:
+            if over or not kinds or self._within not in path or chance >= self._rate:
                 return None, where
             fault = kinds[int(choice * len(kinds))]
             self.happened[fault] += 1
@@ -90,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault, where = self.plan.next(self.command == "GET" and "list-type" not in self.path)
+        fault, where = self.plan.next(self.path, self.command == "GET" and "list-type" not in self.path)
         if fault is not None and isinstance(fault.value, int):
             self._send(_refusal(fault.value))
             return

@@ -40,15 +40,8 @@ def ray_head(cpus: int) -> Iterator[Head]:
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback alone
         }
-        command = [
-            Path(sys.executable).with_name("ray"),
-            "start",
-            "--head",
-            "--block",
-            "--port=0",
-            "--num-cpus",
-            str(cpus),
-        ]
+        command = [unquoted_interpreter(folder), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
+        command += [f"--num-cpus={cpus}"]
         command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats", "--temp-dir", name]
         command += [f"{option}={port}" for option, port in zip(_PORTS, ports, strict=True)]
         log = folder / "head.log"
@@ -60,6 +53,12 @@ def ray_head(cpus: int) -> Iterator[Head]:
         finally:
             process.terminate()
             process.wait()
+
+
+def unquoted_interpreter(folder: Path) -> str:
+    """This interpreter by a path in `folder`, for Ray, whose nodes start workers through a shell without quotes."""
+    (folder / "environment").symlink_to(sys.prefix)
+    return str(folder / "environment" / "bin" / "python")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,20 +1,15 @@
 """Checkpoints on a real S3 server whose answers fail, and which goes away in the middle of an upload."""
 
-import time
 import uuid
-from collections.abc import Sequence
 
 import pytest
 from support.faults import PASSING, Fault, Plan, faulty
 from support.toy import ToyStep, toy_checkpoints, train_toy
-from torch import Tensor
 
 from vavae.errors import UserError
-from vavae.storage.artefact import RECORD
 from vavae.storage.config import StorageOptions
 from vavae.storage.loopback import S3Server
 from vavae.storage.storage import Storage
-from vavae.training.step import StepResult
 
 
 def _reached(endpoint: str, root: str, attempts: int = 10) -> Storage:
@@ -35,28 +30,11 @@ def test_uploads_through_faults_are_whole(s3: S3Server, root: str) -> None:
     assert restored.model.weight.equal(step.model.weight)
 
 
-class Cutting(ToyStep):
-    """Makes the store refuse everything from one of its steps on, when the checkpoint before that is there."""
-
-    def __init__(self, plan: Plan, near: Storage, before: str, at_images: int) -> None:
-        super().__init__()
-        self._plan, self._near, self._before, self._at_images = plan, near, before, at_images
-
-    def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
-        """See `Step.run`."""
-        if images_seen == self._at_images:
-            while not self._near.is_file(self._before):
-                time.sleep(0.01)
-            self._plan.rate = 1.0
-        return super().run(slices, images_seen, learning_rate)
-
-
 def test_a_store_that_goes_away_stops_the_run_at_the_next_checkpoint_which_goes_on_later(
     s3: S3Server, root: str
 ) -> None:
     near, straight, again = _reached(s3.endpoint, root), ToyStep(), ToyStep()
-    plan = Plan(seed=0, kinds=[Fault.ERROR_503], rate=0.0)
-    step = Cutting(plan, near, f"checkpoints/{12:012d}/{RECORD}", at_images=20)
+    plan, step = Plan(seed=0, kinds=[Fault.ERROR_503], rate=1.0, within=f"checkpoints/{24:012d}"), ToyStep()
     with (
         faulty(s3.endpoint, plan) as endpoint,
         pytest.raises(UserError, match=r"no checkpoint could be written: .*; the one before stays"),
