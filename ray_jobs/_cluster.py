@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 
+from ray_jobs._pool import NOTHING, Share
 from vavae.errors import UserError
 from vavae.training.config import RunConfig
 
@@ -28,7 +29,7 @@ _KEEP_FREED_MEMORY = {
 
 
 @contextmanager
-def cluster(config: RunConfig, cpus: float = 0) -> Iterator[None]:
+def cluster(config: RunConfig, cpus: float = 0, beside: Share = NOTHING) -> Iterator[None]:
     """Ray for the length of a job.
 
     Joins the cluster that `RAY_ADDRESS` or a surrounding `ray job submit` names. Otherwise starts Ray in this process,
@@ -37,6 +38,7 @@ def cluster(config: RunConfig, cpus: float = 0) -> Iterator[None]:
     Args:
         config: of the run.
         cpus: how many it shall have at least where it is started here.
+        beside: what is taken besides the workers.
 
     Raises:
         UserError: the cluster can't hold the workers.
@@ -51,13 +53,13 @@ def cluster(config: RunConfig, cpus: float = 0) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     if "RAY_ADDRESS" in os.environ:
         ray.init(runtime_env=environment, logging_level=logging.WARNING)
-        _check_resources(config)
+        _check_resources(config, beside)
     else:
         _stay_on_loopback()
         keep_token_private()
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus), math.ceil(cpus)),
+            num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus + beside.cpus), math.ceil(cpus)),
             include_dashboard=workers.dashboard,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
             # Ray starts workers through a shell and leaves the quoting of the interpreter to us.
@@ -92,13 +94,19 @@ def keep_token_private() -> None:
     path.chmod(0o600)
 
 
-def _check_resources(config: RunConfig) -> None:
-    """Refuse a cluster that can't hold the workers, rather than wait for ever."""
+def _check_resources(config: RunConfig, beside: Share) -> None:
+    """Refuse a cluster that can't hold the workers, and what runs beside them, rather than wait for ever."""
     workers, there = config.workers, ray.cluster_resources()
     field, count = ("count", workers.count) if workers.min_count is None else ("min_count", workers.min_count)
-    kind, needed = ("GPU", count * workers.gpus) if workers.use_gpu else ("CPU", count * workers.cpus)
-    if there.get(kind, 0) < needed and not workers.wait_for_nodes:
+    of_workers = Share(count * workers.cpus, count * workers.gpus if workers.use_gpu else 0)
+    kind, needed, extra = (
+        ("GPU", of_workers.gpus, beside.gpus) if workers.use_gpu else ("CPU", of_workers.cpus, beside.cpus)
+    )
+    room = there.get(kind, 0)
+    if room < needed + extra and not workers.wait_for_nodes:
+        measures = "" if room < needed else f", train_lightningdit.measure beside them {extra:g}"
+        remedy = f"lower workers.{field}" if room < needed else "set train_lightningdit.measure.when=after"
         raise UserError(
-            f"workers.{field}={count} needs {needed:g} {kind}s and the cluster has {there.get(kind, 0):g}; "
-            f"lower workers.{field}, add nodes, or set workers.wait_for_nodes=true"
+            f"workers.{field}={count} needs {needed:g} {kind}s{measures} and the cluster has {room:g}; "
+            f"{remedy}, add nodes, or set workers.wait_for_nodes=true"
         )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs._cluster import cluster
+from ray_jobs._pool import Share
 from ray_jobs._preflight import check_sources, missing_sources, preflight
 from ray_jobs._watch import told
 from vavae.config.command import parse_arguments, run_command
@@ -74,7 +75,7 @@ def _main(
         run.storage.write_bytes(CONFIG, dump(config).encode())
         events = EventLog(run.storage)
         events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count}))
-        with cluster(config):
+        with cluster(config, beside=Share.beside(run)):
             for job in to_do:
                 _do(run, job, works[job], events)
         events.add(Event("done"))

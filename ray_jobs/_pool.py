@@ -31,6 +31,18 @@ class Share(NamedTuple):
         gpus = workers.gpus if gpus is None else gpus
         return Share(workers.cpus if cpus is None else cpus, gpus if workers.use_gpu else 0)
 
+    @staticmethod
+    def beside(run: Run) -> "Share":
+        """What measuring checkpoints takes besides the workers; nothing where it is done after them, or not at all."""
+        measure = run.config.train_lightningdit.measure
+        if measure is None or measure.when == "after":
+            return NOTHING
+        return Share.of(run, measure.cpus, measure.gpus)
+
+
+NOTHING = Share(0, 0)
+"""The share of who does not work."""
+
 
 class _Worker:
     def __init__(self, make_work: Callable[[Run], Work], run: Run, board: Board) -> None:

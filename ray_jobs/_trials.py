@@ -128,9 +128,10 @@ def tune_folder(sweep: Sweep) -> str:
 
 def peak(run: Run) -> Share:
     """The most that a run ever takes of a cluster at once."""
-    config, worker = run.config, Share.of(run)
+    config, worker, beside = run.config, Share.of(run), Share.beside(run)
+    training = Share(*(config.workers.count * each + extra for each, extra in zip(worker, beside, strict=True)))
     taken = [
-        (config.workers.count, worker),
+        (1, training),
         (config.latents.actors, Share.of(run, config.latents.cpus, config.latents.gpus)),
         (config.sample.actors, worker),
         (config.evaluate.actors, worker),

@@ -3,6 +3,7 @@
 import sys
 
 from ray_jobs._command import main
+from ray_jobs._measured import measured
 from ray_jobs._train import fit
 from vavae.report.results import write_log
 from vavae.training.run import Run
@@ -10,7 +11,8 @@ from vavae.training.run import Run
 
 def work(run: Run) -> None:
     """Train the LightningDiT on latents and export it."""
-    fit(run, "train_lightningdit")
+    with measured(run):
+        fit(run, "train_lightningdit")
     write_log(run)
 
 

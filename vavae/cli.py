@@ -115,6 +115,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # torch and DeepSpeed take seconds to import, and `status` needs neither.
     from vavae.distributed.arithmetic import settle_arithmetic
     from vavae.distributed.world import World, process_group
+    from vavae.report.checkpoint_measuring import measure_waiting
     from vavae.training.events import EventLog
     from vavae.training.jobs import TRAININGS
     from vavae.training.session import SignalledSession
@@ -123,8 +124,11 @@ def _train(arguments: argparse.Namespace) -> int:
     settle_arithmetic(run.config.workers)
     with process_group(run.config.workers.use_gpu):
         job, session = _MODELS[arguments.model], SignalledSession(EventLog(run.storage))
+        world = World.current(run.config.workers.use_gpu)
         with session.listening():
-            TRAININGS[job](run, session, World.current(run.config.workers.use_gpu))
+            TRAININGS[job](run, session, world)
+    if world.is_first and run.plan(job).done and job == "train_lightningdit":
+        measure_waiting(run)
     if session.stop_requested() and not run.plan(job).done:
         raise KeyboardInterrupt
     return 0

@@ -13,6 +13,7 @@ from vavae.distributed.arithmetic import settle_arithmetic
 from vavae.distributed.world import World
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.retention import Retention
 from vavae.training.run import Job
 from vavae.training.step import Step
 
@@ -89,10 +90,10 @@ def test_a_checkpoint_goes_on_to_the_same_bits(world: World, tmp_path: Path) -> 
     straight, first, second = (build_step("train_lightningdit", config, world) for _ in range(3))
     run(straight, range(6))
     run(first, range(3))
-    checkpoints = Checkpoints(Storage(str(tmp_path)), fresh, 2, world)
+    checkpoints = Checkpoints(Storage(str(tmp_path)), fresh, Retention(2), world)
     checkpoints.save(first, fresh.advanced(3 * LANES), {}, lambda: None)
     checkpoints.settle()
-    Checkpoints(Storage(str(tmp_path)), fresh, 2, world).restore(second)
+    Checkpoints(Storage(str(tmp_path)), fresh, Retention(2), world).restore(second)
     run(second, range(3, 6))
     for name, tensor in straight.engines["lightningdit"].weights().items():
         assert second.engines["lightningdit"].weights()[name].equal(tensor), name

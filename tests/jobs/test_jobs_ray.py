@@ -27,12 +27,15 @@ from support.trained import trained_run
 from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
 from ray_jobs._cluster import cluster
+from ray_jobs._measured import measured
 from ray_jobs._metrics import Exporter
+from ray_jobs._pool import Share
 from vavae import progress
 from vavae.config import load
 from vavae.report.status import run_status
 from vavae.storage.artefact import RECORD
 from vavae.storage.retry import StorageUnavailableError
+from vavae.training.checkpoint_measures import CheckpointMeasures
 from vavae.training.columns import BESIDE, COLUMNS
 from vavae.training.config import RunConfig
 from vavae.training.events import read_events
@@ -53,14 +56,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(root: Path) -> list[str]:
-    return ["--config", CONFIG, f"storage.root={root}", "name=run", "workers.count=2", "evaluate.actors=2"]
+    measure = "train_lightningdit.measure={every_images: 128, images: 20}"
+    return ["--config", CONFIG, f"storage.root={root}", "name=run", "workers.count=2", "evaluate.actors=2", measure]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray(arguments: list[str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
-        with cluster(load(RunConfig, CONFIG, arguments[2:])):
+        config = load(RunConfig, CONFIG, arguments[2:])
+        with cluster(config, beside=Share.beside(Run(config))):
             yield
 
 
@@ -136,6 +141,32 @@ def test_events_of_the_pipeline_are_in_its_folder(arguments: list[str]) -> None:
     assert checkpoints == [("train_vavae", images) for images in (64, 128)] + [
         ("train_lightningdit", images) for images in (128, 256)
     ]
+
+
+def test_checkpoints_are_measured_beside_training(arguments: list[str]) -> None:
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    happened = [event for event in read_events(run.storage) if event["event"] in ("measured", "measure_skipped")]
+    done = {event["images"]: event["event"] == "measured" for event in happened}
+    assert done.keys() == {128, 256}
+    assert any(done.values())
+    measures = CheckpointMeasures.of(run)
+    assert measures is not None
+    assert {seen: bool(figures) for seen, figures in measures.found().items()} == done
+    assert b"measured checkpoints" in run.storage.read_bytes("report.html")
+
+
+def test_a_measure_that_takes_too_long_is_skipped(arguments: list[str]) -> None:
+    run = Run(load(RunConfig, CONFIG, [*arguments[2:], "train_lightningdit.measure.timeout_seconds=0.01"]))
+    place = f"{run.training_prefix('train_lightningdit')}/measures/000000000256.json"
+    kept = run.storage.read_bytes(place)
+    run.storage.delete(place)
+    with measured(run):
+        pass
+    assert run.storage.read_json(place) == {}
+    last = read_events(run.storage)[-1]
+    assert (last["event"], last["images"]) == ("measure_skipped", 256)
+    assert "train_lightningdit.measure.timeout_seconds" in last["why"]
+    run.storage.write_bytes(place, kept)
 
 
 def test_prometheus_finds_every_rank_and_every_figure(scraper: Scraper) -> None:

@@ -25,6 +25,7 @@ from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.columns import column
 from vavae.training.log import MetricsLog, read_rows
 from vavae.training.loop import train
+from vavae.training.retention import Retention
 from vavae.training.run import Job
 from vavae.training.session import LocalSession
 from vavae.training.step import Step, StepResult
@@ -169,7 +170,7 @@ def try_training(world: World, attempt: Attempt, folder: Path) -> int:
     trouble, stop = attempt.trouble, lambda: False
     if trouble is not None and trouble.rank == world.rank:
         stop = _arm(step, trouble, folder)
-    checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), 2, world)
+    checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
     rounds = assign_lanes(LANES, world.rank, world.size)
     training, session = getattr(config, job), _Session(stop)

@@ -15,12 +15,14 @@ from vavae.distributed.world import World
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.checkpoint_measures import CheckpointMeasures
 from vavae.training.config import BestConfig, TrainingConfig
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialise import initialised
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
 from vavae.training.observer import Observer
+from vavae.training.retention import Retention
 from vavae.training.session import LocalSession, Session
 from vavae.training.step import StepMemory, StepResult
 from vavae.training.stopwatch import Stopwatch
@@ -77,10 +79,11 @@ def toy_checkpoints(
     keep: int = 2,
     fresh: TrainState = FRESH,
     best: BestConfig | None = None,
+    measures: CheckpointMeasures | None = None,
     owner: str = "a test",
 ) -> Checkpoints:
     """Checkpoints in a folder of the storage."""
-    return Checkpoints(storage, fresh, keep, World(), best, owner)
+    return Checkpoints(storage, fresh, Retention(keep, best, measures), World(), owner)
 
 
 def train_toy(
@@ -89,6 +92,7 @@ def train_toy(
     session: Session | None = None,
     keep: int = 2,
     observers: Sequence[Observer] = (),
+    measures: CheckpointMeasures | None = None,
     **config: Any,
 ) -> TrainState:
     """The training loop on a toy step."""
@@ -102,7 +106,7 @@ def train_toy(
         range(training.images),
         training,
         StreamConfig(),
-        toy_checkpoints(storage, keep, best=training.keep_best),
+        toy_checkpoints(storage, keep, best=training.keep_best, measures=measures),
         log,
         session,
         World(),

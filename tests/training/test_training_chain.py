@@ -22,10 +22,13 @@ from vavae.evaluation.parts import Part
 from vavae.extraction.extract import Extraction
 from vavae.interop.export import load_tokenizer
 from vavae.metrics.config import MetricsConfig
+from vavae.report.checkpoint_measuring import measure_waiting
 from vavae.report.measuring import Measuring
 from vavae.report.results import write_results
+from vavae.report.run_report import log_rows
 from vavae.report.samples import write_sample_files
 from vavae.storage.artefact import commit
+from vavae.training.checkpoint_measures import CheckpointMeasures
 from vavae.training.columns import COLUMNS
 from vavae.training.config import RunConfig
 from vavae.training.jobs import train_lightningdit, train_vavae
@@ -54,7 +57,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that has gone through all its stages, the trainings in two attempts each."""
     root = tmp_path_factory.mktemp("runs")
     engines = [f"{job}.engine.backend=torch" for job in ("train_vavae", "train_lightningdit")]
-    run = Run(load(RunConfig, _CONFIG, [f"storage.root={root}", *engines]))
+    measure = "train_lightningdit.measure={every_images: 128, images: 40, when: after}"
+    run = Run(load(RunConfig, _CONFIG, [f"storage.root={root}", measure, *engines]))
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, _ignore)
     for session in (ImpatientSession(), LocalSession()):
         train_vavae(run, session, World())
@@ -120,6 +124,21 @@ def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
         assert math.isfinite(metric["value"])
         assert metric["protocol"]
         assert metric["better"] in ("higher", "lower")
+
+
+def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
+    measures = CheckpointMeasures.of(run)
+    assert measures is not None
+    assert measures.waiting() == [128, 256]
+    measure_waiting(run)
+    found, metrics = measures.found(), json.loads(run.storage.read_bytes("metrics.json"))
+    of_generation = {name for name in metrics if name.startswith("generation_")}
+    assert of_generation >= {"generation_frechet_distance", "generation_precision"}
+    assert found[256] == {name: metrics[name] for name in of_generation}
+    assert found[128]["generation_frechet_distance"]["value"] != found[256]["generation_frechet_distance"]["value"]
+    folder = run.storage.child(run.training_prefix("train_lightningdit"))
+    assert len(folder.list("checkpoints")) == run.config.train_lightningdit.keep_checkpoints
+    assert [row["images"] for row in log_rows(run) if "generation_frechet_distance" in row] == [128, 256]
 
 
 def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints
 from vavae.training.config import BestConfig
 from vavae.training.lease import SupersededError
+from vavae.training.retention import Retention
 from vavae.training.step import StepResult
 
 
@@ -115,7 +116,7 @@ def test_the_best_stay_besides_the_last(storage: Storage, mode: str, kept: list[
 
 def test_a_metric_that_there_is_not_is_told(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     train_toy(storage, images=4, keep_best={"metric": "fid"})
-    assert "keep_best.metric=fid is not a finite number in every row; there are: " in caplog.text
+    assert "keep_best.metric=fid is not a finite number in any row; there are: " in caplog.text
     assert "loss/total" in caplog.text
 
 
@@ -250,7 +251,7 @@ def test_what_cannot_be_written_stops_the_run_at_the_next_one(
 def fail_on_the_last_rank(world: World, folder: Path) -> str:
     """The error of this rank."""
     step, storage = ToyStep(), Storage(str(folder))
-    checkpoints = Checkpoints(storage, FRESH, 2, world)
+    checkpoints = Checkpoints(storage, FRESH, Retention(2), world)
     if world.rank == world.size - 1:
 
         def create(storage: Storage, path: str) -> AbstractContextManager[Path]:

@@ -18,6 +18,7 @@ from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.columns import column
 from vavae.training.log import MetricsLog, read_rows
 from vavae.training.loop import train
+from vavae.training.retention import Retention
 from vavae.training.run import Job
 from vavae.training.session import LocalSession
 
@@ -45,7 +46,7 @@ def train_all(world: World, folder: Path, engine: dict[str, Any], images: int = 
 def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images: int) -> End:
     config = tiny_config(engine=engine, images=images, checkpoint_images=_HALF, log_images=_ROW)
     step, storage = build_step(job, config, world), Storage(str(folder))
-    checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), 2, world)
+    checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
     rounds = assign_lanes(LANES, world.rank, world.size)
     train(

@@ -28,6 +28,7 @@ _DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
 _GROUPS = {
     "losses": r"loss/(?!.*weight)",
+    "generation": r"generation_|inception_score",
     "adaptive weights": r".*weight",
     "optimisation": r"learning_rate|gradient_norm",
     "latent space": r"latent/",

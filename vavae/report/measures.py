@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 
+import torch
+
 from vavae.data.passes import LabelledImages
-from vavae.evaluation.generation import Generation, Judgement, Reference
+from vavae.evaluation.generation import Judgement, Reference, further_distances, measure_generation
 from vavae.evaluation.reconstruction import Reconstruction
 from vavae.metrics.config import ExtractorName
 from vavae.metrics.features import Description, describe
 from vavae.metrics.inception_score import SPLIT_IMAGES
 from vavae.metrics.kernel_distance import SUBSETS
+from vavae.metrics.summary import Summaries
 from vavae.report.html import Metric
 from vavae.training.config import RunConfig
 
@@ -35,17 +38,19 @@ def reconstruction_metrics(measured: Reconstruction, config: RunConfig) -> list[
 
 
 def generation_metrics(
-    measured: Generation, further: Mapping[str, float], references: Mapping[str, Reference], config: RunConfig
+    generated_images: Summaries, references: Mapping[str, Reference], config: RunConfig, device: torch.device
 ) -> list[Metric]:
     """Of the generated images: all measures through the main extractor, Fréchet distances through the others.
 
     Args:
-        measured: through the main extractor.
-        further: distances through the others, by their names.
-        references: what was compared with, by the name of the extractor.
+        generated_images: with the features of all.
+        references: what they are compared with, by the name of the extractor.
         config: of the run.
+        device: where the measures over pairs of features are made.
     """
-    extractor, images = config.evaluate.metrics.extractor, measured.images
+    extractor, *others = config.evaluate.metrics.extractors
+    measured = measure_generation(generated_images[extractor], references[extractor], config.seed, device)
+    further, images = further_distances(generated_images, references, others), measured.images
     generated, reference = _generated(images, config), references[extractor]
     against = f"{generated} against {reference.name}"
     seen = f"{against}; {describe(extractor, config.evaluate.metrics).protocol}"

@@ -1,6 +1,6 @@
 """The measures of a run, part by part: any number of actors may do the parts, in any order, with the same bits."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ ADM_IMAGENET = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"
 )
+
+REFERENCES: tuple[SetName, ...] = ("held_out", "train", "file")
+"""The sets that generated images are compared with."""
 
 _SPLITS = {"held_out": HELD_OUT, "train": TRAIN}
 _OURS = "measuring"
@@ -90,6 +93,10 @@ class Measuring:
     def generated(self) -> Summaries:
         """The generated images, once all parts are there."""
         return join(map(unpack, self._files("samples").read()))
+
+    def summaries(self, images: Iterable[Tensor], count: int) -> Summaries:
+        """So many generated images that lie nowhere, given in batches [B, 3, H, W] in uint8."""
+        return summarize(images, self.extractors, count, self.device)
 
     def references(self) -> dict[str, Reference]:
         """What generated images are compared with, by the name of the extractor."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vavae.config import digest
 from vavae.data.grid import enlargement, pair_grid, png_bytes
-from vavae.evaluation.generation import further_distances, judge, measure_generation
+from vavae.evaluation.generation import judge
 from vavae.evaluation.latent_space import measure_latent_space
 from vavae.evaluation.reconstruction import Reconstruction
 from vavae.metrics.features import describe
@@ -87,14 +87,12 @@ def write_log(run: Run) -> bytes:
 
 
 def _generation(run: Run, measuring: Measuring) -> list[Metric]:
-    config, generated, references = run.config, measuring.generated(), measuring.references()
-    main, *others = config.evaluate.metrics.extractors
-    measured = measure_generation(generated[main], references[main], config.seed, measuring.device)
-    metrics = generation_metrics(measured, further_distances(generated, references, others), references, config)
+    config, generated = run.config, measuring.generated()
+    metrics = generation_metrics(generated, measuring.references(), config, measuring.device)
     if config.evaluate.class_agreement:
         train, held_out = (measuring.some(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
         judged = judge(measuring.samples(), train, held_out, config.seed)
-        metrics += judgement_metrics(judged, measured.images, held_out, train, config)
+        metrics += judgement_metrics(judged, config.sample.images, held_out, train, config)
     return metrics
 
 

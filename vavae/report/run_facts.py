@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from vavae.progress import clock
+from vavae.training.checkpoint_measures import CheckpointMeasures
 from vavae.training.config import RunConfig
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.run import STAGES, TRAININGS, Job, Run
@@ -34,6 +35,8 @@ def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for job, stage in STAGES.items():
         if job in TRAININGS and (mine := [row for row in rows if row["stage"] == job]):
             facts[f"training of the {stage.makes}"] = _training(run, job, mine)
+            if job == "train_lightningdit" and (measures := CheckpointMeasures.of(run)) is not None:
+                facts["measured checkpoints"] = measures.summary()
         record = run.artefact(job)
         if record is not None:
             facts[stage.makes] = record.digest[:12]

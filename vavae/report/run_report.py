@@ -8,6 +8,7 @@ from vavae.report.curves import training_curves
 from vavae.report.html import Metric, Picture, Report
 from vavae.report.measures import generation_protocol
 from vavae.report.run_facts import run_facts, run_summary
+from vavae.training.checkpoint_measures import CheckpointMeasures
 from vavae.training.log import read_rows
 from vavae.training.observer import PREVIEWS
 from vavae.training.run import STAGES, TRAININGS, Job, Run
@@ -52,9 +53,16 @@ def metrics_json(metrics: list[Metric]) -> dict[str, dict[str, Any]]:
 
 
 def log_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows that the trainings of a run have logged so far."""
+    """The rows that the trainings of a run have logged so far, and what was measured of checkpoints."""
     trained = [job for job in TRAININGS if run.artefact(STAGES[job].inputs[0]) is not None]
-    return [row for job in trained for row in read_rows(run.storage.child(f"{run.training_prefix(job)}/log"))]
+    rows = {job: read_rows(run.storage.child(f"{run.training_prefix(job)}/log")) for job in trained}
+    measures = CheckpointMeasures.of(run) if "train_lightningdit" in trained else None
+    if measures is not None:
+        found = [
+            {"stage": "train_lightningdit", "images": seen, **values} for seen, values in measures.values().items()
+        ]
+        rows["train_lightningdit"] = sorted([*rows["train_lightningdit"], *found], key=lambda row: row["images"])
+    return [row for job in trained for row in rows[job]]
 
 
 class _Shown(NamedTuple):

@@ -14,21 +14,21 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from vavae.config import digest
-from vavae.distributed.fragments import Fragment, load_fragments, save_fragments
+from vavae.distributed.fragments import Fragment, entire, load_fragments, save_fragments
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
-from vavae.storage.artefact import Artefact, FileInfo, commit, discard, is_intact, read
+from vavae.storage.artefact import Artefact, FileInfo, commit, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
-from vavae.training.config import BestConfig
+from vavae.training.checkpoint_measures import CHECKPOINTS, checkpoint_name
 from vavae.training.lease import Lease, SupersededError
+from vavae.training.retention import Retention
 from vavae.training.step import Step
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-"""Their folder within that of a training."""
 _EMA = "ema"
 _PARTS = "parts"
 _LEASE = "lease.json"
@@ -93,9 +93,8 @@ class Checkpoints:
     Args:
         training: the folder of the training; they lie in its `checkpoints`, one subfolder each.
         fresh: the state of a run that has no checkpoint yet.
-        keep: how many of the last committed checkpoints stay.
+        retention: which of the committed ones stay.
         world: the ranks; each writes its own files.
-        best: which others stay.
         owner: who runs the training, for whoever finds that it was taken over.
     """
 
@@ -103,13 +102,12 @@ class Checkpoints:
         self,
         training: Storage,
         fresh: TrainState,
-        keep: int,
+        retention: Retention,
         world: World,
-        best: BestConfig | None = None,
         owner: str = "another process",
     ) -> None:
         self._storage = training.child(CHECKPOINTS)
-        self._fresh, self._keep, self._best, self._world = fresh, keep, best, world
+        self._fresh, self._retention, self._world = fresh, retention, world
         self._lease = Lease(training, _LEASE, owner)
         self._attempt: str = world.broadcast(self._lease.take() if world.is_first else None)
         self._saves = 0
@@ -117,6 +115,10 @@ class Checkpoints:
         self._saved: TrainState | None = None
         self._chosen: list[_Found] | None = None
         """What was found to go on from, which may be nothing; None before anybody looked."""
+
+    def is_due(self, images_seen: int) -> bool:
+        """Whether somebody waits for a checkpoint of this moment, to measure it."""
+        return self._retention.is_due(images_seen)
 
     def save(self, step: Step, state: TrainState, metrics: Mapping[str, float], put_log: Callable[[], None]) -> int:
         """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
@@ -146,7 +148,7 @@ class Checkpoints:
             sets[_EMA] = step.ema.fragments
         copies = {key: _copied(parts) for key, parts in sets.items()}
         self._saves += 1
-        place = _Place(f"{state.images_seen:012d}", f"{self._attempt}-{self._saves}")
+        place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
         self._writing = _Writing(lambda left: self._write(place, copies, details, put_log, left))
         self._saved, self._chosen = state, None
         return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
@@ -230,28 +232,7 @@ class Checkpoints:
         )
         self._lease.check()
         commit(self._storage, place.name, record)
-        self._prune(place.name)
-
-    def _prune(self, newest: str) -> None:
-        """Keep the last few committed up to the one just written, and the best; what lay ahead of it goes, too."""
-        records = {name: read(self._storage, name) for name in self._storage.list()}
-        committed = {name: record for name, record in records.items() if record is not None and name <= newest}
-        kept = [*committed][-self._keep :] + self._best_of(committed)
-        for name in records:
-            if name not in kept:
-                discard(self._storage, name)
-
-    def _best_of(self, records: Mapping[str, Artefact]) -> list[str]:
-        """Names of the checkpoints that stay for what was measured of them."""
-        best = self._best
-        if best is None:
-            return []
-        metrics = {name: self._details(name, record).metrics for name, record in records.items()}
-        scores = {name: score for name, row in metrics.items() if (score := row.get(best.metric)) is not None}
-        if metrics.keys() - scores.keys():
-            known = ", ".join(sorted({key for row in metrics.values() for key in row}))
-            logger.warning("keep_best.metric=%s is not a finite number in every row; there are: %s", best.metric, known)
-        return sorted(scores, key=scores.__getitem__, reverse=best.mode == "max")[: best.count]
+        self._retention.prune(self._storage, place.name)
 
     def images_seen(self) -> int:
         """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
@@ -344,6 +325,26 @@ class Checkpoints:
                 return None
             files.setdefault(path.split("/")[1], []).append(local)
         return files
+
+
+def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
+    """Fill whole tensors, contiguous ones, with the average in a checkpoint.
+
+    Args:
+        training: the folder of the training.
+        images_seen: at the checkpoint, which is there.
+        tensors: by their names in the step's module.
+
+    Raises:
+        UserError: a file is damaged, or gone.
+    """
+    checkpoints, name = training.child(CHECKPOINTS), checkpoint_name(images_seen)
+    record = read(checkpoints, name)
+    if record is None:
+        raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
+    files = [path for path in record.files if path.split("/")[1] == _EMA]
+    local = [checkpoints.local_file(f"{name}/{path}", record.files[path].sha256) for path in sorted(files)]
+    load_fragments({name: entire(tensor) for name, tensor in tensors.items()}, local)
 
 
 class _Place(NamedTuple):

@@ -41,10 +41,32 @@ class BestConfig(Config):
     """Which checkpoints stay for what was measured of them."""
 
     metric: str = Field(min_length=1)
-    """A figure of the log's rows, such as `loss/total`."""
+    """A figure of the log's rows, such as `loss/total`, or one that `measure` makes."""
     mode: Literal["min", "max"] = "min"
     """Whether small or large figures are good."""
     count: int = Field(1, ge=1)
+
+
+class MeasureConfig(Config):
+    """What the LightningDiT generates is measured in the course of its training, as `evaluate` does it at the end.
+
+    The model is what would be exported; guidance, solver and labels are those of the samples. A checkpoint that is due
+    while another one is measured is skipped, and until it has been measured or skipped it stays in storage.
+    """
+
+    every_images: int = Field(ge=1)
+    """Images of the training between two measures."""
+    images: int = Field(2000, ge=2)
+    """Generated images; distances on fewer are larger, so they compare with each other alone."""
+    when: Literal["beside", "after"] = "beside"
+    """`beside` training, which takes resources besides the workers'; or one checkpoint after another once training is
+    over, which takes none, and room in storage for all of them."""
+    cpus: float | None = Field(None, gt=0)
+    """Cores of the task that measures; null takes `workers.cpus`."""
+    gpus: float | None = Field(None, gt=0)
+    """GPUs, where the workers use any; null takes `workers.gpus`."""
+    timeout_seconds: float = Field(3600.0, gt=0)
+    """A checkpoint that takes longer is skipped."""
 
 
 class TrainingConfig(Config):
@@ -145,8 +167,16 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """Decay per step of the average of the weights that is exported."""
     preview_images: int | None = runtime(5_000_000, ge=1)
     """As for the tokenizer; rarer, because training stands still while the first worker samples."""
+    measure: MeasureConfig | None = runtime(None)
+    """Null measures nothing before the end."""
     compile_blocks: bool = runtime(False)
     """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
+
+    @model_validator(mode="after")
+    def _measures_the_average(self) -> Self:
+        if self.measure is not None and self.ema_decay is None:
+            raise ValueError("measure looks at the average of the weights: give ema_decay, or leave measure out")
+        return self
 
     @model_validator(mode="after")
     def _compiles_whole_weights(self) -> Self:

@@ -26,6 +26,8 @@ Kind = Literal[
     "skipped_step",
     "loss_spike",
     "rollback",
+    "measured",  # a checkpoint, for what it generates
+    "measure_skipped",
     "stop",  # asked for; a checkpoint is there to go on from
     "failed",
     "stage_done",

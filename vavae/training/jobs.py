@@ -32,6 +32,7 @@ from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.log import MetricsLog
 from vavae.training.loop import train
 from vavae.training.observer import PREVIEWS, Observer, exported_weights
+from vavae.training.retention import Retention
 from vavae.training.run import Job, Run
 from vavae.training.session import Session
 from vavae.training.start import starting_weights
@@ -50,7 +51,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(run.storage.child(folder), manifest, SPLIT, order, size, config.stream, config.seed)
-    checkpoints = _checkpoints(run, "train_vavae", config.train_vavae, session, world)
+    checkpoints = _checkpoints(run, "train_vavae", session, world)
     seen = checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
     observers = _tokenizer_observers(run, manifest, world)
@@ -90,7 +91,7 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
     step = DiffusionStep(config, model, stream, normalizer, _rounds(run, world), world)
     training = config.train_lightningdit
-    checkpoints = _checkpoints(run, "train_lightningdit", training, session, world)
+    checkpoints = _checkpoints(run, "train_lightningdit", session, world)
     observers: list[Observer] = []
     if training.preview_images is not None:
         tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
@@ -119,13 +120,13 @@ def _rounds(run: Run, world: World) -> Sequence[Round]:
     return assign_lanes(run.config.stream.lanes, world.rank, world.size)
 
 
-def _checkpoints(run: Run, job: Job, config: TrainingConfig, session: Session, world: World) -> Checkpoints:
+def _checkpoints(run: Run, job: Job, session: Session, world: World) -> Checkpoints:
     """The checkpoints of a training, which is claimed for this configuration."""
     if world.is_first:
         run.claim(job)
     fresh = TrainState(images_seen=0, config=digest(run.identity(job)), data=digest(run.inputs(job)))
     storage = run.storage.child(run.training_prefix(job))
-    return Checkpoints(storage, fresh, config.keep_checkpoints, world, config.keep_best, session.owner)
+    return Checkpoints(storage, fresh, Retention.of(run, job), world, session.owner)
 
 
 def _tokenizer_observers(run: Run, manifest: Manifest, world: World) -> list[Observer]:

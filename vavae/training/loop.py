@@ -263,7 +263,7 @@ class _Way:
             done: whether it was the last.
         """
         loop, seen = self._loop, self._state.images_seen
-        save = save or _crosses(before, seen, loop.config.checkpoint_images)
+        save = save or _crosses(before, seen, loop.config.checkpoint_images) or loop.checkpoints.is_due(seen)
         if save or _crosses(before, seen, loop.config.log_images):
             self._row = self._meter.row() | {"learning_rate": self._learning_rate(before)}
             if loop.utilisation is not None:

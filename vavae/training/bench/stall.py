@@ -16,6 +16,7 @@ from vavae.distributed.engine import Engine, TorchEngine
 from vavae.distributed.world import World
 from vavae.storage.storage import Storage
 from vavae.training.checkpoint import Checkpoints, TrainState
+from vavae.training.retention import Retention
 from vavae.training.step import StepMemory, StepResult
 from vavae.training.stopwatch import Stopwatch
 
@@ -66,7 +67,7 @@ def stall_contest(parameters: int) -> Iterator[Contest]:
     """
     trained, seen = _Trained(parameters), 0
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
-        checkpoints = Checkpoints(Storage(folder), _FRESH, 1, World())
+        checkpoints = Checkpoints(Storage(folder), _FRESH, Retention(1), World())
 
         def save() -> float:
             nonlocal seen

@@ -1,0 +1,91 @@
+"""What the LightningDiT of a checkpoint generates is measured as that of the export will be."""
+
+import math
+
+import torch
+
+from vavae.data.latents import read_latent_manifest, read_statistics
+from vavae.dit.model import LightningDiT
+from vavae.interop.export import load_tokenizer
+from vavae.report.measures import generation_metrics
+from vavae.report.measuring import REFERENCES, Measuring
+from vavae.report.run_report import metrics_json
+from vavae.sampling.generate import Generator
+from vavae.sampling.labels import label_law
+from vavae.storage.storage import Storage
+from vavae.tokenizer.normalizer import LatentNormalizer
+from vavae.training.checkpoint import load_average
+from vavae.training.checkpoint_measures import CHECKPOINTS, CheckpointMeasures
+from vavae.training.config import RunConfig
+from vavae.training.retention import Retention
+from vavae.training.run import Run
+
+
+def measure_checkpoint(run: Run, images_seen: int) -> None:
+    """Generate with the average of a checkpoint, compare with the references of the run, and keep the figures.
+
+    Args:
+        run: whose `train_lightningdit.measure` says on how many images.
+        images_seen: at the checkpoint.
+
+    Raises:
+        UserError: the references can't be had.
+    """
+    config, measures, measuring = _as_custom(run), CheckpointMeasures.of(run), Measuring(run)
+    measure = run.config.train_lightningdit.measure
+    assert measure is not None, "a run whose checkpoints are measured"
+    assert measures is not None, "the same"
+    for part in measuring.missing(REFERENCES):
+        measuring.measure(part, lambda _: None)
+    classes = read_latent_manifest(run.storage.child(run.prefix("precompute_latents"))).classes
+    label = label_law(config.sample, classes, config.seed)
+    images = _generator(run, images_seen, len(classes), measuring.device).batches(
+        range(measure.images),
+        [label(index) for index in range(measure.images)],
+        config.seed,
+        config.guidance,
+        config.solver,
+        config.sample.batch_size,
+    )
+    metrics = generation_metrics(
+        measuring.summaries(images, measure.images), measuring.references(), config, measuring.device
+    )
+    measures.write(images_seen, metrics_json([metric for metric in metrics if math.isfinite(metric.value)]))
+
+
+def measure_waiting(run: Run) -> None:
+    """Measure one after another the checkpoints that wait for it, and delete those that stayed for nothing else."""
+    measures = CheckpointMeasures.of(run)
+    for images_seen in measures.waiting() if measures is not None else ():
+        measure_checkpoint(run, images_seen)
+    drop_measured(run)
+
+
+def drop_measured(run: Run) -> None:
+    """Delete the checkpoints of a training that has ended which stayed only because they waited to be measured."""
+    checkpoints = _training(run).child(CHECKPOINTS)
+    names = checkpoints.list()
+    if names:
+        Retention.of(run, "train_lightningdit").prune(checkpoints, names[-1])
+
+
+def _training(run: Run) -> Storage:
+    return run.storage.child(run.training_prefix("train_lightningdit"))
+
+
+def _as_custom(run: Run) -> RunConfig:
+    """The configuration, without the promise that figures follow an accepted protocol."""
+    evaluate = run.config.evaluate.model_copy(update={"generation_protocol": "custom"})
+    return run.config.model_copy(update={"evaluate": evaluate})
+
+
+def _generator(run: Run, images_seen: int, classes: int, device: torch.device) -> Generator:
+    """The run's tokenizer with the average that lies in a checkpoint."""
+    config, latents = run.config, run.storage.child(run.prefix("precompute_latents"))
+    with torch.device("meta"):
+        model = LightningDiT(config.lightningdit.with_classes(classes), config.tokenizer.latent_dim, config.grid)
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    load_average(_training(run), images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
+    tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
+    normalizer = LatentNormalizer(*read_statistics(latents))
+    return Generator(tokenizer.to(device), model.to(device), normalizer.to(device))
