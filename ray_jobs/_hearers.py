@@ -9,12 +9,12 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from ray_jobs._trials import POINT, name_of
+from ray_jobs._trials import name_of
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.sweep.results import write_sweep
 from vavae.sweep.sweep import Sweep
-from vavae.sweep.trial import IMAGES, Entry, read_ledger, write_entry
+from vavae.sweep.trial import IMAGES, read_ledger, write_entry
 
 _WRITE_SECONDS = 60.0
 
@@ -52,9 +52,10 @@ class Watch(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `tune.Callback`."""
-        why = _reason(trial.get_pickled_error() or trial.get_error())
-        if name_of(trial) in read_ledger(self._sweep):  # else its point was no run at all
-            write_entry(self._sweep, Entry(trial.config[POINT], "failed", why))
+        entry, why = read_ledger(self._sweep).get(name_of(trial)), "its point makes no run"
+        if entry is not None:
+            why = entry.why or "its process was lost"
+            write_entry(self._sweep, entry._replace(state="failed", why=why))
         print(f"{name_of(trial)}  failed  {why}", flush=True)
         self._write()
 
@@ -63,14 +64,6 @@ class Watch(Callback):
         if time.monotonic() - self._written > _WRITE_SECONDS:
             write_sweep(self._sweep)
             self._written = time.monotonic()
-
-
-def _reason(error: Exception | None) -> str:
-    """The last line of what went wrong in a trial."""
-    if error is None:
-        return "for a reason that Tune does not know"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def callbacks(sweep: Sweep) -> list[Callback]:

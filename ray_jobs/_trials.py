@@ -19,7 +19,7 @@ from vavae.randomness import key_seed
 from vavae.sweep.config import DomainConfig
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, name_of_trial
-from vavae.sweep.trial import IMAGES, read_ledger, run_trial
+from vavae.sweep.trial import IMAGES, Entry, read_ledger, run_trial, write_entry
 from vavae.training.run import Run
 
 POINT = "point"
@@ -34,7 +34,20 @@ def trainable(sweep: Sweep, workshop: Workshop) -> Any:
 
 
 def _trial(settings: dict[str, Any], sweep: Sweep, workshop: Workshop) -> None:
-    run_trial(sweep, settings[POINT], workshop.order, tune.report)
+    point = settings[POINT]
+    try:
+        run_trial(sweep, point, workshop.order, tune.report)
+    except Exception as error:
+        # Here, for Tune hands on an error only where it can be pickled.
+        if name_of_trial(point) in read_ledger(sweep):
+            write_entry(sweep, Entry(point, "running", _reason(error)))
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def points_to_run(sweep: Sweep) -> list[Point]:

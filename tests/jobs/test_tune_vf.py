@@ -108,6 +108,7 @@ def test_a_trial_that_fails_is_tried_again_then_marked_and_ends_nothing(
     assert _run(tmp_path, arguments) == 1
     broken, *whole = map(name_of_trial, sweep.points())
     assert _states(sweep) == {broken: "failed", **dict.fromkeys(whole, "finished")}
+    assert "the toy broke" in read_ledger(sweep)[broken].why
     assert made(tmp_path).count("failed") == 2, "once, and once again"
     assert "1 failed, 2 finished" in capfd.readouterr().out
     assert list((tmp_path / "toy" / "tune").glob("*/events.out.tfevents*")), "TensorBoard has the trials"
