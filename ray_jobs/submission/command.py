@@ -12,12 +12,10 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.submission.submission import JOBS, Submission, describe, refuse_secrets, variables_of
-from vavae.config.load import load
+from ray_jobs.submission.submission import JOBS, Subject, Submission, describe, refuse_secrets, variables_of
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.storage.storage import Storage
-from vavae.training.config import RunConfig
 
 if TYPE_CHECKING:
     from ray_jobs.submission.client import Cluster
@@ -28,7 +26,7 @@ def add_commands(commands: Any) -> None:
     submit = commands.add_parser("submit", help="run a job on the cluster that RAY_ADDRESS names")
     submit.set_defaults(act=_submit)
     submit.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
-    submit.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
+    submit.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run or sweep")
     submit.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
     submit.add_argument("--follow", action="store_true", help="show the job's log and end with its status")
     submit.add_argument("--dry-run", action="store_true", help="check everything, say what would be submitted and exit")
@@ -66,11 +64,11 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _checked(arguments: argparse.Namespace) -> Submission:
     """What to submit, printed, once the job has said what it would do."""
-    config = load(RunConfig, arguments.config, arguments.overrides)
-    storage = Storage.of(config.storage)
-    if storage.is_local and not os.path.isabs(config.storage.root):
+    subject = Subject.load(arguments.job, arguments.config, arguments.overrides)
+    storage, root = Storage.of(subject.storage), f"{subject.root_key}={subject.storage.root}"
+    if storage.is_local and not os.path.isabs(subject.storage.root):
         raise UserError(
-            f"storage.root={config.storage.root} is relative, so on the cluster it would go with the job: give a "
+            f"{root} is relative, so on the cluster it would go with the job: give a "
             "folder that all its machines see, or an object store"
         )
 
@@ -79,11 +77,11 @@ def _checked(arguments: argparse.Namespace) -> Submission:
     folder = arguments.working_dir
     words = ["--config", config_inside(arguments.config, folder), *arguments.overrides]
     variables = variables_of(arguments.env, os.environ)
-    submission = describe(arguments.job, config, words, folder, variables, arguments.pip, datetime.now())
+    submission = describe(arguments.job, subject, words, folder, variables, arguments.pip, datetime.now())
     refuse_secrets(submission, os.environ)
     with unpacked(folder) as upload:
         if storage.is_local and not storage.exists():
-            print(f"storage.root={config.storage.root} is not on this machine: the job checks it on the cluster")
+            print(f"{root} is not on this machine: the job checks it on the cluster")
         else:
             dry_run(upload, arguments.job, words)
         print(f"upload: {upload.files:,} files of {folder.resolve()}, {filesize.decimal(upload.bytes)}")

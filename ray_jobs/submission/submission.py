@@ -13,12 +13,17 @@ from typing import Any
 import ray_jobs
 from vavae.config import digest
 from vavae.config.credentials import REFUSAL, has_credentials
+from vavae.config.load import load
 from vavae.errors import UserError
+from vavae.storage.config import StorageConfig
+from vavae.sweep.sweep import Sweep, as_written
 from vavae.training.config import RunConfig
 from vavae.training.run import STAGES
 
-JOBS = (*STAGES, "pipeline")
-"""Modules of `ray_jobs` that take the configuration of a run."""
+SWEEP = "tune_vf"
+"""The job whose configuration is a sweep file."""
+JOBS = (*STAGES, "pipeline", SWEEP)
+"""Modules of `ray_jobs` with a command line."""
 
 GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Variable of a job: seconds that it has for its last checkpoint when it is stopped, before it is killed."""
@@ -29,6 +34,27 @@ _SECRET_NAME = re.compile(
 )
 _SECRET_CHARACTERS = 8
 """A shorter value of a variable could be any word."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a job works on: a run or a sweep."""
+
+    name: str
+    storage: StorageConfig
+    root_key: str
+    """Key of `storage.root` in the configuration."""
+    digest: str
+    """Of the configuration."""
+
+    @staticmethod
+    def load(job: str, path: str, overrides: Sequence[str]) -> "Subject":
+        """Read the configuration of a job; UserError where it is none."""
+        if job == SWEEP:
+            sweep = Sweep.load(path, overrides)
+            return Subject(sweep.config.name, sweep.storage_config, "run.storage.root", digest(as_written(sweep)))
+        config = load(RunConfig, path, overrides)
+        return Subject(config.name, config.storage, "storage.root", digest(config))
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,7 @@ class Submission:
 
 def describe(
     job: str,
-    config: RunConfig,
+    subject: Subject,
     arguments: Sequence[str],
     working_dir: Path,
     variables: Mapping[str, str],
@@ -54,14 +80,14 @@ def describe(
 
     Args:
         job: its name.
-        config: the configuration that its arguments amount to.
+        subject: what its arguments amount to.
         arguments: of the job's command line, as the job will see them in the working directory.
         working_dir: the folder that is uploaded.
         variables: environment of the job and its workers.
         pip: requirements that are installed for this job.
         now: the time, which makes the name unique.
     """
-    metadata = {"job": job, "run": config.name, "storage": config.storage.root, "config": digest(config)}
+    metadata = {"job": job, "run": subject.name, "storage": subject.storage.root, "config": subject.digest}
     commit = _commit(working_dir)
     if commit is not None:
         metadata["commit"] = commit
@@ -69,7 +95,7 @@ def describe(
     if pip:
         environment["pip"] = list(pip)
     return Submission(
-        id=f"{config.name}-{job}-{now:%Y%m%d-%H%M%S}",
+        id=f"{subject.name}-{job}-{now:%Y%m%d-%H%M%S}",
         entrypoint=shlex.join(["python", "-m", f"{ray_jobs.__name__}.{job}", *arguments]),
         metadata=metadata,
         runtime_env=environment,

@@ -14,7 +14,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from ray_jobs.submission import client
-from ray_jobs.submission.submission import GRACE, JOBS, describe, refuse_secrets, variables_of
+from ray_jobs.submission.submission import GRACE, JOBS, Subject, describe, refuse_secrets, variables_of
 from ray_jobs.submission.upload import config_inside, unpacked
 from vavae.cli import main
 from vavae.config import digest, load
@@ -28,19 +28,28 @@ SECRET = "wJalrXUtnFEMI"
 
 
 def submission(arguments=(), variables=None, pip=(), folder=ROOT):
-    config = load(RunConfig, "configs/tiny.yaml", ["storage.root=s3://bucket/runs"])
+    subject = Subject.load("train_vavae", "configs/tiny.yaml", ["storage.root=s3://bucket/runs"])
     return describe(
-        "train_vavae", config, ["--config", "configs/tiny.yaml", *arguments], folder, variables or {}, pip, NOW
+        "train_vavae", subject, ["--config", "configs/tiny.yaml", *arguments], folder, variables or {}, pip, NOW
     )
 
 
 def test_all_jobs_can_be_submitted():
-    assert {"pipeline", *STAGES} == {*JOBS}
+    assert {"pipeline", "tune_vf", *STAGES} == {*JOBS}
     assert all(importlib.util.find_spec(f"ray_jobs.{job}") for job in JOBS)
 
 
 def test_the_name_tells_run_job_and_time():
     assert submission().id == "tiny-train_vavae-20261123-170509"
+
+
+def test_a_sweep_can_be_submitted():
+    config = "configs/sweeps/tiny.yaml"
+    subject = Subject.load("tune_vf", config, ["run.storage.root=s3://bucket/runs"])
+    found = describe("tune_vf", subject, ["--config", config], ROOT, {}, (), NOW)
+    assert found.id == "tiny_sweep-tune_vf-20261123-170509"
+    assert (found.metadata["run"], found.metadata["storage"]) == ("tiny_sweep", "s3://bucket/runs")
+    assert found.metadata["config"] != Subject.load("tune_vf", config, ["seeds=[7]"]).digest
 
 
 def test_the_command_keeps_words_together():
@@ -167,7 +176,9 @@ def test_the_configuration_must_be_among_what_is_uploaded(tmp_path, monkeypatch)
 
 def test_a_relative_root_would_go_with_the_job(capsys):
     assert main(["submit", "pipeline", "--config", "configs/tiny.yaml"]) == 2
-    assert "storage.root=runs is relative" in capsys.readouterr().err
+    assert "error: storage.root=runs is relative" in capsys.readouterr().err
+    assert main(["submit", "tune_vf", "--config", "configs/sweeps/tiny.yaml"]) == 2
+    assert "error: run.storage.root=runs is relative" in capsys.readouterr().err
 
 
 class Scripted:

@@ -11,6 +11,7 @@ from vavae.config.load import assign, check, read
 from vavae.config.yaml_source import Located, merge, plain
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
+from vavae.storage.config import StorageConfig
 from vavae.storage.storage import Storage
 from vavae.sweep.config import SweepConfig
 from vavae.sweep.space import Point, Space
@@ -80,10 +81,14 @@ class Sweep:
         return [Run(self.run_config(point, seed)) for seed in self.config.seeds]
 
     @property
+    def storage_config(self) -> StorageConfig:
+        """Where the sweep has its folder."""
+        return self._check(self.base, self.space.examples()[0], self.config.seeds[0]).storage
+
+    @property
     def storage(self) -> Storage:
         """The folder of the sweep."""
-        any_run = self._check(self.base, self.space.examples()[0], self.config.seeds[0])
-        return Storage.of(any_run.storage).child(self.config.name)
+        return Storage.of(self.storage_config).child(self.config.name)
 
     @property
     def shared(self) -> str:
