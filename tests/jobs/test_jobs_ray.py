@@ -206,12 +206,15 @@ def test_deleted_samples_alone_are_made_again(arguments: list[str], root: Path) 
 
 
 @contextmanager
-def one_killed(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def one_killed(
+    title: str, when: Callable[[], bool] = lambda: True, by: signal.Signals = signal.SIGKILL
+) -> Iterator[None]:
     """Kill the first process of ours that is seen with this title, in the way a node's failure would.
 
     Args:
         title: the beginning of it; Linux shows 15 letters.
         when: whether it is time.
+        by: the signal.
     """
     killed = threading.Event()
 
@@ -220,7 +223,7 @@ def one_killed(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[
             for process in psutil.Process().children(recursive=True) if when() else ():
                 with suppress(psutil.NoSuchProcess):
                     if not killed.is_set() and process.name().startswith(title[:15]):
-                        process.kill()
+                        process.send_signal(by)
                         killed.set()
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -230,7 +233,10 @@ def one_killed(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[
     killer.join()
 
 
-def test_deleted_training_comes_back_bit_for_bit_though_a_worker_is_killed(arguments: list[str]) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
+def test_deleted_training_comes_back_bit_for_bit_though_a_worker_dies_or_hangs(
+    arguments: list[str], by: signal.Signals
+) -> None:
     run = Run(load(RunConfig, CONFIG, arguments[2:]))
     before = run.require("train_lightningdit").digest
     run.storage.delete("lightningdit")
@@ -239,9 +245,14 @@ def test_deleted_training_comes_back_bit_for_bit_though_a_worker_is_killed(argum
     def a_checkpoint_is_there() -> bool:
         return any(path.endswith(RECORD) for path in run.storage.list(folder, recursive=True))
 
-    with one_killed("ray::RayTrainWorker", a_checkpoint_is_there):
-        assert run_pipeline(arguments, "train_lightningdit.checkpoint_images=32") == 0
-    assert "restart" in {event["event"] for event in read_events(run.storage)}
+    def restarts() -> int:
+        return [event["event"] for event in read_events(run.storage)].count("restart")
+
+    known = restarts()
+    with one_killed("ray::RayTrainWorker", a_checkpoint_is_there, by):
+        more = ("train_lightningdit.checkpoint_images=32", "train_lightningdit.hang_seconds=20")
+        assert run_pipeline(arguments, *more) == 0
+    assert restarts() == known + 1
     assert run.require("train_lightningdit").digest == before
 
 
