@@ -18,7 +18,7 @@ from vavae.config import load
 from vavae.data.writer import write_shards
 from vavae.report.status import Training, run_status
 from vavae.training.config import RunConfig
-from vavae.training.run import Run
+from vavae.training.run import STAGES, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.timeout(1800)]
 
@@ -105,13 +105,14 @@ def test_a_stopped_job_goes_on_as_if_nothing_had_happened(head: Head, tmp_path: 
     run = run_of(root, "tiny")
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda done, total: None)
     shutil.copytree(root / "tiny" / "shards", root / "undisturbed" / "shards")
-    submit = ["submit", "train_vavae", "--config", CONFIG, f"storage.root={root}", "--follow"]
+    submit = ["submit", "pipeline", "--config", CONFIG, f"storage.root={root}", "--follow"]
     seen = stopped_in_training(head, *submit).seen
     budget = f"train_vavae.images={seen + BATCHES * run.config.train_vavae.batch_size}"
     status, text = said(*submit, budget, head=head)
     assert status == 0, text
-    assert "train_vavae        made" in text
+    assert [job for job in STAGES if f"{job:<18} made" in text] == [*STAGES][1:], "the shards were there"
     assert text.rstrip().endswith(": succeeded")
+    assert run.storage.is_file("report.html")
 
     words = ["train", "vavae", "--config", CONFIG, f"storage.root={root}", "name=undisturbed", budget]
     alone = vavae(*words, environment={**os.environ})
