@@ -73,6 +73,17 @@ def cluster(config: RunConfig, cpus: float = 0, beside: Share = NOTHING) -> Iter
         ray.shutdown()
 
 
+def check_cluster(config: RunConfig, beside: Share) -> None:
+    """Join the cluster of which a dry run speaks, where that can be done from here, to see whether it is large enough.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not os.environ.get("RAY_ADDRESS", "http").startswith("http"):
+        with cluster(config, beside=beside):
+            pass
+
+
 def _stay_on_loopback() -> None:
     """Nobody else has any business with a laptop's Ray, whose servers take the address of the node.
 

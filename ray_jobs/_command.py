@@ -9,7 +9,7 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs._cluster import cluster
+from ray_jobs._cluster import check_cluster, cluster
 from ray_jobs._pool import Share
 from ray_jobs._preflight import check_sources, missing_sources, preflight
 from ray_jobs._watch import told
@@ -89,13 +89,14 @@ def _main(
 
 
 def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], works: Mapping[Job, Work]) -> None:
-    """Print the plan, and what has to be fetched before it can be carried out."""
+    """Print the plan, and what has to be fetched before it can be carried out; refuse a cluster that is too small."""
     missing = missing_sources(run) if "prepare_shards" in works else []
     plans = _plans_without_images(works) if missing else plan(run)
     missing += preflight(run, [job for job, found in plans.items() if not found.done])
     _print_plan(run, plans)
     for line in missing:
         print(f"still needed: {line}")
+    check_cluster(run.config, Share.beside(run))
 
 
 def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
