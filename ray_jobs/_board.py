@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vavae.progress import Progress
 from vavae.training.events import Event
@@ -83,9 +84,7 @@ class Board:
 
     def __init__(self, name: str | None = None) -> None:
         self._name = name or f"board-{uuid.uuid4().hex}"
-        self._actor: Any = (
-            ray.get_actor(self._name) if name else ray.remote(num_cpus=0)(_BoardActor).options(name=self._name).remote()
-        )
+        self._actor: Any = ray.get_actor(self._name) if name else on_this_node(_BoardActor, name=self._name).remote()
         self._asked: Any = None
 
     def __reduce__(self) -> tuple[type["Board"], tuple[str]]:
@@ -140,6 +139,12 @@ class Board:
     def outage(self) -> str | None:
         """What a worker lamented last."""
         return ray.get(self._actor.outage.remote())
+
+
+def on_this_node(actor: type, **options: Any) -> Any:
+    """An actor class without resources whose actors stay with their driver: no other node takes them away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(actor).options(scheduling_strategy=here, **options)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from ray_jobs._board import on_this_node
 from vavae.sweep.sharing import SHARED_JOBS, Sharing
 from vavae.sweep.trial import Task
 from vavae.training.config import RunConfig
@@ -49,7 +50,7 @@ class Workshop:
     @staticmethod
     def open(sharing: Sharing, works: Works) -> "Workshop":
         """A new workshop; it lasts as long as a handle to it."""
-        return Workshop(ray.remote(num_cpus=0, max_restarts=-1)(_WorkshopActor).remote(sharing, works), sharing)
+        return Workshop(on_this_node(_WorkshopActor, max_restarts=-1).remote(sharing, works), sharing)
 
     def order(self, config: RunConfig, task: Task) -> Run:
         """Wait until a job is done and return the run that has what it makes; its errors are raised here."""

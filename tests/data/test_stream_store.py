@@ -77,9 +77,9 @@ class EveryKind(Plan):
         super().__init__(seed, PASSING, rate=0.7, limit=limit, silence_seconds=0.01)
         self._reads, self._between = 0, reads_between
 
-    def next(self, is_read: bool) -> tuple[Fault | None, float]:
+    def next(self, path: str, is_read: bool) -> tuple[Fault | None, float]:
         """See `Plan.next`."""
-        fault, where = super().next(is_read)
+        fault, where = super().next(path, is_read)
         with self._lock:
             self._reads += is_read
             if fault is None and is_read and self._reads >= self._between:

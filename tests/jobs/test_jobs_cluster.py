@@ -15,6 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 from support.head import unquoted_interpreter
 
+from ray_jobs._board import Board
 from vavae.config import load
 from vavae.data.writer import write_shards
 from vavae.storage.artefact import read
@@ -140,10 +141,23 @@ def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training
 
 def test_a_dry_run_refuses_what_the_cluster_cannot_hold(training: Training) -> None:
     measure = "train_lightningdit.measure={every_images: 64}"
-    process = training.start("ray_jobs.train_lightningdit", "--dry-run", measure, "workers.count=2")
+    process = training.start("ray_jobs.pipeline", "--dry-run", measure, "workers.count=2")
     assert process.wait(_PATIENCE_SECONDS) == _REFUSED
     told = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
     assert f"{told} train_lightningdit.measure.when=after, add nodes" in training.log()
+
+
+def test_what_a_driver_needs_is_on_its_own_node(cluster: Cluster) -> None:
+    def node(_actor: object) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    ray.init(address=cluster.address, logging_level="warning")
+    try:
+        boards = [Board() for _ in range(8)]
+        nodes = ray.get([board._actor.__ray_call__.remote(node) for board in boards])
+        assert set(nodes) == {node(None)}
+    finally:
+        ray.shutdown()
 
 
 def test_ray_is_not_left_behind() -> None:

@@ -122,8 +122,7 @@ def test_trials_are_named_after_their_points(sweep_of):
     [
         (ValueError("first\n  second: here \n"), "second: here"),
         (ValueError(), "ValueError"),
-        (None, "for a reason that Tune does not know"),
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_line(error, reason):
-    assert _hearers._reason(error) == reason
+    assert _trials._reason(error) == reason
