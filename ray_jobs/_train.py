@@ -1,5 +1,6 @@
 """Ray Train around the training loop: workers, restarts, and the errors that come back."""
 
+import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from vavae.training.lease import SupersededError
 from vavae.training.run import Job, Run
 from vavae.training.session import this_process
 
+_STALE_SECONDS = "20"
+"""How old Ray's view of the cluster may be, by which it sizes elastic workers; it would wait a minute for lost ones."""
+
 
 def fit(run: Run, job: Job) -> None:
     """Train one model on the workers that the configuration asks for, until its export is committed.
@@ -30,6 +34,8 @@ def fit(run: Run, job: Job) -> None:
         KeyboardInterrupt: the run was asked to stop; its checkpoint is there to go on from.
     """
     workers, board = run.config.workers, Board()
+    if workers.min_count is not None:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _STALE_SECONDS)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": run, "job": job, "board": board, "owner": this_process()},

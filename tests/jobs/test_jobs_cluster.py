@@ -25,7 +25,7 @@ from vavae.training.run import Run
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 
 CONFIG = "configs/tiny.yaml"
-_PATIENCE_SECONDS = 240
+_PATIENCE_SECONDS = 400
 _STARTED = "joining the cluster"
 _INTERRUPTED, _REFUSED = 130, 2
 
@@ -86,10 +86,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
-def training(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
-    return Training(tmp_path_factory.mktemp("runs"), environment)
+@pytest.fixture
+def training(cluster: Cluster, tmp_path: Path) -> Training:
+    return Training(tmp_path, {**os.environ, "RAY_ADDRESS": cluster.address})
 
 
 def drain(address: str, node: str) -> None:
@@ -97,6 +96,14 @@ def drain(address: str, node: str) -> None:
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node]
     subprocess.run([*command, *reason, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
+
+
+def test_a_dry_run_refuses_what_the_cluster_cannot_hold(training: Training) -> None:
+    measure = "train_lightningdit.measure={every_images: 64}"
+    process = training.start("ray_jobs.pipeline", "--dry-run", measure, "workers.count=2")
+    assert process.wait(_PATIENCE_SECONDS) == _REFUSED
+    told = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
+    assert f"{told} train_lightningdit.measure.when=after, add nodes" in training.log()
 
 
 def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training: Training) -> None:
@@ -137,14 +144,6 @@ def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training
         other.send_signal(signal.SIGTERM)
         assert other.wait(_PATIENCE_SECONDS) == _INTERRUPTED
         assert training.newest().workers == 1
-
-
-def test_a_dry_run_refuses_what_the_cluster_cannot_hold(training: Training) -> None:
-    measure = "train_lightningdit.measure={every_images: 64}"
-    process = training.start("ray_jobs.pipeline", "--dry-run", measure, "workers.count=2")
-    assert process.wait(_PATIENCE_SECONDS) == _REFUSED
-    told = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
-    assert f"{told} train_lightningdit.measure.when=after, add nodes" in training.log()
 
 
 def test_what_a_driver_needs_is_on_its_own_node(cluster: Cluster) -> None:
