@@ -15,7 +15,9 @@ from vavae.tokenizer.config import TokenizerConfig
 CONFIGS = [
     TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(1,)),
     TokenizerConfig(latent_dim=3, channels=32, channel_multipliers=(1, 1, 2), attention_levels=(0, 2)),
-    TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1, 3, 1), res_blocks=1, attention_levels=()),
+    TokenizerConfig(
+        latent_dim=4, channels=32, channel_multipliers=(1, 3, 1), res_blocks=1, attention_levels=(), norm_groups=4
+    ),
 ]
 
 

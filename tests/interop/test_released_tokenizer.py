@@ -175,7 +175,7 @@ TOKENIZER, ALIGNMENT, DISCRIMINATOR = load_released_tokenizer, load_released_ali
         (TOKENIZER, {"channel_multipliers": (1, 1)}, r"encoder.down.1.block.0.conv1.weight is \[64, 32, 3, 3\]"),
         (TOKENIZER, {"res_blocks": 2}, r"no tensor encoder.down.0.block.1.norm1.weight, expected \[32\] with res_bl"),
         (TOKENIZER, {"attention_levels": ()}, r"attn.0.\w+.\w+ is .*, expected no such tensor with attention_levels"),
-        (TOKENIZER, {"channels": 48}, r"channels 48 is not a multiple of 32"),
+        (TOKENIZER, {"channels": 48}, r"channels 48 is not a multiple of norm_groups 32"),
         (ALIGNMENT, {"feature_dim": 9}, r"linear_proj.weight is \[24, 8, 1, 1\], expected \[9, 8, 1, 1\] with"),
         (ALIGNMENT, {"projection": "teacher_to_latent"}, r"linear_proj.weight is \[24, 8, 1, 1\], expected \[8, 24, 1"),
         (DISCRIMINATOR, {"layers": 3}, r"discriminator.main.8.weight is \[1, 256, 4, 4\], expected \[512, 256, 4, 4\]"),

@@ -29,6 +29,12 @@ def test_the_grid_is_the_image_divided_by_the_downsampling(multipliers, size, gr
     assert vavae.decode(posterior.mode).shape == (2, 3, *size)
 
 
+def test_groups_of_all_norms_are_those_of_the_configuration():
+    vavae = VAVAE(TokenizerConfig(channels=48, channel_multipliers=(1, 2), attention_levels=(1,), norm_groups=12))
+    groups = {module.num_groups for module in vavae.modules() if isinstance(module, torch.nn.GroupNorm)}
+    assert groups == {12}
+
+
 def test_half_precision_parameters_keep_float32_moments():
     config = TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1,), res_blocks=1, attention_levels=())
     vavae = VAVAE(config).bfloat16()
@@ -40,7 +46,7 @@ def test_half_precision_parameters_keep_float32_moments():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"channels": 48}, "48 is not a multiple of 32"),
+        ({"channels": 48}, "48 is not a multiple of norm_groups 32"),
         ({"channel_multipliers": (1, 2)}, "levels 0 to 1"),
         ({"channel_multipliers": ()}, "one positive integer per level"),
         ({"latent_dim": 0}, "greater than 0"),

@@ -49,7 +49,7 @@ def path(tmp_path):
         (["name=../other"], r"name \(command line\): .*should match pattern"),
         (["name=.hidden"], r"name \(command line\): .*should match pattern"),
         (["train_vavae.imagse=3"], r"no such key; did you mean train_vavae.images\?"),
-        (["tokenizer.channels=48"], r"channels 48 is not a multiple of 32"),
+        (["tokenizer.channels=48"], r"channels 48 is not a multiple of norm_groups 32"),
         (["guidance.interval=[0.5, 0.1]"], r"interval=\[0.5, 0.1\] must satisfy"),
         (["solver.shift=0"], r"solver.shift \(command line\): 0 should be greater than 0 or should be 'by_dimension'"),
         (["sample.labels=some"], r"sample.labels \(command line\): \"some\" should be 'class_balanced' or 'random'"),

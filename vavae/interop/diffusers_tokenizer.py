@@ -9,7 +9,7 @@ from torch import Tensor
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import NORM_GROUPS, TokenizerConfig
+from vavae.tokenizer.config import TokenizerConfig
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _RENAMES = (
@@ -72,7 +72,7 @@ def _settings(config: TokenizerConfig, image_size: int) -> dict[str, Any]:
         "layers_per_block": config.res_blocks,
         "act_fn": "silu",
         "latent_channels": config.latent_dim,
-        "norm_num_groups": NORM_GROUPS,
+        "norm_num_groups": config.norm_groups,
         "sample_size": image_size,
         "scaling_factor": 1.0,
     }

@@ -18,11 +18,12 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_dim, widths[-1], kernel_size=3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], config.norm_groups)
         self.up = nn.ModuleList(
             Level(
                 width_in,
                 width,
+                groups=config.norm_groups,
                 blocks=config.res_blocks + 1,
                 attention=index in config.attention_levels,
                 recompute=config.checkpoint_activations,
@@ -31,7 +32,7 @@ class Decoder(nn.Module):
         )
         for level, width in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = Upsample(width)
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

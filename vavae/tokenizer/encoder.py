@@ -21,6 +21,7 @@ class Encoder(nn.Module):
             Level(
                 width_in,
                 width,
+                groups=config.norm_groups,
                 blocks=config.res_blocks,
                 attention=index in config.attention_levels,
                 recompute=config.checkpoint_activations,
@@ -29,8 +30,8 @@ class Encoder(nn.Module):
         )
         for level, width in zip(self.down[:-1], widths[:-1], strict=True):
             level.downsample = Downsample(width)
-        self.mid = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], config.norm_groups)
+        self.norm_out = group_norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_dim, kernel_size=3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,22 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vavae.tokenizer.config import NORM_GROUPS
 
-
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """The normalisation before every non-linearity (released code)."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """Two norm, swish, 3x3 convolution units and a residual path: [B, C_in, H, W] -> [B, C_out, H, W]."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
@@ -38,9 +36,9 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Residual self-attention over all positions with one head and 1x1 convolutions: [B, C, H, W] -> same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, kernel_size=1)
         self.k = nn.Conv2d(channels, channels, kernel_size=1)
         self.v = nn.Conv2d(channels, channels, kernel_size=1)
@@ -64,12 +62,14 @@ class Level(nn.Module):
     a graph through it keeps only what enters its blocks.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, blocks: int, attention: bool, recompute: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, blocks: int, attention: bool, recompute: bool
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         widths = [in_channels] + [out_channels] * (blocks - 1)
-        self.block = nn.ModuleList(ResnetBlock(width, out_channels) for width in widths)
-        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in widths if attention)
+        self.block = nn.ModuleList(ResnetBlock(width, out_channels, groups) for width in widths)
+        self.attn = nn.ModuleList(AttentionBlock(out_channels, groups) for _ in widths if attention)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H', W']."""
@@ -91,11 +91,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> same."""
