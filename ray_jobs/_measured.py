@@ -50,6 +50,14 @@ def measured(run: Run) -> Iterator[None]:
     drop_measured(run)
 
 
+def measure_waiting(run: Run) -> None:
+    """Have the checkpoints measured that wait, as an interrupted job leaves them; the block's training has ended."""
+    measure, measures = run.config.train_lightningdit.measure, CheckpointMeasures.of(run)
+    if measure is not None and measures is not None:
+        _Measuring(run, measure, measures).rest()
+        drop_measured(run)
+
+
 class _Measuring:
     """One task at a time, and what becomes of the checkpoints that come meanwhile.
 

@@ -3,6 +3,7 @@
 import sys
 
 from ray_jobs._command import main
+from ray_jobs._measured import measure_waiting
 from ray_jobs._pool import Advance, Work, work_through
 from vavae.evaluation.parts import Part
 from vavae.report.measuring import Measuring
@@ -12,6 +13,7 @@ from vavae.training.run import Run
 
 def work(run: Run) -> None:
     """Measure what is missing, several parts at a time where there are actors for it; then write the report."""
+    measure_waiting(run)
     parts, actors = Measuring(run).missing(), run.config.evaluate.actors
     images = sum(len(part.span) for part in parts)
     if actors > 1 and len(parts) > 1:

@@ -169,6 +169,14 @@ def test_a_measure_that_takes_too_long_is_skipped(arguments: list[str]) -> None:
     run.storage.write_bytes(place, kept)
 
 
+def test_evaluate_measures_what_an_interrupted_training_left(arguments: list[str]) -> None:
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    place = f"{run.training_prefix('train_lightningdit')}/measures/000000000256.json"
+    run.storage.delete(place)
+    evaluate.work(run)
+    assert run.storage.read_json(place)["generation_frechet_distance"]["value"] > 0
+
+
 def test_prometheus_finds_every_rank_and_every_figure(scraper: Scraper) -> None:
     for stage, rank in itertools.product(("train_vavae", "train_lightningdit"), "01"):
         labels = ('run="run"', f'stage="{stage}"', f'rank="{rank}"')
