@@ -1,9 +1,12 @@
 """Randomness as a function of its use: every draw is keyed by (seed, purpose, position), never by rank or time."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # orders need no torch, and commands that only plan or look start in a fraction of its import
+    import torch
 
 
 def key_seed(seed: int, *key: int | str) -> int:
@@ -19,8 +22,10 @@ def key_seed(seed: int, *key: int | str) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def torch_generator(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def torch_generator(seed: int, *key: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
     """A fresh generator for one key: equal keys give equal draws on one device type."""
+    import torch
+
     return torch.Generator(device).manual_seed(key_seed(seed, *key))
 
 

@@ -11,7 +11,8 @@ from vavae.distributed.world import World
 from vavae.storage.storage import Storage
 from vavae.training import stopwatch
 from vavae.training.columns import COLUMNS, column, metric_name
-from vavae.training.log import Meter, read_rows
+from vavae.training.log import read_rows
+from vavae.training.meter import Meter
 from vavae.training.step import StepResult
 from vavae.training.stopwatch import Stopwatch
 

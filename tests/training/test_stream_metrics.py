@@ -18,7 +18,8 @@ from vavae.data.stream import ImageStream, SliceKey
 from vavae.distributed.world import World
 from vavae.storage.retry import COUNTERS, Counts
 from vavae.storage.storage import Storage
-from vavae.training.log import Meter, read_rows
+from vavae.training.log import read_rows
+from vavae.training.meter import Meter
 from vavae.training.step import StepResult
 from vavae.training.stopwatch import Stopwatch
 

@@ -1,10 +1,13 @@
 """What a training ran on last, in a file beside its checkpoints; records of artefacts hold no place."""
 
-import torch
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
 
-from vavae.distributed.world import World
 from vavae.hardware import processor_name
+
+if TYPE_CHECKING:  # `vavae status` reads such files, and torch takes seconds to import
+    from vavae.distributed.world import World
 
 HARDWARE = "hardware.json"
 
@@ -23,8 +26,10 @@ class Hardware(BaseModel):
     """Version."""
 
     @staticmethod
-    def of(world: World) -> "Hardware":
+    def of(world: "World") -> "Hardware":
         """Of the ranks, taken to be like this one."""
+        import torch
+
         on_gpu = world.device.type == "cuda"
         return Hardware(
             workers=world.size,

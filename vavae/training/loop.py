@@ -22,7 +22,8 @@ from vavae.progress import Progress, Rate
 from vavae.training.checkpoint import Checkpoints, TrainState
 from vavae.training.config import TrainingConfig
 from vavae.training.events import Event, Kind
-from vavae.training.log import Meter, MetricsLog
+from vavae.training.log import MetricsLog
+from vavae.training.meter import Meter
 from vavae.training.observer import Observer
 from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
