@@ -139,6 +139,9 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     folder = run.storage.child(run.training_prefix("train_lightningdit"))
     assert len(folder.list("checkpoints")) == run.config.train_lightningdit.keep_checkpoints
     assert [row["images"] for row in log_rows(run) if "generation_frechet_distance" in row] == [128, 256]
+    shown = EventAccumulator(run.storage.url("tensorboard/train_lightningdit_measured")).Reload()
+    scalars = {scalar.step: scalar.value for scalar in shown.Scalars("generation_frechet_distance")}
+    assert scalars == {seen: pytest.approx(found[seen]["generation_frechet_distance"]["value"]) for seen in (128, 256)}
 
 
 def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:

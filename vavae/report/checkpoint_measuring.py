@@ -17,12 +17,13 @@ from vavae.tokenizer.normalizer import LatentNormalizer
 from vavae.training.checkpoint import load_average
 from vavae.training.checkpoint_measures import CHECKPOINTS, CheckpointMeasures
 from vavae.training.config import RunConfig
+from vavae.training.log import show_measured
 from vavae.training.retention import Retention
 from vavae.training.run import Run
 
 
 def measure_checkpoint(run: Run, images_seen: int) -> None:
-    """Generate with the average of a checkpoint, compare with the references of the run, and keep the figures.
+    """Generate with the average of a checkpoint, compare with the references of the run, and keep and show the figures.
 
     Args:
         run: whose `train_lightningdit.measure` says on how many images.
@@ -50,7 +51,11 @@ def measure_checkpoint(run: Run, images_seen: int) -> None:
     metrics = generation_metrics(
         measuring.summaries(images, measure.images), measuring.references(), config, measuring.device
     )
-    measures.write(images_seen, metrics_json([metric for metric in metrics if math.isfinite(metric.value)]))
+    metrics = [metric for metric in metrics if math.isfinite(metric.value)]
+    # A folder of its own: TensorBoard follows the newest file of a folder, and the training goes on with its own.
+    tensorboard = run.storage.child("tensorboard/train_lightningdit_measured")
+    show_measured(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
+    measures.write(images_seen, metrics_json(metrics))
 
 
 def measure_waiting(run: Run) -> None:

@@ -101,6 +101,18 @@ def _nothing() -> None:
     """Other ranks have nothing to write."""
 
 
+def show_measured(tensorboard: Storage, images_seen: int, figures: Mapping[str, float]) -> None:
+    """Add figures of one checkpoint to TensorBoard; each has a file of its own, for who measures is not who trains."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
+        with SummaryWriter(scratch) as writer:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, images_seen)
+        for file in Path(scratch).iterdir():
+            tensorboard.put_file(file, file.name)
+
+
 def read_rows(segments: Storage) -> list[dict[str, Any]]:
     """All rows of a training run, in order."""
     return [json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()]
