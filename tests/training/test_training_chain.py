@@ -22,6 +22,7 @@ from vavae.evaluation.parts import Part
 from vavae.extraction.extract import Extraction
 from vavae.interop.export import load_tokenizer
 from vavae.metrics.config import MetricsConfig
+from vavae.report import measuring as measuring_module
 from vavae.report.checkpoint_measuring import measure_waiting
 from vavae.report.measuring import Measuring
 from vavae.report.results import write_results
@@ -144,9 +145,25 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     assert scalars == {seen: pytest.approx(found[seen]["generation_frechet_distance"]["value"]) for seen in (128, 256)}
 
 
+def test_what_was_seen_of_the_tokenizer_serves_the_next_samples(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring_module, "measure_latent_space", _ignore)  # which would not do
+    again = Measuring(run)
+    assert {part.of for part in again.missing()} == {"samples"}
+    metrics, found = json.loads(run.storage.read_bytes("metrics.json")), again.latent_space()
+    assert found is not None
+    assert found.mean.cv == metrics["density_cv"]["value"]
+    assert again.reconstruction().means["psnr"] == metrics["psnr"]["value"]
+
+
+def _forget(run: Run) -> None:
+    """Drop all that was seen of images."""
+    for folder in ("references", "measuring"):
+        run.storage.delete(folder)
+
+
 def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:
     """All figures of a run whose parts are measured in this order, by two processes in turns."""
-    run.storage.delete("references")
+    _forget(run)
     actors = [Measuring(run), Measuring(run)]
     for number, part in enumerate(order):
         actors[number % 2].measure(part, _ignore)
@@ -169,7 +186,7 @@ def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:
 def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "SPLIT_IMAGES", 18)  # in the middle of a shard of samples
     metrics = json.loads(run.storage.read_bytes("metrics.json"))
-    run.storage.delete("references")
+    _forget(run)
     missing = Measuring(run).missing()
     assert [part.of for part in missing] == ["held_out"] * 4 + ["reconstructions"] * 4 + ["samples"] * 3
     found = _figures(run, missing)

@@ -1,9 +1,12 @@
 """How evenly the latents that a diffusion model trains on fill their space."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
 
 from vavae.data.latents import LatentManifest, MappedLatents, read_latent_manifest, read_statistics
 from vavae.data.manifest import ShardInfo, open_shard
@@ -19,11 +22,18 @@ _SPLIT = "train"
 class LatentSpace(NamedTuple):
     """Measures over several samplings of tokens."""
 
-    tokens: int
-    """Of one sampling."""
-    samplings: Sequence[DensityUniformity]
-    first: LatentMap
-    """The map of the first sampling."""
+    maps: Sequence[LatentMap]
+    """One for each sampling."""
+
+    @property
+    def tokens(self) -> int:
+        """Of one sampling."""
+        return len(self.maps[0].points)
+
+    @property
+    def samplings(self) -> list[DensityUniformity]:
+        """The measures of each sampling."""
+        return [density_uniformity(found.densities) for found in self.maps]
 
     @property
     def mean(self) -> DensityUniformity:
@@ -33,9 +43,20 @@ class LatentSpace(NamedTuple):
     @property
     def spread(self) -> DensityUniformity | None:
         """Standard deviation over the samplings; none where there is only one."""
-        if len(self.samplings) == 1:
+        if len(self.maps) == 1:
             return None
         return DensityUniformity(*np.std(self.samplings, axis=0, ddof=1).tolist())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The maps, for a file."""
+        stacked = (np.stack(arrays) for arrays in zip(*self.maps, strict=True))
+        return {name: torch.from_numpy(array) for name, array in zip(LatentMap._fields, stacked, strict=True)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of :meth:`tensors`."""
+        arrays = (tensors[name].numpy() for name in LatentMap._fields)
+        return cls([LatentMap(*pair) for pair in zip(*arrays, strict=True)])
 
 
 def measure_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int) -> LatentSpace:
@@ -56,8 +77,7 @@ def measure_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int)
             "evaluate.latent_space needs scikit-learn, which is not installed: pip install 'vavae[metrics]'"
         ) from error
     tokens = [draw_tokens(latents, config, seed, sampling) for sampling in range(config.samplings)]
-    maps: list[LatentMap] = Parallel(n_jobs=config.processes)(delayed(map_latents)(drawn) for drawn in tokens)
-    return LatentSpace(len(tokens[0]), [density_uniformity(found.densities) for found in maps], maps[0])
+    return LatentSpace(Parallel(n_jobs=config.processes)(delayed(map_latents)(drawn) for drawn in tokens))
 
 
 def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling: int) -> np.ndarray:

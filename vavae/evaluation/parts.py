@@ -52,7 +52,7 @@ class PartFiles:
 
     def missing(self) -> list[range]:
         """Spans of the parts that are not there."""
-        if self._storage.is_file(self._whole):
+        if self._storage.is_file(self.whole):
             return []
         there = {path.rpartition("/")[2] for path in self._storage.list(self._folder)}
         return [span for span in self._spans if self._name(span) not in there]
@@ -68,17 +68,18 @@ class PartFiles:
 
     def join(self, joined: Callable[[Iterator[Tensors]], Tensors]) -> Tensors:
         """The whole, which is made of the parts the first time and takes their place."""
-        if not self._storage.is_file(self._whole):
-            self._storage.write_bytes(self._whole, _bytes(joined(self.read())))
+        if not self._storage.is_file(self.whole):
+            self._storage.write_bytes(self.whole, _bytes(joined(self.read())))
             self.delete()
-        return load(self._storage.read_bytes(self._whole))
+        return load(self._storage.read_bytes(self.whole))
 
     def delete(self) -> None:
         """Drop the parts."""
         self._storage.delete(self._folder)
 
     @property
-    def _whole(self) -> str:
+    def whole(self) -> str:
+        """Path of the whole."""
         return f"{self._folder}.safetensors"
 
     def _name(self, span: range) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae.config import digest
+from vavae.config import digest, identity
 from vavae.data.manifest import read_manifest
 from vavae.data.passes import LabelledImages, gather, read_images, read_span
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation.config import HELD_OUT, RECONSTRUCTION_PROTOCOLS, TRAIN
 from vavae.evaluation.generation import Reference, sample_batches
+from vavae.evaluation.latent_space import LatentSpace, measure_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct, reconstruction_of
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
@@ -40,7 +41,7 @@ REFERENCES: tuple[SetName, ...] = ("held_out", "train", "file")
 
 _SPLITS = {"held_out": HELD_OUT, "train": TRAIN}
 _OURS = "measuring"
-"""Folder of parts that are of this run's models alone; those of real images stay, in `references`."""
+"""Folder of what was seen of this run's models; what was seen of real images is in `references`."""
 
 
 class Measuring:
@@ -85,10 +86,19 @@ class Measuring:
 
     def reconstruction(self) -> Reconstruction:
         """The measures of the tokenizer, once all parts are there."""
-        originals, parts = self._held_out, self._files("reconstructions")
-        measures = concatenate({name: t for name, t in part.items() if "/" not in name} for part in parts.read())
+        whole = self._files("reconstructions").join(_whole)
+        measures = {name: tensor for name, tensor in whole.items() if "/" not in name}
         pairs = (measures.pop("originals"), measures.pop("reconstructions"))
-        return reconstruction_of(measures, originals, join(map(unpack, parts.read())), pairs)
+        return reconstruction_of(measures, self._held_out, unpack(whole), pairs)
+
+    def latent_space(self) -> LatentSpace | None:
+        """How evenly latents fill their space, found out once for the same latents; None where nobody asks."""
+        run, config = self._run, self._config.latent_space
+        if config is None:
+            return None
+        latents = run.storage.child(run.prefix("precompute_latents"))
+        maps = self._maps.join(lambda _: measure_latent_space(latents, config, run.config.seed).tensors())
+        return LatentSpace.from_tensors(maps)
 
     def generated(self) -> Summaries:
         """The generated images, once all parts are there."""
@@ -121,8 +131,11 @@ class Measuring:
         return gather(read_samples(self._samples, self._sample_files))
 
     def clean(self) -> None:
-        """Drop what the measures were made of; references stay for the next evaluation."""
-        self._run.storage.delete(_OURS)
+        """Drop what was seen of these samples; what was seen of the tokenizer stays, as references do, for others."""
+        kept = {files.whole for files in (self._files("reconstructions"), self._maps)}
+        for path in self._run.storage.list(_OURS, recursive=True):
+            if path not in kept:
+                self._run.storage.delete(path)
 
     @cached_property
     def device(self) -> torch.device:
@@ -214,6 +227,14 @@ class Measuring:
         return PartFiles(self._run.storage, folder, spans(name, self._counts[name]))
 
     @cached_property
+    def _maps(self) -> PartFiles:
+        """The file of the maps of the latents."""
+        run, config = self._run, self._config.latent_space
+        asked = None if config is None else identity(config)
+        origin = digest({"latents": run.require("precompute_latents").digest, "seed": run.config.seed, "asked": asked})
+        return PartFiles(run.storage, f"{_OURS}/latents-{origin[:16]}", [])
+
+    @cached_property
     def _origins(self) -> dict[SetName, str]:
         """Digests of all that the parts of a set are a function of."""
         run, config = self._run, self._config
@@ -236,6 +257,13 @@ class Measuring:
             facts["file"] = {"file": sha256_of(self._reference_path)}
         extractors = config.metrics.fingerprint()
         return {name: digest({"extractors": extractors, **fact})[:16] for name, fact in facts.items()}
+
+
+def _whole(parts: Iterable[Tensors]) -> Tensors:
+    """What was measured of all reconstructions, from its parts."""
+    every = list(parts)
+    of_images = ({name: tensor for name, tensor in part.items() if "/" not in name} for part in every)
+    return pack(join(map(unpack, every))) | concatenate(of_images)
 
 
 def find_reference(storage: Storage, place: str) -> Storage:

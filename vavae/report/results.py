@@ -7,7 +7,6 @@ from collections.abc import Callable
 from vavae.config import digest
 from vavae.data.grid import enlargement, pair_grid, png_bytes
 from vavae.evaluation.generation import judge
-from vavae.evaluation.latent_space import measure_latent_space
 from vavae.evaluation.reconstruction import Reconstruction
 from vavae.metrics.features import describe
 from vavae.report.html import Metric, render
@@ -53,11 +52,10 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     pairs = pair_grid(*reconstruction.pairs, config.evaluate.pictures, scale=enlargement(config.shards.image_size))
     files = {RECONSTRUCTIONS: png_bytes(pairs)}
     run.storage.delete(LATENT_MAP)
-    if config.evaluate.latent_space is not None:
-        latents = run.storage.child(run.prefix("precompute_latents"))
-        latent_space = measure_latent_space(latents, config.evaluate.latent_space, config.seed)
+    latent_space = measuring.latent_space()
+    if latent_space is not None:
         metrics += latent_space_metrics(latent_space)
-        files[LATENT_MAP] = latent_map_png(latent_space.first)
+        files[LATENT_MAP] = latent_map_png(latent_space.maps[0])
     content = metrics_json(metrics)
     files[METRICS] = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     for name, data in files.items():

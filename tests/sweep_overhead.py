@@ -1,0 +1,104 @@
+"""What a sweep takes beside the trials themselves, which take turns with it on one Ray.
+
+    python tests/sweep_overhead.py --rounds 3
+
+One side is `tune_vf`; the other does the same jobs of the same trials in a row, with their shards made once. Both must
+come to the same measures, to the last bit. Meant for an otherwise idle machine, of two cores or more.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from ray_jobs import tune_vf
+from ray_jobs._cluster import cluster
+from ray_jobs.pipeline import WORKS
+from vavae.data.bench.contest import OURS, Contest, compete, machine, table_head, table_line
+from vavae.sweep.sharing import lend
+from vavae.sweep.sweep import Sweep
+from vavae.training.run import STAGES, Run
+
+_FILE = Path(__file__).parents[1] / "configs" / "sweeps" / "tiny.yaml"
+# Rungs and thresholds would have trials measured more often than a run by itself is.
+_ALIKE = ("rungs=[]", "thresholds={}", "max_concurrent=1")
+
+Measures = list[str]
+"""Digests of what was measured of each trial."""
+
+
+def sweep_contest(folder: Path) -> Contest:
+    """Seconds that a sweep takes for all its trials, against those of its bare trials."""
+    bare: list[Measures] = []
+
+    def alone() -> float:
+        seconds, found = _timed(folder, _bare_trials)
+        bare.append(found)
+        return seconds
+
+    def ours() -> float:
+        seconds, found = _timed(folder, _sweep)
+        assert found == bare[-1], "both sides measure the same"
+        return seconds
+
+    sides = {"its bare trials": alone, OURS: ours}
+    return Contest(f"sweep of {len(_load(folder).points())} trials", "s on the wall", sides, less_is_better=True)
+
+
+def _timed(folder: Path, go: Callable[[Path], list[Run]]) -> tuple[float, Measures]:
+    """Do all trials in a folder of their own; what that took, and what was measured of each."""
+    with tempfile.TemporaryDirectory(dir=folder) as root, open(os.devnull, "w") as nowhere:
+        start = time.perf_counter()
+        with redirect_stdout(nowhere):
+            runs = go(Path(root))
+        return time.perf_counter() - start, [run.require("evaluate").digest for run in runs]
+
+
+def _sweep(root: Path) -> list[Run]:
+    status = tune_vf.main(["--config", str(_FILE), *_overrides(root)])
+    assert status == 0, f"the sweep ended with status {status}"
+    return _runs(root)
+
+
+def _bare_trials(root: Path) -> list[Run]:
+    runs = _runs(root)
+    for run in runs:
+        for job in STAGES:
+            if job == "prepare_shards" and run is not runs[0]:
+                lend(runs[0], run, job)
+            else:
+                WORKS[job](run)
+    return runs
+
+
+def _runs(root: Path) -> list[Run]:
+    sweep = _load(root)
+    return [run for point in sweep.points() for run in sweep.runs(point)]
+
+
+def _load(root: Path) -> Sweep:
+    return Sweep.load(_FILE, _overrides(root))
+
+
+def _overrides(root: Path) -> list[str]:
+    return [f"run.storage.root={root}", *_ALIKE]
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    print(f"{machine('ray')}\n\n{table_head()}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="vavae-") as folder, cluster(_runs(Path(folder))[0].config):
+        for row in compete(sweep_contest(Path(folder)), rounds):
+            print(table_line(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
