@@ -29,6 +29,8 @@ from vavae.training.run import STAGES, Run
 
 # Tune would refuse what a trial reports as long as an objective is not in it.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+# It would print settings of its own, and where its driver keeps TensorBoard's files for a moment.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 
 def measure_tokenizer(run: Run) -> None:
@@ -94,7 +96,8 @@ def _tune(
             verbose=0,
         ),
     )
-    tuner.fit()
+    with workshop.shown():
+        tuner.fit()
 
 
 def _finish(sweep: Sweep) -> int:

@@ -5,19 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.toy_trials import BROKEN, HOLD, made, toy_sweep_file, toy_works
+from support.toy_trials import BROKEN, HELD, HOLD, made, toy_sweep_file, toy_works
 
-from ray_jobs import tune_vf
+from ray_jobs import _workshop, tune_vf
 from ray_jobs._cluster import cluster
 from vavae.config import load
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import read_ledger
 from vavae.training.config import RunConfig
+from vavae.training.events import read_events
 from vavae.training.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
@@ -26,6 +28,8 @@ _ROOT = Path(__file__).parents[2]
 _BASE = _ROOT / "configs" / "tiny.yaml"
 _PATHS = os.pathsep.join([str(_ROOT), str(_ROOT / "tests")])
 _PATIENCE_SECONDS = 300
+_OWN = ("train_lightningdit", "sample", "evaluate")
+"""Jobs that trials do not share."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,6 +172,29 @@ def test_more_trials_at_once_than_there_is_room_for_are_refused(
     error = capfd.readouterr().err
     assert error.startswith("error: max_concurrent=9999: a trial takes up to 2 CPUs and 0 GPUs")
     assert error.count("\n") == 1
+
+
+def test_how_far_tasks_are_is_shown_and_what_happens_is_written_down(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_workshop, "_SHOWN_SECONDS", 0.2)
+    sweep, arguments = _sweep(tmp_path, "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [3]}}}}\n")
+    (tmp_path / HOLD).touch()
+
+    def let_go() -> None:
+        while not (tmp_path / HELD).exists():
+            time.sleep(0.1)
+        time.sleep(2)  # seen by then, if at all
+        (tmp_path / HOLD).unlink()
+
+    threading.Thread(target=let_go, daemon=True).start()
+    assert _run(tmp_path, arguments) == 0
+    (run,) = sweep.runs(sweep.points()[0])
+    output = capfd.readouterr().out
+    assert f"\n{run.config.name}  train_lightningdit waits\n" in output
+    assert "tensorboard" not in output.lower(), "Tune itself is silent"
+    told = [(event["event"], event["stage"]) for event in read_events(run.storage)]
+    assert told == [(kind, job) for job in _OWN for kind in ("stage_begun", "stage_done")]
 
 
 def test_the_plan_says_what_is_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
