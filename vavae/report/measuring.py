@@ -20,6 +20,7 @@ from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenat
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct, reconstruction_of
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.losses.perceptual import LPIPS
+from vavae.metrics.config import LatentSpaceConfig
 from vavae.metrics.features import FeatureExtractor, describe, load_extractor
 from vavae.metrics.reference import ReferenceFile, read_reference, reference_images
 from vavae.metrics.summary import Summaries, Summarizer, join, summarize
@@ -93,11 +94,12 @@ class Measuring:
 
     def latent_space(self) -> LatentSpace | None:
         """How evenly latents fill their space, found out once for the same latents; None where nobody asks."""
-        run, config = self._run, self._config.latent_space
+        config = self._config.latent_space
         if config is None:
             return None
-        latents = run.storage.child(run.prefix("precompute_latents"))
-        maps = self._maps.join(lambda _: measure_latent_space(latents, config, run.config.seed).tensors())
+        latents = self._run.storage.child(self._run.prefix("precompute_latents"))
+        seed = self._run.config.seed
+        maps = self._maps(config).join(lambda _: measure_latent_space(latents, config, seed).tensors())
         return LatentSpace.from_tensors(maps)
 
     def generated(self) -> Summaries:
@@ -132,7 +134,9 @@ class Measuring:
 
     def clean(self) -> None:
         """Drop what was seen of these samples; what was seen of the tokenizer stays, as references do, for others."""
-        kept = {files.whole for files in (self._files("reconstructions"), self._maps)}
+        kept = {self._files("reconstructions").whole}
+        if self._config.latent_space is not None:
+            kept.add(self._maps(self._config.latent_space).whole)
         for path in self._run.storage.list(_OURS, recursive=True):
             if path not in kept:
                 self._run.storage.delete(path)
@@ -226,13 +230,11 @@ class Measuring:
         folder = f"{_OURS if name in ('reconstructions', 'samples') else 'references'}/{name}-{self._origins[name]}"
         return PartFiles(self._run.storage, folder, spans(name, self._counts[name]))
 
-    @cached_property
-    def _maps(self) -> PartFiles:
+    def _maps(self, config: LatentSpaceConfig) -> PartFiles:
         """The file of the maps of the latents."""
-        run, config = self._run, self._config.latent_space
-        asked = None if config is None else identity(config)
-        origin = digest({"latents": run.require("precompute_latents").digest, "seed": run.config.seed, "asked": asked})
-        return PartFiles(run.storage, f"{_OURS}/latents-{origin[:16]}", [])
+        latents, seed = self._run.require("precompute_latents").digest, self._run.config.seed
+        origin = digest({"latents": latents, "seed": seed, "asked": identity(config)})
+        return PartFiles(self._run.storage, f"{_OURS}/latents-{origin[:16]}", [])
 
     @cached_property
     def _origins(self) -> dict[SetName, str]:
