@@ -6,7 +6,7 @@ It lies outside the trials, which take next to nothing: Ray would place the work
 import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import ray
@@ -94,8 +94,9 @@ class Workshop:
 
         def show() -> None:
             while not ended.wait(_SHOWN_SECONDS):
-                for line in ray.get(self._actor.heard.remote()):
-                    print(line, flush=True)
+                with suppress(ray.exceptions.RayActorError):  # a workshop that was lost comes back
+                    for line in ray.get(self._actor.heard.remote()):
+                        print(line, flush=True)
 
         shower = threading.Thread(target=show, daemon=True)
         shower.start()
