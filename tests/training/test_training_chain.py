@@ -149,6 +149,8 @@ def test_what_was_seen_of_the_tokenizer_serves_the_next_samples(run: Run, monkey
     monkeypatch.setattr(measuring_module, "measure_latent_space", _ignore)  # which would not do
     again = Measuring(run)
     assert {part.of for part in again.missing()} == {"samples"}
+    kept = [path.partition("-")[0] for path in run.storage.list("measuring")]
+    assert kept == ["measuring/latents", "measuring/reconstructions"], "and nothing else is left"
     metrics, found = json.loads(run.storage.read_bytes("metrics.json")), again.latent_space()
     assert found is not None
     assert found.mean.cv == metrics["density_cv"]["value"]

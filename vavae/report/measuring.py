@@ -137,7 +137,7 @@ class Measuring:
         kept = {self._files("reconstructions").whole}
         if self._config.latent_space is not None:
             kept.add(self._maps(self._config.latent_space).whole)
-        for path in self._run.storage.list(_OURS, recursive=True):
+        for path in self._run.storage.list(_OURS):
             if path not in kept:
                 self._run.storage.delete(path)
 
