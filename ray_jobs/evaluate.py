@@ -2,13 +2,13 @@
 
 import sys
 
-from ray_jobs._command import main
-from ray_jobs._measured import measure_waiting
-from ray_jobs._pool import Advance, Work, work_through
+from ray_jobs.runtime.actor_pool import Advance, Work, work_through
+from ray_jobs.runtime.checkpoint_evaluation import measure_waiting
+from ray_jobs.runtime.command import main
+from vavae.evaluation.evaluator import Measuring
 from vavae.evaluation.parts import Part
-from vavae.report.measuring import Measuring
-from vavae.report.results import write_results
-from vavae.training.run import Run
+from vavae.report.write_report import write_results
+from vavae.runs.run import Run
 
 
 def work(run: Run) -> None:

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Mapping
 
 from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
-from ray_jobs._command import Work, pipeline
-from vavae.training.run import Job
+from ray_jobs.runtime.command import Work, pipeline
+from vavae.runs.run import Job
 
 WORKS: Mapping[Job, Work] = {
     "prepare_shards": prepare_shards.work,

@@ -2,14 +2,14 @@
 
 import sys
 
-from ray_jobs._command import main
-from ray_jobs._pool import Advance, Share, Work, work_through
-from vavae.data.manifest import read_manifest
+from ray_jobs.runtime.actor_pool import Advance, Share, Work, work_through
+from ray_jobs.runtime.command import main
+from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
-from vavae.extraction.extract import Extraction, ShardTask
 from vavae.interop.export import load_tokenizer
-from vavae.storage.artefact import commit
-from vavae.training.run import Run
+from vavae.latents.extract import Extraction, ShardTask
+from vavae.runs.run import Run
+from vavae.storage.artifact import commit
 
 
 def work(run: Run) -> None:

@@ -2,11 +2,11 @@
 
 import sys
 
-from ray_jobs._command import main
-from ray_jobs._pool import Advance, Share, Work, work_through
-from vavae.data.shards import PlannedShard, plan_shards
-from vavae.data.writer import claim, finish, write_shard
-from vavae.training.run import Run
+from ray_jobs.runtime.actor_pool import Advance, Share, Work, work_through
+from ray_jobs.runtime.command import main
+from vavae.data.shards.plan import PlannedShard, plan_shards
+from vavae.data.shards.write import claim, finish, write_shard
+from vavae.runs.run import Run
 
 
 def work(run: Run) -> None:

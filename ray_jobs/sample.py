@@ -2,14 +2,14 @@
 
 import sys
 
-from ray_jobs._command import main
-from ray_jobs._pool import Advance, Work, work_through
+from ray_jobs.runtime.actor_pool import Advance, Work, work_through
+from ray_jobs.runtime.command import main
 from vavae.config import digest
 from vavae.distributed.world import World
-from vavae.report.samples import write_sample_files
-from vavae.storage.artefact import commit
-from vavae.training.run import Run
-from vavae.training.samples import open_generator, sample_set
+from vavae.runs.run import Run
+from vavae.sampling.inputs import open_generator, sample_set
+from vavae.sampling.sample_files import write_sample_files
+from vavae.storage.artifact import commit
 
 
 def work(run: Run) -> None:

@@ -2,10 +2,10 @@
 
 import sys
 
-from ray_jobs._command import main
-from ray_jobs._train import fit
-from vavae.report.results import write_log
-from vavae.training.run import Run
+from ray_jobs.runtime.command import main
+from ray_jobs.runtime.trainer import fit
+from vavae.report.write_report import write_log
+from vavae.runs.run import Run
 
 
 def work(run: Run) -> None:

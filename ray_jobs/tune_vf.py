@@ -9,23 +9,23 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs import _trials
-from ray_jobs._cluster import cluster
-from ray_jobs._hearers import callbacks
-from ray_jobs._pool import Advance, Work, work_through
-from ray_jobs._preflight import check_sources, preflight
-from ray_jobs._workshop import Works, Workshop
 from ray_jobs.pipeline import WORKS
+from ray_jobs.runtime.actor_pool import Advance, Work, work_through
+from ray_jobs.runtime.cluster import cluster
+from ray_jobs.runtime.preflight import check_sources, preflight
+from ray_jobs.tune import search as _trials
+from ray_jobs.tune.callbacks import callbacks
+from ray_jobs.tune.shared_tasks import Works, Workshop
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.yaml_source import to_text
 from vavae.errors import UserError
-from vavae.report import results
+from vavae.report import write_report as results
+from vavae.runs.run import STAGES, Run
 from vavae.sweep.results import FRONTIER, write_sweep
 from vavae.sweep.sharing import SHARED_JOBS, Sharing
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, as_written, describe, name_of_trial
 from vavae.sweep.trial import read_ledger, write_signals
-from vavae.training.run import STAGES, Run
 
 # Tune would refuse what a trial reports as long as an objective is not in it.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")

@@ -23,7 +23,7 @@ from support.parity import TORCH, ZERO
 from support.tiny import JOBS
 
 from vavae.errors import UserError
-from vavae.training.run import Job
+from vavae.runs.run import Job
 
 _ENGINES = [TORCH, *ZERO]
 FATAL = (*KILLS, "step")

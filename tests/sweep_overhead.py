@@ -16,12 +16,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from ray_jobs import tune_vf
-from ray_jobs._cluster import cluster
 from ray_jobs.pipeline import WORKS
-from vavae.data.bench.contest import OURS, Contest, compete, machine, table_head, table_line
+from ray_jobs.runtime.cluster import cluster
+from vavae.bench.benchmark import OURS, Contest, compete, machine, table_head, table_line
+from vavae.runs.run import STAGES, Run
 from vavae.sweep.sharing import lend
 from vavae.sweep.sweep import Sweep
-from vavae.training.run import STAGES, Run
 
 _FILE = Path(__file__).parents[1] / "configs" / "sweeps" / "tiny.yaml"
 # Rungs and thresholds would have trials measured more often than a run by itself is.

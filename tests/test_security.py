@@ -15,26 +15,27 @@ from safetensors import SafetensorError
 from support import small
 from test_architecture import MODULES
 
-from vavae.backbones.config import BackboneConfig
-from vavae.backbones.load import load_backbone
 from vavae.config import dump, load
 from vavae.data.config import StreamConfig
-from vavae.data.indexing import index_shards, verify_shards
-from vavae.data.latents import MappedLatents, read_statistics
-from vavae.data.manifest import read_manifest, shard_file, write_manifest
-from vavae.data.mapped import MappedShard
-from vavae.data.order import order_of
-from vavae.data.passes import read_images, shard_records
+from vavae.data.image_stream import ImageStream, SliceKey
+from vavae.data.sample_order import order_of
+from vavae.data.shard_reader import read_images, shard_records
+from vavae.data.shards.manifest import read_manifest, shard_file, write_manifest
+from vavae.data.shards.mapped_shard import MappedShard
+from vavae.data.shards.tar import write_tar
+from vavae.data.shards.verify import index_shards, verify_shards
 from vavae.data.sources.opening import open_source
-from vavae.data.stream import ImageStream, SliceKey
-from vavae.data.tar import write_tar
-from vavae.distributed.fragments import load_fragments
+from vavae.distributed.sharded_tensors import load_fragments
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
 from vavae.interop.export import load_lightningdit, load_tokenizer
-from vavae.storage.artefact import Artefact, FileInfo, is_intact
+from vavae.latents.shards import MappedLatents
+from vavae.latents.statistics import read_statistics
+from vavae.models.backbones.config import BackboneConfig
+from vavae.models.backbones.load import load_backbone
+from vavae.runs.config import RunConfig
+from vavae.storage.artifact import Artefact, FileInfo, is_intact
 from vavae.storage.storage import Storage
-from vavae.training.config import RunConfig
 
 OUTSIDE = ("../outside", "a/../../outside", "/etc/passwd")
 LEADS_ELSEWHERE = r"without empty parts, '\.' or '\.\.'"

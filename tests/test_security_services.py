@@ -8,7 +8,7 @@ import psutil
 import pytest
 from support.sockets import beyond_loopback
 
-from ray_jobs._cluster import TOKEN, keep_token_private
+from ray_jobs.runtime.cluster import TOKEN, keep_token_private
 from vavae.storage.loopback import s3_server, why_no_s3_server
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from vavae.cli import main
+from vavae.cli.main import main
 
 sys.exit(main())

@@ -13,7 +13,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from ray_jobs._cluster import TOKEN
+from ray_jobs.runtime.cluster import TOKEN
 from ray_jobs.submission.submission import GRACE, Submission
 from vavae.config.command import INTERRUPTED
 from vavae.errors import UserError

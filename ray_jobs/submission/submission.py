@@ -15,10 +15,10 @@ from vavae.config import digest
 from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.config.load import load
 from vavae.errors import UserError
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES
 from vavae.storage.config import StorageConfig
 from vavae.sweep.sweep import Sweep, as_written
-from vavae.training.config import RunConfig
-from vavae.training.run import STAGES
 
 SWEEP = "tune_vf"
 """The job whose configuration is a sweep file."""

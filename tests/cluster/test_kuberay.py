@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from vavae.config import load
+from vavae.runs.config import RunConfig
 from vavae.sweep.sweep import Sweep
-from vavae.training.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster/kuberay/vavae.yaml").read_text()

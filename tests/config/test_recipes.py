@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from ray_jobs import _command as command
 from ray_jobs import pipeline
+from ray_jobs.runtime import command
 from vavae.config import load
 from vavae.losses.adversarial import PatchDiscriminator
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
-from vavae.training.config import RunConfig
-from vavae.training.stages import resolve
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.phases import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "imagenet").glob("*.yaml"))

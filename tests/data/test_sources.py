@@ -379,7 +379,7 @@ class Unlabelled(Numbers):
 
 @pytest.fixture
 def torchvision(monkeypatch):
-    importlib.import_module("vavae.torchvision_remedy")  # it would put the real module back
+    importlib.import_module("vavae.torchvision_compat")  # it would put the real module back
     module = types.SimpleNamespace(Pets=Pets, Numbers=Numbers, Unlabelled=Unlabelled, wrap=print)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
 

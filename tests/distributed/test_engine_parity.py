@@ -11,8 +11,8 @@ from support.parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, er
 from support.tiny import JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
-from vavae.data.loading import load_slices
-from vavae.data.order import assign_lanes
+from vavae.data.loader import load_slices
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.deepspeed_engine import DeepSpeedEngine
 from vavae.distributed.engine import MOMENTS
 from vavae.distributed.world import World

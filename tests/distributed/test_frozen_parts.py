@@ -10,8 +10,8 @@ from torch import Tensor
 
 import vavae.distributed.deepspeed_engine
 import vavae.distributed.engine
-from vavae.data.loading import load_slices
-from vavae.data.order import assign_lanes
+from vavae.data.loader import load_slices
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.training.tokenizer_step import TokenizerStep
 

@@ -8,8 +8,8 @@ from support.gloo import Nursery
 from support.parity import TORCH, ZERO, Histories, Setup, error, train
 from torch import Tensor, nn
 
+from vavae.distributed.build import build_engine
 from vavae.distributed.config import EngineConfig, OptimizerConfig
-from vavae.distributed.engine import build_engine
 from vavae.distributed.world import World
 
 

@@ -7,7 +7,7 @@ from support import small
 from torch import Tensor
 
 from vavae.data.image import encode_image
-from vavae.data.tar import write_tar
+from vavae.data.shards.tar import write_tar
 from vavae.evaluation.generation import Reference, further_distances, measure_generation, sample_batches
 from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vavae.metrics.inception_score import ClassSums

@@ -5,10 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest, write_latents
-from vavae.data.manifest import ShardInfo
+from vavae.data.shards.manifest import ShardInfo
 from vavae.errors import UserError
 from vavae.evaluation.latent_space import draw_tokens, measure_latent_space
+from vavae.latents.manifest import MANIFEST, LatentManifest
+from vavae.latents.shards import write_latents
+from vavae.latents.statistics import STATISTICS
 from vavae.metrics.config import LatentSpaceConfig
 from vavae.storage.storage import Storage, sha256_of
 

@@ -7,17 +7,17 @@ import torch
 from support import small
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
+import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 
 # isort: split
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from vavae.backbones.load import meta_backbone
-from vavae.data.passes import LabelledImages
 from vavae.data.pixels import to_float, to_uint8
+from vavae.data.shard_reader import LabelledImages
 from vavae.evaluation.reconstruction import ReconstructedBatch, Reconstructor, reconstruct
 from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.perceptual import LPIPS, published_heads
+from vavae.models.backbones.load import meta_backbone
 from vavae.randomness import torch_generator
 
 SEED, FIRST = 5, 40

@@ -7,14 +7,15 @@ import pytest
 import torch
 from support.tiny import JOBS, LANES, build_step, tiny_config
 
-from vavae.data.loading import load_slices
-from vavae.data.order import assign_lanes
-from vavae.distributed.arithmetic import settle_arithmetic
+from vavae.data.loader import load_slices
+from vavae.data.sample_order import assign_lanes
+from vavae.distributed.torch_settings import settle_arithmetic
 from vavae.distributed.world import World
+from vavae.runs.run import Job
 from vavae.storage.storage import Storage
-from vavae.training.checkpoint import Checkpoints, TrainState
-from vavae.training.retention import Retention
-from vavae.training.run import Job
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
 from vavae.training.step import Step
 
 pytestmark = pytest.mark.gpu

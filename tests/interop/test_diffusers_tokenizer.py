@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file
 from support import small
 
-import vavae.torchvision_remedy  # noqa: F401  (before diffusers)
+import vavae.torchvision_compat  # noqa: F401  (before diffusers)
 from vavae.errors import UserError
 from vavae.interop.diffusers_tokenizer import save_diffusers_tokenizer
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.storage.storage import Storage
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
 
 CONFIGS = [
     TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(1,)),

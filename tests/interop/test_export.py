@@ -22,9 +22,9 @@ from vavae.interop.export import (
 )
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.models.tokenizer.config import TeacherConfig
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage, sha256_of
-from vavae.tokenizer.config import TeacherConfig
 
 LOSS = VisionFoundationLossConfig(cos_margin=0.3)
 TOKENIZER = TokenizerDescription(

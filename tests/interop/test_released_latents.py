@@ -6,18 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.small import CLASSES
 
-from vavae.data.latents import (
-    MANIFEST,
-    STATISTICS,
-    LatentManifest,
-    MappedLatents,
-    read_latent_manifest,
-    read_statistics,
-    write_latents,
-)
-from vavae.data.manifest import ShardInfo
+from vavae.data.shards.manifest import ShardInfo
 from vavae.errors import UserError
 from vavae.interop.released_latents import export_released_latents, import_released_latents
+from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest
+from vavae.latents.shards import MappedLatents, write_latents
+from vavae.latents.statistics import STATISTICS, read_statistics
 from vavae.storage.storage import Storage, sha256_of
 
 SHAPE = (3, 2, 4)

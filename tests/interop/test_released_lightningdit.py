@@ -6,10 +6,10 @@ import pytest
 import torch
 from support.released import PublicLightningDiT, golden, golden_state
 
-from vavae.dit.config import SIZES, LightningDiTConfig
-from vavae.dit.model import LightningDiT
 from vavae.errors import UserError
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit
+from vavae.models.dit.config import SIZES, LightningDiTConfig
+from vavae.models.dit.model import LightningDiT
 
 SWITCHES = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift")
 FULL = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}

@@ -17,10 +17,10 @@ from vavae.interop.released_tokenizer import (
 )
 from vavae.losses.adversarial import DiscriminatorObjective, PatchDiscriminator
 from vavae.losses.config import AdversarialLossConfig, TokenizerLossConfig, VisionFoundationLossConfig
-from vavae.losses.tokenizer import LastLayers, TokenizerOutputs, tokenizer_objective
+from vavae.losses.objective import LastLayers, TokenizerOutputs, tokenizer_objective
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
 
 CONFIG = TokenizerConfig(
     latent_dim=8, channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(1,)

@@ -15,12 +15,12 @@ import ray
 from ray.cluster_utils import Cluster
 from support.head import unquoted_interpreter
 
-from ray_jobs._board import Board
+from ray_jobs.runtime.progress_actor import Board
 from vavae.config import load
-from vavae.data.writer import write_shards
-from vavae.storage.artefact import read
-from vavae.training.config import RunConfig
-from vavae.training.run import Run
+from vavae.data.shards.write import write_shards
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
+from vavae.storage.artifact import read
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 

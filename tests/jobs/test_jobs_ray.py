@@ -24,23 +24,23 @@ from support.exported import EXPORTED, OF_NODES
 from support.sockets import beyond_loopback
 from support.trained import trained_run
 
-from ray_jobs import _command as command
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
-from ray_jobs._cluster import cluster
-from ray_jobs._measured import measured
-from ray_jobs._metrics import Exporter
-from ray_jobs._pool import Share
+from ray_jobs.runtime import command
+from ray_jobs.runtime.actor_pool import Share
+from ray_jobs.runtime.checkpoint_evaluation import measured
+from ray_jobs.runtime.cluster import cluster
+from ray_jobs.runtime.prometheus import Exporter
 from vavae import progress
+from vavae.cli.status import run_status
 from vavae.config import load
-from vavae.report.status import run_status
-from vavae.storage.artefact import RECORD
+from vavae.runs.config import RunConfig
+from vavae.runs.events import read_events
+from vavae.runs.run import Run
+from vavae.sampling.inputs import open_generator
+from vavae.storage.artifact import RECORD
 from vavae.storage.retry import StorageUnavailableError
-from vavae.training.checkpoint_measures import CheckpointMeasures
-from vavae.training.columns import BESIDE, COLUMNS
-from vavae.training.config import RunConfig
-from vavae.training.events import read_events
-from vavae.training.run import Run
-from vavae.training.samples import open_generator
+from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.logging.metric_names import BESIDE, COLUMNS
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 

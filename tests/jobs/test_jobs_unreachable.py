@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from ray_jobs import _command as command
 from ray_jobs import pipeline
+from ray_jobs.runtime import command
 
 
 def test_a_store_that_does_not_answer_is_one_line(

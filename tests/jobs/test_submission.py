@@ -16,11 +16,11 @@ from ray.job_submission import JobStatus
 from ray_jobs.submission import client
 from ray_jobs.submission.submission import GRACE, JOBS, Subject, describe, refuse_secrets, variables_of
 from ray_jobs.submission.upload import config_inside, unpacked
-from vavae.cli import main
+from vavae.cli.main import main
 from vavae.config import digest, load
 from vavae.errors import UserError
-from vavae.training.config import RunConfig
-from vavae.training.run import STAGES
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 23, 17, 5, 9)
@@ -223,6 +223,8 @@ def test_who_waits_for_a_job_ends_with_its_status(state, code, expected):
 
 
 def test_ray_and_torch_are_not_imported_until_a_command_needs_them():
-    check = "import json, sys, vavae.cli, vavae.report.status; print(json.dumps([*{'ray', 'torch'} & {*sys.modules}]))"
+    check = (
+        "import json, sys, vavae.cli.main, vavae.cli.status; print(json.dumps([*{'ray', 'torch'} & {*sys.modules}]))"
+    )
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert json.loads(found.stdout) == []

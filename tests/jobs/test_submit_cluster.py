@@ -14,11 +14,11 @@ import pytest
 from support.head import Head, ray_head
 from support.sockets import beyond_loopback
 
+from vavae.cli.status import Training, run_status
 from vavae.config import load
-from vavae.data.writer import write_shards
-from vavae.report.status import Training, run_status
-from vavae.training.config import RunConfig
-from vavae.training.run import STAGES, Run
+from vavae.data.shards.write import write_shards
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.timeout(1800)]
 

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 from support.toy_trials import SWEEP, toy_sweep_file
 
-from ray_jobs import _hearers, _trials
+from ray_jobs.tune import callbacks as _hearers
+from ray_jobs.tune import search as _trials
 from vavae.config import load
 from vavae.errors import UserError
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, write_entry
-from vavae.training.config import RunConfig
-from vavae.training.run import Run
 
 _BASE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from support.toy_trials import BROKEN, HELD, HOLD, made, toy_sweep_file, toy_works
 
-from ray_jobs import _workshop, tune_vf
-from ray_jobs._cluster import cluster
+from ray_jobs import tune_vf
+from ray_jobs.runtime.cluster import cluster
+from ray_jobs.tune import shared_tasks as _workshop
 from vavae.config import load
+from vavae.runs.config import RunConfig
+from vavae.runs.events import read_events
+from vavae.runs.run import Run
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import read_ledger
-from vavae.training.config import RunConfig
-from vavae.training.events import read_events
-from vavae.training.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 

@@ -12,8 +12,8 @@ from vavae.losses.adaptive import adaptive_weight
 from vavae.losses.adversarial import generator_loss, hinge, vanilla
 from vavae.losses.perceptual import squared_distances
 from vavae.losses.vision_foundation import marginal_cosine, marginal_distance_matrix
+from vavae.models.tokenizer.posterior import DiagonalGaussian
 from vavae.randomness import torch_generator
-from vavae.tokenizer.posterior import DiagonalGaussian
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": lambda x, y: DiagonalGaussian(x, y).kl().mean(),

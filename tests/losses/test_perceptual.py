@@ -6,11 +6,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from vavae.backbones.load import meta_backbone
-from vavae.backbones.weights import check_weights
 from vavae.errors import UserError
 from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.perceptual import LPIPS, TeacherFeatureDistance, build_perceptual, published_heads, squared_distances
+from vavae.models.backbones.load import meta_backbone
+from vavae.models.backbones.weights import check_weights
 from vavae.randomness import torch_generator
 
 

@@ -26,7 +26,7 @@ from vavae.losses.config import (
     TokenizerLossConfig,
     VisionFoundationLossConfig,
 )
-from vavae.losses.tokenizer import (
+from vavae.losses.objective import (
     AdaptiveWeights,
     LastLayers,
     TokenizerObjective,
@@ -34,9 +34,9 @@ from vavae.losses.tokenizer import (
     tokenizer_objective,
 )
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.randomness import torch_generator
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vavae_tiny.safetensors"
 

@@ -5,16 +5,16 @@ from PIL import Image
 from support.inception import random_inception
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before timm)
+import vavae.torchvision_compat  # noqa: F401  (before timm)
 
 # isort: split
 import timm
 
-from vavae.backbones.config import InceptionConfig
-from vavae.backbones.weights import timm_name
 from vavae.metrics import features
 from vavae.metrics.config import MetricsConfig
 from vavae.metrics.features import TimmExtractor, load_extractor, preprocess
+from vavae.models.backbones.config import InceptionConfig
+from vavae.models.backbones.weights import timm_name
 
 
 @pytest.fixture(scope="module")

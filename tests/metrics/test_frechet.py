@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
+import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 
 # isort: split
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

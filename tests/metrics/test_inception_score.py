@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before torch-fidelity)
+import vavae.torchvision_compat  # noqa: F401  (before torch-fidelity)
 
 # isort: split
 from torch_fidelity.metric_isc import isc_features_to_metric

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics and torch-fidelity)
+import vavae.torchvision_compat  # noqa: F401  (before torchmetrics and torch-fidelity)
 
 # isort: split
 from torch_fidelity.metric_kid import kid_features_to_metric

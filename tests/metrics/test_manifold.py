@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before torch-fidelity)
+import vavae.torchvision_compat  # noqa: F401  (before torch-fidelity)
 
 # isort: split
 from torch_fidelity.metric_prc import calculate_precision_recall_full

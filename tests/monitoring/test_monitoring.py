@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.exported import EXPORTED, OF_NODES
 
-from ray_jobs._metrics import TAGS
+from ray_jobs.runtime.prometheus import TAGS
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
 BOARD = json.loads((FOLDER / "board.json").read_text())

@@ -14,7 +14,7 @@ from vavae.planning.formulas import (
     state_bytes,
 )
 from vavae.planning.offer import Offer, parse_gpus
-from vavae.training.gpus import Gpu
+from vavae.training.flops.gpus import Gpu
 
 GPU = Gpu(bf16=1000.0, tf32=500.0, fp32=50.0, memory_bytes=1.0, link=1.0)
 

@@ -7,15 +7,15 @@ import torch
 from support.small import CLASSES
 from support.tiny import BATCH, tiny_config
 
-from vavae.cli import main
+from vavae.cli.main import main
 from vavae.config import load
-from vavae.dit.model import LightningDiT
+from vavae.models.dit.model import LightningDiT
 from vavae.planning import safety, stages
 from vavae.planning.activations import activation_bytes
+from vavae.planning.estimate import checkpoint_bytes, trained_parameters
 from vavae.planning.offer import Offer
 from vavae.planning.stages import Dataset, evaluations, plan_stages, tokenizer_flops
-from vavae.training.config import RunConfig
-from vavae.training.estimate import checkpoint_bytes, trained_parameters
+from vavae.runs.config import RunConfig
 
 XL = "configs/imagenet/lightningdit_xl_64_epochs.yaml"
 TINY = "configs/tiny.yaml"

@@ -6,9 +6,10 @@ from support.page import HOSTILE, Page
 from support.tiny import tiny_config
 
 from vavae.data.grid import image_grid, png_bytes
+from vavae.evaluation.metric import Metric
 from vavae.report.comparison import Comparison, compare_configurations, render_comparison
 from vavae.report.curves import compared_curves
-from vavae.report.html import Metric, Picture, Report
+from vavae.report.html import Picture, Report
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))
 

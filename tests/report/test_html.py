@@ -7,8 +7,9 @@ import torch
 from support.page import HOSTILE, Page
 
 from vavae.data.grid import image_grid, png_bytes
+from vavae.evaluation.metric import Metric
 from vavae.report.curves import training_curves
-from vavae.report.html import Metric, Picture, Report, render
+from vavae.report.html import Picture, Report, render
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))
 

@@ -11,14 +11,14 @@ import webdataset
 from support import small
 
 from vavae.data.image import decode_image
-from vavae.data.passes import gather
+from vavae.data.shard_reader import gather
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
+from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.sampling import sample_shards
 from vavae.sampling.config import SampleConfig
-from vavae.sampling.generate import Generator
 from vavae.sampling.sample_shards import SampleSet, read_samples
+from vavae.sampling.sampler import Generator
 from vavae.storage.storage import Storage, sha256_of
-from vavae.tokenizer.normalizer import LatentNormalizer
 
 CONFIG = SampleConfig(images=10, shard_images=4, batch_size=3)
 GUIDANCE, SOLVER, SEED = GuidanceConfig(), SolverConfig(num_steps=1), 3

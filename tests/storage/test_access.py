@@ -19,7 +19,7 @@ from support import small
 
 from vavae.config import digest, dump, load
 from vavae.data.config import ShardsConfig
-from vavae.data.writer import find_shards, write_shards
+from vavae.data.shards.write import find_shards, write_shards
 from vavae.errors import UserError
 from vavae.storage.config import StorageConfig, StorageOptions
 from vavae.storage.s3 import PatientS3

@@ -1,6 +1,6 @@
 """What a job's figures are called where Prometheus finds them."""
 
-from vavae.training.columns import BESIDE, COLUMNS, Column, metric_name
+from vavae.training.logging.metric_names import BESIDE, COLUMNS, Column, metric_name
 
 OF_NODES = frozenset(
     f"ray_node_{name}" for name in ("cpu_utilization", "mem_used", "network_receive_speed", "network_send_speed")

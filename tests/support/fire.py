@@ -13,30 +13,31 @@ import torch
 from support.parity import smooth_config, smooth_images, smooth_networks
 from support.tiny import BATCH, LANES, build_step, tiny_config
 
-import vavae.training.checkpoint
+import vavae.training.checkpoints.checkpoint
 import vavae.training.diffusion_step
 import vavae.training.tokenizer_step
-from vavae.data.order import assign_lanes
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.randomness import torch_generator
-from vavae.storage.artefact import read
+from vavae.runs.run import Job
+from vavae.storage.artifact import read
 from vavae.storage.storage import Storage
-from vavae.training.checkpoint import Checkpoints, TrainState
-from vavae.training.columns import column
-from vavae.training.log import MetricsLog, read_rows
-from vavae.training.loop import train
-from vavae.training.retention import Retention
-from vavae.training.run import Job
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
+from vavae.training.logging.log import MetricsLog, read_rows
+from vavae.training.logging.metric_names import column
 from vavae.training.session import LocalSession
 from vavae.training.step import Step, StepResult
+from vavae.training.trainer import train
 
 STEPS, STEPS_PER_CHECKPOINT = 24, 3
 KILLS: dict[str, tuple[Any, str]] = {
     "start-up": (Checkpoints, "_choose"),
-    "conversion": (vavae.training.checkpoint, "load_fragments"),
-    "host copy": (vavae.training.checkpoint, "_copied"),
-    "upload": (vavae.training.checkpoint, "save_fragments"),
-    "commit": (vavae.training.checkpoint, "commit"),
+    "conversion": (vavae.training.checkpoints.checkpoint, "load_fragments"),
+    "host copy": (vavae.training.checkpoints.checkpoint, "_copied"),
+    "upload": (vavae.training.checkpoints.checkpoint, "save_fragments"),
+    "commit": (vavae.training.checkpoints.checkpoint, "commit"),
 }
 """Where a process may be killed, besides the middle of a step: as it enters a function."""
 

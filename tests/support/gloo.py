@@ -21,7 +21,7 @@ _GRACE_SECONDS = 5.0
 """How long the other ranks may go on after one has failed; they may wait for it in vain."""
 _LEAVE = b"leave"
 _IMPORTS = (
-    "vavae.training.jobs",
+    "vavae.training.train",
     "vavae.distributed.deepspeed_engine",
     # DeepSpeed imports it late; it compiles at import, for which torch loads its compiler.
     "deepspeed.runtime.zero.muon.muon_optimizer",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vavae.losses.config import AdversarialLossConfig, TokenizerLossConfig, VisionFoundationLossConfig
-from vavae.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.config import TokenizerConfig
 
 
 def vavae_configs(spec: Mapping[str, Any]) -> tuple[TokenizerConfig, TokenizerLossConfig]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-import vavae.torchvision_remedy  # noqa: F401  (before torch-fidelity)
-from vavae.backbones.config import InceptionConfig
+import vavae.torchvision_compat  # noqa: F401  (before torch-fidelity)
+from vavae.models.backbones.config import InceptionConfig
 from vavae.storage.storage import sha256_of
 
 # isort: split

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import vavae.distributed.deepspeed_engine
 import vavae.distributed.engine
-from vavae.data.loading import load_slices
-from vavae.data.order import assign_lanes
-from vavae.data.stream import ImageSlice
+from vavae.data.image_stream import ImageSlice
+from vavae.data.loader import load_slices
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
-from vavae.training.config import RunConfig
-from vavae.training.run import Job
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Job
 from vavae.training.step import Step
 
 TORCH: dict[str, Any] = {"backend": "torch"}

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 from vavae.data.image import encode_image
-from vavae.data.manifest import Manifest, ShardInfo
-from vavae.data.tar import write_tar
-from vavae.dit.config import LightningDiTConfig
-from vavae.dit.model import LightningDiT
+from vavae.data.shards.manifest import Manifest, ShardInfo
+from vavae.data.shards.tar import write_tar
+from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.model import LightningDiT
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.randomness import numpy_generator, torch_generator
 from vavae.storage.storage import sha256_of
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
 
 CLASSES = ("a", "b", "c")
 SIZE, GRID = 8, 4

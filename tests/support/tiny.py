@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from vavae.data.latents import LatentSlice
-from vavae.data.order import assign_lanes
-from vavae.data.stream import ImageSlice, SliceKey
+from vavae.data.image_stream import ImageSlice, SliceKey
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
+from vavae.latents.stream import LatentSlice
+from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
-from vavae.tokenizer.normalizer import LatentNormalizer
-from vavae.training.config import RunConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.run import TRAININGS, Job
 from vavae.training.diffusion_step import DiffusionStep
-from vavae.training.run import TRAININGS, Job
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
 

@@ -7,25 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from vavae.data.config import StreamConfig
-from vavae.data.order import Round
-from vavae.data.stream import SliceKey
+from vavae.data.image_stream import SliceKey
+from vavae.data.sample_order import Round
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
 from vavae.randomness import torch_generator
+from vavae.runs.config import BestConfig, TrainingConfig
 from vavae.storage.storage import Storage
-from vavae.training.checkpoint import Checkpoints, TrainState
-from vavae.training.checkpoint_measures import CheckpointMeasures
-from vavae.training.config import BestConfig, TrainingConfig
+from vavae.training.callbacks.callback import Observer
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialise import initialised
-from vavae.training.log import MetricsLog
-from vavae.training.loop import train
-from vavae.training.observer import Observer
-from vavae.training.retention import Retention
+from vavae.training.initialize import initialised
+from vavae.training.logging.log import MetricsLog
+from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.session import LocalSession, Session
 from vavae.training.step import StepMemory, StepResult
-from vavae.training.stopwatch import Stopwatch
+from vavae.training.trainer import train
 
 ROUNDS = (Round(lane=0, weight=1.0),)
 FRESH = TrainState(images_seen=0, config="configuration", data="data")

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from vavae.config import digest
-from vavae.data.manifest import Manifest, ShardInfo, write_manifest
-from vavae.report.html import Metric
-from vavae.report.run_report import METRICS, metrics_json
-from vavae.storage.artefact import Artefact, commit
+from vavae.data.shards.manifest import Manifest, ShardInfo, write_manifest
+from vavae.evaluation.metric import Metric, metrics_json
+from vavae.runs.config import RunConfig
+from vavae.runs.files import METRICS
+from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.storage.artifact import Artefact, commit
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep
 from vavae.sweep.trial import Task, write_signals
-from vavae.training.config import RunConfig
-from vavae.training.run import STAGES, TRAININGS, Job, Run
 
 _SPLITS = ("train", "validation")
 MADE = "made.txt"

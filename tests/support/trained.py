@@ -4,13 +4,15 @@ import torch
 from safetensors.torch import save_file
 
 from vavae.config import digest, dump
-from vavae.data.latents import MANIFEST, STATISTICS, LatentManifest
 from vavae.interop.export import WEIGHTS, LightningDiTDescription, TokenizerDescription, save_export
+from vavae.latents.manifest import MANIFEST, LatentManifest
+from vavae.latents.statistics import STATISTICS
 from vavae.losses.config import VisionFoundationLossConfig
-from vavae.storage.artefact import Artefact, commit
-from vavae.tokenizer.config import TeacherConfig
-from vavae.training.config import RunConfig
-from vavae.training.run import CONFIG, STAGES, Run
+from vavae.models.tokenizer.config import TeacherConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.files import CONFIG
+from vavae.runs.run import STAGES, Run
+from vavae.storage.artifact import Artefact, commit
 
 from . import small
 

@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 
 from vavae.config import load
-from vavae.data.writer import write_shards
+from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.report.results import measure_tokenizer
-from vavae.storage.artefact import read
+from vavae.report.write_report import measure_tokenizer
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Job, Run
+from vavae.storage.artifact import read
+from vavae.sweep.branch import prefix_of
 from vavae.sweep.config import EARLY_MEASURES
 from vavae.sweep.sharing import Sharing, content_key, lend
-from vavae.training.branch import prefix_of
-from vavae.training.config import RunConfig
-from vavae.training.jobs import train_vavae
-from vavae.training.log import read_rows
-from vavae.training.run import Job, Run
+from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
+from vavae.training.train import train_vavae
 
 _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 _BATCH = 8

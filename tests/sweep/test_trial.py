@@ -10,12 +10,12 @@ from support.toy_trials import InProcess, generation, made, reconstruction, toy_
 
 from vavae.config import load
 from vavae.errors import UserError
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
 from vavae.sweep.outcomes import collect, front, speed_ups, twins
 from vavae.sweep.results import write_sweep
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, Task, read_ledger, run_trial, write_entry
-from vavae.training.config import RunConfig
-from vavae.training.run import Run
 
 _BASE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

@@ -5,14 +5,14 @@ from uuid import uuid4
 import pytest
 from PIL import Image
 
-from ray_jobs._preflight import check_cache
-from vavae.data.ahead import OrderedShards
-from vavae.data.order import order_of
-from vavae.data.writer import write_shards
+from ray_jobs.runtime.preflight import check_cache
+from vavae.data.prefetch import OrderedShards
+from vavae.data.sample_order import order_of
+from vavae.data.shards.write import write_shards
 from vavae.errors import UserError
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
 from vavae.storage.storage import Storage
-from vavae.training.config import RunConfig
-from vavae.training.run import Run
 
 
 @pytest.fixture

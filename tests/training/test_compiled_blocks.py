@@ -9,8 +9,8 @@ from support.gloo import Nursery
 from support.parity import TORCH, ZERO
 from support.tiny import LANES, build_step, tiny_config
 
-from vavae.data.loading import load_slices
-from vavae.data.order import assign_lanes
+from vavae.data.loader import load_slices
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 
 

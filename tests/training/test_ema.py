@@ -8,7 +8,7 @@ from torch import nn
 
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import TorchEngine
-from vavae.distributed.fragments import load_fragments, save_fragments
+from vavae.distributed.sharded_tensors import load_fragments, save_fragments
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 

@@ -9,16 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vavae.config import load
-from vavae.data.order import assign_lanes
-from vavae.data.stream import SliceKey
+from vavae.data.image_stream import SliceKey
+from vavae.data.sample_order import assign_lanes
 from vavae.diffusion.objective import TIMESTEP_BINS
 from vavae.distributed.world import World
-from vavae.dit.config import SIZES
 from vavae.errors import UserError
-from vavae.training import flops
-from vavae.training.config import RunConfig
-from vavae.training.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
-from vavae.training.gpus import GPUS, gpu_named, gpu_of_device
+from vavae.models.dit.config import SIZES
+from vavae.runs.config import RunConfig
+from vavae.training.flops import flops
+from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
+from vavae.training.flops.gpus import GPUS, gpu_named, gpu_of_device
 
 TINY = "configs/tiny.yaml"
 STAGES = "configs/imagenet/f16d32_dinov2_stages.yaml"

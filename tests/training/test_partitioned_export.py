@@ -7,15 +7,15 @@ import torch
 from support.gloo import Nursery
 
 from vavae.config import load
-from vavae.data.writer import write_shards
+from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.interop.export import load_alignment, load_tokenizer
 from vavae.metrics.latent_probes import LatentProbes
-from vavae.training.config import RunConfig
-from vavae.training.jobs import train_vavae
-from vavae.training.log import read_rows
-from vavae.training.run import Run
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
+from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
+from vavae.training.train import train_vavae
 
 pytestmark = [pytest.mark.gloo, pytest.mark.jobs]
 

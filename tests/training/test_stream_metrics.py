@@ -12,16 +12,16 @@ from support.toy import ROUNDS, ToyStep, train_toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vavae.data.config import StreamConfig
-from vavae.data.loading import load_slices
-from vavae.data.order import assign_lanes, order_of
-from vavae.data.stream import ImageStream, SliceKey
+from vavae.data.image_stream import ImageStream, SliceKey
+from vavae.data.loader import load_slices
+from vavae.data.sample_order import assign_lanes, order_of
 from vavae.distributed.world import World
 from vavae.storage.retry import COUNTERS, Counts
 from vavae.storage.storage import Storage
-from vavae.training.log import read_rows
-from vavae.training.meter import Meter
+from vavae.training.logging.log import read_rows
+from vavae.training.logging.stopwatch import Stopwatch
+from vavae.training.logging.throughput import Meter
 from vavae.training.step import StepResult
-from vavae.training.stopwatch import Stopwatch
 
 PER_SLICE = Counts(bytes_read=10, requests=2, retries=1)
 

@@ -12,30 +12,30 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vavae.config import digest, load
-from vavae.data.manifest import read_manifest
-from vavae.data.writer import write_shards
+from vavae.data.shards.manifest import read_manifest
+from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.evaluation import evaluator as measuring_module
 from vavae.evaluation import parts
+from vavae.evaluation.checkpoints import measure_waiting
+from vavae.evaluation.evaluator import Measuring
 from vavae.evaluation.generation import Reference, measure_generation
 from vavae.evaluation.parts import Part
-from vavae.extraction.extract import Extraction
 from vavae.interop.export import load_tokenizer
+from vavae.latents.extract import Extraction
 from vavae.metrics.config import MetricsConfig
-from vavae.report import measuring as measuring_module
-from vavae.report.checkpoint_measuring import measure_waiting
-from vavae.report.measuring import Measuring
-from vavae.report.results import write_results
 from vavae.report.run_report import log_rows
-from vavae.report.samples import write_sample_files
-from vavae.storage.artefact import commit
-from vavae.training.checkpoint_measures import CheckpointMeasures
-from vavae.training.columns import COLUMNS
-from vavae.training.config import RunConfig
-from vavae.training.jobs import train_lightningdit, train_vavae
-from vavae.training.run import STAGES, Run
-from vavae.training.samples import open_generator, sample_set
+from vavae.report.write_report import write_results
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES, Run
+from vavae.sampling.inputs import open_generator, sample_set
+from vavae.sampling.sample_files import write_sample_files
+from vavae.storage.artifact import commit
+from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.logging.metric_names import COLUMNS
 from vavae.training.session import LocalSession
+from vavae.training.train import train_lightningdit, train_vavae
 
 pytestmark = pytest.mark.jobs
 

@@ -16,15 +16,15 @@ from support.gloo import Nursery
 from support.toy import FRESH, ToyStep, no_log, toy_checkpoints, train_toy
 from torch import Tensor
 
-from vavae.data.stream import SliceKey
+from vavae.data.image_stream import SliceKey
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.storage.artefact import RECORD, read
+from vavae.runs.config import BestConfig
+from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
-from vavae.training.checkpoint import Checkpoints
-from vavae.training.config import BestConfig
-from vavae.training.lease import SupersededError
-from vavae.training.retention import Retention
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.lease import SupersededError
+from vavae.training.checkpoints.retention import Retention
 from vavae.training.step import StepResult
 
 

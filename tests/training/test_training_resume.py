@@ -10,17 +10,18 @@ from support.parity import OFFLOADED, TORCH, ZERO
 from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
-from vavae.data.order import assign_lanes
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
-from vavae.storage.artefact import RECORD, read
+from vavae.runs.run import Job
+from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
-from vavae.training.checkpoint import Checkpoints, TrainState
-from vavae.training.columns import column
-from vavae.training.log import MetricsLog, read_rows
-from vavae.training.loop import train
-from vavae.training.retention import Retention
-from vavae.training.run import Job
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
+from vavae.training.logging.log import MetricsLog, read_rows
+from vavae.training.logging.metric_names import column
 from vavae.training.session import LocalSession
+from vavae.training.trainer import train
 
 pytestmark = pytest.mark.gloo
 

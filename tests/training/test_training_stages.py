@@ -9,18 +9,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vavae.config import load
-from vavae.data.writer import write_shards
+from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.interop.export import load_alignment, load_tokenizer
 from vavae.interop.released_tokenizer import save_released_tokenizer
 from vavae.losses.adversarial import PatchDiscriminator
-from vavae.storage.artefact import read
-from vavae.training.config import RunConfig
-from vavae.training.jobs import train_vavae
-from vavae.training.log import read_rows
-from vavae.training.run import Run
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
+from vavae.storage.artifact import read
+from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
+from vavae.training.train import train_vavae
 
 pytestmark = pytest.mark.jobs
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
-from vavae.distributed.fragments import Fragment, Partition, dealt, entire, fragments_of, held, whole
+from vavae.distributed.sharded_tensors import Fragment, Partition, dealt, entire, fragments_of, held, whole
 from vavae.distributed.world import World
 
 # Read once, when DeepSpeed is imported: without it a CPU worker on a GPU node would pick the GPU.

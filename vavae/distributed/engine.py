@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision
-from vavae.distributed.fragments import Fragment, dealt, entire, fragments_of, held, whole
+from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.sharded_tensors import Fragment, dealt, entire, fragments_of, held, whole
 from vavae.distributed.world import World
 
 
@@ -156,31 +156,3 @@ def whole_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         if parameter.requires_grad
         for kind in MOMENTS
     }
-
-
-def build_engine(
-    module: nn.Module,
-    optimizer: OptimizerConfig,
-    config: EngineConfig,
-    precision: Precision,
-    world: World,
-    rounds: int,
-    slice_size: int,
-) -> Engine:
-    """The engine that `config` names.
-
-    Args:
-        module: the module to train, in fp32; its initial weights are equal on all ranks.
-        precision: of the networks in the module's forward, and of those that it is handed.
-        rounds: forward and backward passes per update on every rank.
-        slice_size: images of one round.
-    """
-    if precision == "bf16":
-        # On the module, because DeepSpeed switches an autocast around its engine off, and its own would average
-        # gradients in bf16. No cache: it would keep a second copy of all weights alive, whole ones in stage 3.
-        module.forward = torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False)(module.forward)
-    if config.backend == "torch":
-        return TorchEngine(module, optimizer, world, rounds)
-    from vavae.distributed.deepspeed_engine import DeepSpeedEngine  # its import compiles and logs: only where used
-
-    return DeepSpeedEngine(module, optimizer, config, world, rounds, slice_size)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vavae.data.passes import LabelledImages
+from vavae.data.shard_reader import LabelledImages
 from vavae.metrics.agreement import class_agreement, within_class_variety
 from vavae.metrics.frechet import Moments, frechet_distance
 from vavae.metrics.inception_score import inception_score

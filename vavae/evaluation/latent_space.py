@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from vavae.data.latents import LatentManifest, MappedLatents, read_latent_manifest, read_statistics
-from vavae.data.manifest import ShardInfo, open_shard
+from vavae.data.shards.manifest import ShardInfo, open_shard
 from vavae.errors import UserError
+from vavae.latents.manifest import LatentManifest, read_latent_manifest
+from vavae.latents.shards import MappedLatents
+from vavae.latents.statistics import read_statistics
 from vavae.metrics.config import LatentSpaceConfig
 from vavae.metrics.latent_space import FEWEST_TOKENS, DensityUniformity, LatentMap, density_uniformity, map_latents
 from vavae.randomness import numpy_generator

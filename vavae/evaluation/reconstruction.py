@@ -6,16 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vavae.data.passes import LabelledImages
 from vavae.data.pixels import to_float, to_uint8
+from vavae.data.shard_reader import LabelledImages
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
 from vavae.metrics.summary import Summaries
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.teacher import VisionFoundationTeacher
 
 
 class Reconstructor(NamedTuple):

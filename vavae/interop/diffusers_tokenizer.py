@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vavae.errors import UserError
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.storage.storage import Storage
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _RENAMES = (

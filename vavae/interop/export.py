@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vavae.config import Config
-from vavae.dit.config import LightningDiTConfig
-from vavae.dit.model import LightningDiT
 from vavae.errors import UserError
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.storage.artefact import FileInfo
+from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.model import LightningDiT
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
+from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TeacherConfig, TokenizerConfig
 
 WEIGHTS, ALIGNMENT, DESCRIPTION = "model.safetensors", "alignment.safetensors", "model.yaml"
 

@@ -15,19 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vavae.data.config import ShardsConfig
-from vavae.data.latents import (
-    MANIFEST,
-    STATISTICS,
-    LatentManifest,
-    LatentStatistics,
-    MappedLatents,
-    read_latent_manifest,
-    read_statistics,
-    write_latents,
-)
-from vavae.data.manifest import ShardInfo, shard_file
+from vavae.data.shards.manifest import ShardInfo, shard_file
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
+from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest
+from vavae.latents.shards import MappedLatents, write_latents
+from vavae.latents.statistics import STATISTICS, LatentStatistics, read_statistics
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage, sha256_of
 

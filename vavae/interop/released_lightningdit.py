@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vavae.dit.config import SIZES, LightningDiTConfig
-from vavae.dit.embeddings import RotaryEmbedding, sincos_position_embedding
-from vavae.dit.model import LightningDiT
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights, write_weights
 from vavae.interop.conversion import Conversion
+from vavae.models.dit.config import SIZES, LightningDiTConfig
+from vavae.models.dit.embeddings import RotaryEmbedding, sincos_position_embedding
+from vavae.models.dit.model import LightningDiT
 
 _KIND = "LightningDiT"
 _ROTATION = "feat_rope.freqs_cos"

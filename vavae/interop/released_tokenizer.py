@@ -14,8 +14,8 @@ from vavae.interop.conversion import Conversion
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.losses.config import AdversarialLossConfig, VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
 
 _ALIGNMENT, _DISCRIMINATOR = "linear_proj.", "loss.discriminator."
 _BESIDE = (_ALIGNMENT, "loss.", "foundation_model.", "model_ema.")

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vavae.backbones.config import BackboneConfig
 from vavae.config import Config, runtime
+from vavae.models.backbones.config import BackboneConfig
 
 NORM_GROUPS = 32
 """Groups of the discriminator's group normalisation."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae.backbones.load import LoadBackbone, freeze, load_backbone
 from vavae.losses.config import PerceptualLossConfig
+from vavae.models.backbones.load import LoadBackbone, freeze, load_backbone
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 """Images [B, 3, H, W] in [-1, 1] -> feature maps [B, C_i, H_i, W_i]."""

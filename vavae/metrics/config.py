@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vavae.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig
 from vavae.config import Config, runtime
+from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig
 
 ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
 """The embedded network, that of FID, and those of the Fréchet distance on DINOv2 (published with the large one)."""

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vavae.backbones.inception import POOLED_DIM, load_inception
-from vavae.backbones.load import load_backbone, meta_backbone
-from vavae.backbones.normalize import ImageNormalizer
 from vavae.metrics.config import ExtractorName, MetricsConfig
+from vavae.models.backbones.inception import POOLED_DIM, load_inception
+from vavae.models.backbones.load import load_backbone, meta_backbone
+from vavae.models.backbones.normalize import ImageNormalizer
 
 
 class Features(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
+import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 
 # isort: split
 from torchmetrics.image.kid import poly_mmd

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-import vavae.torchvision_remedy  # noqa: F401  (before torchmetrics)
+import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 
 # isort: split
 from torchmetrics.functional.image import structural_similarity_index_measure

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from vavae.training.config import RunConfig
-from vavae.training.run import Job
-from vavae.training.sized import Sized, lightningdit_step, tokenizer_step
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Job
+from vavae.training.flops.meta_models import Sized, lightningdit_step, tokenizer_step
 
 
 class _Ledger:

@@ -7,8 +7,8 @@ import math
 from typing import Literal
 
 from vavae.distributed.config import Precision
-from vavae.training.estimate import FLOAT_BYTES
-from vavae.training.gpus import Gpu
+from vavae.planning.estimate import FLOAT_BYTES
+from vavae.training.flops.gpus import Gpu
 
 Arithmetic = Literal["bf16", "tf32", "fp32"]
 

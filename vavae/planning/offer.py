@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from vavae.errors import UserError
-from vavae.training.gpus import Gpu, gpu_named
+from vavae.training.flops.gpus import Gpu, gpu_named
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vavae.backbones.load import meta_backbone
+from vavae.models.backbones.load import meta_backbone
 from vavae.planning.activations import activation_bytes
+from vavae.planning.estimate import FLOAT_BYTES, checkpoint_bytes, trained_parameters
 from vavae.planning.formulas import checkpoint_interval, lost_share, state_bytes
 from vavae.planning.offer import Offer
-from vavae.training.config import RunConfig, TrainingConfig
-from vavae.training.estimate import FLOAT_BYTES, checkpoint_bytes, trained_parameters
-from vavae.training.run import Job
+from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.run import Job
 
 _COPY = 25e9
 """Bytes/s from a GPU to the memory of its machine."""

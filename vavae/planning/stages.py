@@ -9,13 +9,13 @@ from torch import Tensor
 
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
+from vavae.planning.estimate import latent_bytes, sample_bytes, trained_parameters, training_bytes
 from vavae.planning.formulas import Arithmetic, arithmetic_of, best_rate, exposed_seconds, gradient_bytes, rounds_of
 from vavae.planning.offer import Offer
 from vavae.planning.safety import Safety, safety_of
-from vavae.training.config import RunConfig, TrainingConfig
-from vavae.training.estimate import latent_bytes, sample_bytes, trained_parameters, training_bytes
-from vavae.training.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
-from vavae.training.run import Job
+from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.run import Job
+from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
 
 _MEASURED_SIDE = 256
 _DECODED = {"jpeg": 3000.0, "png": 400.0}

@@ -6,19 +6,10 @@ from html import escape
 from typing import Any, NamedTuple
 
 from vavae.config import differences, identity
+from vavae.evaluation.metric import Metric
 from vavae.report.curves import Curve, legend
-from vavae.report.html import (
-    LEGEND,
-    Metric,
-    Report,
-    Section,
-    better_mark,
-    curve_panels,
-    figure_text,
-    page,
-    picture,
-)
-from vavae.training.config import RunConfig
+from vavae.report.html import LEGEND, Report, Section, better_mark, curve_panels, figure_text, page, picture
+from vavae.runs.config import RunConfig
 
 _ABSENT = "-"
 

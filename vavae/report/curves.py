@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from vavae.training.columns import column
+from vavae.training.logging.metric_names import column
 
 _POINTS = 200
 """More points than this are averaged in bins: a long run must not make a large page."""

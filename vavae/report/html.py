@@ -7,30 +7,9 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 from string import Template
-from typing import Literal
 
+from vavae.evaluation.metric import Metric
 from vavae.report.curves import Curve
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure and all that is needed to compare it with another.
-
-    Args:
-        name: what was measured.
-        value: the figure.
-        unit: such as "dB"; empty for plain numbers.
-        protocol: extractor, number of images, guidance and the like.
-        better: which way is better.
-        spread: standard deviation of the figure, where it is a mean over several draws.
-    """
-
-    name: str
-    value: float
-    unit: str = ""
-    protocol: str = ""
-    better: Literal["higher", "lower"] = "lower"
-    spread: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 from vavae.progress import clock
-from vavae.training.checkpoint_measures import CheckpointMeasures
-from vavae.training.config import RunConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.training.checkpoints.metrics import CheckpointMeasures
 from vavae.training.hardware import HARDWARE, Hardware
-from vavae.training.run import STAGES, TRAININGS, Job, Run
 
 _HOUR = 3600
 

@@ -4,17 +4,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vavae.config.load import dump
+from vavae.evaluation.metric import read_metrics
+from vavae.evaluation.metrics import generation_protocol
 from vavae.report.curves import training_curves
-from vavae.report.html import Metric, Picture, Report
-from vavae.report.measures import generation_protocol
+from vavae.report.html import Picture, Report
 from vavae.report.run_facts import run_facts, run_summary
-from vavae.training.checkpoint_measures import CheckpointMeasures
-from vavae.training.log import read_rows
-from vavae.training.observer import PREVIEWS
-from vavae.training.run import STAGES, TRAININGS, Job, Run
-
-METRICS, LOG, REPORT = "metrics.json", "metrics.jsonl", "report.html"
-SAMPLES, RECONSTRUCTIONS, LATENT_MAP = "samples.png", "reconstructions.png", "latent_map.png"
+from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
+from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.training.callbacks.callback import PREVIEWS
+from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.logging.log import read_rows
 
 
 def run_report(run: Run) -> Report:
@@ -24,32 +23,11 @@ def run_report(run: Run) -> Report:
         title=run.config.name,
         summary=run_summary(run.config),
         facts=run_facts(run, rows),
-        metrics=read_metrics(run),
+        metrics=read_metrics(run.storage),
         pictures=[*_pictures(run), *_previews(run)],
         curves=training_curves(rows),
         config=dump(run.config),
     )
-
-
-def read_metrics(run: Run) -> list[Metric]:
-    """The figures that `evaluate` has measured."""
-    if not run.storage.is_file(METRICS):
-        return []
-    return [Metric(name, **figure) for name, figure in run.storage.read_json(METRICS).items()]
-
-
-def metrics_json(metrics: list[Metric]) -> dict[str, dict[str, Any]]:
-    """Figures as plain values, by name; what `read_metrics` reads."""
-    return {
-        metric.name: {
-            "value": metric.value,
-            "unit": metric.unit,
-            "better": metric.better,
-            "protocol": metric.protocol,
-            **({} if metric.spread is None else {"spread": metric.spread}),
-        }
-        for metric in metrics
-    }
 
 
 def log_rows(run: Run) -> list[dict[str, Any]]:

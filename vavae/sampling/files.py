@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vavae.data.tar import write_tar
+from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
 from vavae.sampling.npz import write_npz
 from vavae.sampling.sample_shards import add_image

@@ -6,8 +6,6 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
-NPZ = "samples.npz"
-
 
 def write_npz(path: Path, images: Iterable[np.ndarray], count: int) -> None:
     """Write images uint8 [H, W, 3] as `arr_0` uint8 [N, H, W, 3], holding one of them at a time.

@@ -8,14 +8,14 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.image import decode_image, encode_image
-from vavae.data.passes import LabelledImages, labelled_images, shard_records
-from vavae.data.stream import image_bytes
-from vavae.data.tar import ShardWriter, write_tar
+from vavae.data.image_stream import image_bytes
+from vavae.data.shard_reader import LabelledImages, labelled_images, shard_records
+from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.sampling.config import SampleConfig
-from vavae.sampling.generate import Generator
 from vavae.sampling.labels import label_law
-from vavae.storage.artefact import FileInfo
+from vavae.sampling.sampler import Generator
+from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
 

@@ -5,12 +5,12 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from vavae.config import differences, identity
+from vavae.runs.config import RunConfig
 from vavae.sweep.config import ObjectiveConfig
 from vavae.sweep.pareto import SpeedUp, pareto_front, speed_up
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep
 from vavae.sweep.trial import State, read_ledger, rungs_of
-from vavae.training.config import RunConfig
 
 RECONSTRUCTION, GENERATION = "reconstruction_frechet_distance", "generation_frechet_distance"
 ALIGNMENT = "losses.vision_foundation.weight"

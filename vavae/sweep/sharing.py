@@ -7,10 +7,10 @@ from typing import Any
 from vavae.config import digest
 from vavae.config.load import dump
 from vavae.errors import UserError
-from vavae.storage.artefact import RECORD
-from vavae.training.branch import branch, prefix_of
-from vavae.training.config import RunConfig
-from vavae.training.run import STAGES, Job, Run
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES, Job, Run
+from vavae.storage.artifact import RECORD
+from vavae.sweep.branch import branch, prefix_of
 
 SHARED_JOBS: tuple[Job, ...] = ("prepare_shards", "train_vavae", "precompute_latents")
 """Jobs whose artefacts trials share, in their order."""

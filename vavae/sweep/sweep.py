@@ -11,12 +11,12 @@ from vavae.config.load import assign, check, read
 from vavae.config.yaml_source import Located, merge, plain
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
 from vavae.storage.config import StorageConfig
 from vavae.storage.storage import Storage
 from vavae.sweep.config import SweepConfig
 from vavae.sweep.space import Point, Space
-from vavae.training.config import RunConfig
-from vavae.training.run import Run
 
 TRIALS, SHARED = "trials", "shared"
 _NAME_CHARACTERS = 60

@@ -7,14 +7,14 @@ from typing import Literal, NamedTuple
 from vavae.config import digest, identity
 from vavae.config.load import dump
 from vavae.errors import UserError
-from vavae.report.run_report import read_metrics
+from vavae.evaluation.metric import read_metrics
+from vavae.runs.config import RunConfig
+from vavae.runs.run import STAGES, Job, Run
 from vavae.sweep.config import ThresholdConfig
 from vavae.sweep.sharing import content_key, lend, lend_files
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, name_of_trial
-from vavae.training.config import RunConfig
-from vavae.training.log import read_rows
-from vavae.training.run import STAGES, Job, Run
+from vavae.training.logging.log import read_rows
 
 IMAGES = "images_seen"
 """In what a trial reports: images that the LightningDiT has seen."""
@@ -137,7 +137,7 @@ def _measured(run: Run, order: Order) -> dict[str, float] | None:
         for job in ("train_lightningdit", "sample"):
             order(run.config, job)
         _measure(run, order, "evaluate")
-        measures = {metric.name: metric.value for metric in read_metrics(run)}
+        measures = {metric.name: metric.value for metric in read_metrics(run.storage)}
         row = {IMAGES: budget, "key": _key(run.config), "measures": measures}
         run.storage.write_json(f"{_RUNGS}/{budget:012d}.json", row)
         known = {budget: measures}

@@ -6,23 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vavae.data.latents import LatentSlice, LatentStream
-from vavae.data.order import Round
+from vavae.data.sample_order import Round
 from vavae.diffusion.guidance import drop_labels
 from vavae.diffusion.objective import TIMESTEP_BINS, FlowMatchingObjective, TimestepBins, bin_by_timestep
 from vavae.diffusion.path import LinearPath
 from vavae.diffusion.timesteps import sample_timesteps
-from vavae.distributed.engine import Engine, build_engine
+from vavae.distributed.build import build_engine
+from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
-from vavae.dit.config import LightningDiTConfig
-from vavae.dit.model import LightningDiT
+from vavae.latents.stream import LatentSlice, LatentStream
+from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.model import LightningDiT
+from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
-from vavae.tokenizer.normalizer import LatentNormalizer
-from vavae.training.config import RunConfig
+from vavae.runs.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialise import initialised
+from vavae.training.initialize import initialised
+from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepMemory, StepResult, TermSum
-from vavae.training.stopwatch import Stopwatch
 
 
 class _Inputs(NamedTuple):

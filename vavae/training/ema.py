@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vavae.distributed.engine import Engine
-from vavae.distributed.fragments import Fragment, whole
+from vavae.distributed.sharded_tensors import Fragment, whole
 from vavae.distributed.world import World
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from vavae.training.config import ScheduleConfig
+from vavae.runs.config import ScheduleConfig
 
 
 def learning_rate(peak: float, config: ScheduleConfig, images_seen: int) -> float:

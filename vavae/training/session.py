@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Protocol
 
 from vavae.progress import Progress, show
-from vavae.training.events import Event, EventLog
+from vavae.runs.events import Event, EventLog
 
 
 def this_process() -> str:

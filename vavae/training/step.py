@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from vavae.data.order import Round
-from vavae.data.stream import SliceSource
+from vavae.data.image_stream import SliceSource
+from vavae.data.sample_order import Round
 from vavae.distributed.engine import Engine
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.stopwatch import Stopwatch
+from vavae.training.logging.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

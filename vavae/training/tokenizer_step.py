@@ -8,28 +8,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vavae.data.order import Round
+from vavae.data.image_stream import ImageSlice, ImageStream
 from vavae.data.pixels import to_float
-from vavae.data.stream import ImageSlice, ImageStream
-from vavae.distributed.batch_norm import synchronised
+from vavae.data.sample_order import Round
+from vavae.distributed.build import build_engine
 from vavae.distributed.config import OptimizerConfig
-from vavae.distributed.engine import Engine, build_engine
+from vavae.distributed.engine import Engine
+from vavae.distributed.sync_batch_norm import synchronised
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import TokenizerLossConfig
+from vavae.losses.objective import UNMEASURED, AdaptiveWeights, LastLayers, TokenizerOutputs, tokenizer_objective
 from vavae.losses.perceptual import Perceptual, build_perceptual
-from vavae.losses.tokenizer import UNMEASURED, AdaptiveWeights, LastLayers, TokenizerOutputs, tokenizer_objective
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
-from vavae.tokenizer.autoencoder import VAVAE
-from vavae.tokenizer.config import TokenizerConfig
-from vavae.tokenizer.teacher import VisionFoundationTeacher
-from vavae.training.config import RunConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.phases import Part, TokenizerStage
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialise import initialised
-from vavae.training.stages import Part, TokenizerStage
+from vavae.training.initialize import initialised
+from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepMemory, StepResult, StepWeights, TermSum
-from vavae.training.stopwatch import Stopwatch
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]

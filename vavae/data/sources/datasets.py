@@ -73,7 +73,7 @@ class TorchvisionSource:
 
     def __init__(self, name: str, split: str, folder: Path) -> None:
         self._kind = f"torchvision:{name}#{split or 'train'}"
-        importlib.import_module("vavae.torchvision_remedy")  # here, because it loads torch
+        importlib.import_module("vavae.torchvision_compat")  # here, because it loads torch
         package = _package("torchvision.datasets", self._kind, "pip install torchvision")
         maker = getattr(package, name, None)
         if not inspect.isclass(maker):

@@ -6,7 +6,7 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
-from vavae.data.manifest import MANIFEST
+from vavae.data.shards.manifest import MANIFEST
 from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
 from vavae.data.sources.files import FolderSource, TarSource, ZipSource
 from vavae.data.sources.labels import LabelFile, read_label_file

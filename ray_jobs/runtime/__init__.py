@@ -1,0 +1,1 @@
+"""What all jobs share: command line, cluster, workers, actors, progress and metrics."""

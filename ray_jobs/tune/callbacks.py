@@ -1,0 +1,83 @@
+"""Who hears of the trials of a sweep: its ledger, standard output, and the trackers that the sweep file names."""
+
+import importlib.util
+import math
+import os
+import time
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from ray_jobs.tune.search import name_of
+from vavae.errors import UserError
+from vavae.progress import clock
+from vavae.sweep.results import write_sweep
+from vavae.sweep.sweep import Sweep
+from vavae.sweep.trial import IMAGES, read_ledger, write_entry
+
+_WRITE_SECONDS = 60.0
+
+
+class Watch(Callback):
+    """Keeps the ledger and the results, and says on standard output what happens.
+
+    Args:
+        sweep: the sweep.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep, self._written = sweep, -math.inf
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `tune.Callback`."""
+        print(f"{name_of(trial)}  begins", flush=True)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See `tune.Callback`."""
+        figures = [f"{one.measure} {result[one.measure]:.4g}" for one in self._sweep.config.objectives]
+        print(f"{name_of(trial)}  {result[IMAGES]:,.0f} images  {'  '.join(figures)}", flush=True)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `tune.Callback`."""
+        entry = read_ledger(self._sweep)[name_of(trial)]
+        if entry.state == "running":  # Tune ended it at a rung
+            entry = entry._replace(state="stopped", why=f"by {self._sweep.config.early_stopping.rule}")
+            write_entry(self._sweep, entry)
+        seconds = clock(trial.last_result.get("time_total_s", 0))
+        print(f"{name_of(trial)}  {entry.state}  {entry.why}  {seconds}", flush=True)
+        self._write()
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `tune.Callback`."""
+        entry, why = read_ledger(self._sweep).get(name_of(trial)), "its point makes no run"
+        if entry is not None:
+            why = entry.why or "its process was lost"
+            write_entry(self._sweep, entry._replace(state="failed", why=why))
+        print(f"{name_of(trial)}  failed  {why}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        """Write the results so far, unless that was done a moment ago: in a store it takes many requests."""
+        if time.monotonic() - self._written > _WRITE_SECONDS:
+            write_sweep(self._sweep)
+            self._written = time.monotonic()
+
+
+def callbacks(sweep: Sweep) -> list[Callback]:
+    """Who is told of results: besides Tune's own TensorBoard, JSON and CSV, those that the sweep file asks for."""
+    told: list[Callback] = [Watch(sweep)]
+    for tool in sweep.config.tracking:
+        if importlib.util.find_spec(tool) is None:
+            raise UserError(f"tracking: {tool} is not installed: pip install {tool}")
+        if tool == "mlflow":
+            from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+            told.append(MLflowLoggerCallback(experiment_name=sweep.config.name))
+        else:
+            from ray.air.integrations.wandb import WandbLoggerCallback
+
+            told.append(WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", sweep.config.name)))
+    return told

@@ -1,0 +1,288 @@
+"""Shards are fetched before the stream needs them: in its order, within the bound, and nothing depends on it."""
+
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from contextlib import closing
+from itertools import islice, takewhile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import small
+
+from vavae.data.config import StreamConfig
+from vavae.data.image_stream import ImageStream, ShardStream
+from vavae.data.loader import load_slices, slices_ahead
+from vavae.data.prefetch import THREAD, LookAhead, OrderedShards
+from vavae.data.sample_order import SampleOrder, assign_lanes, order_of
+from vavae.errors import UserError
+from vavae.storage.config import StorageOptions
+from vavae.storage.storage import Storage
+
+LANES, SLICE, SEED = 2, 5, 4
+COUNTS = (20,) * 12
+STEPS = sum(COUNTS) // LANES // SLICE
+ROUNDS = assign_lanes(LANES, 0, 1)
+CONFIG = StreamConfig(lanes=LANES, block=12, crop="center")
+
+
+def until(condition):
+    """Wait for another thread."""
+    for _ in range(10_000):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise TimeoutError("waited for 10 s")
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """A store, and what is in it."""
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+    return storage.root, small.write_image_shards(storage, {"train": COUNTS})
+
+
+class Store:
+    """The shards behind a cache of some shards, with a record of who fetched what."""
+
+    def __init__(self, shards, cache, monkeypatch, room=100, config=CONFIG):
+        (root, manifest), self.rounds = shards, assign_lanes(config.lanes, 0, 1)
+        self.shard_bytes = max(info.bytes for info in manifest.splits["train"])
+        self.fetched, self.blocking, self.lost, self.step = [], 0, [], 0
+        brought = {}
+        fetch = Storage._fetch
+
+        def noted(storage, path, *rest):
+            fetch(storage, path, *rest)
+            shard = int(path[-10:-4])
+            if threading.current_thread().name == THREAD:
+                brought[shard] = self.step
+            else:
+                self.blocking += 1
+                if shard in brought and shard not in self.needed(brought[shard], self.step - 1):
+                    self.lost.append(shard)
+            self.fetched.append(shard)
+
+        monkeypatch.setattr(Storage, "_fetch", noted)
+        storage = Storage(root, str(cache), StorageOptions(cache_bytes=room * self.shard_bytes))
+        order = order_of([info.count for info in manifest.splits["train"]], SEED, config)
+        self.stream = ImageStream(storage, manifest, "train", order, SLICE, config, SEED)
+
+    def slices(self, ahead, first_step=0):
+        limit = int(ahead * self.shard_bytes)
+        return closing(load_slices(self.stream, self.rounds, first_step, workers=0, prefetch_bytes=limit))
+
+    def look_ahead(self, limit=1 << 30):
+        return closing(LookAhead(self.stream.shards, self.rounds, 0, limit))
+
+    def needed(self, first_step, last_step):
+        """Shards of the records of some steps; none where the last is before the first."""
+        keys = [(turn.lane, step) for step in range(first_step, last_step + 1) for turn in self.rounds]
+        return {location.shard for key in keys for location in self.stream.shards.order.slice(*key, SLICE)}
+
+
+@pytest.fixture
+def store(shards, tmp_path, monkeypatch):
+    return Store(shards, tmp_path / "cache", monkeypatch)
+
+
+@st.composite
+def ordered_shards(draw):
+    lanes = draw(st.integers(1, 5))
+    counts = draw(st.lists(st.integers(0, 15), min_size=1, max_size=8).filter(lambda counts: sum(counts) >= lanes))
+    order = SampleOrder(counts, draw(st.integers(0, 2**40)), lanes, draw(st.integers(1, 12)))
+    return OrderedShards(Storage("nowhere"), "train", (), order, draw(st.integers(1, 7)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(ordered_shards(), st.integers(0, 30), st.data())
+def test_needs_are_what_the_slices_read_and_come_once_an_epoch(shards, first_step, data):
+    order, size = shards.order, shards.slice_size
+    rounds = assign_lanes(order.lanes, 0, data.draw(st.integers(1, order.lanes)))
+    steps = 2 * order.records_per_lane // size + 2
+    needs = list(takewhile(lambda need: need.step < first_step + steps, shards.needs(rounds, first_step)))
+    assert [need.step for need in needs] == sorted(need.step for need in needs)
+    for lane in {turn.lane for turn in rounds}:
+        mine = [need for need in needs if need.lane == lane]
+        for step in range(first_step, first_step + steps):
+            entered = [need for need in mine if need.step <= step]
+            now = {location.shard for location in order.slice(lane, step, size)}
+            assert now <= {need.shard for need in entered}
+        assert all(need.shard in need.block for need in mine)
+        n = order.records_per_lane
+        epochs = range(first_step * size // n, (first_step + steps) * size // n + 1)
+        of_epochs = [{order.locate(lane, position).shard for position in range(e * n, (e + 1) * n)} for e in epochs]
+        assert len(mine) <= sum(map(len, of_epochs))
+
+
+def test_the_stream_finds_its_shards_in_the_cache(store):
+    """Each step lasts until the store has brought what the next one needs: with look-ahead nobody waits after that."""
+    with store.slices(ahead=3) as slices:
+        for step, _ in enumerate(islice(slices, 2 * STEPS)):
+            if step == 0:
+                at_first = store.blocking
+            until(lambda step=step: store.needed(0, step + 1) <= set(store.fetched))
+        assert store.blocking == at_first <= len(store.needed(0, 0))
+    assert len(store.fetched) == len(set(store.fetched)) == len(COUNTS)
+
+
+def test_without_it_every_shard_is_waited_for(store):
+    with store.slices(ahead=0) as slices:
+        list(islice(slices, STEPS))
+        assert not threads()
+    assert store.blocking == len(store.fetched) == len(COUNTS)
+
+
+@pytest.mark.parametrize("ahead", [0.5, 1, 2.5])
+def test_no_more_is_ahead_than_allowed_but_always_the_next_shard(store, ahead):
+    with store.look_ahead(int(ahead * store.shard_bytes)) as look_ahead:
+        most = max(1, int(ahead))
+        needs = list(takewhile(lambda need: need.step < STEPS, store.stream.shards.needs(ROUNDS, 0)))
+        for step in range(STEPS):
+            look_ahead.reached(step)
+            entered = {need.shard for need in needs if need.step <= step}
+            expected = min(len(COUNTS), len(entered) + most)
+            until(lambda expected=expected: len(store.fetched) >= expected)
+            time.sleep(0.002)
+            assert len(set(store.fetched)) == expected
+    assert store.blocking == 0
+
+
+@pytest.mark.parametrize(("lanes", "room"), [(1, 8), (2, 5), (2, 6), (2, 8)])
+def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, room):
+    """A lane has up to two shards open."""
+    config = CONFIG.model_copy(update={"lanes": lanes})
+    store, epochs = Store(shards, tmp_path / "cache", monkeypatch, room, config), 4
+    with store.slices(ahead=100) as slices:
+        for store.step in range(epochs * STEPS * LANES // lanes):
+            next(slices)
+            time.sleep(0.001)
+    until(lambda: not threads())
+    assert not store.lost, "dropped between fetch and use"
+    assert len(COUNTS) < len(store.fetched) <= epochs * len(COUNTS) + room
+
+
+def test_a_cache_without_room_is_not_filled_ahead(shards, tmp_path, monkeypatch):
+    store = Store(shards, tmp_path / "cache", monkeypatch, room=2)
+    with store.look_ahead():
+        until(lambda: store.needed(0, 0) <= set(store.fetched))
+        time.sleep(0.02)
+        assert set(store.fetched) == store.needed(0, 0)
+
+
+def test_what_the_stream_has_passed_is_not_fetched(store, monkeypatch):
+    slow, passed, fetch = threading.Event(), STEPS // 2, Storage._fetch
+    monkeypatch.setattr(Storage, "_fetch", lambda *arguments: slow.wait(10) and fetch(*arguments))
+    with store.look_ahead() as look_ahead:
+        look_ahead.reached(passed)
+        slow.set()
+        until(lambda: store.needed(passed, STEPS - 1) <= set(store.fetched))
+        over = store.needed(0, passed - 1) - store.needed(passed, STEPS - 1)
+        assert len(over & set(store.fetched[:-1])) <= 1 < len(over)
+
+
+def test_what_is_open_is_not_fetched_again(tmp_path, monkeypatch):
+    """Both lanes stay in the only shard, which the cache drops while it is mapped."""
+    place = Storage(f"memory://{uuid.uuid4().hex}")
+    store = Store((place.root, small.write_image_shards(place, {"train": (40,)})), tmp_path, monkeypatch)
+    with store.look_ahead() as look_ahead:
+        until(lambda: look_ahead._waiting)  # for the next epoch, so the shard is here
+        store.stream.shards.open(0, Path.unlink)
+        for step in range(12):
+            look_ahead.reached(step)
+            time.sleep(0.002)
+    assert store.fetched == [0]
+
+
+def test_the_thread_ends_with_the_stream(store):
+    with store.slices(ahead=1) as slices:
+        next(slices)
+        assert len(threads()) == 1
+        assert threads()[0].daemon
+    until(lambda: not threads())
+    slices = load_slices(store.stream, ROUNDS, 0, workers=0, prefetch_bytes=1)
+    next(slices)
+    del slices
+    until(lambda: not threads())
+
+
+_LEAVES = """
+import sys, threading, time
+from vavae.storage.storage import Storage
+storage, started = Storage("memory://x", sys.argv[1]), threading.Event()
+storage.write_bytes("shard", b"x")
+Storage.read_range = lambda *arguments: started.set() or time.sleep(60)
+threading.Thread(target=storage.local_file, args=("shard",), daemon=True).start()
+assert started.wait(60)
+"""
+
+
+def test_a_fetch_under_way_keeps_no_process_alive(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", _LEAVES, str(tmp_path)])
+    assert process.wait(timeout=50) == 0
+
+
+def test_local_shards_have_no_thread(tmp_path):
+    storage = Storage(str(tmp_path))
+    manifest = small.write_image_shards(storage, {"train": COUNTS})
+    stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CONFIG), SLICE, CONFIG, SEED)
+    with closing(load_slices(stream, ROUNDS, 0, workers=0)) as slices:
+        next(slices)
+        assert not threads()
+
+
+def test_errors_are_the_streams(store, monkeypatch):
+    """A shard that is gone ends the stream where it is needed and not before."""
+    needs = store.stream.shards.needs(ROUNDS, 0)
+    gone = next(need for need in needs if need.step > 3 and need.shard not in store.needed(0, need.step - 1))
+    fetch = Storage._fetch
+
+    def fail(storage, path, *rest):
+        if path == f"train/{gone.shard:06d}.tar":
+            raise FileNotFoundError(path)
+        fetch(storage, path, *rest)
+
+    monkeypatch.setattr(Storage, "_fetch", fail)
+    with store.look_ahead():
+        until(lambda: len(store.fetched) == len(COUNTS) - 1)
+    with store.slices(ahead=4) as slices:
+        list(islice(slices, gone.step))
+        with pytest.raises(UserError, match=f"{gone.shard:06d}.tar is gone"):
+            list(islice(slices, CONFIG.block))
+    until(lambda: not threads())
+
+
+def test_loader_processes_hold_as_many_slices_as_fit(tmp_path):
+    stream = ShardStream(OrderedShards(Storage(str(tmp_path)), "train", (), None, SLICE), slice_bytes=100)
+    held = [slices_ahead(stream, 16, 2, limit) for limit in (0, 199, 400, 1000, 10_000)]
+    assert held == [1, 1, 2, 5, 8]
+    assert slices_ahead(stream, 1, 4, 10_000) == 2
+
+
+def test_a_shard_that_the_cache_drops_before_it_is_open_is_fetched_again(store):
+    shards = store.stream.shards
+    tries = []
+
+    def open_file(path):
+        tries.append(path)
+        if len(tries) < 3:
+            path.unlink()
+        return path.read_bytes()
+
+    assert len(shards.open(0, open_file)) == shards.infos[0].bytes
+    assert store.fetched == [0, 0, 0]
+
+    def drop(path):
+        path.unlink()
+        path.read_bytes()
+
+    with pytest.raises(UserError, match=r"storage.cache_bytes=[\d,]+ is too small: train/000001.tar was dropped"):
+        shards.open(1, drop)

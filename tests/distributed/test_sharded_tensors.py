@@ -1,0 +1,201 @@
+"""Weights as fragments: every engine's parts make up the whole, and are read by any other."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support.gloo import Nursery
+from support.parity import TORCH, ZERO
+from torch import Tensor, nn
+
+from vavae.distributed.build import build_engine
+from vavae.distributed.config import EngineConfig, OptimizerConfig
+from vavae.distributed.engine import Engine
+from vavae.distributed.sharded_tensors import fragments_of, load_fragments, save_fragments, whole
+from vavae.distributed.world import World
+from vavae.training.ema import ExponentialMovingAverage
+
+pytestmark = pytest.mark.gloo
+
+_DECAY, _STEPS = 0.75, 3
+
+
+class Network(nn.Module):
+    """Sizes that no number of ranks divides, one value alone, a frozen layer, and buffers of two types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Linear(7, 1)
+        self.frozen = nn.Linear(7, 7).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.frozen(self.norm(self.first(x)))).square().mean()
+
+
+def network(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network()
+
+
+class Averaged(NamedTuple):
+    """A few steps of an engine and its average."""
+
+    trained: list[dict[str, Tensor]]
+    """Weights before the first step and after each."""
+    average: dict[str, Tensor]
+    held: int
+    """Values of the average on this rank."""
+
+
+def engine_of(world: World, config: dict[str, Any], seed: int = 0) -> Engine:
+    return build_engine(network(seed), OptimizerConfig(), EngineConfig(**config), "fp32", world, rounds=1, slice_size=4)
+
+
+def average(world: World, config: dict[str, Any], folder: Path) -> Averaged:
+    """Train, average, save the average."""
+    engine = engine_of(world, config)
+    ema, trained = ExponentialMovingAverage(engine, _DECAY, world), [engine.weights()]
+    for step in range(_STEPS):
+        engine.backward(engine.forward(torch.randn(4, 3, generator=torch.Generator().manual_seed(step))))
+        engine.update(0.1)
+        ema.update()
+        trained.append(engine.weights())
+    save_fragments(ema.fragments, folder / str(world.rank))
+    return Averaged(trained, ema.weights(), sum(len(part.values) for part in ema.fragments.values()))
+
+
+def read(world: World, config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """The average that others have saved."""
+    ema = ExponentialMovingAverage(engine_of(world, config, seed=1), _DECAY, world)
+    load_fragments(ema.fragments, folder.iterdir())
+    return ema.weights()
+
+
+@pytest.mark.parametrize(
+    ("writers", "engine", "readers", "other"),
+    [(3, ZERO[3], 2, TORCH), (3, TORCH, 2, ZERO[3]), (2, ZERO[1], 1, ZERO[3])],
+)
+def test_an_average_is_read_by_any_engine_on_any_number_of_ranks(
+    gloo: Nursery, tmp_path: Path, writers: int, engine: dict[str, Any], readers: int, other: dict[str, Any]
+) -> None:
+    ranks = gloo.run(writers, average, engine, tmp_path)
+    expected = ranks[0].trained[0]
+    for weights in ranks[0].trained[1:]:
+        expected = {
+            name: torch.lerp(expected[name], tensor, 1 - _DECAY) if tensor.is_floating_point() else tensor
+            for name, tensor in weights.items()
+        }
+    assert expected.keys() == network().state_dict().keys()
+    torch.testing.assert_close(ranks[0].average, expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(ranks[0].trained[0]["first.weight"], ranks[0].trained[-1]["first.weight"])
+    floats = sum(tensor.numel() for tensor in expected.values() if tensor.is_floating_point())
+    assert sum(rank.held for rank in ranks) == floats, "each rank averages its own share"
+    assert len(list(tmp_path.iterdir())) == writers
+    for average_read in gloo.run(readers, read, other, tmp_path):
+        for name, tensor in ranks[0].average.items():
+            if tensor.is_floating_point():
+                assert torch.equal(average_read[name], tensor), name
+
+
+def state_of(engine: Engine, world: World) -> dict[str, Tensor]:
+    """Weights and moments, whole."""
+    return whole({**engine.fragments(), **engine.moments()}, world)
+
+
+def take_a_step(engine: Engine, seed: int) -> None:
+    # The same on every rank, so that their number makes no difference.
+    engine.backward(engine.forward(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))))
+    engine.update(0.1)
+
+
+def save_state(world: World, config: dict[str, Any], folder: Path, steps: int) -> list[dict[str, Tensor]]:
+    """The state that is saved after some steps, and the one after a further step."""
+    engine = engine_of(world, config)
+    for seed in range(steps):
+        take_a_step(engine, seed)
+    save_fragments({**engine.fragments(), **engine.moments()}, folder / f"{world.rank}.safetensors")
+    assert engine.updates == steps
+    saved = state_of(engine, world)
+    take_a_step(engine, steps)
+    return [saved, state_of(engine, world)]
+
+
+def load_state(world: World, config: dict[str, Any], folder: Path, steps: int, stray: int) -> list[dict[str, Tensor]]:
+    """The state that is loaded by an engine that may have gone elsewhere before, and the one after a further step."""
+    engine = engine_of(world, config, seed=1)
+    for seed in range(stray):
+        take_a_step(engine, 100 + seed)
+    with engine.restore(steps) as parts:
+        load_fragments(parts, sorted(folder.iterdir()))
+    assert engine.updates == steps
+    loaded = state_of(engine, world)
+    take_a_step(engine, steps)
+    return [loaded, state_of(engine, world)]
+
+
+_AS_DELIVERED = {"backend": "deepspeed", "zero_stage": 3}
+"""With DeepSpeed's own threshold: tensors as small as these are divided, and yet whole on every rank."""
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(
+    ("writers", "engine", "readers", "other"),
+    [
+        *((2, engine, 2, engine) for engine in (TORCH, *ZERO, _AS_DELIVERED)),
+        (2, ZERO[1], 3, ZERO[3]),
+        (3, ZERO[3], 1, ZERO[2]),
+        (2, ZERO[2], 4, ZERO[1]),
+        (1, TORCH, 3, _AS_DELIVERED),
+        (3, _AS_DELIVERED, 2, ZERO[0]),
+        (2, ZERO[0], 1, TORCH),
+    ],
+)
+def test_the_state_of_any_engine_is_read_by_any_other(
+    gloo: Nursery,
+    tmp_path: Path,
+    writers: int,
+    engine: dict[str, Any],
+    readers: int,
+    other: dict[str, Any],
+    steps: int,
+) -> None:
+    saved, after = gloo.run(writers, save_state, engine, tmp_path, steps)[0]
+    assert any(name.startswith("exp_avg_sq/") for name in saved) == (steps > 0)
+    same = (writers, engine) == (readers, other)
+    for loaded, resumed in gloo.run(readers, load_state, other, tmp_path, steps, 0 if same else 2):
+        torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+        torch.testing.assert_close(resumed, after, rtol=0, atol=0 if same else 1e-6)
+
+
+def shares(world: World) -> dict[str, tuple[int, int]]:
+    return {name: (part.offset, len(part.values)) for name, part in fragments_of(network(), world).items()}
+
+
+def test_parameters_are_dealt_in_runs_and_buffers_are_the_first_rank_s() -> None:
+    first, last = shares(World(rank=0, size=3)), shares(World(rank=2, size=3))
+    assert (first["first.bias"], last["first.bias"]) == ((0, 3), (6, 1))
+    assert (first["last.bias"], last["last.bias"]) == ((0, 1), (1, 0))
+    assert (first["norm.running_mean"], last["norm.running_mean"]) == ((0, 7), (0, 0))
+
+
+def test_fragments_are_views() -> None:
+    module = network()
+    fragments_of(module, World())["first.weight"].values.fill_(3.0)
+    assert (module.first.weight == 3).all()
+
+
+def test_one_rank_holds_the_whole() -> None:
+    module = network()
+    state = whole(fragments_of(module, World()), World())
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in state.items())
+    assert state["norm.num_batches_tracked"].dtype == torch.int64
+
+
+def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
+    for rank in range(2):
+        save_fragments(fragments_of(network(), World(rank, 2)), tmp_path / str(rank))
+    (tmp_path / "1").unlink()
+    with pytest.raises(AssertionError, match=r"without all of first\.weight"):
+        load_fragments(fragments_of(network(), World()), tmp_path.iterdir())

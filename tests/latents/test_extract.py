@@ -1,0 +1,365 @@
+"""Extraction: latents that depend on image and tokenizer alone, made once, in any order, however often it is killed."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support import small
+
+from vavae.data.image import center_crop_resize
+from vavae.data.pixels import to_float
+from vavae.errors import UserError
+from vavae.latents.config import LatentsConfig
+from vavae.latents.extract import Extraction
+from vavae.latents.manifest import read_latent_manifest
+from vavae.latents.shards import MappedLatents
+from vavae.latents.statistics import LatentStatistics, read_statistics
+from vavae.models.tokenizer.normalizer import LatentNormalizer
+from vavae.storage.storage import Storage
+
+COUNTS = {"train": (5, 3), "validation": (2,)}
+SHAPE = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
+CONFIG = LatentsConfig(flip=True, batch_size=4)
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """The tokenizer, with the sizes of the batches that it was given."""
+
+    def __init__(self):
+        self.model, self.batches = small.tokenizer(), []
+        self.config = self.model.config
+
+    def encode(self, images):
+        self.batches.append(len(images))
+        return self.model.encode(images)
+
+
+@pytest.fixture
+def tokenizer():
+    return Recorder()
+
+
+@pytest.fixture
+def images(tmp_path):
+    return Storage(str(tmp_path / "images"))
+
+
+@pytest.fixture
+def manifest(images):
+    return small.write_image_shards(images, COUNTS)
+
+
+@pytest.fixture
+def extract(tmp_path, images, manifest):
+    """Make an extraction into a folder."""
+
+    def make(folder="latents", config=CONFIG, tokenizer="t", manifest=manifest):
+        return Extraction(images, manifest, Storage(str(tmp_path / folder)), tokenizer, config)
+
+    return make
+
+
+def ignore(count):
+    pass
+
+
+def die(count):
+    raise KeyboardInterrupt
+
+
+def encode_all(extraction, model):
+    for task in extraction.tasks():
+        extraction.encode(task, model, CPU, ignore)
+    return extraction.finish(SHAPE)
+
+
+def contents(tmp_path, folder):
+    storage = Storage(str(tmp_path / folder))
+    return {path: storage.read_bytes(path) for path in storage.list(recursive=True)}
+
+
+def posteriors(split, count):
+    """float32 [N, 4, C, H, W]: mean and deviation of every image and its mirror image, encoded one by one."""
+    model, rows = small.tokenizer(), []
+    for index in range(count):
+        pixels = to_float(torch.from_numpy(small.image(split, index)).permute(2, 0, 1)[None])
+        parts = [
+            part for view in (pixels, pixels.flip(-1)) for part in (model.encode(view).mean, model.encode(view).std)
+        ]
+        rows.append(torch.cat(parts))
+    return torch.stack(rows).numpy()
+
+
+def read_all(tmp_path, manifest, split):
+    folder = tmp_path / "latents" / split
+    shards = [MappedLatents(folder / info.name, info.count, manifest.record_shape) for info in manifest.splits[split]]
+    return np.concatenate([shard.arrays for shard in shards]), np.concatenate([shard.labels for shard in shards])
+
+
+def test_latents_are_the_posteriors_of_the_images(tmp_path, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    latents = Storage(str(tmp_path / "latents"))
+    manifest = read_latent_manifest(latents)
+    assert (manifest.shape, manifest.flip, manifest.tokenizer, manifest.classes) == (SHAPE, True, "t", small.CLASSES)
+    for split, sizes in COUNTS.items():
+        arrays, labels = read_all(tmp_path, manifest, split)
+        np.testing.assert_allclose(arrays, posteriors(split, sum(sizes)), rtol=2e-3, atol=1e-4)
+        assert labels.tolist() == [small.label_of(index) for index in range(sum(sizes))]
+    assert set(tokenizer.batches) == {CONFIG.batch_size}, "a short batch is padded"
+
+
+def test_statistics_are_those_of_the_training_split(tmp_path, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    latents = Storage(str(tmp_path / "latents"))
+    arrays, _ = read_all(tmp_path, read_latent_manifest(latents), "train")
+    expected = LatentStatistics(SHAPE[0])
+    for view in (0, 2):
+        expected.update(arrays[:, view], arrays[:, view + 1])
+    mean, std = read_statistics(latents)
+    np.testing.assert_allclose(mean, expected.mean, rtol=1e-12)
+    np.testing.assert_allclose(std, expected.std, rtol=1e-12)
+    assert load_file(latents.local_file("statistics.safetensors"))["std"].dtype == torch.float64
+
+
+def test_without_flips_the_mirror_images_are_left_out(tmp_path, extract, tokenizer):
+    encode_all(extract(config=LatentsConfig(flip=False, batch_size=4)), tokenizer)
+    manifest = read_latent_manifest(Storage(str(tmp_path / "latents")))
+    arrays, _ = read_all(tmp_path, manifest, "train")
+    np.testing.assert_allclose(arrays, posteriors("train", 8)[:, :2], rtol=2e-3, atol=1e-4)
+
+
+def test_order_and_repetition_change_no_byte(tmp_path, extract, tokenizer):
+    digest, files = encode_all(extract("one"), tokenizer)
+    other = extract("other")
+    for task in [*reversed(other.tasks()), *other.tasks()]:
+        other.encode(task, tokenizer, CPU, ignore)
+    assert other.finish(SHAPE) == (digest, files)
+    assert contents(tmp_path, "other") == contents(tmp_path, "one")
+    assert {path: info.bytes for path, info in files.items()} == {
+        path: len(data) for path, data in contents(tmp_path, "one").items() if path in files
+    }
+
+
+def test_what_is_done_is_not_done_again(tmp_path, extract, tokenizer):
+    result = encode_all(extract(), tokenizer)
+    before = contents(tmp_path, "latents")
+    tokenizer.batches.clear()
+    assert encode_all(extract(), tokenizer) == result
+    assert tokenizer.batches == []
+    (tmp_path / "latents/train/000001.json").unlink()
+    assert encode_all(extract(), tokenizer) == result
+    assert tokenizer.batches == [4, 4], "the second shard alone, image and mirror image"
+    assert contents(tmp_path, "latents") == before
+
+
+def test_a_shard_that_was_broken_off_is_made_from_scratch(tmp_path, extract, tokenizer):
+    encode_all(extract("whole"), tokenizer)
+    extraction = extract()
+    with pytest.raises(KeyboardInterrupt):
+        extraction.encode(extraction.tasks()[0], tokenizer, CPU, die)
+    assert contents(tmp_path, "latents") == {}
+    encode_all(extraction, tokenizer)
+    assert contents(tmp_path, "latents") == contents(tmp_path, "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "record"])
+def test_a_damaged_shard_is_made_again(tmp_path, extract, tokenizer, damage):
+    encode_all(extract(), tokenizer)
+    before, shard = contents(tmp_path, "latents"), tmp_path / "latents/train/000000.tar"
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-512])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        shard.with_suffix(".json").write_text("{}")
+    tokenizer.batches.clear()
+    encode_all(extract(), tokenizer)
+    assert len(tokenizer.batches) == 4
+    assert contents(tmp_path, "latents") == before
+
+
+def test_the_record_goes_before_the_shard_is_made_again(tmp_path, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tokenizer="u").encode(extract().tasks()[0], tokenizer, CPU, die)
+    assert "train/000000.json" not in contents(tmp_path, "latents")
+
+
+def test_latents_of_anything_else_are_made_again(tmp_path, images, manifest, extract, tokenizer):
+    encode_all(extract(), tokenizer)
+    assert all(extract().record(task) for task in extract().tasks())
+    for other in (
+        extract(config=LatentsConfig(flip=False, batch_size=4)),
+        extract(config=LatentsConfig(flip=True, batch_size=3)),
+        extract(tokenizer="u"),
+        extract(manifest=manifest.model_copy(update={"image_size": 6})),
+    ):
+        assert not any(other.record(task) for task in other.tasks())
+    shards = manifest.splits["train"]
+    changed = manifest.model_copy(
+        update={"splits": {"train": (shards[0], shards[1].model_copy(update={"sha256": "x"}))}}
+    )
+    assert [extract(manifest=changed).record(task) is not None for task in extract(manifest=changed).tasks()] == [
+        True,
+        False,
+    ]
+    assert extract(config=CONFIG.model_copy(update={"actors": 7})).record(extract().tasks()[0])
+
+
+def test_records_name_the_images_and_progress_counts_them(tmp_path, extract, tokenizer):
+    extraction, counts = extract(), []
+    for _ in range(2):
+        for task in extraction.tasks():
+            extraction.encode(task, tokenizer, CPU, counts.append)
+    assert counts == [4, 1, 3, 2, 5, 3, 2]
+    assert extraction.images == 10
+    assert [extraction.record(task).keys for task in extraction.tasks()] == [
+        tuple(f"train {index}" for index in range(5)),
+        tuple(f"train {index}" for index in range(5, 8)),
+        tuple(f"validation {index}" for index in range(2)),
+    ]
+
+
+def test_finishing_early_is_our_own_mistake(extract, tokenizer):
+    extraction = extract()
+    extraction.encode(extraction.tasks()[0], tokenizer, CPU, ignore)
+    with pytest.raises(AssertionError, match="encode every shard before finishing"):
+        extraction.finish(SHAPE)
+
+
+def test_an_image_shard_of_another_length_is_an_error(images, manifest, extract, tokenizer):
+    small.write_image_shards(images, {"train": (2,)})
+    with pytest.raises(UserError, match=r"train/000000.tar: \d+ bytes where the manifest says \d+"):
+        encode_all(extract(), tokenizer)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"no image"])
+def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tokenizer, garbage):
+    manifest = small.write_image_shards(images, COUNTS, damaged=[("train", 1), ("train", 6)], garbage=garbage)
+    extraction = extract(manifest=manifest)
+    encode_all(extraction, tokenizer)
+    records = [extraction.record(task) for task in extraction.tasks()]
+    assert [record.skipped for record in records] == [("train 1",), ("train 6",), ()]
+    assert [record.shard.count for record in records] == [4, 2, 2]
+    latents = read_latent_manifest(Storage(str(tmp_path / "latents")))
+    arrays, labels = read_all(tmp_path, latents, "train")
+    kept = [0, 2, 3, 4, 5, 7]
+    np.testing.assert_allclose(arrays, posteriors("train", 8)[kept], atol=2e-3, rtol=1e-3)
+    assert labels.tolist() == [small.label_of(index) for index in kept]
+
+
+def test_a_shard_without_a_readable_image_is_an_error(images, extract, tokenizer):
+    manifest = small.write_image_shards(images, {"train": (2,)}, damaged=[("train", 0), ("train", 1)])
+    with pytest.raises(UserError, match=r"train/000000.tar: no readable image in the whole shard"):
+        encode_all(extract(manifest=manifest), tokenizer)
+
+
+def test_images_that_the_manifest_drops_have_no_latent(images, manifest, extract, tokenizer):
+    first, *others = manifest.splits["train"]
+    first = first.model_copy(update={"count": 4, "dropped": (1,)})
+    extraction = extract(manifest=manifest.model_copy(update={"splits": {"train": (first, *others)}}))
+    encode_all(extraction, tokenizer)
+    record = extraction.record(extraction.tasks()[0])
+    assert (record.keys, record.skipped) == (tuple(f"train {index}" for index in (0, 2, 3, 4)), ())
+
+
+def test_a_class_beyond_the_manifest_s_is_an_error(manifest, extract, tokenizer):
+    with pytest.raises(UserError, match=r"train/000000.tar#000000002: label 2, but the manifest has 2 classes"):
+        encode_all(extract(manifest=manifest.model_copy(update={"classes": ("a", "b")})), tokenizer)
+
+
+def test_originals_are_encoded_after_adm_s_crop(tmp_path, images, extract, tokenizer):
+    encode_all(extract(manifest=small.write_image_shards(images, {"train": (2,)}, 35, 20)), tokenizer)
+    pixels = [center_crop_resize(Image.fromarray(small.image("train", index, 35, 20)), small.SIZE) for index in (0, 1)]
+    batch = to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+    arrays, _ = read_all(tmp_path, read_latent_manifest(Storage(str(tmp_path / "latents"))), "train")
+    np.testing.assert_allclose(arrays[:, 0], small.tokenizer().encode(batch).mean, atol=2e-3, rtol=1e-3)
+
+
+def test_a_scale_stands_in_for_the_statistics_and_changes_no_latent(tmp_path, extract, tokenizer):
+    whitened, files = encode_all(extract("latents"), tokenizer)
+    tokenizer.batches.clear()
+    scaled, _ = encode_all(extract("latents", config=CONFIG.model_copy(update={"scale": 0.18215})), tokenizer)
+    assert tokenizer.batches == []
+    assert scaled != whitened
+    mean, std = read_statistics(Storage(str(tmp_path / "latents")))
+    z = torch.randn(2, SHAPE[0], 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(LatentNormalizer(mean, std).normalize(z), z * 0.18215)
+    assert encode_all(extract("latents"), tokenizer) == (whitened, files)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Killer:
+    """Lets so many changes of a storage happen and then ends the process, before the next or right after the last."""
+
+    def __init__(self, monkeypatch, survived, after):
+        self.left, self.after = survived, after
+        for name in ("write_bytes", "delete"):
+            self._wrap(monkeypatch, name)
+        create = Storage.create
+
+        @contextmanager
+        def killing_create(storage, path):
+            with create(storage, path) as local:
+                yield local
+                self.before()
+            self.done()
+
+        monkeypatch.setattr(Storage, "create", killing_create)
+
+    def _wrap(self, monkeypatch, name):
+        whole = getattr(Storage, name)
+
+        def killing(storage, *arguments):
+            self.before()
+            whole(storage, *arguments)
+            self.done()
+
+        monkeypatch.setattr(Storage, name, killing)
+
+    def before(self):
+        if not self.after and not self.left:
+            raise Killed
+
+    def done(self):
+        self.left -= 1
+        if self.after and self.left < 0:
+            raise Killed
+
+
+CHANGES = 3 * 3 + 2
+"""Of three shards (the old record goes, the shard, the record), the manifest and the statistics."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("survived", range(CHANGES))
+def test_killed_at_any_write_it_goes_on_with_other_actors(tmp_path, extract, tokenizer, monkeypatch, survived, after):
+    """Another number of actors is another order of the shards."""
+    result = encode_all(extract("whole"), tokenizer)
+    with monkeypatch.context() as patch:
+        Killer(patch, survived, after)
+        with pytest.raises(Killed):
+            encode_all(extract(), tokenizer)
+    extraction = extract()
+    done = [extraction.record(task) is not None for task in extraction.tasks()]
+    assert sum(done) == min((survived + after) // 3, 3)
+    tokenizer.batches.clear()
+    for task in reversed(extraction.tasks()):
+        extraction.encode(task, tokenizer, CPU, ignore)
+    batches = [4, 2, 2]  # of five, three and two images, and their mirror images
+    assert len(tokenizer.batches) == sum(count for count, there in zip(batches, done, strict=True) if not there)
+    assert extraction.finish(SHAPE) == result
+    assert contents(tmp_path, "latents") == contents(tmp_path, "whole")
+
+
+def test_there_are_no_other_writes(extract, tokenizer, monkeypatch):
+    killer = Killer(monkeypatch, 100, after=False)
+    encode_all(extract(), tokenizer)
+    assert killer.left == 100 - CHANGES

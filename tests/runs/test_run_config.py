@@ -1,0 +1,112 @@
+"""The configuration of a run: what belongs together is checked together, and every mistake is one line."""
+
+import re
+
+import pytest
+import yaml
+
+from vavae.config import digest, dump, load
+from vavae.errors import UserError
+from vavae.runs.config import RunConfig, TrainingConfig
+
+RUN = {
+    "name": "tiny",
+    "shards": {"source": "digits", "image_size": 32},
+    "stream": {"lanes": 4},
+    "tokenizer": {"channels": 32, "channel_multipliers": [1, 1, 1]},
+    "train_vavae": {"images": 1000, "batch_size": 64},
+    "lightningdit": {"size": None, "depth": 1, "width": 32, "heads": 2},
+    "train_lightningdit": {"images": 1000, "batch_size": 64},
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(RUN | {"tokenizer": RUN["tokenizer"] | {"attention_levels": []}}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["shards.image_size=30"],
+            r"^\S*run.yaml: shards.image_size=30 is no multiple of 4, the tokenizer's downsampling",
+        ),
+        (["guidance.channels=33"], r"guidance.channels=33 exceeds tokenizer.latent_dim=32: lower it"),
+        (["lightningdit.patch_size=3"], r"lightningdit.patch_size=3 does not divide the 8 x 8 latent"),
+        (["train_vavae.batch_size=62"], r"train_vavae.batch_size=62 is no multiple of stream.lanes=4"),
+        (["train_lightningdit.batch_size=6"], r"train_lightningdit.batch_size=6 is no multiple of stream.lanes=4"),
+        (["stream.lanes=3"], r"train_vavae.batch_size=64 is no multiple of stream.lanes=3"),
+        (["workers.count=5"], r"workers.count=5 exceeds stream.lanes=4: a worker needs a lane"),
+        (
+            ["train_vavae.schedule={warmup_images: 10, decay_images: 10}"],
+            r"train_vavae.schedule .*decay_images=10 must be greater than warmup_images=10",
+        ),
+        (["train_vavae.images=0"], r"train_vavae.images \(command line\): 0 should be greater than or equal to 1"),
+        (["train_vavae.ema_decay=1"], r"train_vavae.ema_decay .*1 should be less than 1"),
+        (["name=../other"], r"name \(command line\): .*should match pattern"),
+        (["name=.hidden"], r"name \(command line\): .*should match pattern"),
+        (["train_vavae.imagse=3"], r"no such key; did you mean train_vavae.images\?"),
+        (["tokenizer.channels=48"], r"channels 48 is not a multiple of norm_groups 32"),
+        (["guidance.interval=[0.5, 0.1]"], r"interval=\[0.5, 0.1\] must satisfy"),
+        (["solver.shift=0"], r"solver.shift \(command line\): 0 should be greater than 0 or should be 'by_dimension'"),
+        (["sample.labels=some"], r"sample.labels \(command line\): \"some\" should be 'class_balanced' or 'random'"),
+        (["sample.labels=[]"], r"sample.labels \(command line\): \[\] should .* or should have at least 1 item"),
+        (["solver.name=rk45"], r"solver.name \(command line\): \"rk45\" should be 'euler', 'heun' or 'dopri5'"),
+        (["lightningdit.heads=3"], r"width=32 must be a multiple of heads=3"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(path, overrides, message):
+    with pytest.raises(UserError) as caught:
+        load(RunConfig, path, overrides)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["workers.count=4"],
+        ["lightningdit.patch_size=2"],
+        ["shards.image_size=64", "lightningdit.patch_size=4"],
+        ["train_vavae.schedule={warmup_images: 10, decay_images: 11}"],
+        ["train_vavae.ema_decay=null"],
+    ],
+)
+def test_what_fits_is_taken(path, overrides):
+    load(RunConfig, path, overrides)
+
+
+def test_the_resolved_configuration_is_the_same_configuration(path, tmp_path):
+    config = load(RunConfig, path, ["seed=3"])
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load(RunConfig, tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=other", "storage.root=elsewhere", "workers.count=2", "stream.workers=3", "train_vavae.images=2000",
+     "train_vavae.log_images=1", "train_vavae.engine.zero_stage=2", "sample.batch_size=1", "latents.actors=4"],
+)  # fmt: skip
+def test_how_a_run_is_carried_out_is_not_what_it_is(path, override):
+    assert digest(load(RunConfig, path, [override])) == digest(load(RunConfig, path))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "stream.lanes=2", "train_vavae.batch_size=32", "train_lightningdit.ema_decay=0.5", "sample.images=7",
+     "latents.flip=false", "guidance.scale=2", "solver.num_steps=3"],
+)  # fmt: skip
+def test_what_changes_results_changes_the_digest(path, override):
+    assert digest(load(RunConfig, path, [override])) != digest(load(RunConfig, path))
+
+
+def test_the_grid_is_the_size_over_the_downsampling(path):
+    assert load(RunConfig, path).grid == 8
+
+
+@pytest.mark.parametrize(("images", "steps"), [(1, 1), (64, 1), (65, 2), (640, 10)])
+def test_steps_cover_the_budget(images, steps):
+    assert TrainingConfig(images=images, batch_size=64).steps == steps

@@ -1,0 +1,63 @@
+"""The samples of a run: what they are made of, and what makes them again."""
+
+import pytest
+from support.trained import DIGEST, trained_run
+
+from vavae.errors import UserError
+from vavae.runs.run import Run
+from vavae.sampling.inputs import class_names, open_generator, sample_set, this_device
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Where the run is, with its samples."""
+    run = trained_run(tmp_path_factory.mktemp("runs"))
+    samples, generator = sample_set(run), open_generator(run, this_device())
+    for shard in samples.shards():
+        samples.generate(shard, generator, lambda _: None)
+    return run.storage.url()
+
+
+def done(made, *overrides):
+    samples = sample_set(Run.at(made, overrides))
+    return [samples.record(shard) is not None for shard in samples.shards()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], [True, True, True]),
+        (["sample.batch_size=1", "sample.actors=3", "sample.npz=true", "evaluate.images=5"], [True, True, True]),
+        (["sample.images=17"], [True, True, False, False, False]),
+        (["sample.images=8"], [True, True]),
+        (["sample.labels=random"], [False, False, False]),
+        (["sample.shard_images=5"], [False, False]),
+        (["guidance.scale=2"], [False, False, False]),
+        (["solver.rtol=0.01"], [False, False, False]),
+        (["seed=8"], [False, False, False]),
+    ],
+)
+def test_what_makes_an_image_makes_it_again(made, overrides, expected):
+    assert done(made, *overrides) == expected
+
+
+def test_other_models_make_all_again(made, tmp_path):
+    run = trained_run(tmp_path)
+    for path in Run.at(made).storage.list("samples"):
+        run.storage.write_bytes(path, Run.at(made).storage.read_bytes(path))
+    assert done(run.storage.url()) == [True, True, True]
+    path = f"{run.prefix('train_lightningdit')}/artefact.json"
+    run.storage.write_json(path, {**run.storage.read_json(path), "digest": DIGEST})
+    assert done(run.storage.url()) == [False, False, False]
+
+
+def test_a_label_that_is_no_class_is_one_line(made):
+    with pytest.raises(UserError, match=r"^sample\.labels: 'x' is none of the 3 classes"):
+        sample_set(Run.at(made, ["sample.labels=[x]"]))
+
+
+def test_a_run_without_latents_says_what_to_do(tmp_path):
+    run = trained_run(tmp_path)
+    run.storage.delete(run.prefix("precompute_latents"))
+    with pytest.raises(UserError, match=r"no latents yet; run python -m ray_jobs\.precompute_latents"):
+        class_names(run)

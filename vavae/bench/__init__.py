@@ -1,0 +1,1 @@
+"""Benchmarks that run vavae and its baselines interleaved in one process."""

@@ -1,0 +1,99 @@
+"""For how long a checkpoint holds a training up."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vavae.bench.benchmark import OURS, Contest
+from vavae.data.image_stream import SliceSource
+from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.engine import Engine, TorchEngine
+from vavae.distributed.world import World
+from vavae.storage.storage import Storage
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
+from vavae.training.logging.stopwatch import Stopwatch
+from vavae.training.step import StepMemory, StepResult
+
+_WIDTH = 1024
+_FRESH = TrainState(images_seen=0, config="bench", data="bench")
+
+
+class _Trained:
+    """A model of so many parameters whose optimiser has its moments: as much of a step as a checkpoint asks for."""
+
+    ema = None
+
+    def __init__(self, parameters: int) -> None:
+        layers = [nn.Linear(_WIDTH, _WIDTH) for _ in range(max(1, parameters // (_WIDTH * _WIDTH)))]
+        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), World(), rounds=1)
+        engine.backward(engine.forward(torch.ones(1, _WIDTH)).sum())
+        engine.update(1e-4)
+        self.engines: Mapping[str, Engine] = {"model": engine}
+        self.stopwatch = Stopwatch(World().device)
+
+    def source(self) -> SliceSource[Any]:
+        """Nobody reads."""
+        raise NotImplementedError
+
+    def run(self, slices: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
+        """Nobody trains."""
+        raise NotImplementedError
+
+    def memory(self) -> StepMemory:
+        """Nothing."""
+        return {}
+
+    def recall(self, memory: StepMemory) -> None:
+        """Nothing."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that a checkpoint holds."""
+        return [part.values for e in self.engines.values() for part in {**e.fragments(), **e.moments()}.values()]
+
+
+@contextmanager
+def stall_contest(parameters: int) -> Iterator[Contest]:
+    """Seconds for which one checkpoint on a local disk holds a training up: written by a thread, as ours is; written
+    at once; and no more than copied, which is the least that anything can do.
+
+    Args:
+        parameters: of the model, about; a checkpoint holds three numbers of four bytes for each.
+    """
+    trained, seen = _Trained(parameters), 0
+    with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
+        checkpoints = Checkpoints(Storage(folder), _FRESH, Retention(1), World())
+
+        def save() -> float:
+            nonlocal seen
+            seen += 1
+            start = time.perf_counter()
+            checkpoints.save(trained, _FRESH.advanced(seen), {}, lambda: None)
+            return time.perf_counter() - start
+
+        def ours() -> float:
+            held_up = save()
+            checkpoints.settle()
+            return held_up
+
+        def at_once() -> float:
+            start = time.perf_counter()
+            save()
+            checkpoints.settle()
+            return time.perf_counter() - start
+
+        def copied() -> float:
+            start = time.perf_counter()
+            copies = [tensor.to("cpu", copy=True) for tensor in trained.tensors()]
+            seconds = time.perf_counter() - start
+            assert len(copies) > 0, "a model has weights"
+            return seconds
+
+        sides = {OURS: ours, "writing at once": at_once, "the copy alone": copied}
+        yield Contest(f"checkpoint of {12 * parameters // 2**20} MiB", "s held up", sides, less_is_better=True)

@@ -1,0 +1,1 @@
+"""Benchmarks of reading shards beside plain WebDataset pipelines."""

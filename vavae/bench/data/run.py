@@ -1,0 +1,51 @@
+"""All contests, one after the other."""
+
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vavae.bench.benchmark import Contest, LeftOut, Row, compete
+from vavae.bench.data.local import image_contests, latent_contests
+from vavae.bench.data.start import start_contests
+from vavae.bench.data.store import store_contests
+
+
+class Sizes(NamedTuple):
+    """How much the sides go through."""
+
+    images: int = 1536
+    """In the shards of images, 256 x 256 pixels each; a multiple of 128."""
+    latents: int = 1024
+    """In a shard of latents, 32 x 16 x 16 each."""
+    shards: int = 1250
+    """Of latents, where starting is measured."""
+
+
+def run(rounds: int, sizes: Sizes) -> Iterator[Row | LeftOut]:
+    """Hold every contest; torch has one thread meanwhile.
+
+    Args:
+        rounds: how often each side has its turn.
+        sizes: of what is read.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vavae-") as name:
+            folder = Path(name)
+            for found in chain(
+                image_contests(folder / "images", sizes.images),
+                latent_contests(folder / "latents", sizes.latents),
+                store_contests(folder / "store", sizes.images),
+                start_contests(folder / "start", sizes.latents, sizes.shards),
+            ):
+                if isinstance(found, Contest):
+                    yield from compete(found, rounds)
+                else:
+                    yield found
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""The console command `vavae`, one module per group of commands."""

@@ -1,0 +1,97 @@
+"""``vavae data index | verify | stats``."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich import filesize
+
+from vavae.data.shards.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from vavae.errors import UserError
+from vavae.storage.config import DEFAULT_CACHE, StorageOptions
+from vavae.storage.storage import Storage
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of ``vavae data`` its commands; ``act`` of the arguments returns the exit status."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    index = _command(commands, "index", "write the manifest of WebDataset shards made by others", _index)
+    index.add_argument("--train", nargs="+", required=True, metavar="URL", help="shards, or folders of .tar files")
+    index.add_argument("--validation", nargs="+", required=True, metavar="URL", help="held-out ones likewise")
+    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    verify = _command(commands, "verify", "check size, checksum, count and classes of every shard", _verify)
+    verify.add_argument("--images", action="store_true", help="decode every image, too")
+    verify.add_argument("--drop", action="store_true", help="decode, and take unreadable images out of the manifest")
+    stats = _command(commands, "stats", "show counts, sizes and classes", _stats)
+    for command in (index, verify, stats):
+        command.add_argument("folder", metavar="FOLDER", help=f"path or URL of the folder of {MANIFEST}")
+        command.add_argument("--cache", default=DEFAULT_CACHE, help="folder for fetched shards; default: %(default)s")
+        command.add_argument("--anonymous", action="store_true", help="ask S3 without keys, for public buckets")
+
+
+def _storage(arguments: argparse.Namespace) -> Storage:
+    """The folder. Endpoint, region, profile and authorities of S3 come from its usual variables (AWS_PROFILE, ...)."""
+    return Storage(arguments.folder, arguments.cache, StorageOptions(anonymous=arguments.anonymous))
+
+
+def _command(commands: Any, name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(act=act)
+    return command
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from vavae.data.shards.verify import index_shards, read_class_names
+
+    splits = {"train": arguments.train, "validation": arguments.validation}
+    classes = read_class_names(arguments.classes) if arguments.classes else None
+    storage = _storage(arguments)
+    manifest = index_shards(splits, classes, storage)
+    write_manifest(storage, "", manifest)
+    counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.splits)
+    print(f"{counts} images of {len(manifest.classes)} classes; use them with shards.source=indexed:{arguments.folder}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vavae.data.shards.verify import ShardFaults, verify_shards, without_unreadable
+    from vavae.latents.manifest import LatentManifest, read_any_manifest
+
+    storage, images = _storage(arguments), arguments.images or arguments.drop
+    manifest = read_any_manifest(storage)
+    if images and isinstance(manifest, LatentManifest):
+        raise UserError(f"{storage.url()} holds latents, which have no images to decode: leave the option out")
+    if arguments.drop and any(shard.url is None for shards in manifest.splits.values() for shard in shards):
+        raise UserError(f"{storage.url()} is a run's own: delete the shard with the image and run prepare_shards again")
+    found: list[ShardFaults] = []
+    for faults in verify_shards(storage, manifest, images):
+        for line in (*faults.lines, *faults.unreadable.values()):
+            print(line, flush=True)
+        found.append(faults)
+    unreadable = sum(len(faults.unreadable) for faults in found)
+    if arguments.drop and unreadable:
+        assert isinstance(manifest, Manifest), "latents were refused"
+        write_manifest(storage, "", without_unreadable(manifest, found))
+        print(f"{unreadable:,} images are out of the manifest, which makes it another source for a run")
+    whole = sum(not faults.lines and (arguments.drop or not faults.unreadable) for faults in found)
+    print(f"{whole} of {len(found)} shards are as the manifest says")
+    return 0 if whole == len(found) else 1
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from vavae.data.shards.verify import split_statistics
+
+    storage = _storage(arguments)
+    manifest = read_manifest(storage)
+    for split in manifest.splits:
+        found = split_statistics(storage, manifest, split)
+        forms = ", ".join(f"{count:,} {extension}" for extension, count in found.extensions.most_common())
+        counts = [found.labels[label] for label in range(len(manifest.classes))]
+        mean = filesize.decimal(found.image_bytes // max(1, found.images))
+        print(f"{split}: {found.images:,} images in {found.shards:,} shards, {filesize.decimal(found.bytes)}")
+        print(f"  {forms}; {mean} each on average")
+        print(f"  {len(counts):,} classes of {min(counts):,} to {max(counts):,} images")
+    if manifest.skipped_count:
+        print(f"{manifest.skipped_count:,} unreadable images were left out, such as {manifest.skipped[0]}")
+    return 0

@@ -1,0 +1,78 @@
+"""``vavae plan``."""
+
+import argparse
+
+from vavae.config.load import load
+from vavae.errors import UserError
+from vavae.planning.offer import Offer, parse_gpus
+from vavae.runs.config import RunConfig
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``vavae plan`` takes besides a configuration; ``act`` of the arguments returns the exit status."""
+    default = Offer("H100", 1)
+    parser.add_argument("--gpus", required=True, metavar="NxNAME", help="such as 64xH100")
+    parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
+    for option, kind, value, text in (
+        ("--utilisation", float, default.utilisation, "share of the GPU's best rate that the networks reach"),
+        ("--node-gpus", int, default.node_gpus, "GPUs of one machine"),
+        ("--network-gbit", float, default.network * 8e-9, "Gbit/s of a machine to the others"),
+        ("--store-gbit", float, default.store * 8e-9, "Gbit/s of a machine to and from the store"),
+        ("--hours-between-failures", float, default.hours_between_failures, "of the whole cluster, with evictions"),
+        ("--images", int, IMAGENET_IMAGES, "of the data set"),
+    ):
+        parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text}; default: %(default)g")
+    parser.add_argument("--image-bytes", type=float, metavar="N", help="mean size of a stored image; default: guessed")
+    parser.set_defaults(act=plan)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print the plan."""
+    # torch takes seconds to import.
+    from vavae.planning.stages import Dataset, plan_stages
+    from vavae.planning.tables import print_table
+
+    offer = _offer(arguments)
+    settings = _settings(load(RunConfig, arguments.config, arguments.overrides), offer)
+    config = load(RunConfig, arguments.config, [*arguments.overrides, *settings])
+    stages = plan_stages(config, offer, Dataset(arguments.images, arguments.image_bytes))
+    print_table(stages, offer)
+    print(f"run it with {' '.join(settings)}")
+    print(
+        f"assumed: {arguments.images:,} images; {offer.utilisation:.0%} of the GPU's best rate; "
+        f"{offer.node_gpus} GPUs a machine, {offer.network * 8e-9:g} Gbit/s to others, {offer.store * 8e-9:g} to the "
+        f"store; a failure in {offer.hours_between_failures:g} h. `vavae plan --help` says how to change it, "
+        "vavae/planning/formulas.py what is computed"
+    )
+    return 0
+
+
+def _offer(arguments: argparse.Namespace) -> Offer:
+    count, name = parse_gpus(arguments.gpus)
+    options = ("price", "utilisation", "node_gpus", "network_gbit", "store_gbit", "hours_between_failures")
+    for option in (*options, "images", "image_bytes"):
+        value = getattr(arguments, option)
+        if value is not None and value <= 0:
+            raise UserError(f"--{option.replace('_', '-')} {value:g}: give a number above 0")
+    if arguments.utilisation > 1:
+        raise UserError(f"--utilisation {arguments.utilisation:g}: give a share, at most 1")
+    return Offer(
+        name,
+        count,
+        arguments.node_gpus,
+        arguments.price,
+        arguments.utilisation,
+        arguments.network_gbit * 1e9 / 8,
+        arguments.store_gbit * 1e9 / 8,
+        arguments.hours_between_failures,
+    )
+
+
+def _settings(config: RunConfig, offer: Offer) -> list[str]:
+    """The overrides with which a run uses the whole offer."""
+    lanes = [f"stream.lanes={offer.count}"] if config.stream.lanes < offer.count else []
+    actors = int(offer.count / config.latents.gpus)
+    workers = [f"workers.count={offer.count}", "workers.use_gpu=true"]
+    return [*lanes, *workers, f"latents.actors={actors}", f"sample.actors={offer.count}"]

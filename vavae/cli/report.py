@@ -1,0 +1,63 @@
+"""``vavae report RUN [RUN …]``: the report of a run made again, or several runs side by side."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vavae.config import load
+from vavae.errors import UserError
+from vavae.report.comparison import Comparison, compare_configurations, render_comparison
+from vavae.report.curves import compared_curves
+from vavae.report.html import render
+from vavae.report.run_report import log_rows, run_report
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
+
+
+def write_report(arguments: argparse.Namespace) -> int:
+    """Write the page of the runs that were named, and say where it is."""
+    runs = open_runs(arguments.runs, arguments.hourly_price)
+    if len(runs) == 1:
+        (run,) = runs.values()
+        text = render(run_report(run))
+    else:
+        comparison = Comparison(
+            reports={name: run_report(run) for name, run in runs.items()},
+            differences=compare_configurations([run.config for run in runs.values()]),
+            curves=compared_curves({name: log_rows(run) for name, run in runs.items()}),
+        )
+        text = render_comparison(comparison)
+    try:
+        Path(arguments.out).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error.strerror}; name another file") from error
+    print(f"report: {Path(arguments.out).absolute()}")
+    return 0
+
+
+def open_runs(places: Sequence[str], hourly_price: float | None = None) -> Mapping[str, Run]:
+    """The runs at some places, by their names, or by their places where names are not enough.
+
+    Args:
+        places: folders of runs (paths or storage URLs), or configuration files.
+        hourly_price: of a worker, in place of the configured one.
+
+    Raises:
+        UserError: there is no run at one of them.
+    """
+    prices = [] if hourly_price is None else [f"workers.hourly_price={hourly_price}"]
+    runs = [_open(place, prices) for place in places]
+    names = [run.config.name for run in runs]
+    labels = names if len({*names}) == len(names) else [run.storage.url() for run in runs]
+    if len({*labels}) < len(labels):
+        raise UserError(f"a run is named twice among {', '.join(places)}: name each once")
+    return dict(zip(labels, runs, strict=True))
+
+
+def _open(place: str, overrides: Sequence[str]) -> Run:
+    if not place.endswith((".yaml", ".yml")):
+        return Run.at(place, overrides)
+    run = Run(load(RunConfig, place, overrides))
+    if not run.storage.exists():
+        raise UserError(f"{run.storage.url()}: nothing there yet; start the run, or name another")
+    return run

@@ -1,0 +1,91 @@
+"""How far a run is, from what lies on its storage alone: no cluster, no images and no process is asked."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from vavae.progress import NAME_WIDTH, Progress, clock
+from vavae.report.run_facts import hardware_of, training_cost
+from vavae.runs.run import STAGES, TRAININGS, Job, Plan, Run
+from vavae.storage.artifact import RECORD, read
+from vavae.storage.storage import Storage
+from vavae.training.logging.log import latest_row, read_rows
+
+
+class Training(NamedTuple):
+    """How far a training is."""
+
+    seen: int
+    """Images at the newest checkpoint."""
+    budget: int
+    saved_at: datetime | None
+    """When that was written, where the store tells it."""
+    rate: float | None
+    """Images per second of late."""
+
+
+class StageStatus(NamedTuple):
+    """One stage of a run."""
+
+    job: Job
+    plan: Plan
+    training: Training | None
+    """Of a training that has begun."""
+    shards: int
+    """Shards that a stage has written so far."""
+
+    def line(self, now: datetime) -> str:
+        """`train_vavae  6,400/19,200 images  61 images/s  3:29 left  saved 0:12 ago`, or whether it is done and why."""
+        training = self.training
+        if self.plan.done or training is None:
+            so_far = f"  shards so far: {self.shards:,}" if self.shards and not self.plan.done else ""
+            return f"{self.job:<{NAME_WIDTH}} {'done' if self.plan.done else 'to do':<6} {self.plan.why}{so_far}"
+        progress = Progress(self.job, training.seen, training.budget, rate=training.rate).line()
+        saved = f"  saved {clock((now - training.saved_at).total_seconds())} ago" if training.saved_at else ""
+        return progress + saved
+
+
+def run_status(run: Run, plans: Mapping[Job, Plan]) -> list[StageStatus]:
+    """Every stage, given what there is to do."""
+    return [StageStatus(job, plan, _training(run, job), _shards(run, job)) for job, plan in plans.items()]
+
+
+def run_cost(run: Run, hourly_price: float) -> float:
+    """What the trainings have cost so far.
+
+    Args:
+        run: begun or done.
+        hourly_price: of a worker.
+    """
+    return sum(
+        training_cost(read_rows(_log(run, job)), hardware.workers, hourly_price)
+        for job in TRAININGS
+        if _has_inputs(run, job) and (hardware := hardware_of(run, job)) is not None
+    )
+
+
+def _training(run: Run, job: Job) -> Training | None:
+    budget = run.budget(job)
+    if budget is None or not _has_inputs(run, job):
+        return None
+    checkpoints = run.storage.child(f"{run.training_prefix(job)}/checkpoints")
+    committed = [path for path in checkpoints.sizes() if path.endswith(f"/{RECORD}")]
+    record = read(checkpoints, committed[-1].removesuffix(f"/{RECORD}")) if committed else None
+    if record is None or record.images_seen is None:
+        return None
+    rate = latest_row(_log(run, job)).get("images_per_second")
+    return Training(record.images_seen, budget, checkpoints.modified(committed[-1]), rate)
+
+
+def _has_inputs(run: Run, job: Job) -> bool:
+    return all(run.artefact(name) is not None for name in STAGES[job].inputs)
+
+
+def _log(run: Run, job: Job) -> Storage:
+    return run.storage.child(f"{run.training_prefix(job)}/log")
+
+
+def _shards(run: Run, job: Job) -> int:
+    if job in TRAININGS or not _has_inputs(run, job):
+        return 0
+    return sum(path.endswith(".tar") for path in run.storage.sizes(run.prefix(job)))

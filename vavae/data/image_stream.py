@@ -1,0 +1,187 @@
+"""The stream of slices that feeds a training run: a map-style dataset over (lane, step), so workers never matter."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vavae.data.config import StreamConfig
+from vavae.data.image import UnreadableImage, prepare_image
+from vavae.data.prefetch import OrderedShards
+from vavae.data.sample_order import Location, SampleOrder
+from vavae.data.shards.manifest import Manifest
+from vavae.data.shards.mapped_shard import MappedShard, ShardCache
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class SliceKey(NamedTuple):
+    """Which slice: the consecutive positions that one lane contributes to one step."""
+
+    lane: int
+    step: int
+
+
+class ImageSlice(NamedTuple):
+    """Images of one slice, as they lie in the shards but cropped and flipped."""
+
+    lane: int
+    step: int
+    images: Tensor
+    """uint8 [S, 3, H, W]; in memory the channels of a pixel lie together, until floats are made of them."""
+    labels: Tensor
+    """int64 [S]."""
+    unreadable: Sequence[str] = ()
+    """Images that could not be read and had others stand in for them: `<split>/<shard>#<key>`."""
+
+
+class _Found(NamedTuple):
+    label: int
+    unreadable: list[str]
+
+
+class Quarantine:
+    """The unreadable images of a stream, by name, as the training process learns of them.
+
+    Args:
+        limit: how many are borne.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.names: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Take names in, known ones or new.
+
+        Raises:
+            UserError: there are more than the limit.
+        """
+        self.names.update(names)
+        if len(self.names) > self._limit:
+            raise UserError(
+                f"{len(self.names)} unreadable images, such as {min(self.names)}: more than "
+                f"stream.unreadable_limit={self._limit}; make the shards again or raise it"
+            )
+
+
+SliceT = TypeVar("SliceT", covariant=True)
+
+
+class SliceSource(Protocol, Generic[SliceT]):
+    """A pure function from a key to a slice."""
+
+    def __getitem__(self, key: SliceKey) -> SliceT:
+        """The slice of a lane at a step."""
+
+
+class ShardStream(Dataset[SliceT]):
+    """Slices that are made of the records of shards.
+
+    Args:
+        shards: what it reads, and in which order.
+        slice_bytes: of one slice in memory, about.
+    """
+
+    def __init__(self, shards: OrderedShards, slice_bytes: int) -> None:
+        self.shards, self.slice_bytes = shards, slice_bytes
+
+
+class ImageStream(ShardStream[ImageSlice]):
+    """Slices of one split of image shards.
+
+    Args:
+        storage: where the manifest's shards lie.
+        manifest: what there is.
+        split: `train` or `validation`.
+        order: which record comes where.
+        slice_size: images of one slice.
+        config: crop and flip.
+        seed: keys the crops and flips.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        split: str,
+        order: SampleOrder,
+        slice_size: int,
+        config: StreamConfig,
+        seed: int,
+    ) -> None:
+        shards = OrderedShards(storage, split, manifest.splits[split], order, slice_size)
+        super().__init__(shards, slice_bytes=slice_size * 3 * manifest.image_size**2)
+        self._image_size, self._classes = manifest.image_size, len(manifest.classes)
+        self._config, self._seed = config, seed
+        self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
+        self.quarantine = Quarantine(config.unreadable_limit)
+        """What `load_slices` met in this process; the slices themselves stay functions of their keys."""
+
+    def __getitem__(self, key: SliceKey) -> ImageSlice:
+        random = numpy_generator(self._seed, "augment", key.lane, key.step)
+        locations = self.shards.order.slice(key.lane, key.step, self.shards.slice_size)
+        pixels = np.empty((len(locations), self._image_size, self._image_size, 3), np.uint8)
+        labels = []
+        unreadable: list[str] = []
+        for location, image in zip(locations, pixels, strict=True):
+            found = self._read_into(image, location, random)
+            labels.append(found.label)
+            unreadable += found.unreadable
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
+        return ImageSlice(key.lane, key.step, images, torch.tensor(labels), tuple(unreadable))
+
+    def _map(self, shard: int) -> MappedShard:
+        def open_file(path: Path) -> MappedShard:
+            return MappedShard(path, self.shards.infos[shard].count, self.shards.infos[shard].dropped)
+
+        return self.shards.open(shard, open_file)
+
+    def _read_into(self, image: np.ndarray, location: Location, random: np.random.Generator) -> _Found:
+        """Fill in the image at a location, or the next readable one of its shard."""
+        shard = self._open.get(location.shard, self._map)
+        name = f"{self.shards.split}/{self.shards.infos[location.shard].name}"
+        unreadable: list[str] = []
+        for offset in range(len(shard)):
+            index = (location.record + offset) % len(shard)
+            record, place = shard[index], f"{name}#{shard.key(index)}"
+            try:
+                data = image_bytes(record, place)
+                pixels = prepare_image(data, self._image_size, self._config.crop, random, buffer=image)
+                mirrored = self._config.flip and random.random() < 0.5
+                if mirrored or not np.may_share_memory(pixels, image):
+                    image[:] = pixels[:, ::-1] if mirrored else pixels
+                return _Found(label_of(record, self._classes, place), unreadable)
+            except UnreadableImage as error:
+                logger.warning("unreadable image %s, the next one stands in: %s", place, error)
+                unreadable.append(place)
+        raise UserError(f"{name}: no readable image in the whole shard")
+
+
+def label_of(record: Mapping[str, bytes], classes: int, place: str) -> int:
+    """The class of a record, an index; UserError with its place where there is none, or one beyond the classes."""
+    text = record.get("cls", b"")
+    if not text.strip().isdigit():
+        raise UserError(f"{place}: its class is {text[:20]!r}; expected a member cls with 0 to {classes - 1}")
+    if int(text) >= classes:
+        raise UserError(f"{place}: label {int(text)}, but the manifest has {classes} classes; make the shards again")
+    return int(text)
+
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+
+def image_bytes(record: Mapping[str, bytes], place: str = "a record") -> bytes:
+    """The encoded image among a record's members; UserError with its place where there is none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in record:
+            return record[extension]
+    raise UserError(f"{place}: without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")

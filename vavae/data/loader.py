@@ -1,0 +1,120 @@
+"""Slices on their way into a training process: loader processes, what these counted, shards that are fetched ahead."""
+
+import multiprocessing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import count
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from vavae.data.config import StreamConfig
+from vavae.data.image_stream import ImageSlice, ImageStream, ShardStream, SliceKey, SliceSource, SliceT
+from vavae.data.prefetch import LookAhead
+from vavae.data.sample_order import Round
+from vavae.errors import UserError
+from vavae.storage.retry import COUNTERS, Counts, StorageUnavailableError
+
+
+class _Keys(Sampler[SliceKey]):
+    """The keys of one rank from a step on, for ever: every round of a step, then the next step."""
+
+    def __init__(self, rounds: Sequence[Round], first_step: int) -> None:
+        self._rounds, self._first = rounds, first_step
+
+    def __iter__(self) -> Iterator[SliceKey]:
+        for step in count(self._first):
+            for turn in self._rounds:
+                yield SliceKey(turn.lane, step)
+
+
+def load_slices(
+    source: SliceSource[SliceT],
+    rounds: Sequence[Round],
+    first_step: int,
+    workers: int,
+    pin_memory: bool = False,
+    prefetch_bytes: int = StreamConfig().prefetch_bytes,
+    ranks: int = 1,
+) -> Generator[list[SliceT], None, None]:
+    """Lists of the slices of one rank, one list per step from `first_step` on, one slice per round.
+
+    Args:
+        source: makes a slice from its key.
+        rounds: the lanes of this rank.
+        first_step: the step to begin with.
+        workers: loader processes; 0 makes slices in the training process. Their number never changes a slice.
+        pin_memory: for copies to a GPU that do not block.
+        prefetch_bytes: see `StreamConfig`.
+        ranks: how many processes of this machine train, and share the cache of shards.
+
+    Raises:
+        UserError: as the source does, in whatever process; more images are unreadable than their stream allows.
+        StorageUnavailableError: as the source does.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])  # imported once for all loader processes
+    loader: DataLoader[_Made] = DataLoader(
+        _Maker(source),
+        sampler=_Keys(rounds, first_step),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=processes if workers else None,
+        pin_memory=pin_memory,
+        prefetch_factor=slices_ahead(source, len(rounds), workers, prefetch_bytes) if workers else None,
+    )
+    ahead: AbstractContextManager[LookAhead | None] = nullcontext()
+    if prefetch_bytes and isinstance(source, ShardStream) and not source.shards.are_local:
+        ahead = closing(LookAhead(source.shards, rounds, first_step, prefetch_bytes, ranks))
+    with ahead as look_ahead:
+        made = iter(loader)
+        for step in count(first_step):
+            if look_ahead is not None:
+                look_ahead.reached(step)
+            yield [_received(source, next(made)) for _ in rounds]
+
+
+def slices_ahead(source: SliceSource[Any], rounds: int, workers: int, limit: int) -> int:
+    """Slices that each loader process holds ready: those of one step, two at least, but no more bytes than allowed."""
+    wanted = max(2, -(-rounds // workers))
+    if isinstance(source, ShardStream):
+        wanted = min(wanted, limit // (workers * source.slice_bytes))
+    return max(1, wanted)
+
+
+class _Refusal(NamedTuple):
+    kind: type[UserError] | type[StorageUnavailableError]
+    message: str
+
+
+class _Made(NamedTuple):
+    item: Any
+    """A slice, or a refusal."""
+    counted: Counts
+    """What a loader process asked of stores for it."""
+
+
+class _Maker(Dataset[_Made]):
+    """A source whose errors of one line come back as values: a loader process would add its traceback to them."""
+
+    def __init__(self, source: SliceSource[Any]) -> None:
+        self._source = source
+
+    def __getitem__(self, key: SliceKey) -> _Made:
+        before = COUNTERS.read()
+        try:
+            item = self._source[key]
+        except (UserError, StorageUnavailableError) as error:
+            item = _Refusal(type(error), str(error))
+        if get_worker_info() is None:
+            return _Made(item, Counts())  # counted where it belongs
+        return _Made(item, Counts(*(now - then for now, then in zip(COUNTERS.read(), before, strict=True))))
+
+
+def _received(source: SliceSource[Any], made: _Made) -> Any:
+    COUNTERS.add(**made.counted._asdict())
+    if isinstance(made.item, _Refusal):
+        raise made.item.kind(made.item.message)
+    if isinstance(source, ImageStream) and isinstance(made.item, ImageSlice):
+        source.quarantine.add(made.item.unreadable)
+    return made.item

@@ -1,0 +1,166 @@
+"""Shards of a store are fetched before a stream needs them: by one thread, in the stream's order, within a bound."""
+
+import heapq
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from vavae.data.sample_order import Round, SampleOrder
+from vavae.data.shards.manifest import ShardInfo, is_local, open_shard, shard_file
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+logger = logging.getLogger(__name__)
+THREAD = "vavae-look-ahead"
+
+T = TypeVar("T")
+
+
+class Need(NamedTuple):
+    """A lane enters a shard."""
+
+    step: int
+    lane: int
+    shard: int
+    """Index in the manifest."""
+    block: tuple[int, ...]
+    """All shards that the lane draws from then."""
+
+
+@dataclass(frozen=True)
+class OrderedShards:
+    """The shards of one split, and the order in which a stream reads them. Small to pickle."""
+
+    storage: Storage
+    """The folder of the manifest."""
+    split: str
+    infos: Sequence[ShardInfo]
+    order: SampleOrder
+    slice_size: int
+    """Records of a slice."""
+
+    def open(self, shard: int, open_file: Callable[[Path], T]) -> T:
+        """What `open_file` makes of the local file of a shard; see `open_shard`."""
+        return open_shard(self.storage, self.split, self.infos[shard], open_file)
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard of a store into the cache, where it is not in it yet."""
+        if not is_local(self.storage, self.infos[shard]):
+            shard_file(self.storage, self.split, self.infos[shard])
+
+    def bytes_of(self, shards: Iterable[int]) -> int:
+        """Of some shards together."""
+        return sum(self.infos[shard].bytes for shard in shards)
+
+    @property
+    def are_local(self) -> bool:
+        """Whether all of them surely lie on this machine."""
+        return self.storage.is_local and all(info.url is None for info in self.infos)
+
+    def open_bytes(self, lanes: Iterable[int]) -> int:
+        """Most bytes of shards that some lanes draw from at the same time; looked up in the first epoch."""
+        blocks = zip(*(self.order.blocks(lane, 0) for lane in lanes), strict=True)
+        epoch = takewhile(lambda abreast: abreast[0].position < self.order.records_per_lane, blocks)
+        return max(self.bytes_of({shard for block in abreast for shard in block.shards}) for abreast in epoch)
+
+    def needs(self, rounds: Sequence[Round], first_step: int) -> Iterator[Need]:
+        """The shards that lanes enter from a step on, in the order in which the slices need them, without end."""
+        lanes = dict.fromkeys(turn.lane for turn in rounds)
+        return heapq.merge(*(self._needs(lane, first_step) for lane in lanes), key=lambda need: need.step)
+
+    def _needs(self, lane: int, first_step: int) -> Iterator[Need]:
+        before: tuple[int, ...] = ()
+        for position, block in self.order.blocks(lane, first_step * self.slice_size):
+            if position % self.order.records_per_lane == 0:
+                before = ()  # a lane that never leaves a shard enters it anew: walkers must not walk for ever
+            yield from (Need(position // self.slice_size, lane, shard, block) for shard in block if shard not in before)
+            before = block
+
+
+class LookAhead:
+    """A thread that brings the shards of a rank's coming slices into the node's cache.
+
+    It keeps so little ahead that the cache, which drops what was asked for longest ago, doesn't drop it before it is
+    used: while a shard waits, those that wait with it at the beginning and those at the end go through the cache, so
+    twice as much as waits must fit beside what is open. Errors are left to the stream, which meets them in order.
+
+    Args:
+        shards: what the stream reads.
+        rounds: the lanes of this rank.
+        first_step: where the stream begins.
+        limit: most bytes that wait, but always the next shard.
+        ranks: how many share the cache.
+    """
+
+    def __init__(
+        self, shards: OrderedShards, rounds: Sequence[Round], first_step: int, limit: int, ranks: int = 1
+    ) -> None:
+        self._shards = shards
+        self._limit, self._share = limit, shards.storage.options.cache_bytes // ranks
+        self._horizon = -(-shards.order.records_per_lane // shards.slice_size)  # steps of an epoch: has all shards
+        self._step = first_step
+        self._waiting: deque[Need] = deque()
+        self._open: dict[int, set[int]] = {}
+        self._changed, self._closed = threading.Condition(), False
+        needs = shards.needs(rounds, first_step)
+        threading.Thread(target=self._run, args=(needs,), name=THREAD, daemon=True).start()
+
+    def reached(self, step: int) -> None:
+        """The stream asks for a step now."""
+        with self._changed:
+            self._step = step
+            while self._waiting and self._waiting[0].step <= step:
+                self._enter(self._waiting.popleft())
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Have the thread end; what it fetches just now comes to its end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self, needs: Iterator[Need]) -> None:
+        for need in needs:
+            wanted = self._admit(need)
+            if self._closed:
+                return
+            if wanted:
+                try:
+                    self._shards.fetch(need.shard)
+                except (UserError, OSError) as error:
+                    logger.debug("look-ahead: %s", error)
+
+    def _admit(self, need: Need) -> bool:
+        """Wait until there is room for a shard; whether it is still to be fetched."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._has_room(need))
+            is_new = need.step >= self._step and need.shard not in self._opened() | self._ahead()
+            if need.step > self._step:
+                self._waiting.append(need)
+            else:
+                self._enter(need)
+            return is_new
+
+    def _has_room(self, need: Need) -> bool:
+        if need.step <= self._step:
+            return True
+        if need.step > self._step + self._horizon:
+            return False
+        opened, ahead = self._opened(), self._ahead()
+        size, used = self._shards.bytes_of({need.shard} - opened - ahead), self._shards.bytes_of(ahead)
+        room = self._share - self._shards.bytes_of(opened)
+        return used + size <= min(self._limit, room // 2) or (not used and size <= room)
+
+    def _enter(self, need: Need) -> None:
+        self._open[need.lane] = {need.shard} | self._open.get(need.lane, set()).intersection(need.block)
+
+    def _opened(self) -> set[int]:
+        return {shard for shards in self._open.values() for shard in shards}
+
+    def _ahead(self) -> set[int]:
+        return {need.shard for need in self._waiting} - self._opened()

@@ -1,0 +1,1 @@
+"""WebDataset shards of images: planned, written, listed in a manifest, mapped and verified."""

@@ -1,0 +1,157 @@
+"""The plan of a set of image shards: which image goes where, decided from names alone, before any image is read."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vavae.config import digest, identity
+from vavae.data.config import ShardsConfig
+from vavae.data.shards.manifest import Manifest, read_manifest
+from vavae.data.sources.listing import Fingerprint, Listing, Record
+from vavae.data.sources.opening import INDEXED, open_source
+from vavae.errors import UserError
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+class PlannedShard(NamedTuple):
+    """One shard to write: all that a worker needs to know, and nothing of the others."""
+
+    name: str
+    """`<split>/NNNNNN`."""
+    source: str
+    records: tuple[Record, ...]
+    first_index: int
+    """Index within the split of the first record; the index of a record is its key in the shard."""
+    config: ShardsConfig
+    plan: str
+    """Digest of the plan that it belongs to."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All shards of all splits, in order."""
+
+    config: ShardsConfig
+    classes: tuple[str, ...]
+    sources: dict[str, Fingerprint]
+    """Fingerprints of the sources by split; without a validation source both splits come from `train`."""
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def images(self) -> int:
+        """Images in all sources."""
+        return sum(len(shard.records) for shard in self.shards)
+
+
+def plan_shards(config: ShardsConfig, storage: Storage) -> ShardPlan:
+    """List the sources, divide train from validation, shuffle each split by key and cut it into shards.
+
+    Args:
+        config: sources and form.
+        storage: whose options and cache are used for sources that lie in a store.
+
+    Raises:
+        UserError: a source is missing, empty or not arranged in classes; the validation source has a class of its
+            own; a split comes out empty.
+    """
+    index = read_index(config, storage)
+    if index is not None:
+        return ShardPlan(config, index.classes, describe_sources(config, storage), ())
+    names, listings = _source_names(config), _list_sources(config, storage)
+    sources = {split: listing.fingerprint for split, listing in listings.items()}
+    plan = digest(origin(config, sources))
+    shards = [
+        shard
+        for split, records in _split(listings, config).items()
+        for shard in _cut(split, records, names.get(split, config.source), config, plan)
+    ]
+    return ShardPlan(config, listings[TRAIN].classes, sources, tuple(shards))
+
+
+def describe_sources(config: ShardsConfig, storage: Storage) -> dict[str, Fingerprint]:
+    """Fingerprints of the sources by split, from names and sizes; raises UserError as `plan_shards` does."""
+    index = read_index(config, storage)
+    if index is not None:
+        return {
+            split: {"kind": INDEXED, "classes": [*index.classes], "images": index.count(split), "digest": index.digest}
+            for split in index.splits
+        }
+    return {split: listing.fingerprint for split, listing in _list_sources(config, storage).items()}
+
+
+def read_index(config: ShardsConfig, storage: Storage) -> Manifest | None:
+    """The manifest of shards that others made, with the image size of the configuration; None for any other source."""
+    kind, _, folder = config.source.partition(":")
+    if kind != INDEXED:
+        return None
+    return read_manifest(storage.at(folder)).model_copy(update={"image_size": config.image_size})
+
+
+def input_digests(sources: Mapping[str, Fingerprint]) -> dict[str, str]:
+    """The digests by which the artefact of the shards names its sources."""
+    return {split: digest(fingerprint) for split, fingerprint in sources.items()}
+
+
+def origin(config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> dict[str, Any]:
+    """All that the bytes of the shards are a function of, as plain values."""
+    return {"config": identity(config), "sources": identity(sources)}
+
+
+def _source_names(config: ShardsConfig) -> dict[str, str]:
+    names = {TRAIN: config.source, VALIDATION: config.validation_source}
+    return {split: name for split, name in names.items() if name is not None}
+
+
+def _list_sources(config: ShardsConfig, storage: Storage) -> dict[str, Listing]:
+    labels = {VALIDATION: config.validation_labels}
+    return {
+        split: open_source(name, storage, labels.get(split)).listing() for split, name in _source_names(config).items()
+    }
+
+
+def _split(listings: dict[str, Listing], config: ShardsConfig) -> dict[str, Sequence[Record]]:
+    train = listings[TRAIN]
+    if VALIDATION in listings:
+        return {TRAIN: train.records, VALIDATION: _relabel(listings[VALIDATION], train.classes, config)}
+    if not config.validation_fraction:
+        return {TRAIN: train.records}
+    splits: dict[str, Sequence[Record]] = {
+        TRAIN: [record for record in train.records if not is_held_out(record.key, config)],
+        VALIDATION: [record for record in train.records if is_held_out(record.key, config)],
+    }
+    empty = next((split for split, records in splits.items() if not records), None)
+    if empty:
+        raise UserError(
+            f"validation_fraction={config.validation_fraction} of {len(train.records)} images leaves none for {empty}: "
+            "change it, or name a validation_source"
+        )
+    return splits
+
+
+def is_held_out(key: str, config: ShardsConfig) -> bool:
+    """Whether an image belongs to validation: a function of its name alone, so other images never move it."""
+    value = hashlib.sha256(f"{config.seed} {VALIDATION} {key}".encode(errors="surrogateescape")).digest()[:8]
+    return int.from_bytes(value, "big") < config.validation_fraction * 2**64
+
+
+def _relabel(listing: Listing, classes: Sequence[str], config: ShardsConfig) -> list[Record]:
+    """The records with labels that index the classes of the train split."""
+    labels = {name: label for label, name in enumerate(classes)}
+    strange = [name for name in listing.classes if name not in labels]
+    if strange:
+        raise UserError(
+            f"validation_source {config.validation_source}: class {strange[0]} is not among the {len(classes)} of "
+            f"{config.source}; both must name their classes alike"
+        )
+    return [record._replace(label=labels[listing.classes[record.label]]) for record in listing.records]
+
+
+def _cut(split: str, records: Sequence[Record], source: str, config: ShardsConfig, plan: str) -> Iterator[PlannedShard]:
+    order = numpy_generator(config.seed, "shards", split).permutation(len(records))
+    for number, first in enumerate(range(0, len(records), config.shard_images)):
+        chosen = tuple(records[index] for index in order[first : first + config.shard_images])
+        yield PlannedShard(f"{split}/{number:06d}", source, chosen, first, config, plan)

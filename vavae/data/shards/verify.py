@@ -1,0 +1,190 @@
+"""Sets of shards as a whole: a manifest for those made by others, the check of every shard, and what is in them."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from vavae.data.config import ShardsConfig
+from vavae.data.image import UnreadableImage, decode_image
+from vavae.data.image_stream import IMAGE_EXTENSIONS, image_bytes, label_of
+from vavae.data.shards.manifest import Manifest, ShardInfo, shard_file
+from vavae.data.shards.mapped_shard import MappedShard
+from vavae.errors import UserError
+from vavae.storage.storage import Storage, sha256_of
+
+
+def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | None, storage: Storage) -> Manifest:
+    """The manifest of WebDataset tars that lie where they lie; nothing of them is rewritten.
+
+    Its image size is the default: a run that takes the manifest for its shards puts its own there.
+
+    Args:
+        splits: by split, paths or URLs of shards, or of folders whose .tar files are meant, at any depth.
+        classes: names of the classes; None numbers them up to the largest label.
+        storage: whose options and cache are used for shards that lie in a store.
+
+    Raises:
+        UserError: no shards there, a damaged or empty one, or a record without an image or without a class.
+    """
+    bound, largest = len(classes) if classes is not None else 10**9, -1
+    found: dict[str, tuple[ShardInfo, ...]] = {}
+    for split, urls in splits.items():
+        infos: list[ShardInfo] = []
+        for place in _shards(urls, storage):
+            path, url = place.local_file(), place.url()
+            shard = MappedShard(path)
+            if not len(shard):
+                raise UserError(f"{url}: a shard without a record; delete it or leave it out")
+            for index in range(len(shard)):
+                record, name = shard[index], f"{url}#{shard.key(index)}"
+                image_bytes(record, name)
+                largest = max(largest, label_of(record, bound, name))
+            infos.append(
+                ShardInfo(
+                    name=f"{len(infos):06d}.tar",
+                    count=len(shard),
+                    bytes=path.stat().st_size,
+                    sha256=sha256_of(path),
+                    url=url,
+                )
+            )
+        found[split] = tuple(infos)
+    names = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
+    size = ShardsConfig.model_fields["image_size"].default
+    return Manifest(splits=found, classes=names, image_size=size, sources={})
+
+
+def _shards(urls: Sequence[str], storage: Storage) -> Iterator[Storage]:
+    for url in urls:
+        place = storage.at(url)
+        names = [""] if place.is_file() else [name for name in place.sizes() if name.endswith(".tar")]
+        if not names:
+            raise UserError(f"{url}: no shard there; give a .tar or a folder of them")
+        yield from (place.child(name) if name else place for name in names)
+
+
+class ShardFaults(NamedTuple):
+    """What is wrong with a shard; mostly nothing."""
+
+    split: str
+    number: int
+    """Position of the shard in its split."""
+    lines: list[str]
+    """Whatever would stop a run."""
+    unreadable: dict[int, str]
+    """A line for each image that cannot be read, by position in the shard."""
+
+
+class ShardSet(Protocol):
+    """The part of a manifest, of images or of latents, that a check of its shards needs."""
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[ShardInfo]]:
+        """Shards by split, in order."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes."""
+
+
+def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterator[ShardFaults]:
+    """What is wrong with each shard, in turn.
+
+    A shard may be gone, have another size, checksum or count than the manifest says, or a class beyond the manifest's.
+    All of it is read where it lies: no copy in the cache of this machine stands in for a shard of a store.
+
+    Args:
+        storage: the folder of the manifest.
+        manifest: of images or latents.
+        images: decode every image, too.
+    """
+    for split, shards in manifest.splits.items():
+        for number, info in enumerate(shards):
+            faults = ShardFaults(split, number, [], {})
+            with tempfile.TemporaryDirectory(prefix="vavae-") as cache:
+                fresh = Storage(storage.root, cache, storage.options)
+                try:
+                    shard = MappedShard(shard_file(fresh, split, info), info.count, info.dropped)
+                except UserError as error:
+                    faults.lines.append(str(error))
+                else:
+                    _look_through(shard, info, len(manifest.classes), images, faults)
+            yield faults
+
+
+def _look_through(shard: MappedShard, info: ShardInfo, classes: int, images: bool, faults: ShardFaults) -> None:
+    dropped = info.dropped or ()
+    positions = (position for position in range(len(shard) + len(dropped)) if position not in dropped)
+    for index, position in enumerate(positions):
+        record, place = shard[index], f"{faults.split}/{info.name}#{shard.key(index)}"
+        try:
+            label_of(record, classes, place)
+            if images:
+                decode_image(image_bytes(record, place))
+        except UserError as error:
+            faults.lines.append(str(error))
+        except UnreadableImage as error:
+            faults.unreadable[position] = f"{place}: unreadable ({error})"
+
+
+def without_unreadable(manifest: Manifest, found: Iterable[ShardFaults]) -> Manifest:
+    """The manifest of the same shards less their unreadable images: another content, of another digest.
+
+    Raises:
+        UserError: no image of a split is left.
+    """
+    splits = {split: list(shards) for split, shards in manifest.splits.items()}
+    names: list[str] = []
+    for faults in found:
+        info = splits[faults.split][faults.number]
+        dropped = tuple(sorted({*(info.dropped or ()), *faults.unreadable}))
+        if faults.unreadable:
+            update = {"count": info.count - len(faults.unreadable), "dropped": dropped}
+            splits[faults.split][faults.number] = info.model_copy(update=update)
+        names += [line.partition(": ")[0] for line in faults.unreadable.values()]
+    left = {split: tuple(shard for shard in shards if shard.count) for split, shards in splits.items()}
+    empty = next((split for split, shards in left.items() if not shards), None)
+    if empty:
+        raise UserError(f"no image of split {empty} can be read: nothing would be left of it")
+    skipped = {"skipped": (*manifest.skipped, *names), "skipped_count": manifest.skipped_count + len(names)}
+    return manifest.model_copy(update={"splits": left, **skipped})
+
+
+class SplitStatistics(NamedTuple):
+    """What the shards of a split hold."""
+
+    shards: int
+    images: int
+    bytes: int
+    """Of the shards."""
+    labels: Counter[int]
+    """Images by class."""
+    extensions: Counter[str]
+    """Images by form."""
+    image_bytes: int
+    """Of the images alone."""
+
+
+def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitStatistics:
+    """Go through the shards of a split; UserError where one is damaged."""
+    labels, extensions, size = Counter[int](), Counter[str](), 0
+    shards = manifest.splits[split]
+    for info in shards:
+        shard = MappedShard(shard_file(storage, split, info), info.count, info.dropped)
+        for index in range(len(shard)):
+            record, place = shard[index], f"{split}/{info.name}#{shard.key(index)}"
+            labels[label_of(record, len(manifest.classes), place)] += 1
+            size += len(image_bytes(record, place))
+            extensions[next(extension for extension in IMAGE_EXTENSIONS if extension in record)] += 1
+    total = sum(shard.bytes for shard in shards)
+    return SplitStatistics(len(shards), manifest.count(split), total, labels, extensions, size)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Names of classes, one a line in the order of their labels."""
+    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{path}: no names of classes; expected one a line")
+    return names

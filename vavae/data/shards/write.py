@@ -1,0 +1,242 @@
+"""Writing a set of image shards.
+
+Each shard is a pure function of its plan and commits by itself, so any number of processes may write them in any order,
+be killed, and go on where they were.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vavae.config import differences, digest
+from vavae.data.config import ShardsConfig
+from vavae.data.image import UnreadableImage, stored_image
+from vavae.data.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
+from vavae.data.shards.plan import (
+    PlannedShard,
+    ShardPlan,
+    describe_sources,
+    input_digests,
+    origin,
+    plan_shards,
+    read_index,
+)
+from vavae.data.shards.tar import ShardWriter, write_tar
+from vavae.data.sources.listing import Fingerprint, Source
+from vavae.data.sources.opening import reopen_source
+from vavae.errors import UserError
+from vavae.storage.artifact import Artefact, FileInfo, commit, is_intact, read
+from vavae.storage.storage import Storage, sha256_of
+
+KIND = "shards"
+_PLAN = "plan.json"
+_SKIPPED_NAMES = 1000
+_log = logging.getLogger(__name__)
+
+
+class ShardRecord(BaseModel):
+    """The commit record of one shard, written after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: str
+    """Digest of the plan that the shard belongs to."""
+    shard: ShardInfo
+    """A shard without a single readable image has count 0 and no file."""
+    skipped: tuple[str, ...]
+    """Names of the images that could not be read."""
+
+
+def _ignore(images: int) -> None:
+    pass
+
+
+def write_shards(
+    storage: Storage, prefix: str, config: ShardsConfig, progress: Callable[[int, int | None], None]
+) -> Manifest:
+    """Make the shards of a configuration in this process; what is already there is not made again.
+
+    Args:
+        storage: where to.
+        prefix: folder of the shards.
+        config: sources and form.
+        progress: told the images done, and of how many.
+
+    Raises:
+        UserError: see `plan_shards`, `claim`, `write_shard` and `finish`.
+    """
+    plan = plan_shards(config, storage)
+    claim(storage, prefix, config, plan.sources)
+    done = 0
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        progress(done, plan.images)
+
+    for shard in plan.shards:
+        write_shard(storage, prefix, shard, advance)
+    return finish(storage, prefix, plan)
+
+
+def find_shards(storage: Storage, prefix: str, config: ShardsConfig) -> Manifest | None:
+    """The manifest of shards that are done and whole; None where there is something to do. Writes nothing.
+
+    Sources are listed, which may take minutes, for shards alone that are done.
+
+    Raises:
+        UserError: the shards that are done were made otherwise.
+    """
+    artefact = read(storage, prefix)
+    if artefact is None or not is_intact(storage, prefix, artefact):
+        return None
+    _refuse_others(storage, prefix, config, describe_sources(config, storage))
+    return read_manifest(storage, prefix)
+
+
+def claim(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
+    """Take a folder for the shards of a configuration and its sources.
+
+    Raises:
+        UserError: it holds shards of another source or configuration, or anything else.
+    """
+    _refuse_others(storage, prefix, config, sources)
+    storage.write_json(f"{prefix}/{_PLAN}", origin(config, sources))
+
+
+def write_shard(
+    storage: Storage, prefix: str, shard: PlannedShard, advance: Callable[[int], None] = _ignore
+) -> ShardRecord:
+    """Write one shard and then its record, unless both are there.
+
+    Args:
+        storage: where to.
+        prefix: folder of the shards.
+        shard: what to write.
+        advance: told how many images are done since the last call.
+
+    Raises:
+        UserError: the source is damaged. An image that cannot be decoded is left out and recorded instead.
+    """
+    present = read_record(storage, prefix, shard)
+    if present is not None:
+        advance(len(shard.records))
+        return present
+    path, record_path = f"{prefix}/{shard.name}.tar", f"{prefix}/{shard.name}.json"
+    storage.delete(record_path)
+    source = reopen_source(shard.source, storage, shard.plan)
+    with storage.create(path) as local:
+        with write_tar(local) as tar:
+            skipped = _fill(tar, source, shard, advance)
+        size, sha256 = local.stat().st_size, sha256_of(local)
+    if not tar.count:
+        storage.delete(path)
+    info = ShardInfo(name=path.rpartition("/")[2], count=tar.count, bytes=size, sha256=sha256)
+    record = ShardRecord(plan=shard.plan, shard=info, skipped=tuple(skipped))
+    storage.write_json(record_path, record.model_dump(mode="json"))
+    return record
+
+
+def read_record(storage: Storage, prefix: str, shard: PlannedShard) -> ShardRecord | None:
+    """The record of a shard that is done; None where it is not, or not by this plan."""
+    try:
+        record = ShardRecord.model_validate_json(storage.read_bytes(f"{prefix}/{shard.name}.json"))
+        intact = not record.shard.count or storage.size(f"{prefix}/{shard.name}.tar") == record.shard.bytes
+    except (FileNotFoundError, ValidationError):
+        return None
+    return record if intact and record.plan == shard.plan else None
+
+
+def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
+    """Write the manifest, then the commit record of the whole, once all shards are there.
+
+    Raises:
+        UserError: not a single image of a split could be read; nothing is left in the folder then.
+    """
+    manifest = read_index(plan.config, storage) or _gather(storage, prefix, plan)
+    write_manifest(storage, prefix, manifest)
+    commit(storage, prefix, _artefact(storage, prefix, plan, manifest))
+    return manifest
+
+
+def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
+    """The manifest of the shards that were written."""
+    records = {shard.name: read_record(storage, prefix, shard) for shard in plan.shards}
+    splits: dict[str, list[ShardInfo]] = {}
+    skipped: list[str] = []
+    for name, record in records.items():
+        assert record is not None, f"{storage.url(prefix)}/{name}.tar is missing: write every shard before finishing"
+        splits.setdefault(name.partition("/")[0], []).append(record.shard)
+        skipped += record.skipped
+    empty = next((split for split, shards in splits.items() if not any(shard.count for shard in shards)), None)
+    if empty:
+        storage.delete(prefix)
+        raise UserError(f"no image of split {empty} can be read ({skipped[0]}, ...): check {plan.config.source}")
+    return Manifest(
+        splits={split: tuple(shard for shard in shards if shard.count) for split, shards in splits.items()},
+        classes=plan.classes,
+        image_size=plan.config.image_size,
+        sources=plan.sources,
+        skipped=tuple(skipped[:_SKIPPED_NAMES]),
+        skipped_count=len(skipped),
+    )
+
+
+def _refuse_others(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
+    if not storage.exists(f"{prefix}/{_PLAN}"):
+        if storage.sizes(prefix):
+            raise UserError(f"{storage.url(prefix)} holds something else than shards: delete it, or take another name")
+        return
+    found = differences(storage.read_json(f"{prefix}/{_PLAN}"), origin(config, sources))
+    if found:
+        raise UserError(f"{storage.url(prefix)} holds shards made {_otherwise(found)}: delete it, or take another name")
+
+
+def _otherwise(found: list[tuple[str, Any, Any]]) -> str:
+    """The most telling of the differences between two origins: configuration, then contents, then their digest."""
+    path, before, now = min(found, key=lambda item: (not item[0].startswith("config."), item[0].endswith(".digest")))
+    if path.startswith("config."):
+        return f"with {path.removeprefix('config.')}={before}, not {now}"
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = ", ".join(before[:3]), ", ".join(now[:3])
+    return f"from another source ({path.removeprefix('sources.')} was {before}, is {now} now)"
+
+
+def _fill(tar: ShardWriter, source: Source, shard: PlannedShard, advance: Callable[[int], None]) -> list[str]:
+    """Write the samples of a shard; the names of those left out."""
+    skipped = []
+    for index, image in enumerate(shard.records, shard.first_index):
+        data = source.read(image)  # a source that fails is an error, not a bad image
+        try:
+            stored = stored_image(data, shard.config)
+        except UnreadableImage as error:
+            _log.warning("left out %s: %s", image.key, error)
+            skipped.append(image.key)
+        else:
+            original = json.dumps({"key": image.key}).encode()
+            tar.add(index, {stored.extension: stored.data, "cls": b"%d" % image.label, "json": original})
+        advance(1)
+    return skipped
+
+
+def _artefact(storage: Storage, prefix: str, plan: ShardPlan, manifest: Manifest) -> Artefact:
+    files = {
+        f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
+        for split, shards in manifest.splits.items()
+        for shard in shards
+        if shard.url is None
+    }
+    text = storage.read_bytes(f"{prefix}/{MANIFEST}")
+    files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+    return Artefact(
+        kind=KIND,
+        digest=manifest.digest,
+        config=digest(plan.config),
+        inputs=input_digests(plan.sources),
+        files=files,
+        details={**{split: manifest.count(split) for split in manifest.splits}, "skipped": manifest.skipped_count},
+    )

@@ -1,1 +1,0 @@
-"""``vavae bench metrics``: our arithmetic of sets beside others', in turns in one run, on equal outputs."""

@@ -1,1 +1,0 @@
-"""From image shards to latent shards through a trained tokenizer."""

@@ -1,0 +1,69 @@
+"""The manifest of latents: their shards, shape, classes, and the tokenizer that made them."""
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vavae.data.shards.manifest import Manifest, ShardInfo, read_manifest
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+MANIFEST = "manifest.json"
+
+
+class LatentManifest(BaseModel):
+    """What a set of latents is: its shards, the size of a latent, the classes, and the tokenizer that made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: str
+    """Digest of the tokenizer's export."""
+    shape: tuple[int, int, int]
+    """C, H, W of one latent."""
+    flip: bool
+    """Whether mirror images are stored too."""
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[ShardInfo, ...]]
+
+    @property
+    def record_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one record's array."""
+        return (2 * (1 + self.flip), *self.shape)
+
+
+def read_latent_manifest(storage: Storage) -> LatentManifest:
+    """The manifest in a folder of latents."""
+    try:
+        return LatentManifest.model_validate_json(storage.read_bytes(MANIFEST))
+    except (FileNotFoundError, ValidationError) as error:
+        raise UserError(f"{storage.url(MANIFEST)}: no manifest of latents there; run precompute_latents") from error
+
+
+def read_any_manifest(storage: Storage) -> Manifest | LatentManifest:
+    """The manifest in a folder of images or of latents; UserError where there is neither."""
+    found = storage.read_json(MANIFEST) if storage.is_file(MANIFEST) else None
+    is_of_latents = isinstance(found, dict) and "tokenizer" in found
+    return read_latent_manifest(storage) if is_of_latents else read_manifest(storage)
+
+
+def read_latents_of(storage: Storage, tokenizer: str, shape: tuple[int, int, int]) -> LatentManifest:
+    """The manifest of the latents that a model is to be trained on.
+
+    Args:
+        storage: their folder.
+        tokenizer: digest of the tokenizer whose latents they must be.
+        shape: C, H, W of one latent as the model takes it.
+
+    Raises:
+        UserError: there are none, or they are another tokenizer's or of another size.
+    """
+    manifest = read_latent_manifest(storage)
+    if manifest.tokenizer != tokenizer:
+        raise UserError(
+            f"{storage.url()}: latents of the tokenizer {manifest.tokenizer[:12]}, but the run's is {tokenizer[:12]}; "
+            "run precompute_latents"
+        )
+    if manifest.shape != shape:
+        raise UserError(
+            f"{storage.url()}: latents {list(manifest.shape)}, but tokenizer.latent_dim={shape[0]} on a "
+            f"{shape[1]} x {shape[2]} grid is configured; compute the latents of this tokenizer"
+        )
+    return manifest

@@ -1,0 +1,85 @@
+"""Latent shards: WebDataset tars of constant record size, so that any reader can stream them and ours can map them.
+
+A record is `<nine digits>.latent.npy`, float16 [2 · (1 + flip), C, H, W] with the posterior's mean and standard
+deviation of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label.
+"""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vavae.data.shards.tar import write_tar
+from vavae.errors import UserError
+
+_BLOCK = tarfile.BLOCKSIZE
+_LABEL_DIGITS = 9
+
+
+def write_latents(path: Path, arrays: np.ndarray, labels: Sequence[int], first_index: int) -> None:
+    """Write one shard to a local file.
+
+    Args:
+        path: the file.
+        arrays: float16 [N, 2 · (1 + flip), C, H, W].
+        labels: N class indices.
+        first_index: index of the first record in its split; names the members.
+    """
+    assert arrays.dtype == np.float16, f"latents are stored in float16, not {arrays.dtype}"
+    with write_tar(path) as tar:
+        for index, (array, label) in enumerate(zip(arrays, labels, strict=True), first_index):
+            npy = io.BytesIO()
+            np.save(npy, array)
+            tar.add(index, {"latent.npy": npy.getvalue(), "cls": b"%0*d" % (_LABEL_DIGITS, label)})
+
+
+class MappedLatents:
+    """A latent shard in memory: arrays and labels are views, nothing is parsed per record.
+
+    Args:
+        path: the shard.
+        count: records that the manifest promises.
+        record_shape: shape of one record's array.
+
+    Raises:
+        UserError: the file has another count, shape or layout.
+    """
+
+    def __init__(self, path: Path, count: int, record_shape: tuple[int, ...]) -> None:
+        header = _npy_header_bytes(path, record_shape)
+        npy_blocks = -(-(header + int(np.prod(record_shape)) * 2) // _BLOCK)
+        stride = _BLOCK * (1 + npy_blocks + 2)  # header, array; header, label
+        size = path.stat().st_size
+        expected = -(-(count * stride + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE  # with the end mark
+        if size != expected:
+            raise UserError(f"{path}: {size} bytes where {count} latents take {expected}; compute the latents again")
+        memory = np.memmap(path, np.uint8, "r")
+        records = np.ndarray((count, stride), np.uint8, memory)
+        strides = (stride, *np.empty(record_shape, np.float16).strides)
+        self.arrays = np.ndarray((count, *record_shape), np.float16, memory, offset=_BLOCK + header, strides=strides)
+        """float16 [N, 2 · (1 + flip), C, H, W]."""
+        digits = records[:, stride - _BLOCK : stride - _BLOCK + _LABEL_DIGITS] - ord("0")
+        headers = records[:, _BLOCK : _BLOCK + header]
+        if (digits > 9).any() or (headers != headers[0]).any() or memory[count * stride :].any():
+            raise UserError(f"{path}: not {count} records of one size; compute the latents again")
+        self.labels = digits.astype(np.int64) @ 10 ** np.arange(_LABEL_DIGITS - 1, -1, -1)
+        """int64 [N]."""
+
+
+def _npy_header_bytes(path: Path, record_shape: tuple[int, ...]) -> int:
+    """Length of the npy header of the first record, once it is found to promise float16 of that shape."""
+    with path.open("rb") as file:
+        file.seek(_BLOCK)
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("npy is not of version 1.0")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not a latent shard ({error}); compute the latents again") from error
+        if shape != record_shape or dtype != np.float16 or fortran:
+            raise UserError(
+                f"{path}: latents {dtype}{list(shape)}, expected float16{list(record_shape)}; compute the latents again"
+            )
+        return file.tell() - _BLOCK

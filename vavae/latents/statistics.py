@@ -1,0 +1,69 @@
+"""Exact mean and standard deviation of latents per channel: summed in float64, stored beside the latents."""
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vavae.errors import UserError
+from vavae.storage.storage import Storage
+
+STATISTICS = "statistics.safetensors"
+
+
+class LatentStatistics:
+    """Exact mean and standard deviation per channel of latents drawn from their posteriors.
+
+    Sums in float64 over all positions: E z = E μ and Var z = E (μ² + σ²) − (E μ)². Partial sums merge by addition.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.sum = np.zeros(channels)
+        self.sum_squares = np.zeros(channels)
+
+    def update(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Add posteriors; two arrays [N, C, H, W]."""
+        mean, std = mean.astype(np.float64), std.astype(np.float64)
+        self.count += mean.size // mean.shape[1]
+        self.sum += mean.sum((0, 2, 3))
+        self.sum_squares += (mean**2 + std**2).sum((0, 2, 3))
+
+    def merge(self, other: "LatentStatistics") -> None:
+        """Add another's sums."""
+        self.count += other.count
+        self.sum += other.sum
+        self.sum_squares += other.sum_squares
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 [C]."""
+        return self.sum / self.count
+
+    @property
+    def std(self) -> np.ndarray:
+        """float64 [C]."""
+        return np.sqrt(self.sum_squares / self.count - self.mean**2)
+
+    def to_json(self) -> dict[str, object]:
+        """The sums as plain values; floats survive JSON exactly."""
+        return {"count": self.count, "sum": self.sum.tolist(), "sum_squares": self.sum_squares.tolist()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> "LatentStatistics":
+        """The inverse of `to_json`."""
+        statistics = cls(0)
+        statistics.count = int(values["count"])  # type: ignore[call-overload]
+        statistics.sum, statistics.sum_squares = np.array(values["sum"]), np.array(values["sum_squares"])
+        return statistics
+
+
+def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C], float64, of the latents of the training split in a folder."""
+    try:
+        tensors = load_file(storage.local_file(STATISTICS))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(
+            f"{storage.url(STATISTICS)}: no statistics of the latents there; run precompute_latents"
+        ) from error
+    return tensors["mean"], tensors["std"]

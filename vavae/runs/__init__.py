@@ -1,0 +1,1 @@
+"""A run: its configuration, the graph of its artifacts with what is still to do, and its events."""

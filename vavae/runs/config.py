@@ -1,0 +1,272 @@
+"""The training sections, and `RunConfig`, the one configuration that all jobs of a run share."""
+
+import sys
+from typing import Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from vavae.config import Config, runtime
+from vavae.data.config import ShardsConfig, StreamConfig
+from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig, TimestepConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, WorkersConfig
+from vavae.evaluation.config import EvaluateConfig
+from vavae.latents.config import LatentsConfig
+from vavae.losses.config import TokenizerLossConfig
+from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
+from vavae.runs.phases import Part, TokenizerStage, TokenizerStageConfig, resolve
+from vavae.sampling.config import SampleConfig
+from vavae.storage.config import StorageConfig
+
+
+class ScheduleConfig(Config):
+    """The learning rate over a run; all lengths in images seen."""
+
+    warmup_images: int = Field(0, ge=0)
+    """Linear rise from zero."""
+    decay_images: int | None = None
+    """Images after which a half cosine has come down to zero; null keeps the rate constant."""
+
+    @model_validator(mode="after")
+    def _decay_after_warmup(self) -> Self:
+        if self.decay_images is not None and self.decay_images <= self.warmup_images:
+            raise ValueError(
+                f"decay_images={self.decay_images} must be greater than warmup_images={self.warmup_images}"
+            )
+        return self
+
+
+class BestConfig(Config):
+    """Which checkpoints stay for what was measured of them."""
+
+    metric: str = Field(min_length=1)
+    """A figure of the log's rows, such as `loss/total`, or one that `measure` makes."""
+    mode: Literal["min", "max"] = "min"
+    """Whether small or large figures are good."""
+    count: int = Field(1, ge=1)
+
+
+class MeasureConfig(Config):
+    """What the LightningDiT generates is measured in the course of its training, as `evaluate` does it at the end.
+
+    The model is what would be exported; guidance, solver and labels are those of the samples. A checkpoint that is due
+    while another one is measured is skipped, and until it has been measured or skipped it stays in storage.
+    """
+
+    every_images: int = Field(ge=1)
+    """Images of the training between two measures."""
+    images: int = Field(2000, ge=2)
+    """Generated images; distances on fewer are larger, so they compare with each other alone."""
+    when: Literal["beside", "after"] = "beside"
+    """`beside` training, which takes resources besides the workers'; or one checkpoint after another once training is
+    over, which takes none, and room in storage for all of them."""
+    cpus: float | None = Field(None, gt=0)
+    """Cores of the task that measures; null takes `workers.cpus`."""
+    gpus: float | None = Field(None, gt=0)
+    """GPUs, where the workers use any; null takes `workers.gpus`."""
+    timeout_seconds: float = Field(3600.0, gt=0)
+    """A checkpoint that takes longer is skipped."""
+
+
+class TrainingConfig(Config):
+    """One training run of one model."""
+
+    images: int = runtime(ge=1)
+    """Budget of images; a finished run whose budget is raised goes on."""
+    batch_size: int = Field(256, ge=1)
+    """Global batch: images of one step over all workers."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of the average of the weights that is exported; null exports the weights themselves."""
+    precision: Precision = "fp32"
+    """Of the networks in the forward pass; `bf16` leaves weights, gradients, optimiser and losses in fp32."""
+    engine: EngineConfig = EngineConfig()
+    log_images: int = runtime(1024, ge=1)
+    """Images between two rows of metrics."""
+    checkpoint_images: int = runtime(1_000_000, ge=1)
+    """Images between two checkpoints."""
+    keep_checkpoints: int = runtime(2, ge=1)
+    """Checkpoints that stay in storage, newest first."""
+    keep_best: BestConfig | None = runtime(None)
+    """Checkpoints that stay besides the last ones, with the best figures; null keeps none."""
+    preview_images: int | None = runtime(500_000, ge=1)
+    """Images between two pictures of what the model makes of the same inputs, in `previews` beside the checkpoints and
+    in TensorBoard: held-out images, their reconstructions and four times the difference; or the first samples. Null
+    draws none."""
+    skip_limit: int = runtime(10, ge=0)
+    """Steps in a row that may be skipped because their gradients are not finite, before the run goes back to its last
+    checkpoint and on behind the images that it has met since."""
+    rollback_limit: int = runtime(3, ge=0)
+    """How often it may go back before it gives up."""
+    spike_deviations: float | None = runtime(8.0, gt=0)
+    """A step whose loss lies so many standard deviations above those of late is logged in detail; null logs none."""
+    hang_seconds: float | None = runtime(1800.0, gt=0)
+    """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
+
+    @property
+    def steps(self) -> int:
+        """Steps until the budget is reached."""
+        return -(-self.images // self.batch_size)
+
+
+class TokenizerOptimizerConfig(OptimizerConfig):
+    """Adam as published for the tokenizer."""
+
+    betas: tuple[float, float] = (0.5, 0.9)
+
+
+class LightningDiTOptimizerConfig(OptimizerConfig):
+    """AdamW as published for the LightningDiT, with gradient clipping for long runs."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+
+
+class TokenizerTrainingConfig(TrainingConfig):
+    """Training of the VA-VAE and its discriminator."""
+
+    optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
+    """Of the generator, and of the discriminator where it has none of its own."""
+    discriminator_optimizer: TokenizerOptimizerConfig | None = None
+    """Of the discriminator; its rate follows the same schedule."""
+    start_from: str | None = Field(None, min_length=1)
+    """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL."""
+    frozen: tuple[Part, ...] = ()
+    """Parts that do not learn."""
+    probe_images: int | None = runtime(100_000, ge=1)
+    """Images between two looks at the latents of a few held-out images, logged as `latent/...`; null never looks."""
+    stages: tuple[TokenizerStageConfig, ...] = ()
+    """What changes in the course of the training; each stage begins with the weights of the last and fresh moments."""
+
+    @property
+    def of_discriminator(self) -> OptimizerConfig:
+        """The optimiser of the discriminator."""
+        return self.discriminator_optimizer or self.optimizer
+
+    @model_validator(mode="after")
+    def _stages_rise(self) -> Self:
+        before = -1
+        for index, stage in enumerate(self.stages):
+            if stage.from_images <= before or stage.from_images % self.batch_size:
+                raise ValueError(
+                    f"stages.{index}.from_images={stage.from_images} must be a multiple of batch_size="
+                    f"{self.batch_size}" + (f" above {before}" if index else "")
+                )
+            before = stage.from_images
+        return self
+
+
+class LightningDiTTrainingConfig(TrainingConfig):
+    """Training of the LightningDiT."""
+
+    optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
+    ema_decay: float | None = Field(0.9999, gt=0, lt=1)
+    """Decay per step of the average of the weights that is exported."""
+    preview_images: int | None = runtime(5_000_000, ge=1)
+    """As for the tokenizer; rarer, because training stands still while the first worker samples."""
+    measure: MeasureConfig | None = runtime(None)
+    """Null measures nothing before the end."""
+    compile_blocks: bool = runtime(False)
+    """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
+
+    @model_validator(mode="after")
+    def _measures_the_average(self) -> Self:
+        if self.measure is not None and self.ema_decay is None:
+            raise ValueError("measure looks at the average of the weights: give ema_decay, or leave measure out")
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_whole_weights(self) -> Self:
+        if self.compile_blocks and self.engine.backend == "deepspeed" and self.engine.zero_stage == 3:
+            raise ValueError(
+                "compile_blocks=true with engine.zero_stage=3, which gathers weights between the layers of a block: "
+                "lower zero_stage or switch it off"
+            )
+        return self
+
+
+class RunConfig(Config):
+    """Everything about one run, from images to report; each job reads the sections that concern it."""
+
+    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run below `storage.root`."""
+    seed: int = Field(0, ge=0)
+    storage: StorageConfig = runtime(StorageConfig())
+    workers: WorkersConfig = runtime(WorkersConfig())
+
+    shards: ShardsConfig
+    stream: StreamConfig = StreamConfig()
+
+    teacher: TeacherConfig = TeacherConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    losses: TokenizerLossConfig = TokenizerLossConfig()
+    train_vavae: TokenizerTrainingConfig
+
+    latents: LatentsConfig = LatentsConfig()
+
+    lightningdit: LightningDiTConfig = LightningDiTConfig()
+    timesteps: TimestepConfig = TimestepConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train_lightningdit: LightningDiTTrainingConfig
+
+    guidance: GuidanceConfig = GuidanceConfig()
+    solver: SolverConfig = SolverConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def grid(self) -> int:
+        """Height and width of a latent."""
+        return self.shards.image_size // self.tokenizer.downsample
+
+    def tokenizer_stages(self, images: int = 0) -> list[TokenizerStage]:
+        """The stages of the tokenizer's training, at least one, up to its budget or to more images than that."""
+        training = self.train_vavae
+        return resolve(training.stages, self.losses, training.frozen, max(training.images, images))
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether any stage of the tokenizer, within the budget or not, has an adversary."""
+        changes = [stage.losses.adversarial.weight for stage in self.train_vavae.stages]
+        return any([self.losses.adversarial.weight, *changes])
+
+    @model_validator(mode="after")
+    def _stages_can_learn(self) -> Self:
+        for stage in self.tokenizer_stages(sys.maxsize):
+            for part, term in (("encoder", "vision_foundation"), ("decoder", "adversarial")):
+                if part in stage.frozen and getattr(stage.losses, term).weight > 0:
+                    raise ValueError(
+                        f"train_vavae: from image {stage.from_images:,} on the {part} is frozen, where the adaptive "
+                        f"weight of losses.{term} is measured; set losses.{term}.weight=0 in that stage"
+                    )
+            if {"encoder", "decoder"} <= {*stage.frozen}:
+                raise ValueError(f"train_vavae: from image {stage.from_images:,} on nothing is left to train")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        factor, size, lanes = self.tokenizer.downsample, self.shards.image_size, self.stream.lanes
+        if size % factor:
+            raise ValueError(f"shards.image_size={size} is no multiple of {factor}, the tokenizer's downsampling")
+        channels = self.guidance.channels
+        if channels is not None and channels > self.tokenizer.latent_dim:
+            raise ValueError(
+                f"guidance.channels={channels} exceeds tokenizer.latent_dim={self.tokenizer.latent_dim}: "
+                "lower it, or null guides all"
+            )
+        if self.grid % self.lightningdit.patch_size:
+            raise ValueError(
+                f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the "
+                f"{self.grid} x {self.grid} latent"
+            )
+        for section in ("train_vavae", "train_lightningdit"):
+            batch = getattr(self, section).batch_size
+            if batch % lanes:
+                raise ValueError(f"{section}.batch_size={batch} is no multiple of stream.lanes={lanes}")
+        self.evaluate.check_samples(self.sample.images)
+        if self.workers.count > lanes:
+            raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
+        return self

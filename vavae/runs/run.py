@@ -1,0 +1,279 @@
+"""One run on storage: where its artefacts lie, what each was made from, and what is still to do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vavae.config import differences, digest, identity, load
+from vavae.data.shards.write import find_shards
+from vavae.errors import UserError
+from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.files import CONFIG, NPZ
+from vavae.storage.artifact import Artefact, is_intact, read
+from vavae.storage.storage import Storage
+
+Job = Literal["prepare_shards", "train_vavae", "precompute_latents", "train_lightningdit", "sample", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a run: what it makes, and what that depends on."""
+
+    job: Job
+    makes: str
+    sections: tuple[str, ...]
+    """Sections of the configuration whose identity it depends on."""
+    inputs: tuple[Job, ...]
+    """Jobs whose artefacts it reads."""
+
+
+STAGES: dict[Job, Stage] = {
+    stage.job: stage
+    for stage in (
+        Stage("prepare_shards", "image shards", ("shards",), ()),
+        Stage(
+            "train_vavae",
+            "tokenizer",
+            ("seed", "stream", "teacher", "tokenizer", "losses", "train_vavae"),
+            ("prepare_shards",),
+        ),
+        Stage("precompute_latents", "latents", ("latents",), ("prepare_shards", "train_vavae")),
+        Stage(
+            "train_lightningdit",
+            "LightningDiT",
+            ("seed", "stream", "lightningdit", "timesteps", "objective", "train_lightningdit"),
+            ("precompute_latents",),
+        ),
+        Stage(
+            "sample",
+            "samples",
+            ("seed", "guidance", "solver", "sample"),
+            ("train_vavae", "precompute_latents", "train_lightningdit"),
+        ),
+        Stage("evaluate", "measures and report", ("seed", "evaluate"), ("prepare_shards", "train_vavae", "sample")),
+    )
+}
+"""All stages, in the order in which a run goes through them."""
+
+TRAININGS: tuple[Job, ...] = ("train_vavae", "train_lightningdit")
+
+IMPORTED = "imported"
+"""Among the details of a record: name of the file from which the weights were imported, in place of a training."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job would do now."""
+
+    stage: Stage
+    done: bool
+    why: str
+    """In a few words: what there is, or what is missing."""
+
+
+class Run:
+    """The artefacts of one configuration on its storage."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.storage = Storage.of(config.storage).child(config.name)
+
+    @classmethod
+    def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":
+        """The run in a folder, with the configuration that its last job was started with.
+
+        Args:
+            folder: path or URL; it may have been moved.
+            overrides: `key.path=value`, as on the command line of a job.
+
+        Raises:
+            UserError: there is no run, or its configuration can't be used.
+        """
+        storage = Storage(folder)
+        try:
+            path = storage.local_file(CONFIG)
+        except FileNotFoundError as error:
+            raise UserError(f"{storage.url()}: no {CONFIG} there, so this is not the folder of a run") from error
+        config = load(RunConfig, path, overrides)
+        root, _, name = storage.url().rstrip("/").rpartition("/")
+        place = config.storage.model_copy(update={"root": root or "/"})
+        return cls(config.model_copy(update={"storage": place, "name": name}))
+
+    def prefix(self, job: Job) -> str:
+        """Folder of a job's artefact. Latents lie under the digest of the tokenizer that made them."""
+        if job == "precompute_latents":
+            return f"latents/{self.require('train_vavae').digest[:12]}"
+        return {
+            "prepare_shards": "shards",
+            "train_vavae": "tokenizer/export",
+            "train_lightningdit": "lightningdit/export",
+            "sample": "samples",
+            "evaluate": "evaluation",
+        }[job]
+
+    def training_prefix(self, job: Job) -> str:
+        """Folder of a training's checkpoints and log, under the digest of the data that it is trained on."""
+        data = self.require(STAGES[job].inputs[0]).digest
+        return f"{self.prefix(job).removesuffix('/export')}/{data[:12]}"
+
+    def identity(self, job: Job) -> dict[str, Any]:
+        """The part of the configuration that a job's artefact depends on."""
+        return {section: identity(getattr(self.config, section)) for section in STAGES[job].sections}
+
+    def artefact(self, job: Job) -> Artefact | None:
+        """The record of what a job has made, if it is all there."""
+        if job == "precompute_latents" and self.artefact("train_vavae") is None:
+            return None
+        record = read(self.storage, self.prefix(job))
+        if record is None or not is_intact(self.storage, self.prefix(job), record):
+            return None
+        beside = record.details.get("beside", {})
+        assert isinstance(beside, dict), "details.beside maps names of files to sizes"
+        return record if all(self._size(name) == size for name, size in beside.items()) else None
+
+    def _size(self, path: str) -> int | None:
+        return self.storage.size(path) if self.storage.is_file(path) else None
+
+    def require(self, job: Job) -> Artefact:
+        """The artefact of a job that another one needs.
+
+        Raises:
+            UserError: there is none yet.
+        """
+        record = self.artefact(job)
+        if record is None:
+            raise UserError(
+                f"{self.storage.url()}: no {STAGES[job].makes} yet; "
+                f"run python -m ray_jobs.{job} with this configuration first"
+            )
+        return record
+
+    def inputs(self, job: Job) -> dict[str, str]:
+        """Digests of what a job reads, by the job that made it.
+
+        Raises:
+            UserError: an input is missing.
+        """
+        return {name: self.require(name).digest for name in STAGES[job].inputs}
+
+    def plans(self, sources: bool = True) -> dict[Job, Plan]:
+        """What every job would do now, found out without any work.
+
+        Args:
+            sources: compare the sources of the images with those of the shards, too.
+
+        Raises:
+            UserError: an artefact was made with another configuration and is too precious to be made again under the
+                same name, or the sources of the images are not what they should be.
+        """
+        plans: dict[Job, Plan] = {}
+        for job, stage in STAGES.items():
+            missing = next((name for name in reversed(stage.inputs) if not plans[name].done), None)
+            plans[job] = (
+                self._plan(job, sources) if missing is None else Plan(stage, False, f"after {STAGES[missing].makes}")
+            )
+        return plans
+
+    def plan(self, job: Job) -> Plan:
+        """What one job would do now.
+
+        Raises:
+            UserError: as `plans`; or an input is missing, or was made with another configuration.
+        """
+        for name in STAGES[job].inputs:
+            if self.require(name).config != self._configuration(name):
+                raise UserError(
+                    f"{self.storage.url()}: the {STAGES[name].makes} was made with another configuration; "
+                    f"run python -m ray_jobs.{name} with this one, or give the run another name"
+                )
+        return self._plan(job)
+
+    def _plan(self, job: Job, sources: bool = True) -> Plan:
+        stage = STAGES[job]
+        if job == "prepare_shards" and not sources:
+            record = self.artefact(job)
+            return Plan(stage, record is not None, record.digest[:12] if record else "not there yet")
+        if job == "prepare_shards":
+            manifest = find_shards(self.storage, self.prefix(job), self.config.shards)
+            return Plan(stage, manifest is not None, manifest.digest[:12] if manifest else "not there yet")
+        self._check_claim(job)
+        record = self.artefact(job)
+        if record is None:
+            return Plan(stage, False, "not there yet")
+        differs = self._differs(job, record)
+        if differs and IMPORTED in record.details:
+            raise UserError(f"{self.storage.url()}: the {stage.makes} was imported {differs}; import it again")
+        if differs:
+            return Plan(stage, False, f"made {differs}")
+        budget = self.budget(job)
+        if budget is not None and IMPORTED not in record.details and (record.images_seen or 0) < budget:
+            return Plan(stage, False, f"{record.images_seen:,} of {budget:,} images seen")
+        if job == "sample" and self.config.sample.npz and not self.storage.is_file(NPZ):
+            return Plan(stage, False, f"without {NPZ}")
+        return Plan(stage, True, record.digest[:12])
+
+    def _differs(self, job: Job, record: Artefact) -> str:
+        """What an artefact was made with or from that is not so now; empty where all is the same."""
+        if record.config != self._configuration(job):
+            return "with another configuration"
+        return "from other inputs" if record.inputs != self.inputs(job) else ""
+
+    def _configuration(self, job: Job) -> str:
+        """The digest that the record of an artefact must name as its configuration."""
+        return digest(self.config.shards) if job == "prepare_shards" else digest(self.identity(job))
+
+    def budget(self, job: Job) -> int | None:
+        """Images that a training sees in whole steps; None for jobs that train nothing."""
+        section = getattr(self.config, job, None)
+        return section.steps * section.batch_size if isinstance(section, TrainingConfig) else None
+
+    def claim(self, job: Job) -> None:
+        """Note under which configuration a training starts, before it has anything to show.
+
+        Raises:
+            UserError: it was started under another one, or its weights were imported.
+        """
+        self._check_claim(job)
+        record = self.artefact(job)
+        if record is not None and IMPORTED in record.details:
+            raise UserError(
+                f"{self.storage.url()}: the {STAGES[job].makes} is imported from {record.details[IMPORTED]}; "
+                "give the run another name to train one"
+            )
+        self.storage.write_json(self._claim_path(job), self.identity(job))
+
+    def _check_claim(self, job: Job) -> None:
+        """Refuse to go on with a training under another configuration, naming the first field that differs."""
+        if job not in TRAININGS or not self.storage.exists(self._claim_path(job)):
+            return
+        found = differences(self.storage.read_json(self._claim_path(job)), self.identity(job))
+        if found:
+            path, old, new = found[0]
+            raise UserError(
+                f"{path} is {new!r}, but the {STAGES[job].makes} in {self.storage.url()} was begun with {old!r}; "
+                "set it back or give the run another name"
+            )
+
+    def _claim_path(self, job: Job) -> str:
+        return f"{self.training_prefix(job)}/configuration.json"
+
+    def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artefact:
+        """The commit record of what a job has just made.
+
+        Args:
+            job: the job.
+            content: digest of what it made.
+            files: size and checksum by path below `prefix(job)`.
+            details: whatever else a reader may like to know; `beside` maps files in the run's own folder that belong
+                to it to their sizes.
+        """
+        identity_now = self.identity(job)
+        return Artefact(
+            kind=STAGES[job].makes,
+            digest=content,
+            config=digest(identity_now),
+            inputs=self.inputs(job),
+            images_seen=details.pop("images_seen", None),
+            files=dict(files),
+            details={"identity": identity_now, **details},
+        )

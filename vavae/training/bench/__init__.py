@@ -1,1 +1,0 @@
-"""What a training costs besides its arithmetic, measured."""

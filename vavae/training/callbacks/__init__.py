@@ -1,0 +1,1 @@
+"""Callbacks of a training: previews and probes that change nothing of it."""

@@ -1,0 +1,88 @@
+"""The LightningDiT during its training, seen through what it makes of the same noise."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vavae.data.grid import enlargement, image_grid
+from vavae.distributed.world import World
+from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.model import LightningDiT
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.normalizer import LatentNormalizer
+from vavae.runs.config import RunConfig
+from vavae.sampling.labels import label_law
+from vavae.sampling.sampler import Generator
+from vavae.storage.storage import Storage
+from vavae.training.callbacks.callback import exported_module, keep_preview
+from vavae.training.logging.log import MetricsLog
+from vavae.training.step import Step
+
+_log = logging.getLogger(__name__)
+
+SHOWN, _COLUMNS = 16, 8
+
+
+class SamplePreview:
+    """Draws the first images of what the `sample` job would make with the present average, at intervals.
+
+    Rank 0 does it alone, in single precision, with the run's solver and guidance: the other ranks wait.
+
+    Args:
+        config: of the run.
+        model: sizes of the LightningDiT.
+        tokenizer: decodes.
+        normalizer: of the latents.
+        classes: names of the classes.
+        every_images: images of the training between two looks.
+        folder: where pictures go.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LightningDiTConfig,
+        tokenizer: VAVAE,
+        normalizer: LatentNormalizer,
+        classes: Sequence[str],
+        every_images: int,
+        folder: Storage,
+        world: World,
+    ) -> None:
+        self.every_images = every_images
+        self._config, self._model, self._folder, self._world = config, model, folder, world
+        self._tokenizer, self._normalizer = tokenizer, normalizer
+        label = label_law(config.sample, classes, config.seed)
+        self._labels = [label(index) for index in range(SHOWN)]
+
+    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Observer.observe`."""
+        config = self._config
+        try:
+            model = exported_module(
+                step,
+                "lightningdit",
+                "model.",
+                lambda: LightningDiT(self._model, config.tokenizer.latent_dim, config.grid),
+                self._world,
+            )
+            if model is None:
+                return
+            images = self._generate(model)
+        except torch.OutOfMemoryError:
+            _log.warning("no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen)
+            return
+        grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-1]))
+        keep_preview(self._folder, images_seen, "samples", grid, log)
+
+    def _generate(self, model: LightningDiT) -> Tensor:
+        """The images, uint8 [N, 3, H, W]."""
+        config, device = self._config, self._world.device
+        generator = Generator(self._tokenizer.to(device), model, self._normalizer.to(device))
+        drawn = generator.batches(
+            range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size
+        )
+        return torch.cat([*drawn])

@@ -1,0 +1,99 @@
+"""The tokenizer during its training, seen through the same few images with the same noise."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vavae.data.grid import enlargement, image_grid
+from vavae.data.pixels import to_float, to_uint8
+from vavae.data.shard_reader import gather, read_images
+from vavae.data.shards.manifest import Manifest
+from vavae.distributed.world import World
+from vavae.metrics.latent_probes import probe_latents
+from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.randomness import torch_generator
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
+from vavae.storage.storage import Storage
+from vavae.training.callbacks.callback import exported_module, keep_preview
+from vavae.training.logging.log import MetricsLog
+from vavae.training.step import Step
+
+PROBED, SHOWN = 64, 8
+"""Images whose latents are probed, and whose reconstructions are drawn."""
+_BATCH = 16
+_DIFFERENCE_SCALE = 4
+
+
+class LatentProbe:
+    """Encodes images at intervals, and logs what their latents are like.
+
+    Args:
+        config: of the run.
+        images: see `held_out_images`.
+        every_images: images of the training between two looks.
+        world: the ranks.
+    """
+
+    def __init__(self, config: RunConfig, images: Tensor, every_images: int, world: World) -> None:
+        self.every_images = every_images
+        self._config, self._images, self._world = config, images[:PROBED], world
+
+    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Observer.observe`."""
+        model = _autoencoder(step, self._config, self._world)
+        if model is None:
+            return
+        latents = torch.cat([z.cpu() for z in _latents(model, self._images, self._config.seed, self._world)])
+        log.add(images_seen, {f"latent/{name}": value for name, value in probe_latents(latents)._asdict().items()})
+
+
+class ReconstructionPreview:
+    """Draws images, their reconstructions, and four times their difference below each other, at intervals.
+
+    Args:
+        config: of the run.
+        images: see `held_out_images`.
+        every_images: images of the training between two looks.
+        folder: where pictures go.
+        world: the ranks.
+    """
+
+    def __init__(self, config: RunConfig, images: Tensor, every_images: int, folder: Storage, world: World) -> None:
+        self.every_images = every_images
+        self._config, self._images, self._folder, self._world = config, images[:SHOWN], folder, world
+
+    @torch.inference_mode()
+    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Observer.observe`."""
+        model = _autoencoder(step, self._config, self._world)
+        if model is None:
+            return
+        latents = _latents(model, self._images, self._config.seed, self._world)
+        restored = torch.cat([to_uint8(model.decode(z)).cpu() for z in latents])
+        difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
+        triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
+        grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-1]))
+        keep_preview(self._folder, images_seen, "reconstructions", grid, log)
+
+
+def held_out_images(run: Run, manifest: Manifest) -> Tensor:
+    """The first held-out images of a run, uint8 [N, 3, H, W]; training images where none are held out."""
+    split = "validation" if manifest.splits.get("validation") else "train"
+    shards = run.storage.child(run.prefix("prepare_shards"))
+    return gather(read_images(shards, manifest, split, PROBED, _BATCH)).images
+
+
+def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
+    return exported_module(step, "generator", "autoencoder.", lambda: VAVAE(config.tokenizer), world)
+
+
+@torch.inference_mode()
+def _latents(model: VAVAE, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
+    """Samples of the posteriors of images, in batches [b, C, h, w]."""
+    generator = torch_generator(seed, "observed posterior")
+    for batch in images.split(_BATCH):
+        posterior = model.encode(to_float(batch.to(world.device)))
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        yield posterior.at(noise.to(world.device))

@@ -1,0 +1,1 @@
+"""Checkpoints of a training: saved, restored, kept, leased and evaluated."""

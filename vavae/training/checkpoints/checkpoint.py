@@ -1,0 +1,327 @@
+"""The state of a training run, named in one place, and checkpoints that are whole or absent.
+
+A checkpoint is a folder. The attempt that writes it has a subfolder of its own in it, and every set of weights one in
+that, with one file of each rank, which holds the rank's fragments of weights and optimiser; so has their average. The
+commit record is written last. Whatever the engine and the number of ranks that wrote a checkpoint, any other reads it:
+there is nothing to convert.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from vavae.config import digest
+from vavae.distributed.sharded_tensors import Fragment, entire, load_fragments, save_fragments
+from vavae.distributed.world import World
+from vavae.errors import CommonError, UserError
+from vavae.storage.artifact import Artefact, FileInfo, commit, is_intact, read
+from vavae.storage.storage import Storage, sha256_of
+from vavae.training.checkpoints.background_write import BackgroundWrite
+from vavae.training.checkpoints.lease import Lease, SupersededError
+from vavae.training.checkpoints.metrics import CHECKPOINTS, checkpoint_name
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import CheckpointDetails, TrainState
+from vavae.training.step import Step
+
+logger = logging.getLogger(__name__)
+
+_EMA = "ema"
+_PARTS = "parts"
+_LEASE = "lease.json"
+_LOCAL_POLL_SECONDS, _POLL_SECONDS = 0.02, 1.0
+
+
+class _Found(NamedTuple):
+    """A checkpoint that is whole, as local files."""
+
+    details: CheckpointDetails
+    files: dict[str, list[Path]]
+    """Of each set of weights, the files of the ranks that wrote it."""
+
+
+class Checkpoints:
+    """Checkpoints of one run, written while the training goes on. A checkpoint exists when its commit record does.
+
+    Making one begins an attempt at the training and ends all others: they can neither commit nor delete any more.
+    Every rank makes one.
+
+    Args:
+        training: the folder of the training; they lie in its `checkpoints`, one subfolder each.
+        fresh: the state of a run that has no checkpoint yet.
+        retention: which of the committed ones stay.
+        world: the ranks; each writes its own files.
+        owner: who runs the training, for whoever finds that it was taken over.
+    """
+
+    def __init__(
+        self,
+        training: Storage,
+        fresh: TrainState,
+        retention: Retention,
+        world: World,
+        owner: str = "another process",
+    ) -> None:
+        self._storage = training.child(CHECKPOINTS)
+        self._fresh, self._retention, self._world = fresh, retention, world
+        self._lease = Lease(training, _LEASE, owner)
+        self._attempt: str = world.broadcast(self._lease.take() if world.is_first else None)
+        self._saves = 0
+        self._writing: BackgroundWrite | None = None
+        self._saved: TrainState | None = None
+        self._chosen: list[_Found] | None = None
+        """What was found to go on from, which may be nothing; None before anybody looked."""
+
+    def is_due(self, images_seen: int) -> bool:
+        """Whether somebody waits for a checkpoint of this moment, to measure it."""
+        return self._retention.is_due(images_seen)
+
+    def save(self, step: Step, state: TrainState, metrics: Mapping[str, float], put_log: Callable[[], None]) -> int:
+        """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
+
+        Args:
+            step: whose weights, optimisers and memory are saved.
+            state: where the run stands.
+            metrics: the last row of the log, by which the best are found.
+            put_log: writes the log up to here; on rank 0, before it commits.
+
+        Returns:
+            Bytes that this rank copied.
+
+        Raises:
+            CommonError: as `settle` does, of the checkpoint before.
+        """
+        self.settle()
+        memories = self._world.gather(step.memory())
+        details = CheckpointDetails(
+            state=state,
+            updates={key: engine.updates for key, engine in step.engines.items()},
+            memory={lane: [*values] for memory in memories for lane, values in memory.items()},
+            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
+        )
+        sets = {key: {**engine.fragments(), **engine.moments()} for key, engine in step.engines.items()}
+        if step.ema is not None:
+            sets[_EMA] = step.ema.fragments
+        copies = {key: _copied(parts) for key, parts in sets.items()}
+        self._saves += 1
+        place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
+        self._writing = BackgroundWrite(lambda left: self._write(place, copies, details, put_log, left))
+        self._saved, self._chosen = state, None
+        return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is there. Every rank calls it.
+
+        Raises:
+            CommonError: it could not be written, on whatever rank.
+            SupersededError: another attempt at this training has begun since.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        own = None if self._world.is_first else writing.result()
+        errors = [error for error in self._world.gather(own) if error is not None]
+        if self._world.is_first:
+            if errors:
+                writing.leave()
+            own = writing.result()
+        error = next(iter(errors), self._world.broadcast(own))
+        if isinstance(error, SupersededError):
+            raise error
+        if error is not None:
+            raise CommonError(f"no checkpoint could be written: {error}; the one before stays")
+
+    def check_lease(self) -> None:
+        """Make sure that this attempt may still write. Every rank calls it.
+
+        Raises:
+            SupersededError: it may not.
+        """
+        error = None
+        if self._world.is_first:
+            try:
+                self._lease.check()
+            except SupersededError as lost:
+                error = lost
+        error = self._world.broadcast(error)
+        if error is not None:
+            raise error
+
+    def _write(
+        self,
+        place: "_Place",
+        sets: Mapping[str, Mapping[str, Fragment]],
+        details: CheckpointDetails,
+        put_log: Callable[[], None],
+        left: Event,
+    ) -> None:
+        """Put this rank's files; on rank 0 wait for those of all and commit them."""
+        files = {}
+        for key, parts in sets.items():
+            path = f"{key}/{self._world.rank:05d}.safetensors"
+            with self._storage.create(f"{place.folder}/{path}") as local:
+                save_fragments(parts, local)
+                files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
+        self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", files)
+        if self._world.is_first:
+            put_log()
+            self._commit(place, details, left)
+
+    def _commit(self, place: "_Place", details: CheckpointDetails, left: Event) -> None:
+        poll_seconds = _LOCAL_POLL_SECONDS if self._storage.is_local else _POLL_SECONDS
+        while len(parts := self._storage.list(f"{place.folder}/{_PARTS}")) < self._world.size:
+            if left.wait(poll_seconds):
+                return
+        files = {
+            path: FileInfo.model_validate(info)
+            for part in parts
+            for path, info in self._storage.read_json(part).items()
+        }
+        record = Artefact(
+            kind="checkpoint",
+            digest=digest({path: info.sha256 for path, info in files.items()}),
+            config=details.state.config,
+            inputs={"data": details.state.data},
+            images_seen=details.state.images_seen,
+            files={f"{place.attempt}/{path}": info for path, info in files.items()},
+            details=details.model_dump(mode="json"),
+        )
+        self._lease.check()
+        commit(self._storage, place.name, record)
+        self._retention.prune(self._storage, place.name)
+
+    def images_seen(self) -> int:
+        """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
+        found = self._newest()
+        return 0 if found is None else found.details.state.images_seen
+
+    def restore(self, step: Step, begin: int = 0) -> TrainState:
+        """Load the newest checkpoint into the step; the fresh state where there is none. Every rank calls it.
+
+        Args:
+            step: what to load it into; its engines may be others than those that were saved.
+            begin: images seen at which the step's stage begins. A checkpoint of that moment belongs to the stage
+                before: the step has its weights already, and other optimisers.
+
+        Raises:
+            UserError: it was made with another configuration or other data.
+        """
+        if self._saved is not None and self._saved.images_seen == begin:
+            return self._saved
+        found = self._newest()
+        if found is None:
+            return self._fresh
+        if found.details.state.images_seen == begin:
+            return found.details.state
+        for name, engine in step.engines.items():
+            with engine.restore(found.details.updates[name]) as parts:
+                load_fragments(parts, found.files[name])
+        if step.ema is not None:
+            load_fragments(step.ema.fragments, found.files[_EMA])
+        step.recall(found.details.memory)
+        return found.details.state
+
+    def _newest(self) -> _Found | None:
+        """The newest checkpoint that is whole; others are passed over with a warning. Every rank calls it."""
+        if self._chosen is None:
+            self._chosen = [found] if (found := self._choose()) is not None else []
+        return next(iter(self._chosen), None)
+
+    def _choose(self) -> _Found | None:
+        for name, record in self._world.broadcast(self._committed() if self._world.is_first else None):
+            files = self._local_files(name, record)
+            if self._world.any(files is None):
+                self._pass_over(name)
+                continue
+            assert files is not None, "no rank lacks a file"
+            details = self._details(name, record)
+            for what in ("config", "data"):
+                if getattr(details.state, what) != getattr(self._fresh, what):
+                    url = self._storage.url(name)
+                    raise UserError(f"{url}: made with another {what}; give the run another name")
+            return _Found(details, files)
+        return None
+
+    def _details(self, name: str, record: Artefact) -> CheckpointDetails:
+        try:
+            return CheckpointDetails.model_validate(record.details)
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{self._storage.url(name)}: written by another version of this program ({field}): "
+                "go on with that one, or give the run another name"
+            ) from error
+
+    def _committed(self) -> list[tuple[str, Artefact]]:
+        """Names and records of the checkpoints whose files are all there, newest first."""
+        found = []
+        for name in reversed(self._storage.list()):
+            record = read(self._storage, name)
+            if record is not None and is_intact(self._storage, name, record):
+                found.append((name, record))
+            else:
+                self._pass_over(name)
+        return found
+
+    def _pass_over(self, name: str) -> None:
+        if self._world.is_first:
+            logger.warning("%s is not whole and is passed over", self._storage.url(name))
+
+    def _local_files(self, name: str, record: Artefact) -> dict[str, list[Path]] | None:
+        """Local files of a checkpoint by set of weights; None where one is damaged. Each rank checks its share."""
+        files: dict[str, list[Path]] = {}
+        for index, (path, info) in enumerate(sorted(record.files.items())):
+            try:
+                fetched = None if self._storage.is_local else info.sha256
+                local = self._storage.local_file(f"{name}/{path}", fetched)
+                mine = self._storage.is_local and index % self._world.size == self._world.rank
+                if mine and sha256_of(local) != info.sha256:
+                    return None
+            except (FileNotFoundError, UserError):
+                return None
+            files.setdefault(path.split("/")[1], []).append(local)
+        return files
+
+
+def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
+    """Fill whole tensors, contiguous ones, with the average in a checkpoint.
+
+    Args:
+        training: the folder of the training.
+        images_seen: at the checkpoint, which is there.
+        tensors: by their names in the step's module.
+
+    Raises:
+        UserError: a file is damaged, or gone.
+    """
+    checkpoints, name = training.child(CHECKPOINTS), checkpoint_name(images_seen)
+    record = read(checkpoints, name)
+    if record is None:
+        raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
+    files = [path for path in record.files if path.split("/")[1] == _EMA]
+    local = [checkpoints.local_file(f"{name}/{path}", record.files[path].sha256) for path in sorted(files)]
+    load_fragments({name: entire(tensor) for name, tensor in tensors.items()}, local)
+
+
+class _Place(NamedTuple):
+    """Where a checkpoint is written."""
+
+    name: str
+    """Its own folder."""
+    attempt: str
+    """The folder in that of who writes it."""
+
+    @property
+    def folder(self) -> str:
+        """Both."""
+        return f"{self.name}/{self.attempt}"
+
+
+def _copied(parts: Mapping[str, Fragment]) -> dict[str, Fragment]:
+    """Copies on the CPU, which further steps leave alone."""
+    return {name: part._replace(values=part.values.to("cpu", copy=True)) for name, part in parts.items()}

@@ -1,0 +1,71 @@
+"""A tokenizer that a training begins with, from another run or a released file."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from vavae.config import differences, identity
+from vavae.errors import UserError
+from vavae.interop.checkpoint_file import read_weights
+from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
+from vavae.interop.released_tokenizer import (
+    convert_alignment,
+    convert_discriminator,
+    convert_tokenizer,
+    holds_alignment,
+    holds_discriminator,
+)
+from vavae.runs.config import RunConfig
+from vavae.storage.storage import Storage
+from vavae.training.step import StepWeights
+
+
+def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
+    """What `train_vavae.start_from` names: the autoencoder, and the projection and the discriminator if it has them.
+
+    Args:
+        config: the run.
+        feature_dim: channels of the teacher's features.
+
+    Raises:
+        UserError: there is nothing, it is damaged, or its sizes are not those of the configuration.
+    """
+    url = config.train_vavae.start_from
+    if url is None:
+        return None
+    place = Storage.of(config.storage).at(url)
+    engines = _released(config, url, feature_dim) if place.is_file() else _exported(config, place)
+    return StepWeights(engines, average=None)
+
+
+def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[str, Tensor]]:
+    weights, losses = read_weights(url), config.losses
+    generator = _named("autoencoder", convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer."))
+    if holds_alignment(weights):
+        sizes = {"latent_dim": config.tokenizer.latent_dim, "feature_dim": feature_dim}
+        settings = losses.vision_foundation.model_dump() | sizes
+        generator |= _named("alignment", convert_alignment(weights, settings, "losses.vision_foundation."))
+    engines = {"generator": generator}
+    if config.adversarial and holds_discriminator(weights):
+        discriminator = convert_discriminator(weights, losses.adversarial.model_dump(), "losses.adversarial.")
+        engines["discriminator"] = _named("discriminator", discriminator)
+    return engines
+
+
+def _exported(config: RunConfig, export: Storage) -> dict[str, dict[str, Tensor]]:
+    autoencoder, description = load_tokenizer(export)
+    found = differences(identity(description.tokenizer), identity(config.tokenizer), "tokenizer")
+    if found:
+        field, theirs, ours = found[0]
+        raise UserError(
+            f"{export.url()}: made with {field}={theirs}, which is {ours} here: correct it or start elsewhere"
+        )
+    generator = _named("autoencoder", autoencoder)
+    if export.is_file(ALIGNMENT):
+        generator |= _named("alignment", load_alignment(export))
+    return {"generator": generator}
+
+
+def _named(part: str, module: nn.Module) -> dict[str, Tensor]:
+    state: Mapping[str, Tensor] = module.state_dict()
+    return {f"{part}.{name}": tensor for name, tensor in state.items()}
