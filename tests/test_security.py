@@ -17,7 +17,7 @@ from test_architecture import MODULES
 
 from vavae.config import dump, load
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import ImageStream, SliceKey
+from vavae.data.image_stream import ImageStream, MicroBatchKey
 from vavae.data.sample_order import order_of
 from vavae.data.shard_reader import read_images, shard_records
 from vavae.data.shards.manifest import read_manifest, shard_file, write_manifest
@@ -87,7 +87,7 @@ def test_members_that_webdataset_would_unpickle_stay_bytes(tmp_path, traps):
     stream = ImageStream(
         storage, manifest, "train", order_of([2], 0, StreamConfig(lanes=1)), 2, StreamConfig(lanes=1), seed=0
     )
-    assert len(stream[SliceKey(0, 0)].images) == 2
+    assert len(stream[MicroBatchKey(0, 0)].images) == 2
     assert sum(len(batch.images) for batch in read_images(storage, manifest, "train", 2, 2)) == 2
     assert not any(faults.lines or faults.unreadable for faults in verify_shards(storage, manifest, images=True))
     shard = tmp_path / "train" / "000000.tar"

@@ -77,7 +77,7 @@ def check_cache(run: Run, job: Job) -> None:
     manifest = read_manifest(folder) if job == "train_vavae" else read_latent_manifest(folder)
     infos = manifest.splits[TRAIN]
     shards = OrderedShards(
-        folder, TRAIN, infos, order_of([info.count for info in infos], config.seed, config.stream), slice_size=1
+        folder, TRAIN, infos, order_of([info.count for info in infos], config.seed, config.stream), micro_batch_size=1
     )
     if shards.are_local:
         return

@@ -106,7 +106,7 @@ def test_where_linux_does_not_tell_memory_starting_is_left_out(monkeypatch, tmp_
 def test_the_memory_of_an_order_is_of_its_shards_not_of_its_records():
     def peak(records_per_shard):
         tracemalloc.start()
-        order_of([records_per_shard] * 1000, 0, StreamConfig()).slice(0, 0, 32)
+        order_of([records_per_shard] * 1000, 0, StreamConfig()).micro_batch(0, 0, 32)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most

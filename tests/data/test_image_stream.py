@@ -17,8 +17,8 @@ from support import small
 
 from vavae.data.config import StreamConfig
 from vavae.data.image import center_crop_resize, decode_image, encode_image
-from vavae.data.image_stream import ImageStream, SliceKey, image_bytes, label_of
-from vavae.data.loader import load_slices
+from vavae.data.image_stream import ImageStream, MicroBatchKey, image_bytes, label_of
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import Location, assign_lanes, order_of
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import write_tar
@@ -26,9 +26,9 @@ from vavae.errors import UserError
 from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage, sha256_of
 
-COUNTS, SLICE, SEED = (5, 4, 5), 3, 11
+COUNTS, MICRO_BATCH, SEED = (5, 4, 5), 3, 11
 CENTRE = StreamConfig(lanes=2, block=4, crop="center")
-KEYS = [SliceKey(lane, step) for step in range(6) for lane in (0, 1)]
+KEYS = [MicroBatchKey(lane, step) for step in range(6) for lane in (0, 1)]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def storage(tmp_path):
 def stream_of(storage, config=CENTRE, height=small.SIZE, width=small.SIZE, damaged=()):
     manifest = small.write_image_shards(storage, {"train": COUNTS}, height, width, damaged)
     order = order_of(COUNTS, SEED, config)
-    return ImageStream(storage, manifest, "train", order, SLICE, config, SEED), order
+    return ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED), order
 
 
 def index_of(location):
@@ -55,7 +55,7 @@ def same(left, right):
 def test_a_slice_holds_the_records_of_the_order(storage):
     stream, order = stream_of(storage)
     for key in KEYS:
-        found, indices = stream[key], [index_of(location) for location in order.slice(*key, SLICE)]
+        found, indices = stream[key], [index_of(location) for location in order.micro_batch(*key, MICRO_BATCH)]
         expected = np.stack([small.image("train", index) for index in indices])
         assert (found.lane, found.step) == key
         assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
@@ -83,7 +83,10 @@ def test_every_lane_and_step_has_its_own_crops(storage):
     manifest = small.write_image_shards(storage, {"train": (1,)}, height=8, width=4000)
     stream = ImageStream(storage, manifest, "train", OneImage(), 2, StreamConfig(), SEED)
     crops = [
-        image.numpy().tobytes() for lane in (0, 1) for step in range(3) for image in stream[SliceKey(lane, step)].images
+        image.numpy().tobytes()
+        for lane in (0, 1)
+        for step in range(3)
+        for image in stream[MicroBatchKey(lane, step)].images
     ]
     assert len(set(crops)) == len(crops) == 12
 
@@ -92,7 +95,7 @@ def test_half_of_the_images_are_mirrored(storage):
     manifest = small.write_image_shards(storage, {"train": (1,)})
     stream = ImageStream(storage, manifest, "train", OneImage(), 200, CENTRE.model_copy(update={"flip": True}), SEED)
     image = torch.from_numpy(small.image("train", 0)).permute(2, 0, 1)
-    seen = stream[SliceKey(0, 0)].images
+    seen = stream[MicroBatchKey(0, 0)].images
     mirrored = [torch.equal(found, image.flip(-1)) for found in seen]
     assert all(mirror or torch.equal(found, image) for mirror, found in zip(mirrored, seen, strict=True))
     assert 70 < sum(mirrored) < 130
@@ -111,7 +114,7 @@ def test_files_that_are_decoded_in_place_are_mirrored_alike(storage, crop):
     order = order_of((2,), SEED, config)
     stream = ImageStream(storage, manifest, "train", order, 40, config, SEED)
     mirrored = 0
-    for image, location in zip(stream[SliceKey(0, 0)].images, order.slice(0, 0, 40), strict=True):
+    for image, location in zip(stream[MicroBatchKey(0, 0)].images, order.micro_batch(0, 0, 40), strict=True):
         pixels = torch.from_numpy(decode_image(files[location.record])).permute(2, 0, 1)
         mirrored += torch.equal(image, pixels.flip(-1))
         assert torch.equal(image, pixels) or torch.equal(image, pixels.flip(-1))
@@ -122,11 +125,12 @@ def test_files_that_are_decoded_in_place_are_mirrored_alike(storage, crop):
 def test_originals_come_at_the_size_of_training(storage, crop):
     config = CENTRE.model_copy(update={"crop": crop})
     stream, order = stream_of(storage, config, height=40, width=29)
-    found = stream[SliceKey(1, 2)]
-    assert found.images.shape == (SLICE, 3, small.SIZE, small.SIZE)
+    found = stream[MicroBatchKey(1, 2)]
+    assert found.images.shape == (MICRO_BATCH, 3, small.SIZE, small.SIZE)
     if crop == "center":
         pixels = [
-            small.image("train", index_of(location), 40, 29) for location in order.slice(*SliceKey(1, 2), size=SLICE)
+            small.image("train", index_of(location), 40, 29)
+            for location in order.micro_batch(*MicroBatchKey(1, 2), size=MICRO_BATCH)
         ]
         expected = [np.asarray(center_crop_resize(Image.fromarray(image), small.SIZE)) for image in pixels]
         assert np.array_equal(found.images.permute(0, 2, 3, 1), np.stack(expected))
@@ -138,7 +142,7 @@ def test_the_next_readable_image_of_the_shard_stands_in_for_a_damaged_one(storag
     with caplog.at_level(logging.WARNING):
         for key in KEYS:
             found = stream[key]
-            for row, location in enumerate(order.slice(*key, SLICE)):
+            for row, location in enumerate(order.micro_batch(*key, MICRO_BATCH)):
                 index = 5 if index_of(location) in (7, 8) else index_of(location)
                 assert np.array_equal(found.images[row].permute(1, 2, 0), small.image("train", index))
                 assert found.labels[row] == small.label_of(index)
@@ -148,14 +152,14 @@ def test_the_next_readable_image_of_the_shard_stands_in_for_a_damaged_one(storag
 def test_a_shard_without_a_readable_image_is_an_error(storage):
     stream, _ = stream_of(storage, damaged=[("train", index) for index in range(sum(COUNTS))])
     with pytest.raises(UserError, match=r"train/00000\d.tar: no readable image"):
-        stream[SliceKey(0, 0)]
+        stream[MicroBatchKey(0, 0)]
 
 
 def test_a_shard_of_another_length_than_the_manifest_says_is_an_error(storage):
     stream, _ = stream_of(storage)
     small.write_image_shards(storage, {"train": (2, 2, 2)})
     with pytest.raises(UserError, match=r"train/00000\d.tar: \d+ bytes where the manifest says \d+"):
-        stream[SliceKey(0, 0)]
+        stream[MicroBatchKey(0, 0)]
 
 
 def test_a_manifest_that_counts_otherwise_is_an_error(storage):
@@ -163,7 +167,7 @@ def test_a_manifest_that_counts_otherwise_is_an_error(storage):
     infos = [shard.model_copy(update={"count": 9}) for shard in stream.shards.infos]
     stream.shards = dataclasses.replace(stream.shards, infos=infos)
     with pytest.raises(UserError, match=r"train/00000\d.tar: [45] records where the manifest says 9"):
-        stream[SliceKey(0, 0)]
+        stream[MicroBatchKey(0, 0)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -172,7 +176,7 @@ def test_a_shard_that_vanished_is_one_line_from_any_process(storage, workers):
     for number in range(len(COUNTS)):
         storage.delete(f"train/{number:06d}.tar")
     with pytest.raises(UserError, match=r"train/00000\d.tar is gone, but the manifest names it") as caught:
-        next(load_slices(stream, assign_lanes(2, 0, 1), 0, workers))
+        next(load_micro_batches(stream, assign_lanes(2, 0, 1), 0, workers))
     assert "\n" not in str(caught.value)
 
 
@@ -186,7 +190,7 @@ class Unreachable:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_outage_is_the_same_one_line_from_any_process(workers):
     with pytest.raises(StorageUnavailableError) as caught:
-        next(load_slices(Unreachable(), assign_lanes(2, 0, 1), 0, workers))
+        next(load_micro_batches(Unreachable(), assign_lanes(2, 0, 1), 0, workers))
     assert str(caught.value) == "s3://bucket/shard: no answer"
 
 
@@ -194,13 +198,13 @@ def test_unreadable_images_are_counted_and_named_up_to_a_limit(storage):
     damaged = [("train", index) for index in (1, 7)]
     names = {"train/000000.tar#000000001", "train/000001.tar#000000007"}
     stream, order = stream_of(storage, damaged=damaged)
-    epoch = -(-order.records_per_lane // SLICE)
+    epoch = -(-order.records_per_lane // MICRO_BATCH)
     for _ in range(2):  # going through it again names no image twice
-        list(islice(load_slices(stream, assign_lanes(2, 0, 1), 0, workers=0), epoch))
+        list(islice(load_micro_batches(stream, assign_lanes(2, 0, 1), 0, workers=0), epoch))
         assert stream.quarantine.names == names
     strict, _ = stream_of(storage, CENTRE.model_copy(update={"unreadable_limit": 1}), damaged=damaged)
     with pytest.raises(UserError, match=r"2 unreadable images, such as train/0.*: more than stream.unreadable_limit=1"):
-        list(islice(load_slices(strict, assign_lanes(2, 0, 1), 0, workers=0), epoch))
+        list(islice(load_micro_batches(strict, assign_lanes(2, 0, 1), 0, workers=0), epoch))
 
 
 @pytest.mark.parametrize("text", [b"", b"dog", b"-1", b"1.5"])
@@ -224,7 +228,7 @@ def test_resuming_opens_the_current_blocks_alone(storage):
     for step in (0, 5, 19, 33):  # blocks begin at multiples of 8 = 2 slices of 4; step 20 begins an epoch
         opened.clear()
         stream = Counting(storage, manifest, "train", order, 4, config, SEED)
-        next(load_slices(stream, assign_lanes(2, 0, 1), step, workers=0))
+        next(load_micro_batches(stream, assign_lanes(2, 0, 1), step, workers=0))
         assert 1 <= len(opened) <= 2 * 3
         assert len(set(opened)) == len(opened)
 
@@ -233,7 +237,7 @@ def test_a_label_beyond_the_classes_is_an_error(storage):
     manifest = small.write_image_shards(storage, {"train": COUNTS}).model_copy(update={"classes": ("a",)})
     stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CENTRE), 14, CENTRE, SEED)
     with pytest.raises(UserError, match=r"train/00000\d.tar#\d+: label [12], but the manifest has 1 classes"):
-        stream[SliceKey(0, 0)]
+        stream[MicroBatchKey(0, 0)]
 
 
 def test_a_record_without_an_image_names_what_there_is():
@@ -246,17 +250,21 @@ def test_a_record_without_an_image_names_what_there_is():
 def test_every_world_size_sees_the_same_slices(storage, world_size):
     stream, _ = stream_of(storage)
     for rank in range(world_size):
-        rounds = assign_lanes(CENTRE.lanes, rank, world_size)
-        for step, slices in enumerate(islice(load_slices(stream, rounds, 2, workers=0), 3), 2):
-            assert [(found.lane, found.step) for found in slices] == [(turn.lane, step) for turn in rounds]
-            assert all(same(found, stream[SliceKey(found.lane, step)]) for found in slices)
+        accumulation_steps = assign_lanes(CENTRE.lanes, rank, world_size)
+        for step, micro_batches in enumerate(
+            islice(load_micro_batches(stream, accumulation_steps, 2, workers=0), 3), 2
+        ):
+            assert [(found.lane, found.step) for found in micro_batches] == [
+                (turn.lane, step) for turn in accumulation_steps
+            ]
+            assert all(same(found, stream[MicroBatchKey(found.lane, step)]) for found in micro_batches)
 
 
 def test_loader_processes_change_nothing(storage):
     config = CENTRE.model_copy(update={"crop": "random", "flip": True})
     stream, _ = stream_of(storage, config, height=10, width=10)
-    rounds = assign_lanes(config.lanes, 0, 1)
-    here, there = (list(islice(load_slices(stream, rounds, 1, workers), 3)) for workers in (0, 2))
+    accumulation_steps = assign_lanes(config.lanes, 0, 1)
+    here, there = (list(islice(load_micro_batches(stream, accumulation_steps, 1, workers), 3)) for workers in (0, 2))
     assert all(same(a, b) for left, right in zip(here, there, strict=True) for a, b in zip(left, right, strict=True))
 
 
@@ -271,10 +279,12 @@ def global_batches(stream, world_size, steps, workers):
     """What all ranks together learn from: the slices of each step in the order of the lanes."""
     lanes = {step: {} for step in steps}
     for rank in range(world_size):
-        rounds = assign_lanes(stream.shards.order.lanes, rank, world_size)
-        with closing(load_slices(stream, rounds, steps.start, workers)) as slices:
-            for step, found in zip(steps, slices, strict=False):
-                lanes[step] |= {item.lane: item for turn, item in zip(rounds, found, strict=True) if turn.weight}
+        accumulation_steps = assign_lanes(stream.shards.order.lanes, rank, world_size)
+        with closing(load_micro_batches(stream, accumulation_steps, steps.start, workers)) as micro_batches:
+            for step, found in zip(steps, micro_batches, strict=False):
+                lanes[step] |= {
+                    item.lane: item for turn, item in zip(accumulation_steps, found, strict=True) if turn.weight
+                }
     return [[lanes[step][lane] for lane in sorted(lanes[step])] for step in steps]
 
 
@@ -285,7 +295,7 @@ def check_resumed(stream, before, after, step, workers):
     lanes = range(stream.shards.order.lanes)
     for found, at in zip(there, range(step, step + 5), strict=True):
         assert len(found) == len(lanes)
-        assert all(same(item, stream[SliceKey(lane, at)]) for lane, item in zip(lanes, found, strict=True))
+        assert all(same(item, stream[MicroBatchKey(lane, at)]) for lane, item in zip(lanes, found, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -306,9 +316,9 @@ def test_shards_of_a_store_are_fetched_once_and_checked_then(tmp_path, monkeypat
     monkeypatch.setattr(Storage, "_fetch", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest))
     config = CENTRE.model_copy(update={"open_shards": 1})
     manifest, order = small.write_image_shards(storage, {"train": COUNTS}), order_of(COUNTS, SEED, config)
-    stream = ImageStream(storage, manifest, "train", order, SLICE, config, SEED)
+    stream = ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED)
     for key in KEYS:
-        indices = [index_of(location) for location in order.slice(*key, SLICE)]
+        indices = [index_of(location) for location in order.micro_batch(*key, MICRO_BATCH)]
         assert stream[key].labels.tolist() == [small.label_of(index) for index in indices]
     assert sorted(fetched) == [f"train/{number:06d}.tar" for number in range(len(COUNTS))]
     other = Storage(storage.root, str(tmp_path / "other"))
@@ -316,7 +326,7 @@ def test_shards_of_a_store_are_fetched_once_and_checked_then(tmp_path, monkeypat
         data = bytearray(storage.read_bytes(f"train/{number:06d}.tar"))
         data[700] ^= 1
         storage.write_bytes(f"train/{number:06d}.tar", data)
-    damaged = ImageStream(other, manifest, "train", order, SLICE, config, SEED)
+    damaged = ImageStream(other, manifest, "train", order, MICRO_BATCH, config, SEED)
     with pytest.raises(UserError, match=r"train/00000\d.tar"):
         damaged[KEYS[0]]
-    assert stream[KEYS[0]].labels.shape == (SLICE,), "what is in the cache stays good"
+    assert stream[KEYS[0]].labels.shape == (MICRO_BATCH,), "what is in the cache stays good"

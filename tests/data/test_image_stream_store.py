@@ -15,7 +15,7 @@ from support.gloo import Nursery
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream
-from vavae.data.loader import load_slices
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import Manifest
 from vavae.distributed.world import World
@@ -25,7 +25,7 @@ from vavae.storage.storage import Storage
 
 pytestmark = pytest.mark.gloo
 
-LANES, SLICE, SEED = 4, 25, 3
+LANES, MICRO_BATCH, SEED = 4, 25, 3
 
 
 class Reading(NamedTuple):
@@ -37,7 +37,7 @@ class Reading(NamedTuple):
     environment: dict[str, str]
     manifest: Manifest
     steps: int
-    slice_size: int = SLICE
+    micro_batch_size: int = MICRO_BATCH
     block: int = 50
     workers: int = 0
     prefetch_bytes: int = 1 << 20
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
 class Read(NamedTuple):
     """What one rank has read."""
 
-    slices: list[str]
+    micro_batches: list[str]
     """A digest of each, in order."""
     counts: Counts
 
@@ -57,12 +57,14 @@ def read(world: World, reading: Reading) -> Read:
     storage = Storage(reading.root, reading.cache, StorageOptions(**reading.options))
     config = StreamConfig(lanes=LANES, block=reading.block, flip=True, open_shards=8)
     order = order_of([shard.count for shard in reading.manifest.splits["train"]], SEED, config)
-    stream = ImageStream(storage, reading.manifest, "train", order, reading.slice_size, config, SEED)
-    rounds, found = assign_lanes(LANES, world.rank, world.size), []
-    slices = load_slices(stream, rounds, 0, reading.workers, prefetch_bytes=reading.prefetch_bytes, ranks=world.size)
+    stream = ImageStream(storage, reading.manifest, "train", order, reading.micro_batch_size, config, SEED)
+    accumulation_steps, found = assign_lanes(LANES, world.rank, world.size), []
+    micro_batches = load_micro_batches(
+        stream, accumulation_steps, 0, reading.workers, prefetch_bytes=reading.prefetch_bytes, ranks=world.size
+    )
     before = COUNTERS.read()
-    with closing(slices):
-        for step in islice(slices, reading.steps):
+    with closing(micro_batches):
+        for step in islice(micro_batches, reading.steps):
             for item in step:
                 content = item.images.numpy().tobytes() + item.labels.numpy().tobytes()
                 found.append(hashlib.sha256(content).hexdigest())
@@ -113,7 +115,7 @@ def test_the_stream_is_the_same_through_faults(
     root, manifest = stored
     twelve_shards = 12 * max(shard.bytes for shard in manifest.splits["train"])
     options = {"attempts": 40, "backoff_seconds": 0.002, "read_seconds": 5.0, "cache_bytes": twelve_shards}
-    steps = samples // (LANES * SLICE)
+    steps = samples // (LANES * MICRO_BATCH)
     local = Reading(shards[0].root, "", {}, {}, manifest, steps)
     plan = EveryKind(7, faults)
     with faulty(s3.endpoint, plan) as endpoint:
@@ -123,8 +125,8 @@ def test_the_stream_is_the_same_through_faults(
         )  # fmt: skip
         (found,) = gloo.run(1, read, reading, grouped=False)
     (expected,) = gloo.run(1, read, local, grouped=False)
-    assert len(expected.slices) == steps * LANES
-    assert found.slices == expected.slices
+    assert len(expected.micro_batches) == steps * LANES
+    assert found.micro_batches == expected.micro_batches
     assert plan.happened.total() >= faults, plan.happened
     assert {*plan.happened} == {*Fault}
     assert found.counts.retries > 0

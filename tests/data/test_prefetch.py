@@ -16,16 +16,16 @@ from support import small
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream, ShardStream
-from vavae.data.loader import load_slices, slices_ahead
+from vavae.data.loader import load_micro_batches, micro_batches_ahead
 from vavae.data.prefetch import THREAD, LookAhead, OrderedShards
 from vavae.data.sample_order import SampleOrder, assign_lanes, order_of
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
 
-LANES, SLICE, SEED = 2, 5, 4
+LANES, MICRO_BATCH, SEED = 2, 5, 4
 COUNTS = (20,) * 12
-STEPS = sum(COUNTS) // LANES // SLICE
+STEPS = sum(COUNTS) // LANES // MICRO_BATCH
 ROUNDS = assign_lanes(LANES, 0, 1)
 CONFIG = StreamConfig(lanes=LANES, block=12, crop="center")
 
@@ -54,7 +54,7 @@ class Store:
     """The shards behind a cache of some shards, with a record of who fetched what."""
 
     def __init__(self, shards, cache, monkeypatch, room=100, config=CONFIG):
-        (root, manifest), self.rounds = shards, assign_lanes(config.lanes, 0, 1)
+        (root, manifest), self.accumulation_steps = shards, assign_lanes(config.lanes, 0, 1)
         self.shard_bytes = max(info.bytes for info in manifest.splits["train"])
         self.fetched, self.blocking, self.lost, self.step = [], 0, [], 0
         brought = {}
@@ -74,19 +74,21 @@ class Store:
         monkeypatch.setattr(Storage, "_fetch", noted)
         storage = Storage(root, str(cache), StorageOptions(cache_bytes=room * self.shard_bytes))
         order = order_of([info.count for info in manifest.splits["train"]], SEED, config)
-        self.stream = ImageStream(storage, manifest, "train", order, SLICE, config, SEED)
+        self.stream = ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED)
 
-    def slices(self, ahead, first_step=0):
+    def micro_batches(self, ahead, first_step=0):
         limit = int(ahead * self.shard_bytes)
-        return closing(load_slices(self.stream, self.rounds, first_step, workers=0, prefetch_bytes=limit))
+        return closing(
+            load_micro_batches(self.stream, self.accumulation_steps, first_step, workers=0, prefetch_bytes=limit)
+        )
 
     def look_ahead(self, limit=1 << 30):
-        return closing(LookAhead(self.stream.shards, self.rounds, 0, limit))
+        return closing(LookAhead(self.stream.shards, self.accumulation_steps, 0, limit))
 
     def needed(self, first_step, last_step):
         """Shards of the records of some steps; none where the last is before the first."""
-        keys = [(turn.lane, step) for step in range(first_step, last_step + 1) for turn in self.rounds]
-        return {location.shard for key in keys for location in self.stream.shards.order.slice(*key, SLICE)}
+        keys = [(turn.lane, step) for step in range(first_step, last_step + 1) for turn in self.accumulation_steps]
+        return {location.shard for key in keys for location in self.stream.shards.order.micro_batch(*key, MICRO_BATCH)}
 
 
 @pytest.fixture
@@ -105,16 +107,16 @@ def ordered_shards(draw):
 @settings(max_examples=60, deadline=None)
 @given(ordered_shards(), st.integers(0, 30), st.data())
 def test_needs_are_what_the_slices_read_and_come_once_an_epoch(shards, first_step, data):
-    order, size = shards.order, shards.slice_size
-    rounds = assign_lanes(order.lanes, 0, data.draw(st.integers(1, order.lanes)))
+    order, size = shards.order, shards.micro_batch_size
+    accumulation_steps = assign_lanes(order.lanes, 0, data.draw(st.integers(1, order.lanes)))
     steps = 2 * order.records_per_lane // size + 2
-    needs = list(takewhile(lambda need: need.step < first_step + steps, shards.needs(rounds, first_step)))
+    needs = list(takewhile(lambda need: need.step < first_step + steps, shards.needs(accumulation_steps, first_step)))
     assert [need.step for need in needs] == sorted(need.step for need in needs)
-    for lane in {turn.lane for turn in rounds}:
+    for lane in {turn.lane for turn in accumulation_steps}:
         mine = [need for need in needs if need.lane == lane]
         for step in range(first_step, first_step + steps):
             entered = [need for need in mine if need.step <= step]
-            now = {location.shard for location in order.slice(lane, step, size)}
+            now = {location.shard for location in order.micro_batch(lane, step, size)}
             assert now <= {need.shard for need in entered}
         assert all(need.shard in need.block for need in mine)
         n = order.records_per_lane
@@ -125,8 +127,8 @@ def test_needs_are_what_the_slices_read_and_come_once_an_epoch(shards, first_ste
 
 def test_the_stream_finds_its_shards_in_the_cache(store):
     """Each step lasts until the store has brought what the next one needs: with look-ahead nobody waits after that."""
-    with store.slices(ahead=3) as slices:
-        for step, _ in enumerate(islice(slices, 2 * STEPS)):
+    with store.micro_batches(ahead=3) as micro_batches:
+        for step, _ in enumerate(islice(micro_batches, 2 * STEPS)):
             if step == 0:
                 at_first = store.blocking
             until(lambda step=step: store.needed(0, step + 1) <= set(store.fetched))
@@ -135,8 +137,8 @@ def test_the_stream_finds_its_shards_in_the_cache(store):
 
 
 def test_without_it_every_shard_is_waited_for(store):
-    with store.slices(ahead=0) as slices:
-        list(islice(slices, STEPS))
+    with store.micro_batches(ahead=0) as micro_batches:
+        list(islice(micro_batches, STEPS))
         assert not threads()
     assert store.blocking == len(store.fetched) == len(COUNTS)
 
@@ -161,9 +163,9 @@ def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, roo
     """A lane has up to two shards open."""
     config = CONFIG.model_copy(update={"lanes": lanes})
     store, epochs = Store(shards, tmp_path / "cache", monkeypatch, room, config), 4
-    with store.slices(ahead=100) as slices:
+    with store.micro_batches(ahead=100) as micro_batches:
         for store.step in range(epochs * STEPS * LANES // lanes):
-            next(slices)
+            next(micro_batches)
             time.sleep(0.001)
     until(lambda: not threads())
     assert not store.lost, "dropped between fetch and use"
@@ -203,14 +205,14 @@ def test_what_is_open_is_not_fetched_again(tmp_path, monkeypatch):
 
 
 def test_the_thread_ends_with_the_stream(store):
-    with store.slices(ahead=1) as slices:
-        next(slices)
+    with store.micro_batches(ahead=1) as micro_batches:
+        next(micro_batches)
         assert len(threads()) == 1
         assert threads()[0].daemon
     until(lambda: not threads())
-    slices = load_slices(store.stream, ROUNDS, 0, workers=0, prefetch_bytes=1)
-    next(slices)
-    del slices
+    micro_batches = load_micro_batches(store.stream, ROUNDS, 0, workers=0, prefetch_bytes=1)
+    next(micro_batches)
+    del micro_batches
     until(lambda: not threads())
 
 
@@ -233,9 +235,9 @@ def test_a_fetch_under_way_keeps_no_process_alive(tmp_path):
 def test_local_shards_have_no_thread(tmp_path):
     storage = Storage(str(tmp_path))
     manifest = small.write_image_shards(storage, {"train": COUNTS})
-    stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CONFIG), SLICE, CONFIG, SEED)
-    with closing(load_slices(stream, ROUNDS, 0, workers=0)) as slices:
-        next(slices)
+    stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CONFIG), MICRO_BATCH, CONFIG, SEED)
+    with closing(load_micro_batches(stream, ROUNDS, 0, workers=0)) as micro_batches:
+        next(micro_batches)
         assert not threads()
 
 
@@ -253,18 +255,18 @@ def test_errors_are_the_streams(store, monkeypatch):
     monkeypatch.setattr(Storage, "_fetch", fail)
     with store.look_ahead():
         until(lambda: len(store.fetched) == len(COUNTS) - 1)
-    with store.slices(ahead=4) as slices:
-        list(islice(slices, gone.step))
+    with store.micro_batches(ahead=4) as micro_batches:
+        list(islice(micro_batches, gone.step))
         with pytest.raises(UserError, match=f"{gone.shard:06d}.tar is gone"):
-            list(islice(slices, CONFIG.block))
+            list(islice(micro_batches, CONFIG.block))
     until(lambda: not threads())
 
 
 def test_loader_processes_hold_as_many_slices_as_fit(tmp_path):
-    stream = ShardStream(OrderedShards(Storage(str(tmp_path)), "train", (), None, SLICE), slice_bytes=100)
-    held = [slices_ahead(stream, 16, 2, limit) for limit in (0, 199, 400, 1000, 10_000)]
+    stream = ShardStream(OrderedShards(Storage(str(tmp_path)), "train", (), None, MICRO_BATCH), micro_batch_bytes=100)
+    held = [micro_batches_ahead(stream, 16, 2, limit) for limit in (0, 199, 400, 1000, 10_000)]
     assert held == [1, 1, 2, 5, 8]
-    assert slices_ahead(stream, 1, 4, 10_000) == 2
+    assert micro_batches_ahead(stream, 1, 4, 10_000) == 2
 
 
 def test_a_shard_that_the_cache_drops_before_it_is_open_is_fetched_again(store):

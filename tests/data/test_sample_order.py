@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import SliceKey
-from vavae.data.loader import load_slices
+from vavae.data.image_stream import MicroBatchKey
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import Location, SampleOrder, assign_lanes, order_of
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
@@ -38,7 +38,7 @@ class Locations:
         self.order, self.size = order, size
 
     def __getitem__(self, key):
-        return key, self.order.slice(key.lane, key.step, self.size)
+        return key, self.order.micro_batch(key.lane, key.step, self.size)
 
 
 @few
@@ -68,7 +68,7 @@ def test_lanes_are_ranges_of_the_permuted_shards_and_blocks_ranges_of_lanes(orde
 def test_slices_tile_a_lane_across_epochs(order, size):
     steps = 2 * order.records_per_lane // size + 1
     for lane in range(order.lanes):
-        sliced = [location for step in range(steps) for location in order.slice(lane, step, size)]
+        sliced = [location for step in range(steps) for location in order.micro_batch(lane, step, size)]
         whole = [location for epoch in range(2 + size) for location in epoch_of(order, lane, epoch)]
         assert sliced == whole[: len(sliced)]
 
@@ -104,12 +104,12 @@ def test_epochs_permute_the_shards():
 @few
 @given(orders(), st.integers(1, 6), st.integers(0, 40))
 def test_resuming_at_a_step_equals_going_through(order, size, first):
-    source, rounds = Locations(order, size), assign_lanes(order.lanes, 0, 1)
-    resumed = list(islice(load_slices(source, rounds, first, workers=0), 3))
-    whole = list(islice(load_slices(source, rounds, 0, workers=0), first + 3))
+    source, accumulation_steps = Locations(order, size), assign_lanes(order.lanes, 0, 1)
+    resumed = list(islice(load_micro_batches(source, accumulation_steps, first, workers=0), 3))
+    whole = list(islice(load_micro_batches(source, accumulation_steps, 0, workers=0), first + 3))
     assert resumed == whole[first:]
-    assert [[key for key, _ in slices] for slices in resumed] == [
-        [SliceKey(lane, step) for lane in range(order.lanes)] for step in range(first, first + 3)
+    assert [[key for key, _ in micro_batches] for micro_batches in resumed] == [
+        [MicroBatchKey(lane, step) for lane in range(order.lanes)] for step in range(first, first + 3)
     ]
 
 
@@ -117,9 +117,13 @@ def global_batch(order, size, world_size, step):
     """What all ranks together learn from at a step: the records of each lane, in the order of the lanes."""
     found = {}
     for rank in range(world_size):
-        rounds = assign_lanes(order.lanes, rank, world_size)
-        slices = next(load_slices(Locations(order, size), rounds, step, workers=0))
-        found |= {key.lane: records for turn, (key, records) in zip(rounds, slices, strict=True) if turn.weight}
+        accumulation_steps = assign_lanes(order.lanes, rank, world_size)
+        micro_batches = next(load_micro_batches(Locations(order, size), accumulation_steps, step, workers=0))
+        found |= {
+            key.lane: records
+            for turn, (key, records) in zip(accumulation_steps, micro_batches, strict=True)
+            if turn.weight
+        }
     return [record for lane in sorted(found) for record in found[lane]]
 
 
@@ -138,14 +142,14 @@ def test_a_run_that_resumes_with_another_world_size_sees_the_same_global_batches
 def test_every_world_size_gives_every_lane_once_with_an_exact_mean(sizes):
     lanes, world_size = sizes
     ranks = [assign_lanes(lanes, rank, world_size) for rank in range(world_size)]
-    rounds = [turn for rank in ranks for turn in rank]
+    accumulation_steps = [turn for rank in ranks for turn in rank]
     assert {len(rank) for rank in ranks} == {-(-lanes // world_size)}
-    assert Counter(turn.lane for turn in rounds if turn.weight) == Counter(range(lanes))
+    assert Counter(turn.lane for turn in accumulation_steps if turn.weight) == Counter(range(lanes))
     for rank in ranks:
         mine = [turn.lane for turn in rank if turn.weight]
         assert mine == list(range(mine[0], mine[-1] + 1)), "a rank's lanes are contiguous"
     values = numpy_generator(0, "values", lanes).normal(size=lanes)
-    mean = np.mean([turn.weight * values[turn.lane] for turn in rounds])
+    mean = np.mean([turn.weight * values[turn.lane] for turn in accumulation_steps])
     np.testing.assert_allclose(mean, values.mean(), rtol=0, atol=1e-14)
 
 

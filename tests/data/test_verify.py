@@ -12,7 +12,7 @@ from support import small
 from vavae.cli.main import main
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.data.image import encode_image
-from vavae.data.image_stream import ImageStream, SliceKey
+from vavae.data.image_stream import ImageStream, MicroBatchKey
 from vavae.data.sample_order import order_of
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import ShardInfo, read_manifest, shard_file, write_manifest
@@ -76,7 +76,7 @@ def test_a_run_takes_an_index_for_its_shards(folder, theirs, tmp_path):
     stream = ImageStream(
         storage.child("shards"), manifest, "train", order_of([5, 5], 0, StreamConfig(lanes=1)), 10, StreamConfig(), 0
     )
-    found = stream[SliceKey(0, 0)]
+    found = stream[MicroBatchKey(0, 0)]
     assert found.images.shape == (10, 3, 10, 10)
     assert sorted(found.labels.tolist()) == sorted(2 * LABELS)
     write_tar(theirs / "train" / "1.tar", LABELS[:4])
@@ -173,7 +173,7 @@ def test_verify_drops_unreadable_images_from_an_index(tmp_path, capsys):
     assert np.array_equal(found, kept)
     config = StreamConfig(lanes=1, crop="center", unreadable_limit=0)
     stream = ImageStream(Storage(folder), sized, "train", order_of([2, 4], 0, config), 6, config, 0)
-    found = stream[SliceKey(0, 0)].images.permute(0, 2, 3, 1)
+    found = stream[MicroBatchKey(0, 0)].images.permute(0, 2, 3, 1)
     assert sorted(found.flatten().tolist()) == sorted(kept.flatten().tolist())
     capsys.readouterr()
     assert main(["data", "verify", folder, "--images"]) == 0

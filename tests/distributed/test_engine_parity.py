@@ -11,7 +11,7 @@ from support.parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, er
 from support.tiny import JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
-from vavae.data.loader import load_slices
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.deepspeed_engine import DeepSpeedEngine
 from vavae.distributed.engine import MOMENTS
@@ -125,8 +125,8 @@ def moment_bytes(world: World) -> list[int]:
 
 def _moment_bytes(world: World, config: dict[str, Any]) -> int:
     step = build_step("train_lightningdit", tiny_config(engine=config), world)
-    slices = next(load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
-    step.run(slices, 0, 1e-3)
+    micro_batches = next(load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
+    step.run(micro_batches, 0, 1e-3)
     (engine,) = step.engines.values()
     assert isinstance(engine, DeepSpeedEngine)
     return sum(
@@ -158,10 +158,10 @@ def meet_no_number(world: World) -> list[Met]:
 def _meet_no_number(world: World, config: dict[str, Any]) -> Met:
     step = build_step("train_lightningdit", tiny_config(engine=config), world)
     (engine,) = step.engines.values()
-    slices = next(load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
-    bad = [item._replace(mean=item.mean * torch.nan) if item.lane == LANES - 1 else item for item in slices]
+    micro_batches = next(load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
+    bad = [item._replace(mean=item.mean * torch.nan) if item.lane == LANES - 1 else item for item in micro_batches]
     norms, updates, states = [], [], [engine.weights()]
-    for each in (slices, bad, slices):
+    for each in (micro_batches, bad, micro_batches):
         norms += step.run(each, 0, 1e-3).gradient_norms.values()
         states.append(engine.weights())
         updates.append(engine.updates)

@@ -9,14 +9,14 @@ from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
 
 
-def _engine(rounds: int = 1, **optimizer: float) -> TorchEngine:
+def _engine(accumulation_steps: int = 1, **optimizer: float) -> TorchEngine:
     """Two numbers, both one."""
     module = nn.ParameterDict({"used": torch.ones(()), "unused": torch.ones(())})
-    return TorchEngine(module, OptimizerConfig(**optimizer), World(), rounds)
+    return TorchEngine(module, OptimizerConfig(**optimizer), World(), accumulation_steps)
 
 
 def test_a_step_is_the_mean_of_its_rounds() -> None:
-    engine = _engine(rounds=2)
+    engine = _engine(accumulation_steps=2)
     for factor in (1.0, 5.0):
         engine.backward(factor * engine.module["used"])
     assert engine.update(0.0) == pytest.approx(3.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vavae.distributed.deepspeed_engine
 import vavae.distributed.engine
-from vavae.data.loader import load_slices
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.training.tokenizer_step import TokenizerStep
@@ -29,11 +29,11 @@ def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tens
     for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
         module.build_optimizer = lambda parameters, config: torch.optim.SGD(parameters, config.learning_rate)
     config = tiny_config({"images": 3 * BATCH, "stages": _STAGES}, engine=engine)
-    rounds = assign_lanes(LANES, world.rank, world.size)
-    slices, start, seen = load_slices(DrawnImages(), rounds, 0, workers=0), None, []  # type: ignore[type-var]
+    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
+    micro_batches, start, seen = load_micro_batches(DrawnImages(), accumulation_steps, 0, workers=0), None, []  # type: ignore[type-var]
     for stage in config.tokenizer_stages():
-        step = TokenizerStep(config, stage, start, DrawnImages(), rounds, world)  # type: ignore[arg-type]
-        step.run(next(slices), stage.from_images, 1e-3)
+        step = TokenizerStep(config, stage, start, DrawnImages(), accumulation_steps, world)  # type: ignore[arg-type]
+        step.run(next(micro_batches), stage.from_images, 1e-3)
         assert step.ema is not None
         step.ema.update()
         start = step.weights()

@@ -49,7 +49,15 @@ class Averaged(NamedTuple):
 
 
 def engine_of(world: World, config: dict[str, Any], seed: int = 0) -> Engine:
-    return build_engine(network(seed), OptimizerConfig(), EngineConfig(**config), "fp32", world, rounds=1, slice_size=4)
+    return build_engine(
+        network(seed),
+        OptimizerConfig(),
+        EngineConfig(**config),
+        "fp32",
+        world,
+        accumulation_steps=1,
+        micro_batch_size=4,
+    )
 
 
 def average(world: World, config: dict[str, Any], folder: Path) -> Averaged:

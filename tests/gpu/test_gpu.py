@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny import JOBS, LANES, build_step, tiny_config
 
-from vavae.data.loader import load_slices
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.torch_settings import settle_arithmetic
 from vavae.distributed.world import World
@@ -38,8 +38,8 @@ def world() -> World:
 def steps(world: World, job: Job, count: int = 5, **training: Any) -> list[dict[str, float]]:
     """The figures of some steps."""
     step = build_step(job, tiny_config(**training), world)
-    rounds = assign_lanes(LANES, world.rank, world.size)
-    stream = load_slices(step.source(), rounds, 0, workers=0, pin_memory=world.device.type == "cuda")
+    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
+    stream = load_micro_batches(step.source(), accumulation_steps, 0, workers=0, pin_memory=world.device.type == "cuda")
     figures = []
     for number in range(count):
         result = step.run(next(stream), number * LANES, 1e-4)
@@ -83,7 +83,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits(world: World, tmp_path: Path) -> 
     fresh = TrainState(images_seen=0, config="c", data="d")
 
     def run(step: Step, numbers: range) -> None:
-        stream = load_slices(step.source(), assign_lanes(LANES, 0, 1), numbers.start, workers=0)
+        stream = load_micro_batches(step.source(), assign_lanes(LANES, 0, 1), numbers.start, workers=0)
         for number in numbers:
             step.run(next(stream), number * LANES, 1e-4)
 

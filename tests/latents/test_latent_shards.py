@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import SliceKey
+from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import order_of
 from vavae.data.shards.manifest import ShardInfo
 from vavae.data.shards.tar import write_tar
@@ -154,12 +154,12 @@ def test_a_slice_gathers_the_posteriors_of_the_order(storage, flip):
     order = order_of(COUNTS, SEED, config)
     stream = LatentStream(storage, manifest, "train", order, 4, SEED, open_shards=1)
     mirrored = []
-    for key in (SliceKey(lane, step) for step in range(8) for lane in (0, 1)):
+    for key in (MicroBatchKey(lane, step) for step in range(8) for lane in (0, 1)):
         found = stream[key]
         assert (found.lane, found.step) == key
         assert found.mean.dtype == found.std.dtype == torch.float32
         assert found.labels.dtype == torch.int64
-        for row, location in enumerate(order.slice(*key, 4)):
+        for row, location in enumerate(order.micro_batch(*key, 4)):
             array = torch.from_numpy(arrays_of(COUNTS[location.shard], 1 + flip)[location.record]).float()
             pair = torch.stack([found.mean[row], found.std[row]])
             assert found.labels[row] == labels_of(COUNTS[location.shard])[location.record]
@@ -177,7 +177,7 @@ def test_a_slice_gathers_the_posteriors_of_the_order(storage, flip):
 def test_a_slice_is_a_function_of_its_key(storage):
     manifest, config = write_set(storage, flip=True), StreamConfig(lanes=2, block=3)
     stream = LatentStream(storage, manifest, "train", order_of(COUNTS, SEED, config), 4, SEED, open_shards=2)
-    keys = [SliceKey(lane, step) for step in range(4) for lane in (0, 1)]
+    keys = [MicroBatchKey(lane, step) for step in range(4) for lane in (0, 1)]
     found, other = [stream[key] for key in keys], pickle.loads(pickle.dumps(stream))
     for slice_, key in zip(reversed(found), reversed(keys), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(slice_[2:], other[key][2:], strict=True))
@@ -237,7 +237,7 @@ def test_nothing_readable_there_names_the_job_to_run(storage, name, read, conten
 
 def first_slice(storage, manifest):
     stream = LatentStream(storage, manifest, "train", order_of(COUNTS, SEED, StreamConfig(lanes=2)), 4, SEED, 2)
-    return [stream[SliceKey(lane, 0)] for lane in (0, 1)]
+    return [stream[MicroBatchKey(lane, 0)] for lane in (0, 1)]
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "classes"])

@@ -135,12 +135,12 @@ class _Witness:
         for module in (vavae.training.diffusion_step, vavae.training.tokenizer_step):
             module.torch_generator = self._generator  # type: ignore[attr-defined]
 
-    def run(self, slices: Any, images_seen: int, learning_rate: float) -> StepResult:
-        smooth_images(slices)
-        for item in slices:
+    def run(self, micro_batches: Any, images_seen: int, learning_rate: float) -> StepResult:
+        smooth_images(micro_batches)
+        for item in micro_batches:
             data = b"".join(value.numpy().tobytes() for value in item if isinstance(value, torch.Tensor))
             self._write(["slice", item.lane, item.step], data)
-        result = self._run(slices, images_seen, learning_rate)
+        result = self._run(micro_batches, images_seen, learning_rate)
         self._file.flush()
         return result
 
@@ -173,9 +173,11 @@ def try_training(world: World, attempt: Attempt, folder: Path) -> int:
         stop = _arm(step, trouble, folder)
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
-    rounds = assign_lanes(LANES, world.rank, world.size)
+    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
     training, session = getattr(config, job), _Session(stop)
-    state = train(job, step, rounds, range(images), training, config.stream, checkpoints, log, session, world)
+    state = train(
+        job, step, accumulation_steps, range(images), training, config.stream, checkpoints, log, session, world
+    )
     return state.images_seen
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import vavae.distributed.deepspeed_engine
 import vavae.distributed.engine
-from vavae.data.image_stream import ImageSlice
-from vavae.data.loader import load_slices
+from vavae.data.image_stream import ImageMicroBatch
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
@@ -92,15 +92,15 @@ def _train(world: World, job: Job, setup: Setup) -> History:
     config = _config(setup)
     training = getattr(config, job)
     step = build_step(job, config, world)
-    stream = load_slices(step.source(), assign_lanes(setup.lanes, world.rank, world.size), 0, workers=0)
+    stream = load_micro_batches(step.source(), assign_lanes(setup.lanes, world.rank, world.size), 0, workers=0)
     if setup.smooth:
         smooth_networks(step)
     before, figures = _parameters(step.engines), []
     for number in range(setup.steps):
-        slices = next(stream)
+        micro_batches = next(stream)
         if setup.smooth:
-            smooth_images(slices)
-        result = step.run(slices, number * training.batch_size, training.optimizer.learning_rate / (1 + number))
+            smooth_images(micro_batches)
+        result = step.run(micro_batches, number * training.batch_size, training.optimizer.learning_rate / (1 + number))
         figures.append(world.sum_terms(result.terms) | dict(result.gradient_norms))
     after = _parameters(step.engines)
     here = {
@@ -120,10 +120,10 @@ def smooth_config(config: RunConfig) -> RunConfig:
     )
 
 
-def smooth_images(slices: Sequence[Any]) -> None:
+def smooth_images(micro_batches: Sequence[Any]) -> None:
     """Leave black and white, which no reconstruction meets."""
-    for item in slices:
-        if isinstance(item, ImageSlice):
+    for item in micro_batches:
+        if isinstance(item, ImageMicroBatch):
             item.images.copy_(255 * (item.images > 127))
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from vavae.data.image_stream import ImageSlice, SliceKey
+from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
-from vavae.latents.stream import LatentSlice
+from vavae.latents.stream import LatentMicroBatch
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
@@ -51,32 +51,32 @@ def tiny_config(train_vavae: Mapping[str, Any] | None = None, **training: Any) -
 class DrawnImages:
     """Random images, a function of lane and step."""
 
-    def __getitem__(self, key: SliceKey) -> ImageSlice:
-        """See `SliceSource`."""
+    def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
+        """See `MicroBatchSource`."""
         generator = torch_generator(1, "images", *key)
         images = torch.randint(0, 256, (BATCH // LANES, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        return ImageSlice(*key, images, torch.zeros(len(images), dtype=torch.int64))
+        return ImageMicroBatch(*key, images, torch.zeros(len(images), dtype=torch.int64))
 
 
 class DrawnLatents:
     """Random posteriors, a function of lane and step."""
 
-    def __getitem__(self, key: SliceKey) -> LatentSlice:
-        """See `SliceSource`."""
+    def __getitem__(self, key: MicroBatchKey) -> LatentMicroBatch:
+        """See `MicroBatchSource`."""
         generator = torch_generator(1, "latents", *key)
         mean = torch.randn(BATCH // LANES, 4, 8, 8, generator=generator)
         labels = torch.randint(0, CLASSES, (len(mean),), generator=generator)
-        return LatentSlice(*key, mean, torch.full_like(mean, 0.1), labels)
+        return LatentMicroBatch(*key, mean, torch.full_like(mean, 0.1), labels)
 
 
 def build_step(job: Job, config: RunConfig, world: World) -> Step:
     """The step object of a training."""
-    rounds = assign_lanes(config.stream.lanes, world.rank, world.size)
+    accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
     if job == "train_vavae":
-        return TokenizerStep(config, config.tokenizer_stages()[0], None, DrawnImages(), rounds, world)  # type: ignore[arg-type]
+        return TokenizerStep(config, config.tokenizer_stages()[0], None, DrawnImages(), accumulation_steps, world)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
-    return DiffusionStep(config, model, DrawnLatents(), normalizer, rounds, world)  # type: ignore[arg-type]
+    return DiffusionStep(config, model, DrawnLatents(), normalizer, accumulation_steps, world)  # type: ignore[arg-type]
 
 
 class Notes:

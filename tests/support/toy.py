@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import SliceKey
-from vavae.data.sample_order import Round
+from vavae.data.image_stream import MicroBatchKey
+from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
@@ -28,7 +28,7 @@ from vavae.training.session import LocalSession, Session
 from vavae.training.step import StepMemory, StepResult
 from vavae.training.trainer import train
 
-ROUNDS = (Round(lane=0, weight=1.0),)
+ROUNDS = (AccumulationStep(lane=0, weight=1.0),)
 FRESH = TrainState(images_seen=0, config="configuration", data="data")
 
 
@@ -48,14 +48,14 @@ class ToyStep:
         """See `Step.source`."""
         return self
 
-    def __getitem__(self, key: SliceKey) -> Tensor:
+    def __getitem__(self, key: MicroBatchKey) -> Tensor:
         return torch.randn(4, 3, generator=torch_generator(0, "toy", *key))
 
-    def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
         self.rates.append(learning_rate)
         with self.stopwatch("forward"):
-            loss = self.engine.forward(slices[0]).square().mean()
+            loss = self.engine.forward(micro_batches[0]).square().mean()
         with self.stopwatch("backward"):
             self.engine.backward(loss)
         with self.stopwatch("optimizer"):

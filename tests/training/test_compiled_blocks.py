@@ -9,7 +9,7 @@ from support.gloo import Nursery
 from support.parity import TORCH, ZERO
 from support.tiny import LANES, build_step, tiny_config
 
-from vavae.data.loader import load_slices
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 
@@ -24,7 +24,7 @@ def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tu
         config.model_copy(update={"train_lightningdit": training, "lightningdit": dit}),
         world,
     )
-    stream = load_slices(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
+    stream = load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
     results = [step.run(next(stream), 0, 1e-3) for _ in range(4)]
     (trained,) = step.engines.values()
     return [*trained.weights()], [world.sum_terms(each.terms) | dict(each.gradient_norms) for each in results]

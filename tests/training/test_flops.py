@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vavae.config import load
-from vavae.data.image_stream import SliceKey
+from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import assign_lanes
 from vavae.diffusion.objective import TIMESTEP_BINS
 from vavae.distributed.world import World
@@ -102,9 +102,9 @@ def test_steps_take_what_is_counted(job, recompute):
     sections = {name: getattr(config, name).model_copy(update=update) for name in ("tokenizer", "lightningdit")}
     config = config.model_copy(update=sections)
     step = build_step(job, config, World())
-    slices = [step.source()[SliceKey(turn.lane, 0)] for turn in assign_lanes(config.stream.lanes, 0, 1)]
+    micro_batches = [step.source()[MicroBatchKey(turn.lane, 0)] for turn in assign_lanes(config.stream.lanes, 0, 1)]
     with Counted() as counted, sdpa_kernel(SDPBackend.MATH):
-        step.run(slices, 0, 1e-3)
+        step.run(micro_batches, 0, 1e-3)
     reported = {"train_vavae": 0, "train_lightningdit": 2 * TIMESTEP_BINS}[job]  # the losses by timestep, for the log
     counts = {again: training_flops(config, job, recompute=again) for again in (False, True)}
     assert counted.total == BATCH * (counts[recompute] + reported)

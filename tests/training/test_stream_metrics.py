@@ -12,8 +12,8 @@ from support.toy import ROUNDS, ToyStep, train_toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import ImageStream, SliceKey
-from vavae.data.loader import load_slices
+from vavae.data.image_stream import ImageStream, MicroBatchKey
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.distributed.world import World
 from vavae.storage.retry import COUNTERS, Counts
@@ -29,8 +29,8 @@ PER_SLICE = Counts(bytes_read=10, requests=2, retries=1)
 class Asking:
     """Slices that cost requests."""
 
-    def __getitem__(self, key: SliceKey) -> SliceKey:
-        """See `SliceSource`."""
+    def __getitem__(self, key: MicroBatchKey) -> MicroBatchKey:
+        """See `MicroBatchSource`."""
         COUNTERS.add(**PER_SLICE._asdict())
         return key
 
@@ -43,18 +43,18 @@ def asked(before: Counts) -> Counts:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_loader_processes_count_is_counted_here_once(workers: int) -> None:
     before = COUNTERS.read()
-    rounds = assign_lanes(3, 0, 1)
-    with closing(load_slices(Asking(), rounds, 0, workers)) as slices:
-        for step in islice(slices, 4):
-            assert len(step) == len(rounds)
+    accumulation_steps = assign_lanes(3, 0, 1)
+    with closing(load_micro_batches(Asking(), accumulation_steps, 0, workers)) as micro_batches:
+        for step in islice(micro_batches, 4):
+            assert len(step) == len(accumulation_steps)
     assert asked(before) == Counts(*(12 * count for count in PER_SLICE))
 
 
 class AskingStep(ToyStep):
     """A training whose slices cost requests."""
 
-    def __getitem__(self, key: SliceKey) -> torch.Tensor:
-        """See `SliceSource`."""
+    def __getitem__(self, key: MicroBatchKey) -> torch.Tensor:
+        """See `MicroBatchSource`."""
         Asking()[key]
         return super().__getitem__(key)
 
@@ -111,7 +111,7 @@ class ReadingStep(ToyStep):
         """See `Step.source`."""
         return self._stream
 
-    def run(self, slices, images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches, images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
         return super().run([torch.ones(4, 3)], images_seen, learning_rate)
 

@@ -11,7 +11,7 @@ from support.toy import ToyStep, toy_checkpoints, train_toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from vavae.data.image_stream import SliceKey
+from vavae.data.image_stream import MicroBatchKey
 from vavae.progress import Progress
 from vavae.runs.events import Event
 from vavae.storage.storage import Storage
@@ -180,7 +180,7 @@ class PoisonedStep(ToyStep):
         self._poisoned = poisoned
         self.given: list[int] = []
 
-    def __getitem__(self, key: SliceKey) -> Tensor:
+    def __getitem__(self, key: MicroBatchKey) -> Tensor:
         self.given.append(key.step)
         batch = super().__getitem__(key)
         return batch * torch.nan if key.step in self._poisoned else batch
@@ -195,14 +195,14 @@ def test_a_step_that_is_no_number_is_skipped(storage: Storage, caplog: pytest.Lo
     assert [row.get("skipped_steps") for row in read_rows(storage.child("log"))] == [None, 1, None]
     assert "toy: the step at 8 images is skipped: gradient_norm/toy nan, loss/total nan" in caplog.text
     for key in (0, 1, 3, 4, 5):
-        healthy.run([healthy[SliceKey(0, key)]], 0, 1e-4)
+        healthy.run([healthy[MicroBatchKey(0, key)]], 0, 1e-4)
     assert healthy.model.weight.equal(step.model.weight), "as if it had never been there"
 
 
 class ScaledStep(ToyStep):
     """Its loss is a thousand times as large in one step."""
 
-    def __getitem__(self, key: SliceKey) -> Tensor:
+    def __getitem__(self, key: MicroBatchKey) -> Tensor:
         return super().__getitem__(key) * (1000**0.5 if key.step == 150 else 1)
 
 

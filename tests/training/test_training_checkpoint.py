@@ -16,7 +16,7 @@ from support.gloo import Nursery
 from support.toy import FRESH, ToyStep, no_log, toy_checkpoints, train_toy
 from torch import Tensor
 
-from vavae.data.image_stream import SliceKey
+from vavae.data.image_stream import MicroBatchKey
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.runs.config import BestConfig
@@ -54,7 +54,7 @@ def test_restore_gives_back_weights_optimiser_average_and_position(storage: Stor
     assert other.ema.weights()["weight"].equal(step.ema.weights()["weight"])
     # Equal moments: both go on alike.
     for each in (step, other):
-        each.run([each[SliceKey(lane=0, step=3)]], 12, 1e-3)
+        each.run([each[MicroBatchKey(lane=0, step=3)]], 12, 1e-3)
     assert other.model.weight.equal(step.model.weight)
 
 
@@ -208,13 +208,13 @@ class Watching(ToyStep):
         self._storage, self._slow, self._release_at = storage, slow, release_at
         self.committed: list[list[str]] = []
 
-    def run(self, slices: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
         names = _saved(self._storage)
         self.committed.append([name for name in names if self._storage.exists(f"checkpoints/{name}/{RECORD}")])
         if images_seen == self._release_at:
             self._slow.passage.set()
-        return super().run(slices, images_seen, learning_rate)
+        return super().run(micro_batches, images_seen, learning_rate)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(storage: Storage, monkey
     assert toy_checkpoints(storage).restore(other).images_seen == 12
     third = ToyStep()
     for number in range(3):
-        third.run([third[SliceKey(0, number)]], 0, 1e-4)
+        third.run([third[MicroBatchKey(0, number)]], 0, 1e-4)
     assert other.model.weight.equal(third.model.weight), "of the moment at which it was taken"
 
 

@@ -49,9 +49,18 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
     step, storage = build_step(job, config, world), Storage(str(folder))
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
-    rounds = assign_lanes(LANES, world.rank, world.size)
+    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
     train(
-        job, step, rounds, range(images), getattr(config, job), config.stream, checkpoints, log, LocalSession(), world
+        job,
+        step,
+        accumulation_steps,
+        range(images),
+        getattr(config, job),
+        config.stream,
+        checkpoints,
+        log,
+        LocalSession(),
+        world,
     )
     assert step.ema is not None
     weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}

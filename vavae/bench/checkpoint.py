@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae.bench.benchmark import OURS, Contest
-from vavae.data.image_stream import SliceSource
+from vavae.data.image_stream import MicroBatchSource
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine, TorchEngine
 from vavae.distributed.world import World
@@ -32,17 +32,17 @@ class _Trained:
 
     def __init__(self, parameters: int) -> None:
         layers = [nn.Linear(_WIDTH, _WIDTH) for _ in range(max(1, parameters // (_WIDTH * _WIDTH)))]
-        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), World(), rounds=1)
+        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), World(), accumulation_steps=1)
         engine.backward(engine.forward(torch.ones(1, _WIDTH)).sum())
         engine.update(1e-4)
         self.engines: Mapping[str, Engine] = {"model": engine}
         self.stopwatch = Stopwatch(World().device)
 
-    def source(self) -> SliceSource[Any]:
+    def source(self) -> MicroBatchSource[Any]:
         """Nobody reads."""
         raise NotImplementedError
 
-    def run(self, slices: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
         """Nobody trains."""
         raise NotImplementedError
 

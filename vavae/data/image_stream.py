@@ -23,14 +23,14 @@ from vavae.storage.storage import Storage
 logger = logging.getLogger(__name__)
 
 
-class SliceKey(NamedTuple):
+class MicroBatchKey(NamedTuple):
     """Which slice: the consecutive positions that one lane contributes to one step."""
 
     lane: int
     step: int
 
 
-class ImageSlice(NamedTuple):
+class ImageMicroBatch(NamedTuple):
     """Images of one slice, as they lie in the shards but cropped and flipped."""
 
     lane: int
@@ -76,10 +76,10 @@ class Quarantine:
 SliceT = TypeVar("SliceT", covariant=True)
 
 
-class SliceSource(Protocol, Generic[SliceT]):
+class MicroBatchSource(Protocol, Generic[SliceT]):
     """A pure function from a key to a slice."""
 
-    def __getitem__(self, key: SliceKey) -> SliceT:
+    def __getitem__(self, key: MicroBatchKey) -> SliceT:
         """The slice of a lane at a step."""
 
 
@@ -88,14 +88,14 @@ class ShardStream(Dataset[SliceT]):
 
     Args:
         shards: what it reads, and in which order.
-        slice_bytes: of one slice in memory, about.
+        micro_batch_bytes: of one slice in memory, about.
     """
 
-    def __init__(self, shards: OrderedShards, slice_bytes: int) -> None:
-        self.shards, self.slice_bytes = shards, slice_bytes
+    def __init__(self, shards: OrderedShards, micro_batch_bytes: int) -> None:
+        self.shards, self.micro_batch_bytes = shards, micro_batch_bytes
 
 
-class ImageStream(ShardStream[ImageSlice]):
+class ImageStream(ShardStream[ImageMicroBatch]):
     """Slices of one split of image shards.
 
     Args:
@@ -103,7 +103,7 @@ class ImageStream(ShardStream[ImageSlice]):
         manifest: what there is.
         split: `train` or `validation`.
         order: which record comes where.
-        slice_size: images of one slice.
+        micro_batch_size: images of one slice.
         config: crop and flip.
         seed: keys the crops and flips.
     """
@@ -114,21 +114,21 @@ class ImageStream(ShardStream[ImageSlice]):
         manifest: Manifest,
         split: str,
         order: SampleOrder,
-        slice_size: int,
+        micro_batch_size: int,
         config: StreamConfig,
         seed: int,
     ) -> None:
-        shards = OrderedShards(storage, split, manifest.splits[split], order, slice_size)
-        super().__init__(shards, slice_bytes=slice_size * 3 * manifest.image_size**2)
+        shards = OrderedShards(storage, split, manifest.splits[split], order, micro_batch_size)
+        super().__init__(shards, micro_batch_bytes=micro_batch_size * 3 * manifest.image_size**2)
         self._image_size, self._classes = manifest.image_size, len(manifest.classes)
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
         self.quarantine = Quarantine(config.unreadable_limit)
-        """What `load_slices` met in this process; the slices themselves stay functions of their keys."""
+        """What `load_micro_batches` met in this process; the slices themselves stay functions of their keys."""
 
-    def __getitem__(self, key: SliceKey) -> ImageSlice:
+    def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
         random = numpy_generator(self._seed, "augment", key.lane, key.step)
-        locations = self.shards.order.slice(key.lane, key.step, self.shards.slice_size)
+        locations = self.shards.order.micro_batch(key.lane, key.step, self.shards.micro_batch_size)
         pixels = np.empty((len(locations), self._image_size, self._image_size, 3), np.uint8)
         labels = []
         unreadable: list[str] = []
@@ -137,7 +137,7 @@ class ImageStream(ShardStream[ImageSlice]):
             labels.append(found.label)
             unreadable += found.unreadable
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
-        return ImageSlice(key.lane, key.step, images, torch.tensor(labels), tuple(unreadable))
+        return ImageMicroBatch(key.lane, key.step, images, torch.tensor(labels), tuple(unreadable))
 
     def _map(self, shard: int) -> MappedShard:
         def open_file(path: Path) -> MappedShard:

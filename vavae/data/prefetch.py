@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from vavae.data.sample_order import Round, SampleOrder
+from vavae.data.sample_order import AccumulationStep, SampleOrder
 from vavae.data.shards.manifest import ShardInfo, is_local, open_shard, shard_file
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
@@ -41,7 +41,7 @@ class OrderedShards:
     split: str
     infos: Sequence[ShardInfo]
     order: SampleOrder
-    slice_size: int
+    micro_batch_size: int
     """Records of a slice."""
 
     def open(self, shard: int, open_file: Callable[[Path], T]) -> T:
@@ -68,17 +68,19 @@ class OrderedShards:
         epoch = takewhile(lambda abreast: abreast[0].position < self.order.records_per_lane, blocks)
         return max(self.bytes_of({shard for block in abreast for shard in block.shards}) for abreast in epoch)
 
-    def needs(self, rounds: Sequence[Round], first_step: int) -> Iterator[Need]:
+    def needs(self, accumulation_steps: Sequence[AccumulationStep], first_step: int) -> Iterator[Need]:
         """The shards that lanes enter from a step on, in the order in which the slices need them, without end."""
-        lanes = dict.fromkeys(turn.lane for turn in rounds)
+        lanes = dict.fromkeys(turn.lane for turn in accumulation_steps)
         return heapq.merge(*(self._needs(lane, first_step) for lane in lanes), key=lambda need: need.step)
 
     def _needs(self, lane: int, first_step: int) -> Iterator[Need]:
         before: tuple[int, ...] = ()
-        for position, block in self.order.blocks(lane, first_step * self.slice_size):
+        for position, block in self.order.blocks(lane, first_step * self.micro_batch_size):
             if position % self.order.records_per_lane == 0:
                 before = ()  # a lane that never leaves a shard enters it anew: walkers must not walk for ever
-            yield from (Need(position // self.slice_size, lane, shard, block) for shard in block if shard not in before)
+            yield from (
+                Need(position // self.micro_batch_size, lane, shard, block) for shard in block if shard not in before
+            )
             before = block
 
 
@@ -91,23 +93,30 @@ class LookAhead:
 
     Args:
         shards: what the stream reads.
-        rounds: the lanes of this rank.
+        accumulation_steps: the lanes of this rank.
         first_step: where the stream begins.
         limit: most bytes that wait, but always the next shard.
         ranks: how many share the cache.
     """
 
     def __init__(
-        self, shards: OrderedShards, rounds: Sequence[Round], first_step: int, limit: int, ranks: int = 1
+        self,
+        shards: OrderedShards,
+        accumulation_steps: Sequence[AccumulationStep],
+        first_step: int,
+        limit: int,
+        ranks: int = 1,
     ) -> None:
         self._shards = shards
         self._limit, self._share = limit, shards.storage.options.cache_bytes // ranks
-        self._horizon = -(-shards.order.records_per_lane // shards.slice_size)  # steps of an epoch: has all shards
+        self._horizon = -(
+            -shards.order.records_per_lane // shards.micro_batch_size
+        )  # steps of an epoch: has all shards
         self._step = first_step
         self._waiting: deque[Need] = deque()
         self._open: dict[int, set[int]] = {}
         self._changed, self._closed = threading.Condition(), False
-        needs = shards.needs(rounds, first_step)
+        needs = shards.needs(accumulation_steps, first_step)
         threading.Thread(target=self._run, args=(needs,), name=THREAD, daemon=True).start()
 
     def reached(self, step: int) -> None:

@@ -59,7 +59,7 @@ class SampleOrder:
     def __reduce__(self) -> tuple[type["SampleOrder"], tuple[Sequence[int], int, int, int]]:
         return type(self), (self.counts.tolist(), self.seed, self.lanes, self.block)
 
-    def slice(self, lane: int, step: int, size: int) -> list[Location]:
+    def micro_batch(self, lane: int, step: int, size: int) -> list[Location]:
         """The records of one lane's slice of a step: positions [step · size, (step + 1) · size) of the lane."""
         found: list[Location] = []
         position, end = step * size, (step + 1) * size
@@ -113,14 +113,14 @@ def order_of(counts: Sequence[int], seed: int, config: StreamConfig) -> SampleOr
     return SampleOrder(counts, seed, config.lanes, block)
 
 
-class Round(NamedTuple):
+class AccumulationStep(NamedTuple):
     """One forward and backward pass of a rank: a lane's slice and the factor of its loss."""
 
     lane: int
     weight: float
 
 
-def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[Round, ...]:
+def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[AccumulationStep, ...]:
     """Give a rank its contiguous lanes, one a round; every rank has ⌈L / W⌉ rounds.
 
     The weights make the mean over all rounds and ranks equal the mean over lanes: a rank with fewer lanes than rounds
@@ -131,4 +131,4 @@ def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[Round, ...]:
     count = -(-lanes // world_size)
     mine = np.array_split(np.arange(lanes), world_size)[rank].tolist()
     weight = count * world_size / lanes
-    return (*(Round(lane, weight) for lane in mine), *[Round(mine[0], 0.0)] * (count - len(mine)))
+    return (*(AccumulationStep(lane, weight) for lane in mine), *[AccumulationStep(mine[0], 0.0)] * (count - len(mine)))

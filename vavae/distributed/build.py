@@ -14,23 +14,23 @@ def build_engine(
     config: EngineConfig,
     precision: Precision,
     world: World,
-    rounds: int,
-    slice_size: int,
+    accumulation_steps: int,
+    micro_batch_size: int,
 ) -> Engine:
     """The engine that `config` names.
 
     Args:
         module: the module to train, in fp32; its initial weights are equal on all ranks.
         precision: of the networks in the module's forward, and of those that it is handed.
-        rounds: forward and backward passes per update on every rank.
-        slice_size: images of one round.
+        accumulation_steps: forward and backward passes per update on every rank.
+        micro_batch_size: images of one round.
     """
     if precision == "bf16":
         # On the module, because DeepSpeed switches an autocast around its engine off, and its own would average
         # gradients in bf16. No cache: it would keep a second copy of all weights alive, whole ones in stage 3.
         module.forward = torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False)(module.forward)
     if config.backend == "torch":
-        return TorchEngine(module, optimizer, world, rounds)
+        return TorchEngine(module, optimizer, world, accumulation_steps)
     from vavae.distributed.deepspeed_engine import DeepSpeedEngine  # its import compiles and logs: only where used
 
-    return DeepSpeedEngine(module, optimizer, config, world, rounds, slice_size)
+    return DeepSpeedEngine(module, optimizer, config, world, accumulation_steps, micro_batch_size)

@@ -37,8 +37,8 @@ class DeepSpeedEngine:
         optimizer: OptimizerConfig,
         config: EngineConfig,
         world: World,
-        rounds: int,
-        slice_size: int,
+        accumulation_steps: int,
+        micro_batch_size: int,
     ) -> None:
         _join(world)
         self._stage, self._world = config.zero_stage, world
@@ -48,8 +48,8 @@ class DeepSpeedEngine:
             model=module,
             optimizer=self.optimizer,
             config={
-                "train_micro_batch_size_per_gpu": slice_size,
-                "gradient_accumulation_steps": rounds,
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulation_steps,
                 "gradient_clipping": optimizer.max_grad_norm or 0.0,
                 "zero_optimization": _zero_section(config, world),
                 "zero_allow_untested_optimizer": True,

@@ -58,9 +58,9 @@ class Engine(Protocol):
 class TorchEngine:
     """Plain PyTorch: whole weights and optimiser on every rank, gradients averaged in one flat reduction."""
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, rounds: int) -> None:
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, accumulation_steps: int) -> None:
         self.module = module.to(world.device)
-        self._world, self._rounds, self._max_norm = world, rounds, optimizer.max_grad_norm
+        self._world, self._accumulation_steps, self._max_norm = world, accumulation_steps, optimizer.max_grad_norm
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(self._parameters, optimizer)
 
@@ -70,7 +70,7 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
-        (loss / self._rounds).backward()
+        (loss / self._accumulation_steps).backward()
 
     def update(self, learning_rate: float) -> float:
         """See `Engine.update`."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vavae.data.image_stream import ShardStream, SliceKey
+from vavae.data.image_stream import MicroBatchKey, ShardStream
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import SampleOrder
 from vavae.data.shards.mapped_shard import ShardCache
@@ -18,7 +18,7 @@ from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
 
 
-class LatentSlice(NamedTuple):
+class LatentMicroBatch(NamedTuple):
     """Posteriors of one slice, each of the image or of its mirror image."""
 
     lane: int
@@ -31,7 +31,7 @@ class LatentSlice(NamedTuple):
     """int64 [S]."""
 
 
-class LatentStream(ShardStream[LatentSlice]):
+class LatentStream(ShardStream[LatentMicroBatch]):
     """Slices of one split of latent shards, in the same order as images would come.
 
     Args:
@@ -39,7 +39,7 @@ class LatentStream(ShardStream[LatentSlice]):
         manifest: what there is.
         split: `train` or `validation`.
         order: which record comes where.
-        slice_size: latents of one slice.
+        micro_batch_size: latents of one slice.
         seed: keys the choice between an image and its mirror image.
         open_shards: shards mapped at a time.
     """
@@ -50,17 +50,19 @@ class LatentStream(ShardStream[LatentSlice]):
         manifest: LatentManifest,
         split: str,
         order: SampleOrder,
-        slice_size: int,
+        micro_batch_size: int,
         seed: int,
         open_shards: int,
     ) -> None:
-        shards = OrderedShards(storage, split, manifest.splits[split], order, slice_size)
-        super().__init__(shards, slice_bytes=slice_size * 2 * int(np.prod(manifest.shape)) * np.float32().itemsize)
-        self._manifest, self._size, self._seed = manifest, slice_size, seed
+        shards = OrderedShards(storage, split, manifest.splits[split], order, micro_batch_size)
+        super().__init__(
+            shards, micro_batch_bytes=micro_batch_size * 2 * int(np.prod(manifest.shape)) * np.float32().itemsize
+        )
+        self._manifest, self._size, self._seed = manifest, micro_batch_size, seed
         self._open: ShardCache[MappedLatents] = ShardCache(open_shards)
 
-    def __getitem__(self, key: SliceKey) -> LatentSlice:
-        locations = self.shards.order.slice(key.lane, key.step, self._size)
+    def __getitem__(self, key: MicroBatchKey) -> LatentMicroBatch:
+        locations = self.shards.order.micro_batch(key.lane, key.step, self._size)
         records = np.empty((self._size, *self._manifest.record_shape), np.float16)
         labels = np.empty(self._size, np.int64)
         shards = np.array([location.shard for location in locations])
@@ -73,7 +75,7 @@ class LatentStream(ShardStream[LatentSlice]):
             mirrored = numpy_generator(self._seed, "mirror", key.lane, key.step).random(self._size) < 0.5
             records = np.where(mirrored[:, None, None, None, None], records[:, 2:], records[:, :2])
         posterior = torch.from_numpy(records).float()  # [S, 2, C, H, W]
-        return LatentSlice(key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels))
+        return LatentMicroBatch(key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels))
 
     def _map(self, shard: int) -> MappedLatents:
         def open_file(path: Path) -> MappedLatents:

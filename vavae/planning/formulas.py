@@ -25,18 +25,18 @@ def best_rate(gpu: Gpu, arithmetic: Arithmetic) -> float:
     return {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.fp32}[arithmetic]
 
 
-def rounds_of(lanes: int, workers: int) -> int:
+def accumulation_steps_of(lanes: int, workers: int) -> int:
     """Slices that a worker takes in a step: ⌈L / W⌉, the last of which may be empty for some workers."""
     return -(-lanes // workers)
 
 
-def gradient_bytes(parameters: int, workers: int, zero_stage: int, rounds: int) -> float:
+def gradient_bytes(parameters: int, workers: int, zero_stage: int, accumulation_steps: int) -> float:
     """Bytes that leave a worker in a step: ZeRO, arXiv 1910.02054, section 7, with fp32 throughout.
 
     A ring sends (W - 1) / W of what it reduces, and as much of what it gathers. Stages 0 and 1 reduce and gather once a
     step; stage 2 reduces in every round and gathers once; stage 3 reduces once and gathers twice in every round.
     """
-    passes = {0: 2, 1: 2, 2: 1 + rounds, 3: 3 * rounds}[zero_stage]
+    passes = {0: 2, 1: 2, 2: 1 + accumulation_steps, 3: 3 * accumulation_steps}[zero_stage]
     return passes * FLOAT_BYTES * parameters * (workers - 1) / workers
 
 

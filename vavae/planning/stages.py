@@ -10,7 +10,14 @@ from torch import Tensor
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
 from vavae.planning.estimate import latent_bytes, sample_bytes, trained_parameters, training_bytes
-from vavae.planning.formulas import Arithmetic, arithmetic_of, best_rate, exposed_seconds, gradient_bytes, rounds_of
+from vavae.planning.formulas import (
+    Arithmetic,
+    accumulation_steps_of,
+    arithmetic_of,
+    best_rate,
+    exposed_seconds,
+    gradient_bytes,
+)
 from vavae.planning.offer import Offer
 from vavae.planning.safety import Safety, safety_of
 from vavae.runs.config import RunConfig, TrainingConfig
@@ -173,12 +180,12 @@ def _seconds(flops: float, offer: Offer, arithmetic: Arithmetic) -> float:
 def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: float) -> StagePlan:
     training: TrainingConfig = getattr(config, job)
     lanes, batch, stage = config.stream.lanes, training.batch_size, training.engine.zero_stage
-    rounds = rounds_of(lanes, offer.count)
-    images_of_a_gpu = rounds * batch // lanes
+    accumulation_steps = accumulation_steps_of(lanes, offer.count)
+    images_of_a_gpu = accumulation_steps * batch // lanes
     arithmetic = arithmetic_of(training.precision, config.workers.tf32)
     compute = images_of_a_gpu * _seconds(flops, offer, arithmetic)
     parameters = sum(trained_parameters(config, job).values())
-    leaving = gradient_bytes(parameters, offer.count, stage, rounds)
+    leaving = gradient_bytes(parameters, offer.count, stage, accumulation_steps)
     communication = leaving / offer.interconnect
     readers = offer.count * max(1, config.stream.workers)
     decoded = _MAPPED if job == "train_lightningdit" else _of_this_size(config, _DECODED[_form(config)])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vavae.data.sample_order import Round
+from vavae.data.sample_order import AccumulationStep
 from vavae.diffusion.guidance import drop_labels
 from vavae.diffusion.objective import TIMESTEP_BINS, FlowMatchingObjective, TimestepBins, bin_by_timestep
 from vavae.diffusion.path import LinearPath
@@ -14,7 +14,7 @@ from vavae.diffusion.timesteps import sample_timesteps
 from vavae.distributed.build import build_engine
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
-from vavae.latents.stream import LatentSlice, LatentStream
+from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.normalizer import LatentNormalizer
@@ -70,7 +70,7 @@ class DiffusionStep:
         model: sizes of the LightningDiT, with its number of classes.
         stream: slices of latents.
         normalizer: of the latents.
-        rounds: this rank's share of a step.
+        accumulation_steps: this rank's share of a step.
         world: the ranks.
     """
 
@@ -80,11 +80,11 @@ class DiffusionStep:
         model: LightningDiTConfig,
         stream: LatentStream,
         normalizer: LatentNormalizer,
-        rounds: Sequence[Round],
+        accumulation_steps: Sequence[AccumulationStep],
         world: World,
     ) -> None:
         training = config.train_lightningdit
-        self._config, self._stream, self._rounds, self._world = config, stream, rounds, world
+        self._config, self._stream, self._accumulation_steps, self._world = config, stream, accumulation_steps, world
         self.stopwatch = Stopwatch(world.device)
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
@@ -95,9 +95,15 @@ class DiffusionStep:
         if training.compile_blocks:
             for block in self.model.model.blocks:
                 block.compile()
-        slice_size = training.batch_size // config.stream.lanes
+        micro_batch_size = training.batch_size // config.stream.lanes
         self._engine = build_engine(
-            self.model, training.optimizer, training.engine, training.precision, world, len(rounds), slice_size
+            self.model,
+            training.optimizer,
+            training.engine,
+            training.precision,
+            world,
+            len(accumulation_steps),
+            micro_batch_size,
         )
         self.engines: dict[str, Engine] = {"lightningdit": self._engine}
         self.ema = ExponentialMovingAverage(self._engine, training.ema_decay, world) if training.ema_decay else None
@@ -106,11 +112,11 @@ class DiffusionStep:
         """See `Step.source`."""
         return self._stream
 
-    def run(self, slices: Sequence[LatentSlice], images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Sequence[LatentMicroBatch], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
-        terms = TermSum(self._rounds, self._world.size)
+        terms = TermSum(self._accumulation_steps, self._world.size)
         bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
-        for turn, item in zip(self._rounds, slices, strict=True):
+        for turn, item in zip(self._accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
                 inputs = self._draw(item, images_seen)
                 loss, values, per_sample = self._engine.forward(*inputs)
@@ -134,7 +140,7 @@ class DiffusionStep:
         """See `Step.recall`."""
         assert not memory, "a checkpoint of another training"
 
-    def _draw(self, item: LatentSlice, images_seen: int) -> _Inputs:
+    def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
         """Everything random about a slice: latents from their posteriors, noise, timesteps, dropped labels."""
         config, device = self._config, self._world.device
 

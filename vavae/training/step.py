@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from vavae.data.image_stream import SliceSource
-from vavae.data.sample_order import Round
+from vavae.data.image_stream import MicroBatchSource
+from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.engine import Engine
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.logging.stopwatch import Stopwatch
@@ -53,10 +53,10 @@ class Step(Protocol):
     def ema(self) -> ExponentialMovingAverage | None:
         """The average of the weights that is exported, if there is one."""
 
-    def source(self) -> SliceSource[Any]:
+    def source(self) -> MicroBatchSource[Any]:
         """Where slices come from."""
 
-    def run(self, slices: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
         """Forward and backward for every slice of this rank, then one update of the weights."""
 
     def memory(self) -> StepMemory:
@@ -69,11 +69,11 @@ class Step(Protocol):
 class TermSum:
     """Weighted means of the terms of a step's rounds, kept on the device until somebody asks."""
 
-    def __init__(self, rounds: Sequence[Round], world_size: int) -> None:
-        self._share = 1.0 / (len(rounds) * world_size)
+    def __init__(self, accumulation_steps: Sequence[AccumulationStep], world_size: int) -> None:
+        self._share = 1.0 / (len(accumulation_steps) * world_size)
         self.terms: dict[str, Tensor] = {}
 
-    def add(self, turn: Round, terms: Mapping[str, Tensor]) -> None:
+    def add(self, turn: AccumulationStep, terms: Mapping[str, Tensor]) -> None:
         """Add the terms of one round. A weight-0 round adds nothing, not even its NaN."""
         if turn.weight == 0:
             return

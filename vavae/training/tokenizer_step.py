@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vavae.data.image_stream import ImageSlice, ImageStream
+from vavae.data.image_stream import ImageMicroBatch, ImageStream
 from vavae.data.pixels import to_float
-from vavae.data.sample_order import Round
+from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.build import build_engine
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine
@@ -115,7 +115,7 @@ class TokenizerStep:
         stage: losses and frozen parts.
         start: weights to begin with instead of random ones; of a former stage, or of another training.
         stream: slices of images.
-        rounds: this rank's share of a step.
+        accumulation_steps: this rank's share of a step.
         world: the ranks.
     """
 
@@ -125,11 +125,17 @@ class TokenizerStep:
         stage: TokenizerStage,
         start: StepWeights | None,
         stream: ImageStream,
-        rounds: Sequence[Round],
+        accumulation_steps: Sequence[AccumulationStep],
         world: World,
     ) -> None:
         training, losses = config.train_vavae, stage.losses
-        self._config, self._losses, self._stream, self._rounds, self._world = config, losses, stream, rounds, world
+        self._config, self._losses, self._stream, self._accumulation_steps, self._world = (
+            config,
+            losses,
+            stream,
+            accumulation_steps,
+            world,
+        )
         self._measured: dict[int, AdaptiveWeights] = {}
         self.stopwatch = Stopwatch(world.device)
         self.teacher = VisionFoundationTeacher(config.teacher).to(world.device)
@@ -158,7 +164,7 @@ class TokenizerStep:
 
     def _engine(self, name: str, module: nn.Module, optimizer: OptimizerConfig, start: StepWeights | None) -> Engine:
         training = self._config.train_vavae
-        slice_size = training.batch_size // self._config.stream.lanes
+        micro_batch_size = training.batch_size // self._config.stream.lanes
         if start is not None and name in start.engines:
             # What the start lacks (a projection, where there was no teacher) stays as it was initialised.
             module.load_state_dict({**module.state_dict(), **start.engines[name]})
@@ -168,22 +174,22 @@ class TokenizerStep:
             training.engine,
             training.precision,
             self._world,
-            len(self._rounds),
-            slice_size,
+            len(self._accumulation_steps),
+            micro_batch_size,
         )
 
     def source(self) -> ImageStream:
         """See `Step.source`."""
         return self._stream
 
-    def run(self, slices: Sequence[ImageSlice], images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Sequence[ImageMicroBatch], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
         adversarial = self._losses.adversarial
         started = adversarial.weight > 0 and images_seen >= adversarial.start_images
         adversary = self._adversary if started else None
-        terms = TermSum(self._rounds, self._world.size)
+        terms = TermSum(self._accumulation_steps, self._world.size)
         pairs = []
-        for turn, item in zip(self._rounds, slices, strict=True):
+        for turn, item in zip(self._accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
                 images = to_float(item.images.to(self._world.device, non_blocking=True))
                 losses = self._generate(images, item, adversary)
@@ -207,7 +213,7 @@ class TokenizerStep:
                 norms["gradient_norm/discriminator"] = adversary.update(learning_rate * ratio)
         return StepResult(terms.terms, norms)
 
-    def _generate(self, images: Tensor, item: ImageSlice, adversary: Engine | None) -> TokenizerLosses:
+    def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
         """Forward of one slice through the generator and everything that judges it."""
         config = self._config
         shape = (len(images), config.tokenizer.latent_dim, config.grid, config.grid)

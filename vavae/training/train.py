@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vavae.config import Config, digest
 from vavae.data.image_stream import ImageStream
-from vavae.data.sample_order import Round, assign_lanes, order_of
+from vavae.data.sample_order import AccumulationStep, assign_lanes, order_of
 from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.distributed.world import World
 from vavae.interop.export import (
@@ -63,7 +63,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
             continue
         if stage.from_images and world.any(session.stop_requested()):
             return
-        step = TokenizerStep(config, stage, start, stream, _rounds(run, world), world)
+        step = TokenizerStep(config, stage, start, stream, _accumulation_steps(run, world), world)
         span = range(stage.from_images, stage.until_images)
         state = _train(run, "train_vavae", step, span, checkpoints, session, world, observers)
         if state.images_seen < stage.until_images:
@@ -92,7 +92,7 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_lightningdit.batch_size // config.stream.lanes
     stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
-    step = DiffusionStep(config, model, stream, normalizer, _rounds(run, world), world)
+    step = DiffusionStep(config, model, stream, normalizer, _accumulation_steps(run, world), world)
     training = config.train_lightningdit
     checkpoints = _checkpoints(run, "train_lightningdit", session, world)
     observers: list[Observer] = []
@@ -119,7 +119,7 @@ TRAININGS: dict[Job, Callable[[Run, Session, World], None]] = {
 """The trainings by the name of their job."""
 
 
-def _rounds(run: Run, world: World) -> Sequence[Round]:
+def _accumulation_steps(run: Run, world: World) -> Sequence[AccumulationStep]:
     return assign_lanes(run.config.stream.lanes, world.rank, world.size)
 
 
@@ -172,9 +172,11 @@ def _train(
         show=session.row,
     )
     config: TrainingConfig = getattr(run.config, job)
-    rounds, reading = _rounds(run, world), run.config.stream
+    accumulation_steps, reading = _accumulation_steps(run, world), run.config.stream
     utilisation = Utilisation(run.config, job, world) if world.is_first else None
-    return train(job, step, rounds, span, config, reading, checkpoints, log, session, world, observers, utilisation)
+    return train(
+        job, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, observers, utilisation
+    )
 
 
 def _export(

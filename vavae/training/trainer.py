@@ -14,8 +14,8 @@ import torch
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream
-from vavae.data.loader import load_slices
-from vavae.data.sample_order import Round
+from vavae.data.loader import load_micro_batches
+from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.world import World
 from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
@@ -66,7 +66,7 @@ class _DivergedError(Exception):
 def train(
     stage: str,
     step: Step,
-    rounds: Sequence[Round],
+    accumulation_steps: Sequence[AccumulationStep],
     span: range,
     config: TrainingConfig,
     reading: StreamConfig,
@@ -86,7 +86,7 @@ def train(
     Args:
         stage: name of the job, for logs.
         step: the model, its data and its losses.
-        rounds: this rank's share of every step.
+        accumulation_steps: this rank's share of every step.
         span: images seen at which to begin, with the weights that the step has got, and at which to end.
         config: batch, schedule, intervals, and the budget to be shown.
         reading: how slices are read ahead.
@@ -101,7 +101,9 @@ def train(
         NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
         CommonError: a checkpoint could not be written.
     """
-    loop = _Loop(stage, step, rounds, span, config, reading, checkpoints, log, session, world, observers, utilisation)
+    loop = _Loop(
+        stage, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, observers, utilisation
+    )
     with Watchdog(config.hang_seconds) as watchdog:
         watchdog.feed()
         state = checkpoints.restore(step, span.start)
@@ -134,7 +136,7 @@ class _Loop:
 
     stage: str
     step: Step
-    rounds: Sequence[Round]
+    accumulation_steps: Sequence[AccumulationStep]
     span: range
     config: TrainingConfig
     reading: StreamConfig
@@ -188,7 +190,7 @@ class _Way:
     def go(self, watchdog: Watchdog) -> TrainState:
         """Step after step; the state behind the last."""
         stop = False
-        with closing(self._slices()) as stream:
+        with closing(self._micro_batches()) as stream:
             while not stop:
                 watchdog.feed()
                 before = self._state.images_seen
@@ -200,12 +202,12 @@ class _Way:
                 self._keep(before, save=stop or asked, done=done)
         return self._state
 
-    def _slices(self) -> Generator[list[Any], None, None]:
+    def _micro_batches(self) -> Generator[list[Any], None, None]:
         """What this rank reads from the state on."""
         loop = self._loop
-        return load_slices(
+        return load_micro_batches(
             self._source,
-            loop.rounds,
+            loop.accumulation_steps,
             self._state.position // loop.config.batch_size,
             loop.reading.workers,
             pin_memory=loop.world.device.type == "cuda",
@@ -221,8 +223,8 @@ class _Way:
         """
         loop, before = self._loop, self._state.images_seen
         with self._meter.waiting("data_wait"):
-            slices = next(stream)
-        result = loop.step.run(slices, before, self._learning_rate(before))
+            micro_batches = next(stream)
+        result = loop.step.run(micro_batches, before, self._learning_rate(before))
         self._state = self._state.advanced(loop.config.batch_size)
         signals = loop.exchange(result)
         if not all(map(math.isfinite, result.gradient_norms.values())):

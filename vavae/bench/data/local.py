@@ -11,7 +11,7 @@ from vavae.bench.data.baselines import in_batches, latent_batches, rivals
 from vavae.bench.data.shards import BATCH, SPLIT, make_images, make_latents, write_images, write_latent_shard
 from vavae.bench.data.vavae_readers import image_stream, latent_stream, places, read, tar_records
 from vavae.data.image import decode_image
-from vavae.data.image_stream import SliceKey
+from vavae.data.image_stream import MicroBatchKey
 from vavae.storage.storage import Storage
 
 _UNIT = "img/s of processor"
@@ -30,7 +30,7 @@ def image_contests(folder: Path, count: int) -> Iterator[Contest]:
     yield Contest("tar records", _UNIT, {name: _counting(records) for name, records in readers.items()})
 
     stream = image_stream(storage, manifest)
-    ours = torch.cat([stream[SliceKey(0, step)].images for step in steps])
+    ours = torch.cat([stream[MicroBatchKey(0, step)].images for step in steps])
     for other in others:
         decoded = torch.cat(list(other.batches()))[places([shard], steps)]
         assert torch.equal(decoded, ours), f"{other.name} decodes other pixels"
@@ -46,7 +46,7 @@ def latent_contests(folder: Path, count: int) -> Iterator[Contest]:
     (shard,) = manifest.splits[SPLIT]
     tar = storage.local_file(f"{SPLIT}/{shard.name}")
     stream = latent_stream(storage, manifest)
-    ours = torch.cat([stream[SliceKey(0, step)].mean for step in steps])
+    ours = torch.cat([stream[MicroBatchKey(0, step)].mean for step in steps])
     theirs = torch.cat(list(latent_batches(tar)))[places([shard], steps)]
     assert torch.equal(theirs, ours), "webdataset reads other latents"
     sides = {

@@ -19,13 +19,13 @@ from vavae.bench.benchmark import OURS, Contest, LeftOut, Row
 from vavae.bench.data.shards import SPLIT, labels_of, make_latents, write_latent_shard
 from vavae.bench.process import STATUS, apart, own_mebibytes
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import SliceKey
+from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import SampleOrder, order_of
 from vavae.latents.manifest import MANIFEST, read_latent_manifest
 from vavae.latents.stream import LatentStream
 from vavae.storage.storage import Storage
 
-_CONFIG, _SLICE = StreamConfig(), 32
+_CONFIG, _MICRO_BATCH = StreamConfig(), 32
 
 
 class _Set(NamedTuple):
@@ -66,7 +66,7 @@ def start_contests(folder: Path, latents: int, shards: int) -> Iterator[Contest 
         return
     latent_set = _write_set(folder, latents, shards)
     order = order_of([latents] * shards, 0, _CONFIG)
-    places = [place for lane in range(_CONFIG.lanes) for place in order.slice(lane, 0, _SLICE)]
+    places = [place for lane in range(_CONFIG.lanes) for place in order.micro_batch(lane, 0, _MICRO_BATCH)]
     theirs = _gather(_list_entries(latent_set), [place.shard * latents + place.record for place in places])
     assert torch.equal(theirs, _start_ours(latent_set).batch), "an entry per latent leads to other latents"
     sides = {"an entry each": _start_with_entries, OURS: _start_ours}
@@ -84,25 +84,25 @@ def _cost(start: Callable[[_Set], _Started], latent_set: _Set) -> _Cost:
     memory, clock = own_mebibytes(), time.process_time()
     started = start(latent_set)
     cost = _Cost(time.process_time() - clock, own_mebibytes() - memory)
-    assert len(started.batch) == _CONFIG.lanes * _SLICE
+    assert len(started.batch) == _CONFIG.lanes * _MICRO_BATCH
     return cost
 
 
 def _growth(latent_set: _Set) -> float:
     """MiB by which the most memory in an epoch exceeds the most in its first tenth."""
     order, stream = _open_ours(latent_set)
-    steps = order.records_per_lane // _SLICE
+    steps = order.records_per_lane // _MICRO_BATCH
     memory = []
     for step in range(steps):
         for lane in range(_CONFIG.lanes):
-            stream[SliceKey(lane, step)]
+            stream[MicroBatchKey(lane, step)]
         memory.append(own_mebibytes())
     return max(memory) - max(memory[: max(1, steps // 10)])
 
 
 def _start_ours(latent_set: _Set) -> _Started:
     reader = _open_ours(latent_set)
-    batch = torch.cat([reader.stream[SliceKey(lane, 0)].mean for lane in range(_CONFIG.lanes)])
+    batch = torch.cat([reader.stream[MicroBatchKey(lane, 0)].mean for lane in range(_CONFIG.lanes)])
     return _Started(batch, reader)
 
 
@@ -110,14 +110,14 @@ def _open_ours(latent_set: _Set) -> _Reader:
     storage = Storage(latent_set.folder)
     manifest = read_latent_manifest(storage)
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], 0, _CONFIG)
-    stream = LatentStream(storage, manifest, SPLIT, order, _SLICE, seed=0, open_shards=_CONFIG.open_shards)
+    stream = LatentStream(storage, manifest, SPLIT, order, _MICRO_BATCH, seed=0, open_shards=_CONFIG.open_shards)
     return _Reader(order, stream)
 
 
 def _start_with_entries(latent_set: _Set) -> _Started:
     entries = _list_entries(latent_set)
     order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0)).tolist()
-    return _Started(_gather(entries, order[: _CONFIG.lanes * _SLICE]), (entries, order))
+    return _Started(_gather(entries, order[: _CONFIG.lanes * _MICRO_BATCH]), (entries, order))
 
 
 def _list_entries(latent_set: _Set) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,7 @@ from vavae.bench.benchmark import OURS, Contest, LeftOut, wall_rate
 from vavae.bench.data.baselines import streamed_batches
 from vavae.bench.data.shards import BATCH, SPLIT, make_images, write_images
 from vavae.bench.data.vavae_readers import image_stream, places
-from vavae.data.loader import load_slices
+from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.data.shards.manifest import Manifest
 from vavae.storage.loopback import s3_server, why_no_s3_server
@@ -65,8 +65,8 @@ class _Epochs:
         return self._read(0)
 
     def _read(self, first_step: int) -> Iterator[Tensor]:
-        with closing(load_slices(self._stream, assign_lanes(1, 0, 1), first_step, workers=0)) as steps:
-            yield from (slices[0].images for slices in islice(steps, self._batches))
+        with closing(load_micro_batches(self._stream, assign_lanes(1, 0, 1), first_step, workers=0)) as steps:
+            yield from (micro_batches[0].images for micro_batches in islice(steps, self._batches))
 
 
 class _Bodies:

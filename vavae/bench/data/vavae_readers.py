@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vavae.bench.data.shards import BATCH, SPLIT
 from vavae.data.config import StreamConfig
-from vavae.data.image_stream import ImageStream, SliceKey
+from vavae.data.image_stream import ImageStream, MicroBatchKey
 from vavae.data.sample_order import SampleOrder, order_of
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.mapped_shard import MappedShard
@@ -33,13 +33,13 @@ def latent_stream(storage: Storage, manifest: LatentManifest) -> LatentStream:
 
 def read(stream: ImageStream | LatentStream, steps: range) -> int:
     """How many samples the batches of these steps have, all of them read, each there until the next one is."""
-    return sum(len(batch.labels) for batch in (stream[SliceKey(0, step)] for step in steps))
+    return sum(len(batch.labels) for batch in (stream[MicroBatchKey(0, step)] for step in steps))
 
 
 def places(shards: Sequence[ShardInfo], steps: range) -> list[int]:
     """Which records these steps give, counted through all shards, which are of one length."""
     order = _order(shards)
-    found = [location for step in steps for location in order.slice(0, step, BATCH)]
+    found = [location for step in steps for location in order.micro_batch(0, step, BATCH)]
     return [location.shard * shards[0].count + location.record for location in found]
 
 
