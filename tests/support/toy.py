@@ -15,7 +15,7 @@ from vavae.distributed.world import World
 from vavae.randomness import torch_generator
 from vavae.runs.config import BestConfig, TrainingConfig
 from vavae.storage.storage import Storage
-from vavae.training.callbacks.callback import Observer
+from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.metrics import CheckpointMeasures
 from vavae.training.checkpoints.retention import Retention
@@ -92,7 +92,7 @@ def train_toy(
     step: ToyStep | None = None,
     session: Session | None = None,
     keep: int = 2,
-    observers: Sequence[Observer] = (),
+    callbacks: Sequence[Callback] = (),
     measures: CheckpointMeasures | None = None,
     **config: Any,
 ) -> TrainState:
@@ -111,5 +111,5 @@ def train_toy(
         log,
         session,
         World(),
-        observers,
+        callbacks,
     )

@@ -32,7 +32,7 @@ def parts():
 
 def preview(storage, step, parts, world=World()):  # noqa: B008
     model = CONFIG.lightningdit.with_classes(CLASSES)
-    SamplePreview(CONFIG, model, *parts, NAMES, 8, storage, world).observe(step, 8, Notes())
+    SamplePreview(CONFIG, model, *parts, NAMES, 8, storage, world).on_interval(step, 8, Notes())
     return storage.read_bytes("000000000008.png") if storage.exists("000000000008.png") else None
 
 

@@ -44,14 +44,14 @@ def spoil(step):
 
 def probe(step, config=CONFIG, world=World()):  # noqa: B008
     notes = Notes()
-    LatentProbe(config, images(), 8, world).observe(step, 8, notes)
+    LatentProbe(config, images(), 8, world).on_interval(step, 8, notes)
     return notes.row
 
 
 def preview(storage, step, config=CONFIG, world=World()):  # noqa: B008
     """The picture as rows of images, uint8 [3, N, H, W, 3]."""
     notes = Notes()
-    ReconstructionPreview(config, images(), 8, storage, world).observe(step, 8, notes)
+    ReconstructionPreview(config, images(), 8, storage, world).on_interval(step, 8, notes)
     if not storage.exists("000000000008.png"):
         return None
     assert notes.picture_name == "reconstructions"

@@ -74,12 +74,12 @@ class Witness:
     def __init__(self, every_images: int) -> None:
         self.every_images = every_images
 
-    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+    def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         log.add(images_seen, {"latent/updates": len(step.rates)})  # type: ignore[attr-defined]
 
 
 def test_observers_look_at_their_intervals_after_the_update_and_share_the_row(storage: Storage) -> None:
-    train_toy(storage, observers=[Witness(6)], images=24, checkpoint_images=12, log_images=12)
+    train_toy(storage, callbacks=[Witness(6)], images=24, checkpoint_images=12, log_images=12)
     rows = read_rows(storage.child("log"))
     assert [(row["images"], row.get("latent/updates"), "loss/total" in row) for row in rows] == [
         (8, 2, False),

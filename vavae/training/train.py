@@ -28,7 +28,7 @@ from vavae.runs.config import TrainingConfig
 from vavae.runs.run import Job, Run
 from vavae.storage.artifact import commit, discard
 from vavae.storage.storage import Storage
-from vavae.training.callbacks.callback import PREVIEWS, Observer, exported_weights
+from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights
 from vavae.training.callbacks.diffusion import SamplePreview
 from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview, held_out_images
 from vavae.training.checkpoints.checkpoint import Checkpoints
@@ -57,7 +57,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     checkpoints = _checkpoints(run, "train_vavae", session, world)
     seen = checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
-    observers = _tokenizer_observers(run, manifest, world)
+    callbacks = _tokenizer_callbacks(run, manifest, world)
     for stage in config.tokenizer_stages(seen):
         if stage.until_images < seen:
             continue
@@ -65,7 +65,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
             return
         step = TokenizerStep(config, stage, start, stream, _accumulation_steps(run, world), world)
         span = range(stage.from_images, stage.until_images)
-        state = _train(run, "train_vavae", step, span, checkpoints, session, world, observers)
+        state = _train(run, "train_vavae", step, span, checkpoints, session, world, callbacks)
         if state.images_seen < stage.until_images:
             return
         start = step.weights()
@@ -95,14 +95,14 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     step = DiffusionStep(config, model, stream, normalizer, _accumulation_steps(run, world), world)
     training = config.train_lightningdit
     checkpoints = _checkpoints(run, "train_lightningdit", session, world)
-    observers: list[Observer] = []
+    callbacks: list[Callback] = []
     if training.preview_images is not None:
         tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
         folder, classes = _previews(run, "train_lightningdit"), manifest.classes
-        observers.append(
+        callbacks.append(
             SamplePreview(config, model, tokenizer, normalizer, classes, training.preview_images, folder, world)
         )
-    state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world, observers)
+    state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world, callbacks)
     if state.images_seen < training.images:
         return
     description = LightningDiTDescription(
@@ -132,19 +132,19 @@ def _checkpoints(run: Run, job: Job, session: Session, world: World) -> Checkpoi
     return Checkpoints(storage, fresh, Retention.of(run, job), world, session.owner)
 
 
-def _tokenizer_observers(run: Run, manifest: Manifest, world: World) -> list[Observer]:
+def _tokenizer_callbacks(run: Run, manifest: Manifest, world: World) -> list[Callback]:
     """All that looks at the tokenizer while it trains."""
     training = run.config.train_vavae
     if training.probe_images is None and training.preview_images is None:
         return []
     images = held_out_images(run, manifest) if world.is_first else torch.empty(0)  # the others look at nothing
-    observers: list[Observer] = []
+    callbacks: list[Callback] = []
     if training.probe_images is not None:
-        observers.append(LatentProbe(run.config, images, training.probe_images, world))
+        callbacks.append(LatentProbe(run.config, images, training.probe_images, world))
     if training.preview_images is not None:
         folder = _previews(run, "train_vavae")
-        observers.append(ReconstructionPreview(run.config, images, training.preview_images, folder, world))
-    return observers
+        callbacks.append(ReconstructionPreview(run.config, images, training.preview_images, folder, world))
+    return callbacks
 
 
 def _previews(run: Run, job: Job) -> Storage:
@@ -159,7 +159,7 @@ def _train(
     checkpoints: Checkpoints,
     session: Session,
     world: World,
-    observers: Sequence[Observer] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> TrainState:
     """Run the loop on the run's storage; the state at its end."""
     if world.is_first:
@@ -175,7 +175,7 @@ def _train(
     accumulation_steps, reading = _accumulation_steps(run, world), run.config.stream
     utilisation = Utilisation(run.config, job, world) if world.is_first else None
     return train(
-        job, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, observers, utilisation
+        job, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilisation
     )
 
 

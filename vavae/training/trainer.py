@@ -21,7 +21,7 @@ from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
 from vavae.runs.config import TrainingConfig
 from vavae.runs.events import Event, Kind
-from vavae.training.callbacks.callback import Observer
+from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog
@@ -74,7 +74,7 @@ def train(
     log: MetricsLog,
     session: Session,
     world: World,
-    observers: Sequence[Observer] = (),
+    callbacks: Sequence[Callback] = (),
     utilisation: Utilisation | None = None,
 ) -> TrainState:
     """Train until enough images are seen or the session asks to stop; returns the state at the end.
@@ -94,7 +94,7 @@ def train(
         log: rows of metrics.
         session: whoever runs this.
         world: the ranks.
-        observers: look at the model at their intervals.
+        callbacks: look at the model at their intervals.
         utilisation: what rank 0 adds to the rows, if anything.
 
     Raises:
@@ -102,7 +102,7 @@ def train(
         CommonError: a checkpoint could not be written.
     """
     loop = _Loop(
-        stage, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, observers, utilisation
+        stage, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilisation
     )
     with Watchdog(config.hang_seconds) as watchdog:
         watchdog.feed()
@@ -144,7 +144,7 @@ class _Loop:
     log: MetricsLog
     session: Session
     world: World
-    observers: Sequence[Observer]
+    callbacks: Sequence[Callback]
     utilisation: Utilisation | None
 
     def go_on(self, state: TrainState, watchdog: Watchdog) -> TrainState:
@@ -195,7 +195,7 @@ class _Way:
                 watchdog.feed()
                 before = self._state.images_seen
                 signals = self._step(stream)
-                self._observe(before)
+                self._run_callbacks(before)
                 done = self._state.images_seen >= self._loop.span.stop
                 stop = signals.stop or done
                 asked = signals.listens and self._loop.session.must_save()
@@ -252,11 +252,11 @@ class _Way:
         if self._skipped > self._loop.config.skip_limit:
             raise _DivergedError(self._state)
 
-    def _observe(self, before: int) -> None:
-        for observer in self._loop.observers:
-            if _crosses(before, self._state.images_seen, observer.every_images):
+    def _run_callbacks(self, before: int) -> None:
+        for callback in self._loop.callbacks:
+            if _crosses(before, self._state.images_seen, callback.every_images):
                 with self._meter.waiting("observe_wait"):
-                    observer.observe(self._loop.step, self._state.images_seen, self._loop.log)
+                    callback.on_interval(self._loop.step, self._state.images_seen, self._loop.log)
 
     def _keep(self, before: int, save: bool, done: bool) -> None:
         """Log, show and save what is due after a step.

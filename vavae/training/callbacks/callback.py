@@ -20,13 +20,13 @@ PREVIEWS = "previews"
 """Folder of the pictures of a training."""
 
 
-class Observer(Protocol):
+class Callback(Protocol):
     """Something that looks at the model at intervals."""
 
     every_images: int
     """Images between two looks."""
 
-    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+    def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         """Look at the model of a step, and log what is seen. Every rank calls it."""
 
 
@@ -54,7 +54,7 @@ def exported_module(step: Step, engine: str, prefix: str, build: Callable[[], Mo
     return module.eval().requires_grad_(False).to(world.device)
 
 
-def keep_preview(folder: Storage, images_seen: int, name: str, picture: Image, log: MetricsLog) -> None:
+def save_preview(folder: Storage, images_seen: int, name: str, picture: Image, log: MetricsLog) -> None:
     """Put a picture into the folder, named by the images seen, and show it in TensorBoard."""
     folder.write_bytes(f"{images_seen:012d}.png", png_bytes(picture))
     log.picture(images_seen, name, picture)

@@ -16,7 +16,7 @@ from vavae.runs.config import RunConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Generator
 from vavae.storage.storage import Storage
-from vavae.training.callbacks.callback import exported_module, keep_preview
+from vavae.training.callbacks.callback import exported_module, save_preview
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
 
@@ -58,8 +58,8 @@ class SamplePreview:
         label = label_law(config.sample, classes, config.seed)
         self._labels = [label(index) for index in range(SHOWN)]
 
-    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Observer.observe`."""
+    def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Callback.observe`."""
         config = self._config
         try:
             model = exported_module(
@@ -76,7 +76,7 @@ class SamplePreview:
             _log.warning("no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen)
             return
         grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-1]))
-        keep_preview(self._folder, images_seen, "samples", grid, log)
+        save_preview(self._folder, images_seen, "samples", grid, log)
 
     def _generate(self, model: LightningDiT) -> Tensor:
         """The images, uint8 [N, 3, H, W]."""

@@ -16,7 +16,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.storage.storage import Storage
-from vavae.training.callbacks.callback import exported_module, keep_preview
+from vavae.training.callbacks.callback import exported_module, save_preview
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
 
@@ -40,8 +40,8 @@ class LatentProbe:
         self.every_images = every_images
         self._config, self._images, self._world = config, images[:PROBED], world
 
-    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Observer.observe`."""
+    def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Callback.observe`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
@@ -65,8 +65,8 @@ class ReconstructionPreview:
         self._config, self._images, self._folder, self._world = config, images[:SHOWN], folder, world
 
     @torch.inference_mode()
-    def observe(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Observer.observe`."""
+    def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
+        """See `Callback.observe`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
@@ -75,7 +75,7 @@ class ReconstructionPreview:
         difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
         triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
         grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-1]))
-        keep_preview(self._folder, images_seen, "reconstructions", grid, log)
+        save_preview(self._folder, images_seen, "reconstructions", grid, log)
 
 
 def held_out_images(run: Run, manifest: Manifest) -> Tensor:
