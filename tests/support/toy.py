@@ -25,7 +25,7 @@ from vavae.training.initialize import initialised
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.session import LocalSession, Session
-from vavae.training.step import StepMemory, StepResult
+from vavae.training.step import StepResult, StepState
 from vavae.training.trainer import train
 
 ROUNDS = (AccumulationStep(lane=0, weight=1.0),)
@@ -42,7 +42,7 @@ class ToyStep:
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
         self.stopwatch = Stopwatch(World().device)
         self.rates: list[float] = []
-        self.remembered: StepMemory = {}
+        self.remembered: StepState = {}
 
     def source(self) -> "ToyStep":
         """See `Step.source`."""
@@ -62,11 +62,11 @@ class ToyStep:
             norm = self.engine.update(learning_rate)
         return StepResult({"loss/total": loss.detach().double()}, {"gradient_norm/toy": norm})
 
-    def memory(self) -> StepMemory:
+    def state_dict(self) -> StepState:
         """See `Step.memory`."""
         return self.remembered
 
-    def recall(self, memory: StepMemory) -> None:
+    def load_state_dict(self, memory: StepState) -> None:
         """See `Step.recall`."""
         self.remembered = memory
 

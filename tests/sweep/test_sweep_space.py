@@ -164,7 +164,7 @@ def test_a_grid_is_what_every_combination_comes_to(shape: list[tuple[int, int, i
     points = space.points()
     assert {tuple(point.items()) for point in points} == expected
     assert len(points) == len(expected)
-    assert all(space.recall(dict(reversed(point.items()))) == point for point in points)
+    assert all(space.known_point(dict(reversed(point.items()))) == point for point in points)
 
 
 @given(_SPACES, st.integers(0, 100))
@@ -184,9 +184,9 @@ def test_draws_cover_every_cell_of_the_grid_and_stay_in_their_range() -> None:
     values = [float(point["b"]) for point in drawn]
     assert all(1e-4 <= value <= 1 for value in values)
     assert 0.4 < sum(value < 1e-2 for value in values) / len(values) < 0.6, "the middle of the logarithm"
-    assert space.recall({**drawn[0], "b": 2.0}) is None
-    assert space.recall({**drawn[0], "c": 1.0}) is None
-    assert space.recall({"b": drawn[0]["b"]}) is None
+    assert space.known_point({**drawn[0], "b": 2.0}) is None
+    assert space.known_point({**drawn[0], "c": 1.0}) is None
+    assert space.known_point({"b": drawn[0]["b"]}) is None
 
 
 def test_examples_contain_every_option() -> None:
@@ -201,7 +201,7 @@ def test_examples_contain_every_option() -> None:
     assert {(path, value) for point in examples for path, value in point.items()} >= {
         ("a", "1"), ("a", "2"), ("b", "x"), ("b", "y"), ("c", 0.0), ("c", 1.0),
     }  # fmt: skip
-    assert all(space.recall(point) == point for point in examples)
+    assert all(space.known_point(point) == point for point in examples)
     contradiction = Space({**space.domains, "d": DomainConfig(choice=[1], when={"a": 1, "b": "x"})})
     with pytest.raises(UserError, match=r"sweep\.d: its conditions never hold together"):
         contradiction.examples()

@@ -19,7 +19,7 @@ from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepMemory, StepResult
+from vavae.training.step import StepResult, StepState
 
 _WIDTH = 1024
 _FRESH = TrainState(images_seen=0, config="bench", data="bench")
@@ -46,11 +46,11 @@ class _Trained:
         """Nobody trains."""
         raise NotImplementedError
 
-    def memory(self) -> StepMemory:
+    def state_dict(self) -> StepState:
         """Nothing."""
         return {}
 
-    def recall(self, memory: StepMemory) -> None:
+    def load_state_dict(self, memory: StepState) -> None:
         """Nothing."""
 
     def tensors(self) -> list[Tensor]:

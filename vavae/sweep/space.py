@@ -30,7 +30,7 @@ class Space:
                 point[path] = choose(path, domain)
         return point
 
-    def recall(self, point: Point) -> Point | None:
+    def known_point(self, point: Point) -> Point | None:
         """A point that was stored, in the order of this space; None where it is not one of its points."""
         if not all(path in self.domains and _has(self.domains[path], value) for path, value in point.items()):
             return None

@@ -55,7 +55,7 @@ def read_ledger(sweep: Sweep) -> dict[str, Entry]:
     entries = {}
     for path in storage.list(_LEDGER):
         stored = storage.read_json(path)
-        point = sweep.space.recall(stored["point"])
+        point = sweep.space.known_point(stored["point"])
         if point is not None and stored["key"] == _trial_key(sweep, point):
             entries[name_of_trial(point)] = Entry(point, stored["state"], stored["why"])
     return entries

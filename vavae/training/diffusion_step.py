@@ -23,7 +23,7 @@ from vavae.runs.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialize import initialised
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepMemory, StepResult, TermSum
+from vavae.training.step import StepResult, StepState, TermSum
 
 
 class _Inputs(NamedTuple):
@@ -132,11 +132,11 @@ class DiffusionStep:
         ratios = dict(zip(names, zip(*bins, strict=True), strict=True))
         return StepResult(terms.terms, norms, ratios)
 
-    def memory(self) -> StepMemory:
+    def state_dict(self) -> StepState:
         """See `Step.memory`: a LightningDiT remembers nothing."""
         return {}
 
-    def recall(self, memory: StepMemory) -> None:
+    def load_state_dict(self, memory: StepState) -> None:
         """See `Step.recall`."""
         assert not memory, "a checkpoint of another training"
 

@@ -34,7 +34,7 @@ class StepWeights(NamedTuple):
     """Of the averaged one, if it is averaged."""
 
 
-StepMemory = Mapping[str, Sequence[float | None]]
+StepState = Mapping[str, Sequence[float | None]]
 """What a step remembers besides its weights: by lane."""
 
 
@@ -59,10 +59,10 @@ class Step(Protocol):
     def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
         """Forward and backward for every slice of this rank, then one update of the weights."""
 
-    def memory(self) -> StepMemory:
+    def state_dict(self) -> StepState:
         """What a checkpoint has to hold besides weights and optimisers, for the lanes of this rank."""
 
-    def recall(self, memory: StepMemory) -> None:
+    def load_state_dict(self, memory: StepState) -> None:
         """Restore what all ranks remembered."""
 
 

@@ -30,7 +30,7 @@ from vavae.runs.phases import Part, TokenizerStage
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialize import initialised
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepMemory, StepResult, StepWeights, TermSum
+from vavae.training.step import StepResult, StepState, StepWeights, TermSum
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
@@ -238,7 +238,7 @@ class TokenizerStep:
         engines = {name: engine.weights() for name, engine in self.engines.items()}
         return StepWeights(engines, None if self.ema is None else self.ema.weights())
 
-    def memory(self) -> StepMemory:
+    def state_dict(self) -> StepState:
         """See `Step.memory`: the adaptive weights by lane, where they are kept for longer than a step."""
         if self._losses.adaptive.every == 1:
             return {}
@@ -247,7 +247,7 @@ class TokenizerStep:
             for lane, weights in self._measured.items()
         }
 
-    def recall(self, memory: StepMemory) -> None:
+    def load_state_dict(self, memory: StepState) -> None:
         """See `Step.recall`."""
         self._measured = {
             int(lane): AdaptiveWeights(

@@ -97,7 +97,7 @@ class Checkpoints:
             CommonError: as `settle` does, of the checkpoint before.
         """
         self.settle()
-        memories = self._world.gather(step.memory())
+        memories = self._world.gather(step.state_dict())
         details = CheckpointDetails(
             state=state,
             updates={key: engine.updates for key, engine in step.engines.items()},
@@ -223,7 +223,7 @@ class Checkpoints:
                 load_fragments(parts, found.files[name])
         if step.ema is not None:
             load_fragments(step.ema.fragments, found.files[_EMA])
-        step.recall(found.details.memory)
+        step.load_state_dict(found.details.memory)
         return found.details.state
 
     def _newest(self) -> _Found | None:
