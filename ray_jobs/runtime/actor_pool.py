@@ -8,7 +8,7 @@ from ray.util import ActorPool
 
 from ray_jobs.runtime.progress_actor import Board
 from ray_jobs.runtime.progress_monitor import watched
-from vavae.distributed.torch_settings import settle_arithmetic
+from vavae.distributed.torch_settings import configure_torch
 from vavae.errors import UserError
 from vavae.runs.run import Job, Run
 
@@ -46,7 +46,7 @@ NOTHING = Share(0, 0)
 
 class _Worker:
     def __init__(self, make_work: Callable[[Run], Work], run: Run, board: Board) -> None:
-        settle_arithmetic(run.config.workers)
+        configure_torch(run.config.workers)
         self._work, self._board = make_work(run), board
 
     def do(self, item: Any) -> None:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from ray_jobs.runtime.actor_pool import Share
-from vavae.distributed.torch_settings import settle_arithmetic
+from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import drop_measured, measure_checkpoint
 from vavae.runs.config import MeasureConfig
 from vavae.runs.events import Event, EventLog
@@ -137,5 +137,5 @@ class _Measuring:
 
 
 def _measure(run: Run, images_seen: int) -> None:
-    settle_arithmetic(run.config.workers)
+    configure_torch(run.config.workers)
     measure_checkpoint(run, images_seen)

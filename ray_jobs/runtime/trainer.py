@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray_jobs.runtime.progress_actor import Board, stopped_by_signals
 from ray_jobs.runtime.progress_monitor import watched
 from ray_jobs.runtime.session import RaySession
-from vavae.distributed.torch_settings import settle_arithmetic
+from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
 from vavae.runs.run import Job, Run
@@ -86,7 +86,7 @@ def _worker(settings: dict[str, Any]) -> None:
     board: Board = settings["board"]
     if board.error() is not None:
         return  # restarted after an error that a restart can't mend
-    settle_arithmetic(run.config.workers)
+    configure_torch(run.config.workers)
     owner: str = settings["owner"]
     try:
         TRAININGS[job](run, RaySession(run, job, board, owner), World.current(run.config.workers.use_gpu))

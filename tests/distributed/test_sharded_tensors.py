@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vavae.distributed.build import build_engine
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import Engine
-from vavae.distributed.sharded_tensors import fragments_of, load_fragments, save_fragments, whole
+from vavae.distributed.sharded_tensors import gather_full, load_tensor_shards, save_tensor_shards, tensor_shards_of
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 
@@ -69,14 +69,14 @@ def average(world: World, config: dict[str, Any], folder: Path) -> Averaged:
         engine.update(0.1)
         ema.update()
         trained.append(engine.weights())
-    save_fragments(ema.fragments, folder / str(world.rank))
-    return Averaged(trained, ema.weights(), sum(len(part.values) for part in ema.fragments.values()))
+    save_tensor_shards(ema.tensor_shards, folder / str(world.rank))
+    return Averaged(trained, ema.weights(), sum(len(part.values) for part in ema.tensor_shards.values()))
 
 
 def read(world: World, config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """The average that others have saved."""
     ema = ExponentialMovingAverage(engine_of(world, config, seed=1), _DECAY, world)
-    load_fragments(ema.fragments, folder.iterdir())
+    load_tensor_shards(ema.tensor_shards, folder.iterdir())
     return ema.weights()
 
 
@@ -108,7 +108,7 @@ def test_an_average_is_read_by_any_engine_on_any_number_of_ranks(
 
 def state_of(engine: Engine, world: World) -> dict[str, Tensor]:
     """Weights and moments, whole."""
-    return whole({**engine.fragments(), **engine.moments()}, world)
+    return gather_full({**engine.tensor_shards(), **engine.moments()}, world)
 
 
 def take_a_step(engine: Engine, seed: int) -> None:
@@ -122,7 +122,7 @@ def save_state(world: World, config: dict[str, Any], folder: Path, steps: int) -
     engine = engine_of(world, config)
     for seed in range(steps):
         take_a_step(engine, seed)
-    save_fragments({**engine.fragments(), **engine.moments()}, folder / f"{world.rank}.safetensors")
+    save_tensor_shards({**engine.tensor_shards(), **engine.moments()}, folder / f"{world.rank}.safetensors")
     assert engine.updates == steps
     saved = state_of(engine, world)
     take_a_step(engine, steps)
@@ -135,7 +135,7 @@ def load_state(world: World, config: dict[str, Any], folder: Path, steps: int, s
     for seed in range(stray):
         take_a_step(engine, 100 + seed)
     with engine.restore(steps) as parts:
-        load_fragments(parts, sorted(folder.iterdir()))
+        load_tensor_shards(parts, sorted(folder.iterdir()))
     assert engine.updates == steps
     loaded = state_of(engine, world)
     take_a_step(engine, steps)
@@ -177,7 +177,7 @@ def test_the_state_of_any_engine_is_read_by_any_other(
 
 
 def shares(world: World) -> dict[str, tuple[int, int]]:
-    return {name: (part.offset, len(part.values)) for name, part in fragments_of(network(), world).items()}
+    return {name: (part.offset, len(part.values)) for name, part in tensor_shards_of(network(), world).items()}
 
 
 def test_parameters_are_dealt_in_runs_and_buffers_are_the_first_rank_s() -> None:
@@ -189,13 +189,13 @@ def test_parameters_are_dealt_in_runs_and_buffers_are_the_first_rank_s() -> None
 
 def test_fragments_are_views() -> None:
     module = network()
-    fragments_of(module, World())["first.weight"].values.fill_(3.0)
+    tensor_shards_of(module, World())["first.weight"].values.fill_(3.0)
     assert (module.first.weight == 3).all()
 
 
 def test_one_rank_holds_the_whole() -> None:
     module = network()
-    state = whole(fragments_of(module, World()), World())
+    state = gather_full(tensor_shards_of(module, World()), World())
     assert state.keys() == module.state_dict().keys()
     assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in state.items())
     assert state["norm.num_batches_tracked"].dtype == torch.int64
@@ -203,7 +203,7 @@ def test_one_rank_holds_the_whole() -> None:
 
 def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
     for rank in range(2):
-        save_fragments(fragments_of(network(), World(rank, 2)), tmp_path / str(rank))
+        save_tensor_shards(tensor_shards_of(network(), World(rank, 2)), tmp_path / str(rank))
     (tmp_path / "1").unlink()
     with pytest.raises(AssertionError, match=r"without all of first\.weight"):
-        load_fragments(fragments_of(network(), World()), tmp_path.iterdir())
+        load_tensor_shards(tensor_shards_of(network(), World()), tmp_path.iterdir())

@@ -7,7 +7,7 @@ import torch
 from support.gloo import Nursery
 from torch import Tensor, nn
 
-from vavae.distributed.sync_batch_norm import synchronised
+from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective, PatchDiscriminator
 from vavae.losses.config import AdversarialLossConfig
@@ -54,7 +54,7 @@ def record(network: nn.Module, batch: Tensor) -> Record:
 
 
 def on_a_rank(world: World) -> Record:
-    return record(synchronised(discriminator(), world), images()[world.rank])
+    return record(sync_batch_norm(discriminator(), world), images()[world.rank])
 
 
 def test_two_ranks_equal_the_whole_batch(gloo: Nursery) -> None:
@@ -75,7 +75,7 @@ def test_two_ranks_equal_the_whole_batch(gloo: Nursery) -> None:
 def adversary_step(world: World) -> Tensor:
     """The gradient that an engine would average over ranks, of the discriminator's whole step."""
     torch.manual_seed(0)
-    objective = synchronised(DiscriminatorObjective(CONFIG), world)
+    objective = sync_batch_norm(DiscriminatorObjective(CONFIG), world)
     batch = torch.stack(torch.cat(images())[:4].split(2))  # equal slices, as in training
     batch = batch[world.rank] if world.size > 1 else batch.flatten(0, 1)
     objective(batch, -batch).objective.backward()
@@ -88,7 +88,7 @@ def test_gradients_averaged_over_ranks_are_those_of_the_mean_loss(gloo: Nursery)
 
 
 def half_precision(world: World) -> Tensor:
-    network = synchronised(nn.Sequential(nn.BatchNorm2d(3)), world).bfloat16()
+    network = sync_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), world).bfloat16()
     # Large means beside small deviations.
     output = network(images()[world.rank].bfloat16() + 100)
     output.float().square().sum().backward()
@@ -106,12 +106,12 @@ def test_half_precision_is_normalised_in_float32(gloo: Nursery) -> None:
 def test_names_and_values_are_kept() -> None:
     plain = discriminator()
     before = {name: value.data_ptr() for name, value in plain.state_dict().items()}
-    converted = synchronised(plain, World(size=2))
+    converted = sync_batch_norm(plain, World(size=2))
     assert {name: value.data_ptr() for name, value in converted.state_dict().items()} == before
     assert not [layer for layer in converted.modules() if type(layer) is nn.BatchNorm2d]
 
 
 def test_a_world_of_one_changes_nothing() -> None:
     network = discriminator()
-    assert synchronised(network, World()) is network
+    assert sync_batch_norm(network, World()) is network
     assert [type(layer) for layer in network.modules()] == [type(layer) for layer in discriminator().modules()]

@@ -9,7 +9,7 @@ from support.tiny import JOBS, LANES, build_step, tiny_config
 
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
-from vavae.distributed.torch_settings import settle_arithmetic
+from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
 from vavae.runs.run import Job
 from vavae.storage.storage import Storage
@@ -31,7 +31,7 @@ _ENGINES: list[dict[str, Any]] = [
 def world() -> World:
     """One rank on the first GPU, with bits that come out the same every time."""
     assert torch.cuda.is_available(), "these tests need a GPU"
-    settle_arithmetic(tiny_config().workers.model_copy(update={"use_gpu": True, "deterministic": True}))
+    configure_torch(tiny_config().workers.model_copy(update={"use_gpu": True, "deterministic": True}))
     return World(device=torch.device("cuda", 0))
 
 
@@ -74,7 +74,7 @@ def test_tf32_is_a_choice(world: World) -> None:
     exact = a.double() @ a.double()
     errors = {}
     for tf32 in (False, True):
-        settle_arithmetic(tiny_config().workers.model_copy(update={"tf32": tf32}))
+        configure_torch(tiny_config().workers.model_copy(update={"tf32": tf32}))
         errors[tf32] = ((a @ a).double() - exact).abs().max().item()
     assert errors[True] > 10 * errors[False]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import TorchEngine
-from vavae.distributed.sharded_tensors import load_fragments, save_fragments
+from vavae.distributed.sharded_tensors import load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 
@@ -63,8 +63,8 @@ def test_a_saved_average_goes_on_where_it_was(tmp_path: Path):
     average, other = (average_of(module, 0.5) for _ in range(2))
     module.weight.data.add_(1)
     average.update()
-    save_fragments(average.fragments, tmp_path / "0")
-    load_fragments(other.fragments, [tmp_path / "0"])
+    save_tensor_shards(average.tensor_shards, tmp_path / "0")
+    load_tensor_shards(other.tensor_shards, [tmp_path / "0"])
     for each in (average, other):
         each.update()
     whole, loaded = average.weights(), other.weights()
@@ -74,6 +74,6 @@ def test_a_saved_average_goes_on_where_it_was(tmp_path: Path):
 
 @pytest.mark.parametrize("other", [nn.Linear(2, 2, bias=False), nn.Linear(3, 2), nn.Linear(2, 1), nn.BatchNorm1d(2)])
 def test_the_average_of_another_module_is_refused(tmp_path: Path, other: nn.Module):
-    save_fragments(average_of(other, 0.5).fragments, tmp_path / "0")
+    save_tensor_shards(average_of(other, 0.5).tensor_shards, tmp_path / "0")
     with pytest.raises(AssertionError, match="of another module"):
-        load_fragments(average_of(nn.Linear(2, 2), 0.5).fragments, [tmp_path / "0"])
+        load_tensor_shards(average_of(nn.Linear(2, 2), 0.5).tensor_shards, [tmp_path / "0"])

@@ -55,7 +55,7 @@ class _Trained:
 
     def tensors(self) -> list[Tensor]:
         """All that a checkpoint holds."""
-        return [part.values for e in self.engines.values() for part in {**e.fragments(), **e.moments()}.values()]
+        return [part.values for e in self.engines.values() for part in {**e.tensor_shards(), **e.moments()}.values()]
 
 
 @contextmanager

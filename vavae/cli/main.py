@@ -113,7 +113,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     # torch and DeepSpeed take seconds to import, and `status` needs neither.
-    from vavae.distributed.torch_settings import settle_arithmetic
+    from vavae.distributed.torch_settings import configure_torch
     from vavae.distributed.world import World, process_group
     from vavae.evaluation.checkpoints import measure_waiting
     from vavae.runs.events import EventLog
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.training.train import TRAININGS
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
-    settle_arithmetic(run.config.workers)
+    configure_torch(run.config.workers)
     with process_group(run.config.workers.use_gpu):
         job, session = _MODELS[arguments.model], SignalledSession(EventLog(run.storage))
         world = World.current(run.config.workers.use_gpu)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vavae.data.grid import enlargement, image_grid, png_bytes
-from vavae.distributed.torch_settings import settle_arithmetic
+from vavae.distributed.torch_settings import configure_torch
 from vavae.errors import UserError
 from vavae.progress import Progress, Rate, show
 from vavae.runs.run import Run
@@ -38,7 +38,7 @@ def sample(run: Run, classes: str, seeds: str, out: str) -> None:
     wanted = Wanted(find_classes(names, class_names(run), "--classes"), parse_seeds(seeds))
     write = _writer(out, len(wanted.indices))
     # Nothing else runs here, so the threads are not those of one worker among many.
-    settle_arithmetic(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
+    configure_torch(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
     generator = open_generator(run, this_device())
     batches = generator.batches(
         wanted.indices, wanted.labels, config.seed, config.guidance, config.solver, config.sample.batch_size

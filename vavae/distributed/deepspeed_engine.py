@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
-from vavae.distributed.sharded_tensors import Fragment, Partition, dealt, entire, fragments_of, held, whole
+from vavae.distributed.sharded_tensors import (
+    Partition,
+    TensorShard,
+    as_full_shard,
+    gather_full,
+    local_shards,
+    shard_of,
+    tensor_shards_of,
+)
 from vavae.distributed.world import World
 
 # Read once, when DeepSpeed is imported: without it a CPU worker on a GPU node would pick the GPU.
@@ -21,7 +29,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import safe_get_local_optimizer_state
 
-from vavae.distributed.engine import MOMENTS, begin_at, build_optimizer, updates_of, whole_moments
+from vavae.distributed.engine import MOMENTS, begin_at, build_optimizer, full_moments, updates_of
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -102,32 +110,32 @@ class DeepSpeedEngine:
             self._engine.micro_steps += 1
         return float(norm)
 
-    def fragments(self) -> dict[str, Fragment]:
+    def tensor_shards(self) -> dict[str, TensorShard]:
         """See `Engine.fragments`."""
-        return fragments_of(self.module, self._world, _partition)
+        return tensor_shards_of(self.module, self._world, _partition)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine.weights`."""
-        return whole(self.fragments(), self._world)
+        return gather_full(self.tensor_shards(), self._world)
 
     @property
     def updates(self) -> int:
         """See `Engine.updates`."""
         return updates_of(self.optimizer)
 
-    def moments(self) -> dict[str, Fragment]:
+    def moments(self) -> dict[str, TensorShard]:
         """See `Engine.moments`."""
         if self._stage == 0:
-            return {name: dealt(t, self._world) for name, t in whole_moments(self.module, self.optimizer).items()}
+            return {name: shard_of(t, self._world) for name, t in full_moments(self.module, self.optimizer).items()}
         return self._divided_moments()
 
     @contextmanager
-    def restore(self, updates: int) -> Iterator[dict[str, Fragment]]:
+    def restore(self, updates: int) -> Iterator[dict[str, TensorShard]]:
         """See `Engine.restore`."""
-        weights = held(self.module, self._world, _partition)
+        weights = local_shards(self.module, self._world, _partition)
         begin_at(self.optimizer, self._optimised(), updates)
         if self._stage == 0:
-            yield weights | {name: entire(t) for name, t in whole_moments(self.module, self.optimizer).items()}
+            yield weights | {name: as_full_shard(t) for name, t in full_moments(self.module, self.optimizer).items()}
             return
         yield weights | self._divided_moments()
         zero = self._engine.optimizer
@@ -144,25 +152,25 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _divided_moments(self) -> dict[str, Fragment]:
+    def _divided_moments(self) -> dict[str, TensorShard]:
         """The moments in stages 1 to 3; empty before an update."""
         find = self._moment_of_stage_3 if self._stage == 3 else self._moment
         kinds = MOMENTS if self.updates else ()
         return {f"{kind}/{name}": find(p, kind) for name, p in self._parameters.items() for kind in kinds}
 
-    def _moment(self, parameter: nn.Parameter, kind: str) -> Fragment:
+    def _moment(self, parameter: nn.Parameter, kind: str) -> TensorShard:
         """Stages 1 and 2 lay all parameters in a row and divide that, so a rank may hold nothing of one."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
-            return Fragment(0, parameter.new_empty(0), parameter.shape)
+            return TensorShard(0, parameter.new_empty(0), parameter.shape)
         row = self._optimised()[mapping.param_group_index]
         place = mapping.hp_fragment_address
         values = self.optimizer.state[row][kind].narrow(0, place.start, place.numel)
-        return Fragment(mapping.lp_fragment_address.start, values, parameter.shape)
+        return TensorShard(mapping.lp_fragment_address.start, values, parameter.shape)
 
-    def _moment_of_stage_3(self, parameter: nn.Parameter, kind: str) -> Fragment:
+    def _moment_of_stage_3(self, parameter: nn.Parameter, kind: str) -> TensorShard:
         values = safe_get_local_optimizer_state(parameter, kind)
-        return Partition(values, parameter.ds_shape).fragment(self._world)  # type: ignore[attr-defined]
+        return Partition(values, parameter.ds_shape).tensor_shard(self._world)  # type: ignore[attr-defined]
 
 
 def _zero_section(config: EngineConfig, world: World) -> dict[str, Any]:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vavae.distributed.config import OptimizerConfig
-from vavae.distributed.sharded_tensors import Fragment, dealt, entire, fragments_of, held, whole
+from vavae.distributed.sharded_tensors import (
+    TensorShard,
+    as_full_shard,
+    gather_full,
+    local_shards,
+    shard_of,
+    tensor_shards_of,
+)
 from vavae.distributed.world import World
 
 
@@ -34,8 +41,8 @@ class Engine(Protocol):
         Where that is not finite nothing is applied, on any rank.
         """
 
-    def fragments(self) -> dict[str, Fragment]:
-        """This rank's part of the module's state dict, as trained and in place; see `fragments_of`."""
+    def tensor_shards(self) -> dict[str, TensorShard]:
+        """This rank's part of the module's state dict, as trained and in place; see `tensor_shards_of`."""
 
     def weights(self) -> dict[str, Tensor]:
         """The module's whole state dict, as trained, on the CPU. Called on every rank."""
@@ -44,10 +51,10 @@ class Engine(Protocol):
     def updates(self) -> int:
         """How many updates the optimiser has made."""
 
-    def moments(self) -> dict[str, Fragment]:
+    def moments(self) -> dict[str, TensorShard]:
         """This rank's part of what the optimiser keeps, in place, by `<kind>/<parameter>`; empty before an update."""
 
-    def restore(self, updates: int) -> AbstractContextManager[dict[str, Fragment]]:
+    def restore(self, updates: int) -> AbstractContextManager[dict[str, TensorShard]]:
         """All that this rank holds of weights and moments, to be filled in place; taken over at the end of the block.
 
         Args:
@@ -97,29 +104,29 @@ class TorchEngine:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def fragments(self) -> dict[str, Fragment]:
+    def tensor_shards(self) -> dict[str, TensorShard]:
         """See `Engine.fragments`."""
-        return fragments_of(self.module, self._world)
+        return tensor_shards_of(self.module, self._world)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine.weights`."""
-        return whole(self.fragments(), self._world)
+        return gather_full(self.tensor_shards(), self._world)
 
     @property
     def updates(self) -> int:
         """See `Engine.updates`."""
         return updates_of(self._optimizer)
 
-    def moments(self) -> dict[str, Fragment]:
+    def moments(self) -> dict[str, TensorShard]:
         """See `Engine.moments`."""
-        return {name: dealt(t, self._world) for name, t in whole_moments(self.module, self._optimizer).items()}
+        return {name: shard_of(t, self._world) for name, t in full_moments(self.module, self._optimizer).items()}
 
     @contextmanager
-    def restore(self, updates: int) -> Iterator[dict[str, Fragment]]:
+    def restore(self, updates: int) -> Iterator[dict[str, TensorShard]]:
         """See `Engine.restore`."""
         begin_at(self._optimizer, self._parameters, updates)
-        moments = whole_moments(self.module, self._optimizer)
-        yield held(self.module, self._world) | {name: entire(t) for name, t in moments.items()}
+        moments = full_moments(self.module, self._optimizer)
+        yield local_shards(self.module, self._world) | {name: as_full_shard(t) for name, t in moments.items()}
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -146,7 +153,7 @@ def begin_at(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], upd
         optimizer.state[parameter] = {_STEP: count, **{kind: torch.zeros_like(parameter) for kind in MOMENTS}}
 
 
-def whole_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def full_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The moments of parameters that are optimised as they are, by `<kind>/<parameter>`; empty before an update."""
     if not updates_of(optimizer):
         return {}

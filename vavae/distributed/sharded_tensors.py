@@ -19,7 +19,7 @@ from vavae.distributed.world import World
 _OFFSETS = "offsets"
 
 
-class Fragment(NamedTuple):
+class TensorShard(NamedTuple):
     """A run of the values of a flattened tensor."""
 
     offset: int
@@ -38,17 +38,17 @@ class Partition(NamedTuple):
     shape: Size
     """Of the whole."""
 
-    def fragment(self, world: World) -> Fragment:
+    def tensor_shard(self, world: World) -> TensorShard:
         """The share without its padding."""
         first, last = _share(self.shape, world)
-        return Fragment(first, self.values.detach()[: last - first], self.shape)
+        return TensorShard(first, self.values.detach()[: last - first], self.shape)
 
 
 FindPartition = Callable[[nn.Parameter], Partition | None]
 """Finds the values of a parameter that the ranks have divided already; None where every rank holds all of them."""
 
 
-def undivided(_: nn.Parameter) -> None:
+def not_sharded(_: nn.Parameter) -> None:
     """Every rank holds all values."""
 
 
@@ -59,18 +59,18 @@ def _share(shape: Size, world: World) -> tuple[int, int]:
     return min(world.rank * size, numel), min((world.rank + 1) * size, numel)
 
 
-def dealt(tensor: Tensor, world: World) -> Fragment:
+def shard_of(tensor: Tensor, world: World) -> TensorShard:
     """This rank's share of a tensor that every rank holds; a view where the tensor is contiguous."""
     first, last = _share(tensor.shape, world)
-    return Fragment(first, tensor.detach().flatten()[first:last], tensor.shape)
+    return TensorShard(first, tensor.detach().flatten()[first:last], tensor.shape)
 
 
-def entire(tensor: Tensor) -> Fragment:
+def as_full_shard(tensor: Tensor) -> TensorShard:
     """A whole tensor, contiguous, as one fragment: a view."""
-    return Fragment(0, tensor.detach().view(-1), tensor.shape)
+    return TensorShard(0, tensor.detach().view(-1), tensor.shape)
 
 
-def fragments_of(module: nn.Module, world: World, partition: FindPartition = undivided) -> dict[str, Fragment]:
+def tensor_shards_of(module: nn.Module, world: World, partition: FindPartition = not_sharded) -> dict[str, TensorShard]:
     """This rank's part of every entry of a module's state dict, by name, in the same order on every rank.
 
     The values are views of parameters and buffers wherever those are contiguous.
@@ -78,24 +78,24 @@ def fragments_of(module: nn.Module, world: World, partition: FindPartition = und
     parts = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, nn.Parameter):
-            parts[name] = entire(tensor) if world.is_first else Fragment(0, tensor.new_empty(0), tensor.shape)
+            parts[name] = as_full_shard(tensor) if world.is_first else TensorShard(0, tensor.new_empty(0), tensor.shape)
         elif (divided := partition(tensor)) is not None:
-            parts[name] = divided.fragment(world)
+            parts[name] = divided.tensor_shard(world)
         else:
-            parts[name] = dealt(tensor, world)
+            parts[name] = shard_of(tensor, world)
     return parts
 
 
-def held(module: nn.Module, world: World, partition: FindPartition = undivided) -> dict[str, Fragment]:
+def local_shards(module: nn.Module, world: World, partition: FindPartition = not_sharded) -> dict[str, TensorShard]:
     """All that this rank holds of a module's state dict, by name, as views; whole tensors must be contiguous."""
     parts = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         divided = partition(tensor) if isinstance(tensor, nn.Parameter) else None
-        parts[name] = entire(tensor) if divided is None else divided.fragment(world)
+        parts[name] = as_full_shard(tensor) if divided is None else divided.tensor_shard(world)
     return parts
 
 
-def whole(parts: Mapping[str, Fragment], world: World) -> dict[str, Tensor]:
+def gather_full(parts: Mapping[str, TensorShard], world: World) -> dict[str, Tensor]:
     """The tensors that the fragments of all ranks make up, on the CPU. Every rank calls it."""
     tensors = {}
     for name, part in parts.items():
@@ -105,13 +105,13 @@ def whole(parts: Mapping[str, Fragment], world: World) -> dict[str, Tensor]:
     return tensors
 
 
-def save_fragments(parts: Mapping[str, Fragment], file: Path) -> None:
+def save_tensor_shards(parts: Mapping[str, TensorShard], file: Path) -> None:
     """Write one rank's fragments: values under the names of the tensors, offsets as metadata."""
     offsets = {name: part.offset for name, part in parts.items()}
     save_file({name: part.values for name, part in parts.items()}, file, {_OFFSETS: json.dumps(offsets)})
 
 
-def load_fragments(parts: Mapping[str, Fragment], files: Iterable[Path]) -> None:
+def load_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[Path]) -> None:
     """Fill a rank's fragments from the files of all ranks, strictly; other fragments of the same tensors will do."""
     missing = {name: len(part.values) for name, part in parts.items()}
     for path in files:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vavae.distributed.world import World
 
 
-def synchronised(module: nn.Module, world: World) -> nn.Module:
+def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
     """Let every `BatchNorm2d` of a module, or the module itself, take its batch statistics over all ranks.
 
     Parameters and buffers are kept, under their names. Containers are changed in place; a world of one changes nothing.
@@ -25,11 +25,11 @@ def synchronised(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     for name, child in module.named_children():
-        setattr(module, name, synchronised(child, world))
-    return SynchronisedBatchNorm2d(module) if type(module) is nn.BatchNorm2d else module
+        setattr(module, name, sync_batch_norm(child, world))
+    return SyncBatchNorm2d(module) if type(module) is nn.BatchNorm2d else module
 
 
-class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+class SyncBatchNorm2d(nn.BatchNorm2d):
     """[B, C, H, W] -> same, normalised over B, H, W of all ranks, whose B may differ; in evaluation as its parent.
 
     Args:

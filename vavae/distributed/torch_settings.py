@@ -7,7 +7,7 @@ import torch
 from vavae.distributed.config import WorkersConfig
 
 
-def settle_arithmetic(workers: WorkersConfig) -> None:
+def configure_torch(workers: WorkersConfig) -> None:
     """Set torch's threads, TF32 and determinism; before the first use of a GPU."""
     torch.set_num_threads(workers.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = workers.tf32

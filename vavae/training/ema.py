@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vavae.distributed.engine import Engine
-from vavae.distributed.sharded_tensors import Fragment, whole
+from vavae.distributed.sharded_tensors import TensorShard, gather_full
 from vavae.distributed.world import World
 
 
@@ -23,11 +23,11 @@ class ExponentialMovingAverage:
 
     def __init__(self, engine: Engine, decay: float, world: World) -> None:
         self._engine, self._decay, self._world = engine, decay, world
-        self.fragments = {name: part._replace(values=part.values.clone()) for name, part in self._present().items()}
+        self.tensor_shards = {name: part._replace(values=part.values.clone()) for name, part in self._present().items()}
         """This rank's part of the average, fp32, by the names of the module's state dict."""
 
-    def _present(self) -> dict[str, Fragment]:
-        parts = self._engine.fragments()
+    def _present(self) -> dict[str, TensorShard]:
+        parts = self._engine.tensor_shards()
         return {
             name: part._replace(values=part.values.float())
             for name, part in parts.items()
@@ -38,15 +38,15 @@ class ExponentialMovingAverage:
     def update(self) -> None:
         """Take the engine's present weights in."""
         present = self._present()
-        averages = [part.values for part in self.fragments.values()]
-        torch._foreach_lerp_(averages, [present[name].values for name in self.fragments], 1 - self._decay)
+        averages = [part.values for part in self.tensor_shards.values()]
+        torch._foreach_lerp_(averages, [present[name].values for name in self.tensor_shards], 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged state dict, whole, on the CPU; entries that have no average are as they are. On every rank."""
-        return whole({**self._engine.fragments(), **self.fragments}, self._world)
+        return gather_full({**self._engine.tensor_shards(), **self.tensor_shards}, self._world)
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Go on from an average that `weights` has told, strictly."""
-        for name, (offset, values, shape) in self.fragments.items():
+        for name, (offset, values, shape) in self.tensor_shards.items():
             assert weights[name].shape == shape, f"{name}: the average of another module"
             values.copy_(weights[name].flatten()[offset : offset + len(values)])

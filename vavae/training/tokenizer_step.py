@@ -14,7 +14,7 @@ from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.build import build_engine
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine
-from vavae.distributed.sync_batch_norm import synchronised
+from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import TokenizerLossConfig
@@ -154,7 +154,7 @@ class TokenizerStep:
                 config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial)
             )
             if losses.adversarial.norm == "sync_batch":
-                objective = synchronised(objective, world)
+                objective = sync_batch_norm(objective, world)
             self._adversary = self._engine("discriminator", objective, training.of_discriminator, start)
             self.engines["discriminator"] = self._adversary
         decay = training.ema_decay

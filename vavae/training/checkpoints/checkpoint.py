@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vavae.config import digest
-from vavae.distributed.sharded_tensors import Fragment, entire, load_fragments, save_fragments
+from vavae.distributed.sharded_tensors import TensorShard, as_full_shard, load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
 from vavae.storage.artifact import Artefact, FileInfo, commit, is_intact, read
@@ -104,9 +104,9 @@ class Checkpoints:
             memory={lane: [*values] for memory in memories for lane, values in memory.items()},
             metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
         )
-        sets = {key: {**engine.fragments(), **engine.moments()} for key, engine in step.engines.items()}
+        sets = {key: {**engine.tensor_shards(), **engine.moments()} for key, engine in step.engines.items()}
         if step.ema is not None:
-            sets[_EMA] = step.ema.fragments
+            sets[_EMA] = step.ema.tensor_shards
         copies = {key: _copied(parts) for key, parts in sets.items()}
         self._saves += 1
         place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
@@ -155,7 +155,7 @@ class Checkpoints:
     def _write(
         self,
         place: "_Place",
-        sets: Mapping[str, Mapping[str, Fragment]],
+        sets: Mapping[str, Mapping[str, TensorShard]],
         details: CheckpointDetails,
         put_log: Callable[[], None],
         left: Event,
@@ -165,7 +165,7 @@ class Checkpoints:
         for key, parts in sets.items():
             path = f"{key}/{self._world.rank:05d}.safetensors"
             with self._storage.create(f"{place.folder}/{path}") as local:
-                save_fragments(parts, local)
+                save_tensor_shards(parts, local)
                 files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
         self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", files)
         if self._world.is_first:
@@ -220,9 +220,9 @@ class Checkpoints:
             return found.details.state
         for name, engine in step.engines.items():
             with engine.restore(found.details.updates[name]) as parts:
-                load_fragments(parts, found.files[name])
+                load_tensor_shards(parts, found.files[name])
         if step.ema is not None:
-            load_fragments(step.ema.fragments, found.files[_EMA])
+            load_tensor_shards(step.ema.tensor_shards, found.files[_EMA])
         step.load_state_dict(found.details.memory)
         return found.details.state
 
@@ -305,7 +305,7 @@ def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tens
         raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
     files = [path for path in record.files if path.split("/")[1] == _EMA]
     local = [checkpoints.local_file(f"{name}/{path}", record.files[path].sha256) for path in sorted(files)]
-    load_fragments({name: entire(tensor) for name, tensor in tensors.items()}, local)
+    load_tensor_shards({name: as_full_shard(tensor) for name, tensor in tensors.items()}, local)
 
 
 class _Place(NamedTuple):
@@ -322,6 +322,6 @@ class _Place(NamedTuple):
         return f"{self.name}/{self.attempt}"
 
 
-def _copied(parts: Mapping[str, Fragment]) -> dict[str, Fragment]:
+def _copied(parts: Mapping[str, TensorShard]) -> dict[str, TensorShard]:
     """Copies on the CPU, which further steps leave alone."""
     return {name: part._replace(values=part.values.to("cpu", copy=True)) for name, part in parts.items()}
