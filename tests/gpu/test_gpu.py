@@ -93,7 +93,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits(world: World, tmp_path: Path) -> 
     run(first, range(3))
     checkpoints = Checkpoints(Storage(str(tmp_path)), fresh, Retention(2), world)
     checkpoints.save(first, fresh.advanced(3 * LANES), {}, lambda: None)
-    checkpoints.settle()
+    checkpoints.wait_for_pending_save()
     Checkpoints(Storage(str(tmp_path)), fresh, Retention(2), world).restore(second)
     run(second, range(3, 6))
     for name, tensor in straight.engines["lightningdit"].weights().items():

@@ -109,8 +109,8 @@ def test_the_best_stay_besides_the_last(storage: Storage, mode: str, kept: list[
     checkpoints = toy_checkpoints(storage, 1, best=BestConfig(metric="loss/total", mode=mode, count=2))
     step = ToyStep()
     for number, loss in enumerate([*losses, *[4.0] * 5], start=1):
-        checkpoints.save(step, FRESH.advanced(number), {"loss/total": loss}, no_log)
-    checkpoints.settle()
+        checkpoints.save(step, FRESH.after(number), {"loss/total": loss}, no_log)
+    checkpoints.wait_for_pending_save()
     assert _saved(storage) == [f"{number:012d}" for number in kept]
 
 
@@ -122,18 +122,18 @@ def test_a_metric_that_there_is_not_is_told(storage: Storage, caplog: pytest.Log
 
 def test_an_attempt_that_was_superseded_neither_commits_nor_deletes(storage: Storage) -> None:
     old, step = toy_checkpoints(storage, keep=1, owner="the old one"), ToyStep()
-    old.save(step, FRESH.advanced(4), {}, no_log)
-    old.settle()
+    old.save(step, FRESH.after(4), {}, no_log)
+    old.wait_for_pending_save()
     new = toy_checkpoints(storage, keep=1, owner="the new one")
-    old.save(step, FRESH.advanced(8), {}, no_log)
+    old.save(step, FRESH.after(8), {}, no_log)
     with pytest.raises(SupersededError, match=": the new one goes on with this training now"):
-        old.settle()
+        old.wait_for_pending_save()
     with pytest.raises(SupersededError):
         old.check_lease()
     new.check_lease()
     assert new.restore(ToyStep()).images_seen == 4
-    new.save(step, FRESH.advanced(12), {}, no_log)
-    new.settle()
+    new.save(step, FRESH.after(12), {}, no_log)
+    new.wait_for_pending_save()
     assert _saved(storage) == ["000000000012"], "and what the old one left is cleared away"
 
 
@@ -143,14 +143,14 @@ def test_files_of_two_attempts_at_one_checkpoint_do_not_meet(storage: Storage, m
     with torch.no_grad():
         stale.model.weight.zero_()
     old = toy_checkpoints(storage)
-    old.save(stale, FRESH.advanced(4), {}, no_log)
+    old.save(stale, FRESH.after(4), {}, no_log)
     monkeypatch.undo()
     new = toy_checkpoints(storage)
-    new.save(fresh, FRESH.advanced(4), {}, no_log)
-    new.settle()
+    new.save(fresh, FRESH.after(4), {}, no_log)
+    new.wait_for_pending_save()
     slow.passage.set()
     with pytest.raises(SupersededError):
-        old.settle()
+        old.wait_for_pending_save()
     restored = ToyStep()
     with torch.no_grad():
         restored.model.weight.zero_()
@@ -258,9 +258,9 @@ def fail_on_the_last_rank(world: World, folder: Path) -> str:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
         Storage.create = create  # type: ignore[method-assign]
-    checkpoints.save(step, FRESH.advanced(4), {}, no_log)
+    checkpoints.save(step, FRESH.after(4), {}, no_log)
     try:
-        checkpoints.settle()
+        checkpoints.wait_for_pending_save()
     except UserError as error:
         return str(error)
     return "no error"

@@ -74,18 +74,18 @@ def stall_contest(parameters: int) -> Iterator[Contest]:
             nonlocal seen
             seen += 1
             start = time.perf_counter()
-            checkpoints.save(trained, _FRESH.advanced(seen), {}, lambda: None)
+            checkpoints.save(trained, _FRESH.after(seen), {}, lambda: None)
             return time.perf_counter() - start
 
         def ours() -> float:
             held_up = save()
-            checkpoints.settle()
+            checkpoints.wait_for_pending_save()
             return held_up
 
         def at_once() -> float:
             start = time.perf_counter()
             save()
-            checkpoints.settle()
+            checkpoints.wait_for_pending_save()
             return time.perf_counter() - start
 
         def copied() -> float:

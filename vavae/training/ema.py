@@ -45,7 +45,7 @@ class ExponentialMovingAverage:
         """The averaged state dict, whole, on the CPU; entries that have no average are as they are. On every rank."""
         return gather_full({**self._engine.tensor_shards(), **self.tensor_shards}, self._world)
 
-    def take(self, weights: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor]) -> None:
         """Go on from an average that `weights` has told, strictly."""
         for name, (offset, values, shape) in self.tensor_shards.items():
             assert weights[name].shape == shape, f"{name}: the average of another module"

@@ -160,7 +160,7 @@ class TokenizerStep:
         decay = training.ema_decay
         self.ema = ExponentialMovingAverage(self._generator, decay, world) if decay else None
         if self.ema is not None and start is not None and start.average is not None:
-            self.ema.take(start.average)
+            self.ema.load(start.average)
 
     def _engine(self, name: str, module: nn.Module, optimizer: OptimizerConfig, start: StepWeights | None) -> Engine:
         training = self._config.train_vavae

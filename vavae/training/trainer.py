@@ -114,7 +114,7 @@ def train(
                 state = loop.go_on(state, watchdog)
                 break
             except _DivergedError as diverged:
-                checkpoints.settle()
+                checkpoints.wait_for_pending_save()
                 state = checkpoints.restore(step, span.start)
                 seen = diverged.state.images_seen
                 if state.images_seen <= span.start or rollbacks > config.rollback_limit:
@@ -124,8 +124,8 @@ def train(
                     ) from None
                 logger.warning("%s: back from %s to %s images, and on behind them", stage, seen, state.images_seen)
                 loop.note("rollback", seen, back_to=state.images_seen)
-                state = state.behind(diverged.state)
-        checkpoints.settle()
+                state = state.skip_past(diverged.state)
+        checkpoints.wait_for_pending_save()
     log.close()
     return state
 
@@ -225,7 +225,7 @@ class _Way:
         with self._meter.waiting("data_wait"):
             micro_batches = next(stream)
         result = loop.step.run(micro_batches, before, self._learning_rate(before))
-        self._state = self._state.advanced(loop.config.batch_size)
+        self._state = self._state.after(loop.config.batch_size)
         signals = loop.exchange(result)
         if not all(map(math.isfinite, result.gradient_norms.values())):
             self._skip(result, before)
@@ -281,7 +281,9 @@ class _Way:
             )
         if save:
             with self._meter.waiting("checkpoint_wait"):
-                self._meter.saved(loop.checkpoints.save(loop.step, self._state, self._row, loop.log.seal(seen)))
+                self._meter.saved(
+                    loop.checkpoints.save(loop.step, self._state, self._row, loop.log.flush_segment(seen))
+                )
             loop.session.checkpoint(seen, self._row)
             loop.note("checkpoint", seen)
 

@@ -70,7 +70,7 @@ class Checkpoints:
         self._storage = training.child(CHECKPOINTS)
         self._fresh, self._retention, self._world = fresh, retention, world
         self._lease = Lease(training, _LEASE, owner)
-        self._attempt: str = world.broadcast(self._lease.take() if world.is_first else None)
+        self._attempt: str = world.broadcast(self._lease.acquire() if world.is_first else None)
         self._saves = 0
         self._writing: BackgroundWrite | None = None
         self._saved: TrainState | None = None
@@ -96,7 +96,7 @@ class Checkpoints:
         Raises:
             CommonError: as `settle` does, of the checkpoint before.
         """
-        self.settle()
+        self.wait_for_pending_save()
         memories = self._world.gather(step.state_dict())
         details = CheckpointDetails(
             state=state,
@@ -107,14 +107,14 @@ class Checkpoints:
         sets = {key: {**engine.tensor_shards(), **engine.moments()} for key, engine in step.engines.items()}
         if step.ema is not None:
             sets[_EMA] = step.ema.tensor_shards
-        copies = {key: _copied(parts) for key, parts in sets.items()}
+        copies = {key: _copies_on_cpu(parts) for key, parts in sets.items()}
         self._saves += 1
         place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
         self._writing = BackgroundWrite(lambda left: self._write(place, copies, details, put_log, left))
         self._saved, self._chosen = state, None
         return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
 
-    def settle(self) -> None:
+    def wait_for_pending_save(self) -> None:
         """Wait until the last checkpoint is there. Every rank calls it.
 
         Raises:
@@ -322,6 +322,6 @@ class _Place(NamedTuple):
         return f"{self.name}/{self.attempt}"
 
 
-def _copied(parts: Mapping[str, TensorShard]) -> dict[str, TensorShard]:
+def _copies_on_cpu(parts: Mapping[str, TensorShard]) -> dict[str, TensorShard]:
     """Copies on the CPU, which further steps leave alone."""
     return {name: part._replace(values=part.values.to("cpu", copy=True)) for name, part in parts.items()}

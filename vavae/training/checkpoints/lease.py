@@ -39,7 +39,7 @@ class Lease:
         self.attempt = ""
         """Name of this attempt, once the lease is taken."""
 
-    def take(self) -> str:
+    def acquire(self) -> str:
         """Begin an attempt; returns its name."""
         self.attempt = uuid4().hex[:8]
         self._storage.write_json(self._path, {"attempt": self.attempt, "owner": self._owner})

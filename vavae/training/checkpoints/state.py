@@ -21,11 +21,11 @@ class TrainState(BaseModel):
         """Where the stream stands: images seen, and those that are excluded."""
         return self.images_seen + sum(last - first for first, last in self.excluded)
 
-    def advanced(self, images: int) -> "TrainState":
+    def after(self, images: int) -> "TrainState":
         """The state after another step."""
         return self.model_copy(update={"images_seen": self.images_seen + images})
 
-    def behind(self, diverged: "TrainState") -> "TrainState":
+    def skip_past(self, diverged: "TrainState") -> "TrainState":
         """This state with its stream where another one stands."""
         return self.model_copy(update={"excluded": (*self.excluded, (self.position, diverged.position))})
 

@@ -73,7 +73,7 @@ class MetricsLog:
         assert self._writer is not None, "rewind opens the log"
         self._writer.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
 
-    def seal(self, images_seen: int) -> Callable[[], None]:
+    def flush_segment(self, images_seen: int) -> Callable[[], None]:
         """Make one segment of the rows since the last; what is returned writes it, in whatever thread."""
         if not self._active:
             return _nothing
