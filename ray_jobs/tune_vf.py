@@ -66,7 +66,7 @@ def _main(argv: Sequence[str] | None, works: Works) -> int:
         for line in missing:
             print(f"still needed: {line}")
         return 0
-    if sharing.run(run.config, "prepare_shards").artefact("prepare_shards") is None:
+    if sharing.run(run.config, "prepare_shards").artifact("prepare_shards") is None:
         check_sources(run)
     if missing:
         raise UserError(missing[0])

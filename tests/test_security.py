@@ -34,7 +34,7 @@ from vavae.latents.statistics import read_statistics
 from vavae.models.backbones.config import BackboneConfig
 from vavae.models.backbones.load import load_backbone
 from vavae.runs.config import RunConfig
-from vavae.storage.artifact import Artefact, FileInfo, is_intact
+from vavae.storage.artifact import Artifact, FileInfo, is_intact
 from vavae.storage.storage import Storage
 
 OUTSIDE = ("../outside", "a/../../outside", "/etc/passwd")
@@ -197,7 +197,7 @@ def test_manifests_and_records_that_lead_elsewhere_are_refused(tmp_path, name, r
         write_manifest(storage, "", made.model_copy(update={"splits": {split: (info,)}}))
         with pytest.raises(UserError, match=LEADS_ELSEWHERE):
             shard_file(storage, split, read_manifest(storage).splits[split][0])
-    record = Artefact(kind="x", digest="", config="", files={name: FileInfo(bytes=10, sha256="")})
+    record = Artifact(kind="x", digest="", config="", files={name: FileInfo(bytes=10, sha256="")})
     assert not is_intact(storage, "train", record)
     for act in (storage.read_bytes, storage.delete, storage.local_file, lambda path: storage.write_bytes(path, b"")):
         with pytest.raises(UserError, match=LEADS_ELSEWHERE):

@@ -45,7 +45,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     for job in TRAININGS:
         if job in jobs and STAGES[job].inputs[0] not in jobs:
             check_cache(run, job)
-    if "sample" in jobs and run.artefact("prepare_shards") is not None:
+    if "sample" in jobs and run.artifact("prepare_shards") is not None:
         label_law(config.sample, read_manifest(run.storage, run.prefix("prepare_shards")).classes, config.seed)
     start = config.train_vavae.start_from
     if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
@@ -71,7 +71,7 @@ def check_cache(run: Run, job: Job) -> None:
         UserError: it can't.
     """
     source, config = STAGES[job].inputs[0], run.config
-    if run.artefact(source) is None:
+    if run.artifact(source) is None:
         return
     folder = run.storage.child(run.prefix(source))
     manifest = read_manifest(folder) if job == "train_vavae" else read_latent_manifest(folder)

@@ -74,7 +74,7 @@ class Workshop:
     def order(self, config: RunConfig, task: Task) -> Run:
         """Wait until a job is done and return the run that has what it makes; its errors are raised here."""
         run, job = _place(self.sharing, config, task), _shared(task)
-        if job is None or run.artefact(job) is None:
+        if job is None or run.artifact(job) is None:
             ray.get(ray.get(self._actor.order.remote(config, task))[0])
         return run
 

@@ -13,7 +13,7 @@ from vavae.config.load import dump
 from vavae.data.grid import png_bytes
 from vavae.report.run_facts import run_summary, training_seconds
 from vavae.runs.run import Run
-from vavae.storage.artifact import Artefact, FileInfo, commit
+from vavae.storage.artifact import Artifact, FileInfo, commit
 from vavae.training.hardware import HARDWARE, Hardware
 
 
@@ -27,7 +27,7 @@ def make(tmp_path: Path):
         run = Run(config)
         run.storage.write_bytes("config.yaml", dump(config).encode())
         run.storage.write_bytes("shards/data", b"x")
-        shards = Artefact(kind="shards", digest="d" * 64, config="c", files={"data": FileInfo(bytes=1, sha256="s")})
+        shards = Artifact(kind="shards", digest="d" * 64, config="c", files={"data": FileInfo(bytes=1, sha256="s")})
         commit(run.storage, "shards", shards)
         rows = [
             {"stage": "train_vavae", "images": images, "loss/total": 1.0, "images_per_second": rate}

@@ -16,7 +16,7 @@ from vavae.data.shards.write import write_shards
 from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG
 from vavae.runs.run import Run
-from vavae.storage.artifact import Artefact, commit
+from vavae.storage.artifact import Artifact, commit
 from vavae.training.hardware import HARDWARE, Hardware
 
 RATES = (20.0, 40.0, 10.0)
@@ -51,7 +51,7 @@ def run(request, tmp_path):
         row = {"stage": "train_vavae", "images": 40 * number, "images_per_second": rate}
         folder.write_bytes(f"log/{40 * number:012d}.jsonl", (json.dumps(row) + "\n").encode())
     for seen in (40, 80):
-        record = Artefact(kind="checkpoint", digest="", config="", images_seen=seen)
+        record = Artifact(kind="checkpoint", digest="", config="", images_seen=seen)
         commit(folder, f"checkpoints/{seen:012d}", record)
     hardware = Hardware(workers=2, device="CPU", threads=1, torch="2")
     folder.write_json(HARDWARE, hardware.model_dump())

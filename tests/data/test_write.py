@@ -25,7 +25,7 @@ from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.data.shards.plan import describe_sources, input_digests, is_held_out, plan_shards
 from vavae.data.shards.write import claim, find_shards, finish, write_shard, write_shards
 from vavae.errors import UserError
-from vavae.storage import artifact as artefact
+from vavae.storage import artifact as artifact
 from vavae.storage.storage import Storage
 
 CLASSES = ("airplane", "bird", "cat")
@@ -109,9 +109,9 @@ def test_the_manifest_tells_the_truth(storage, config):
                 assert len({member.name.partition(".")[0] for member in tar}) == shard.count
                 assert all((m.mtime, m.uid, m.gid, m.pax_headers) == (0, 0, 0, {}) for m in tar)
             assert data[257:263] == b"ustar\0"
-    record = artefact.read(storage, "shards")
+    record = artifact.read(storage, "shards")
     assert record is not None
-    assert artefact.is_intact(storage, "shards", record)
+    assert artifact.is_intact(storage, "shards", record)
     assert record.digest == manifest.digest
     assert record.config == digest(config)
     assert record.inputs == input_digests(describe_sources(config, storage))
@@ -169,7 +169,7 @@ def test_a_killed_job_goes_on_where_it_was(storage, config, monkeypatch, survive
 
     with pytest.raises(Killed):
         write_shards(storage, "shards", config, kill)
-    assert artefact.read(storage, "shards") is None
+    assert artifact.read(storage, "shards") is None
     assert find_shards(storage, "shards", config) is None
     done = [path for path in storage.list("shards", recursive=True) if path.endswith(".tar")]
     before = {path: os.stat(storage.url(path)).st_ino for path in done}

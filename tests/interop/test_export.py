@@ -14,11 +14,11 @@ from vavae.interop.export import (
     WEIGHTS,
     LightningDiTDescription,
     TokenizerDescription,
-    below,
     load_alignment,
     load_lightningdit,
     load_tokenizer,
     save_export,
+    strip_prefix,
 )
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
@@ -159,6 +159,6 @@ def test_a_folder_without_an_export_is_refused(storage):
 
 def test_a_part_of_a_module_is_named_as_if_it_were_alone():
     module = nn.ModuleDict({"model": nn.BatchNorm1d(2), "teacher": nn.Linear(1, 1)})
-    part = below("model.", module.state_dict())
+    part = strip_prefix("model.", module.state_dict())
     assert part.keys() == module["model"].state_dict().keys()
     assert part["weight"].data_ptr() == module["model"].weight.data_ptr()

@@ -173,7 +173,7 @@ def test_another_projection_needs_its_teacher(exchange, capsys):
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 2
     message = "linear_proj.weight is [1024, 4, 1, 1], expected [112, 4, 1, 1] with teacher.name=efficientnet_lite0"
     assert message in capsys.readouterr().err
-    assert exchange.run().artefact("train_vavae") is None
+    assert exchange.run().artifact("train_vavae") is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_tokenizer_of_another_configuration_is_refused_in_one_line(exchange, c
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt", *words) == 2
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1]
-    assert exchange.run().artefact("train_vavae") is None
+    assert exchange.run().artifact("train_vavae") is None
 
 
 def test_a_lightningdit_needs_the_latents_and_their_classes(exchange, capsys):

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from vavae.storage.artifact import RECORD, Artefact, FileInfo, commit, discard, is_intact, read
+from vavae.storage.artifact import RECORD, Artifact, FileInfo, commit, discard, is_intact, read
 from vavae.storage.storage import Storage
 
-ARTEFACT = Artefact(
+ARTIFACT = Artifact(
     kind="shards",
     digest="d",
     config="c",
@@ -25,22 +25,22 @@ def storage(tmp_path):
 
 def test_round_trip(storage):
     assert read(storage, "runs/a") is None
-    commit(storage, "runs/a", ARTEFACT)
-    assert read(storage, "runs/a") == ARTEFACT
+    commit(storage, "runs/a", ARTIFACT)
+    assert read(storage, "runs/a") == ARTIFACT
 
 
 def test_equal_records_are_equal_bytes(storage):
     for name, inputs in {"a": {"x": "1", "y": "2"}, "b": {"y": "2", "x": "1"}}.items():
-        commit(storage, name, ARTEFACT.model_copy(update={"inputs": inputs}))
+        commit(storage, name, ARTIFACT.model_copy(update={"inputs": inputs}))
     assert storage.read_bytes(f"a/{RECORD}") == storage.read_bytes(f"b/{RECORD}")
 
 
 def test_intact_means_every_file_with_its_size(storage):
-    assert not is_intact(storage, "a", ARTEFACT)
+    assert not is_intact(storage, "a", ARTIFACT)
     storage.write_bytes("a/train/0.tar", b"12")
-    assert not is_intact(storage, "a", ARTEFACT)
+    assert not is_intact(storage, "a", ARTIFACT)
     storage.write_bytes("a/train/0.tar", b"123")
-    assert is_intact(storage, "a", ARTEFACT)
+    assert is_intact(storage, "a", ARTIFACT)
 
 
 @pytest.mark.parametrize("data", [b"", b"{half", b"[]", b'{"kind": "shards"}', b"\xff\xfe"])
@@ -53,7 +53,7 @@ def test_a_damaged_record_is_missing_and_logged(storage, caplog, data):
 
 def test_discard_deletes_the_record_first(storage, monkeypatch):
     storage.write_bytes("a/train/0.tar", b"123")
-    commit(storage, "a", ARTEFACT)
+    commit(storage, "a", ARTIFACT)
     deleted = []
     monkeypatch.setattr(Storage, "delete", lambda self, path: deleted.append(path))
     discard(storage, "a")

@@ -16,7 +16,7 @@ from botocore.exceptions import (
 )
 
 from vavae.storage.config import StorageOptions
-from vavae.storage.retry import Attempts, Counters, Counts, Retry, StorageUnavailableError, passes
+from vavae.storage.retry import Attempts, Counters, Counts, Retry, StorageUnavailableError, is_transient
 
 
 def answered(status, code=""):
@@ -65,7 +65,7 @@ def caused(error, cause):
     ids=repr,
 )
 def test_what_passes(error, expected):
-    assert passes(error) is expected
+    assert is_transient(error) is expected
 
 
 def attempts(uniform, **options):

@@ -13,7 +13,7 @@ from vavae.evaluation.metric import Metric, metrics_json
 from vavae.runs.config import RunConfig
 from vavae.runs.files import METRICS
 from vavae.runs.run import STAGES, TRAININGS, Job, Run
-from vavae.storage.artifact import Artefact, commit
+from vavae.storage.artifact import Artifact, commit
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep
 from vavae.sweep.trial import Task, write_signals
@@ -107,7 +107,7 @@ def _work(job: Job, root: str, run: Run) -> None:
         splits = {split: (ShardInfo(name="000000.tar", count=100, bytes=1, sha256="0" * 64),) for split in _SPLITS}
         manifest = Manifest(splits=splits, classes=("a", "b"), image_size=run.config.shards.image_size, sources={})
         write_manifest(run.storage, run.prefix(job), manifest)
-        record = Artefact(kind=record.kind, digest=content, config=digest(run.config.shards))
+        record = Artifact(kind=record.kind, digest=content, config=digest(run.config.shards))
     commit(run.storage, run.prefix(job), record)
     _note(root, f"{job} {run.config.name}" + (f" {budget}" if budget else ""))
 

@@ -87,7 +87,7 @@ def test_four_margins_are_four_short_branches_of_one_tokenizer(workshop: Worksho
     records = {}
     for folder in sorted(Path(workshop.sharing.root).iterdir()):
         run = Run(load(RunConfig, folder / "config.yaml"))
-        if (record := run.artefact("train_vavae")) is not None:
+        if (record := run.artifact("train_vavae")) is not None:
             records[folder.name] = record
     assert sorted(record.images_seen for record in records.values()) == [_BOUNDARY, *[_BUDGET] * len(_MARGINS)]
     assert len({record.digest for record in records.values()}) == len(records), "each is another tokenizer"

@@ -63,11 +63,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, _ignore)
     for session in (ImpatientSession(), LocalSession()):
         train_vavae(run, session, World())
-        assert (run.artefact("train_vavae") is None) == isinstance(session, ImpatientSession)
+        assert (run.artifact("train_vavae") is None) == isinstance(session, ImpatientSession)
     _extract(run)
     for session in (ImpatientSession(), LocalSession()):
         train_lightningdit(run, session, World())
-        assert (run.artefact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
+        assert (run.artifact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
     _sample(run)
     write_results(run, _ignore)
     return run

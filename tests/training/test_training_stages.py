@@ -114,7 +114,7 @@ def test_stopped_anywhere_it_ends_up_the_same(shards: Path, straight: Run, tmp_p
     run = _run(tmp_path / "runs", "train_vavae.checkpoint_images=1_000_000")
     for steps in stops:
         train_vavae(run, StoppingSession(steps), World())
-        assert run.artefact("train_vavae") is None
+        assert run.artifact("train_vavae") is None
     train_vavae(run, LocalSession(), World())
     ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
     assert ours is not None

@@ -78,7 +78,7 @@ def _training(run: Run, job: Job) -> Training | None:
 
 
 def _has_inputs(run: Run, job: Job) -> bool:
-    return all(run.artefact(name) is not None for name in STAGES[job].inputs)
+    return all(run.artifact(name) is not None for name in STAGES[job].inputs)
 
 
 def _log(run: Run, job: Job) -> Storage:

@@ -253,7 +253,7 @@ class Measuring:
                 "pictures": config.pictures,
             },
         }
-        if (samples := run.artefact("sample")) is not None:
+        if (samples := run.artifact("sample")) is not None:
             facts["samples"] = {"samples": samples.digest}
         if "file" in self._counts:
             facts["file"] = {"file": sha256_of(self._reference_path)}

@@ -120,6 +120,6 @@ def _describe(storage: Storage, model: type[DescriptionT]) -> DescriptionT:
         raise UserError(f"{storage.url(DESCRIPTION)}: not the description of such a model ({reason})") from error
 
 
-def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a state dict whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -178,7 +178,7 @@ def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> Vis
 
 def _refuse_to_replace(run: Run, job: Job) -> None:
     """Keep what was made here: what took days is not overwritten by a command of minutes."""
-    record = run.artefact(job)
+    record = run.artifact(job)
     begun = job in TRAININGS and run.storage.exists(f"{run.training_prefix(job)}/checkpoints")
     if begun or (record is not None and IMPORTED not in record.details):
         raise UserError(f"{run.storage.url()} has its own {STAGES[job].makes}; give the run another name")

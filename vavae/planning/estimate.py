@@ -20,7 +20,7 @@ _ADAM_FLOATS = 3
 def bytes_to_write(run: Run, job: Job) -> int | None:
     """Bytes that a job leaves in storage, at most; None where they can't be known before."""
     config = run.config
-    manifest = read_manifest(run.storage, run.prefix("prepare_shards")) if run.artefact("prepare_shards") else None
+    manifest = read_manifest(run.storage, run.prefix("prepare_shards")) if run.artifact("prepare_shards") else None
     if job == "train_lightningdit" and manifest is not None:
         known = config.lightningdit.with_classes(len(manifest.classes))
         config = config.model_copy(update={"lightningdit": known})

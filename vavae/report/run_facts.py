@@ -37,7 +37,7 @@ def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
             facts[f"training of the {stage.makes}"] = _training(run, job, mine)
             if job == "train_lightningdit" and (measures := CheckpointMeasures.of(run)) is not None:
                 facts["measured checkpoints"] = measures.summary()
-        record = run.artefact(job)
+        record = run.artifact(job)
         if record is not None:
             facts[stage.makes] = record.digest[:12]
     return facts

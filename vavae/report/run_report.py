@@ -32,7 +32,7 @@ def run_report(run: Run) -> Report:
 
 def log_rows(run: Run) -> list[dict[str, Any]]:
     """The rows that the trainings of a run have logged so far, and what was measured of checkpoints."""
-    trained = [job for job in TRAININGS if run.artefact(STAGES[job].inputs[0]) is not None]
+    trained = [job for job in TRAININGS if run.artifact(STAGES[job].inputs[0]) is not None]
     rows = {job: read_rows(run.storage.child(f"{run.training_prefix(job)}/log")) for job in trained}
     measures = CheckpointMeasures.of(run) if "train_lightningdit" in trained else None
     if measures is not None:
@@ -113,7 +113,7 @@ def _previews(run: Run) -> list[Picture]:
     """The newest one of each training."""
     found = []
     for job, final, title, caption, alt in _PREVIEWS:
-        if run.storage.is_file(final) or run.artefact(STAGES[job].inputs[0]) is None:
+        if run.storage.is_file(final) or run.artifact(STAGES[job].inputs[0]) is None:
             continue
         for path in run.storage.list(f"{run.training_prefix(job)}/{PREVIEWS}")[-1:]:
             name = f"{title} after {int(Path(path).stem):,} images"

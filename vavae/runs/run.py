@@ -9,7 +9,7 @@ from vavae.data.shards.write import find_shards
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.files import CONFIG, NPZ
-from vavae.storage.artifact import Artefact, is_intact, read
+from vavae.storage.artifact import Artifact, is_intact, read
 from vavae.storage.storage import Storage
 
 Job = Literal["prepare_shards", "train_vavae", "precompute_latents", "train_lightningdit", "sample", "evaluate"]
@@ -120,9 +120,9 @@ class Run:
         """The part of the configuration that a job's artefact depends on."""
         return {section: identity(getattr(self.config, section)) for section in STAGES[job].sections}
 
-    def artefact(self, job: Job) -> Artefact | None:
+    def artifact(self, job: Job) -> Artifact | None:
         """The record of what a job has made, if it is all there."""
-        if job == "precompute_latents" and self.artefact("train_vavae") is None:
+        if job == "precompute_latents" and self.artifact("train_vavae") is None:
             return None
         record = read(self.storage, self.prefix(job))
         if record is None or not is_intact(self.storage, self.prefix(job), record):
@@ -134,13 +134,13 @@ class Run:
     def _size(self, path: str) -> int | None:
         return self.storage.size(path) if self.storage.is_file(path) else None
 
-    def require(self, job: Job) -> Artefact:
+    def require(self, job: Job) -> Artifact:
         """The artefact of a job that another one needs.
 
         Raises:
             UserError: there is none yet.
         """
-        record = self.artefact(job)
+        record = self.artifact(job)
         if record is None:
             raise UserError(
                 f"{self.storage.url()}: no {STAGES[job].makes} yet; "
@@ -191,13 +191,13 @@ class Run:
     def _plan(self, job: Job, sources: bool = True) -> Plan:
         stage = STAGES[job]
         if job == "prepare_shards" and not sources:
-            record = self.artefact(job)
+            record = self.artifact(job)
             return Plan(stage, record is not None, record.digest[:12] if record else "not there yet")
         if job == "prepare_shards":
             manifest = find_shards(self.storage, self.prefix(job), self.config.shards)
             return Plan(stage, manifest is not None, manifest.digest[:12] if manifest else "not there yet")
         self._check_claim(job)
-        record = self.artefact(job)
+        record = self.artifact(job)
         if record is None:
             return Plan(stage, False, "not there yet")
         differs = self._differs(job, record)
@@ -212,7 +212,7 @@ class Run:
             return Plan(stage, False, f"without {NPZ}")
         return Plan(stage, True, record.digest[:12])
 
-    def _differs(self, job: Job, record: Artefact) -> str:
+    def _differs(self, job: Job, record: Artifact) -> str:
         """What an artefact was made with or from that is not so now; empty where all is the same."""
         if record.config != self._configuration(job):
             return "with another configuration"
@@ -234,7 +234,7 @@ class Run:
             UserError: it was started under another one, or its weights were imported.
         """
         self._check_claim(job)
-        record = self.artefact(job)
+        record = self.artifact(job)
         if record is not None and IMPORTED in record.details:
             raise UserError(
                 f"{self.storage.url()}: the {STAGES[job].makes} is imported from {record.details[IMPORTED]}; "
@@ -257,7 +257,7 @@ class Run:
     def _claim_path(self, job: Job) -> str:
         return f"{self.training_prefix(job)}/configuration.json"
 
-    def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artefact:
+    def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artifact:
         """The commit record of what a job has just made.
 
         Args:
@@ -268,7 +268,7 @@ class Run:
                 to it to their sizes.
         """
         identity_now = self.identity(job)
-        return Artefact(
+        return Artifact(
             kind=STAGES[job].makes,
             digest=content,
             config=digest(identity_now),

@@ -19,7 +19,7 @@ class FileInfo(BaseModel):
     sha256: str
 
 
-class Artefact(BaseModel):
+class Artifact(BaseModel):
     """What a finished stage leaves behind. It holds no time and no place: equal work gives equal records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,16 +46,16 @@ class Artefact(BaseModel):
     """Whatever else a reader may like to know."""
 
 
-def commit(storage: Storage, prefix: str, artefact: Artefact) -> None:
+def commit(storage: Storage, prefix: str, artifact: Artifact) -> None:
     """Declare the artefact at ``prefix`` done. Every file of it must have been put before."""
-    storage.write_json(f"{prefix}/{RECORD}", artefact.model_dump())
+    storage.write_json(f"{prefix}/{RECORD}", artifact.model_dump())
 
 
-def read(storage: Storage, prefix: str) -> Artefact | None:
+def read(storage: Storage, prefix: str) -> Artifact | None:
     """The record at ``prefix``; None where nothing was committed, or where the record cannot be understood (logged)."""
     path = f"{prefix}/{RECORD}"
     try:
-        return Artefact.model_validate_json(storage.read_bytes(path))
+        return Artifact.model_validate_json(storage.read_bytes(path))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -64,10 +64,10 @@ def read(storage: Storage, prefix: str) -> Artefact | None:
         return None
 
 
-def is_intact(storage: Storage, prefix: str, artefact: Artefact) -> bool:
+def is_intact(storage: Storage, prefix: str, artifact: Artifact) -> bool:
     """Whether every file that the record names is there with its size."""
     sizes = storage.sizes(prefix)
-    return all(sizes.get(f"{prefix}/{path}") == info.bytes for path, info in artefact.files.items())
+    return all(sizes.get(f"{prefix}/{path}") == info.bytes for path, info in artifact.files.items())
 
 
 def discard(storage: Storage, prefix: str) -> None:

@@ -7,7 +7,7 @@ from fsspec.core import url_to_fs
 from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions
-from vavae.storage.retry import kinds
+from vavae.storage.retry import error_class_names
 
 _S3 = ("s3", "s3a")
 _DENIED = {
@@ -52,7 +52,7 @@ def explained(error: Exception, url: str) -> Exception | None:
     """The error to raise in place of one that a file system raised over a file; None where that one says enough."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(url)
-    names = kinds(error)
+    names = error_class_names(error)
     if names & _DENIED:
         return UserError(
             f"{url}: access denied ({type(error).__name__}): check the rights of the keys in the environment, "

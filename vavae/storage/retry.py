@@ -72,14 +72,14 @@ class Counters:
 COUNTERS = Counters()
 
 
-def kinds(error: BaseException) -> set[str]:
+def error_class_names(error: BaseException) -> set[str]:
     """Full names of the classes, inherited ones too, of an error and of what caused it."""
     return {name for link in _causes(error) for name in _own_kinds(link)}
 
 
-def passes(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error is of the kind that goes away: throttling, 5xx, a broken or silent connection."""
-    if isinstance(error, StorageUnavailableError) or kinds(error) & _LASTING:
+    if isinstance(error, StorageUnavailableError) or error_class_names(error) & _LASTING:
         return False
     for link in _causes(error):
         if _own_kinds(link) & _PASSING or isinstance(link, (ConnectionError, TimeoutError)):
@@ -110,7 +110,7 @@ class Attempts:
         Raises:
             StorageUnavailableError: the error would pass, but the attempts or the time are used up.
         """
-        if not passes(error):
+        if not is_transient(error):
             return None
         self._failed += 1
         waited = time.monotonic() - self._since

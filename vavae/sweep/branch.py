@@ -3,7 +3,7 @@
 from vavae.config import digest
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
-from vavae.storage.artifact import Artefact, commit, read
+from vavae.storage.artifact import Artifact, commit, read
 from vavae.storage.storage import Storage
 
 _LOG = "log"
@@ -48,13 +48,13 @@ def branch(prefix: Run, run: Run) -> None:
     commit(target, name, _continued(record, digest(run.identity("train_vavae"))))
 
 
-def _checkpoints(training: Storage) -> dict[str, Artefact]:
+def _checkpoints(training: Storage) -> dict[str, Artifact]:
     """The committed checkpoints of a training by their folders, whose names rise with the images seen."""
     folders = [name for name in training.list("checkpoints") if not training.is_file(name)]
     return {name: record for name in folders if (record := read(training, name)) is not None}
 
 
-def _continued(record: Artefact, config: str) -> Artefact:
+def _continued(record: Artifact, config: str) -> Artifact:
     """The record of a checkpoint as that of a training that goes on from it under another configuration."""
     state = record.details["state"]
     assert isinstance(state, dict), "a checkpoint's record holds its state"

@@ -61,7 +61,7 @@ class Sharing:
             obtain: what the job needs, which others may need too.
         """
         run = self.run(config, job)
-        if run.artefact(job) is not None:
+        if run.artifact(job) is not None:
             return run
         for needed in STAGES[job].inputs:
             lend(obtain(config, needed), run, needed)
@@ -101,7 +101,7 @@ def lend(owner: Run, run: Run, job: Job) -> None:
     Raises:
         UserError: it has another one already.
     """
-    record, held = owner.require(job), run.artefact(job)
+    record, held = owner.require(job), run.artifact(job)
     if held is not None and held.digest == record.digest:
         return
     if held is not None:

@@ -131,7 +131,7 @@ def _measured(run: Run, order: Order) -> dict[str, float] | None:
     known = rungs_of(run)
     if budget not in known:
         _borrow(run, order, "precompute_latents")
-        trained = run.artefact("train_lightningdit")
+        trained = run.artifact("train_lightningdit")
         if trained is not None and (trained.images_seen or 0) > budget:
             return None
         for job in ("train_lightningdit", "sample"):

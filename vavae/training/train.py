@@ -15,9 +15,9 @@ from vavae.interop.export import (
     WEIGHTS,
     LightningDiTDescription,
     TokenizerDescription,
-    below,
     load_tokenizer,
     save_export,
+    strip_prefix,
 )
 from vavae.latents.manifest import read_latents_of
 from vavae.latents.statistics import read_statistics
@@ -77,7 +77,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
         feature_dim=step.teacher.feature_dim,
     )
     whole = start.engines["generator"] if start.average is None else start.average
-    weights = {WEIGHTS: below("autoencoder.", whole), ALIGNMENT: below("alignment.", whole)}
+    weights = {WEIGHTS: strip_prefix("autoencoder.", whole), ALIGNMENT: strip_prefix("alignment.", whole)}
     _export(run, "train_vavae", description, weights, state, checkpoints, world)
 
 
@@ -108,7 +108,7 @@ def train_lightningdit(run: Run, session: Session, world: World) -> None:
     description = LightningDiTDescription(
         lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
     )
-    weights = below("model.", exported_weights(step, "lightningdit"))
+    weights = strip_prefix("model.", exported_weights(step, "lightningdit"))
     _export(run, "train_lightningdit", description, {WEIGHTS: weights}, state, checkpoints, world)
 
 

@@ -29,7 +29,7 @@ from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.data.sources.listing import Fingerprint, Source
 from vavae.data.sources.opening import reopen_source
 from vavae.errors import UserError
-from vavae.storage.artifact import Artefact, FileInfo, commit, is_intact, read
+from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
 
 KIND = "shards"
@@ -91,8 +91,8 @@ def find_shards(storage: Storage, prefix: str, config: ShardsConfig) -> Manifest
     Raises:
         UserError: the shards that are done were made otherwise.
     """
-    artefact = read(storage, prefix)
-    if artefact is None or not is_intact(storage, prefix, artefact):
+    artifact = read(storage, prefix)
+    if artifact is None or not is_intact(storage, prefix, artifact):
         return None
     _refuse_others(storage, prefix, config, describe_sources(config, storage))
     return read_manifest(storage, prefix)
@@ -159,7 +159,7 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     """
     manifest = read_index(plan.config, storage) or _gather(storage, prefix, plan)
     write_manifest(storage, prefix, manifest)
-    commit(storage, prefix, _artefact(storage, prefix, plan, manifest))
+    commit(storage, prefix, _artifact(storage, prefix, plan, manifest))
     return manifest
 
 
@@ -223,7 +223,7 @@ def _fill(tar: ShardWriter, source: Source, shard: PlannedShard, advance: Callab
     return skipped
 
 
-def _artefact(storage: Storage, prefix: str, plan: ShardPlan, manifest: Manifest) -> Artefact:
+def _artifact(storage: Storage, prefix: str, plan: ShardPlan, manifest: Manifest) -> Artifact:
     files = {
         f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
         for split, shards in manifest.splits.items()
@@ -232,7 +232,7 @@ def _artefact(storage: Storage, prefix: str, plan: ShardPlan, manifest: Manifest
     }
     text = storage.read_bytes(f"{prefix}/{MANIFEST}")
     files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
-    return Artefact(
+    return Artifact(
         kind=KIND,
         digest=manifest.digest,
         config=digest(plan.config),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vavae.data.grid import png_bytes
 from vavae.distributed.world import World
-from vavae.interop.export import below
+from vavae.interop.export import strip_prefix
 from vavae.storage.storage import Storage
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
@@ -50,7 +50,7 @@ def exported_module(step: Step, engine: str, prefix: str, build: Callable[[], Mo
         return None
     with torch.device("meta"):
         module = build()
-    module.load_state_dict(below(prefix, weights), assign=True)
+    module.load_state_dict(strip_prefix(prefix, weights), assign=True)
     return module.eval().requires_grad_(False).to(world.device)
 
 

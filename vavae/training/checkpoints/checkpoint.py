@@ -20,7 +20,7 @@ from vavae.config import digest
 from vavae.distributed.sharded_tensors import TensorShard, as_full_shard, load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
-from vavae.storage.artifact import Artefact, FileInfo, commit, is_intact, read
+from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
 from vavae.training.checkpoints.background_write import BackgroundWrite
 from vavae.training.checkpoints.lease import Lease, SupersededError
@@ -182,7 +182,7 @@ class Checkpoints:
             for part in parts
             for path, info in self._storage.read_json(part).items()
         }
-        record = Artefact(
+        record = Artifact(
             kind="checkpoint",
             digest=digest({path: info.sha256 for path, info in files.items()}),
             config=details.state.config,
@@ -247,7 +247,7 @@ class Checkpoints:
             return _Found(details, files)
         return None
 
-    def _details(self, name: str, record: Artefact) -> CheckpointDetails:
+    def _details(self, name: str, record: Artifact) -> CheckpointDetails:
         try:
             return CheckpointDetails.model_validate(record.details)
         except ValidationError as error:
@@ -257,7 +257,7 @@ class Checkpoints:
                 "go on with that one, or give the run another name"
             ) from error
 
-    def _committed(self) -> list[tuple[str, Artefact]]:
+    def _committed(self) -> list[tuple[str, Artifact]]:
         """Names and records of the checkpoints whose files are all there, newest first."""
         found = []
         for name in reversed(self._storage.list()):
@@ -272,7 +272,7 @@ class Checkpoints:
         if self._world.is_first:
             logger.warning("%s is not whole and is passed over", self._storage.url(name))
 
-    def _local_files(self, name: str, record: Artefact) -> dict[str, list[Path]] | None:
+    def _local_files(self, name: str, record: Artifact) -> dict[str, list[Path]] | None:
         """Local files of a checkpoint by set of weights; None where one is damaged. Each rank checks its share."""
         files: dict[str, list[Path]] = {}
         for index, (path, info) in enumerate(sorted(record.files.items())):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from vavae.runs.config import BestConfig, TrainingConfig
 from vavae.runs.run import Job, Run
-from vavae.storage.artifact import Artefact, discard, read
+from vavae.storage.artifact import Artifact, discard, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMeasures
 
@@ -48,11 +48,11 @@ class Retention(NamedTuple):
             if name not in kept:
                 discard(checkpoints, name)
 
-    def _waiting(self, records: Mapping[str, Artefact]) -> list[str]:
+    def _waiting(self, records: Mapping[str, Artifact]) -> list[str]:
         measures = self.measures
         return [] if measures is None else [name for name in records if measures.awaits(int(name))]
 
-    def _best_of(self, records: Mapping[str, Artefact]) -> list[str]:
+    def _best_of(self, records: Mapping[str, Artifact]) -> list[str]:
         """Names of the checkpoints that stay for what was measured of them."""
         best = self.best
         if best is None:
@@ -64,7 +64,7 @@ class Retention(NamedTuple):
             logger.warning("keep_best.metric=%s is not a finite number in any row; there are: %s", best.metric, known)
         return sorted(scores, key=scores.__getitem__, reverse=best.mode == "max")[: best.count]
 
-    def _figures(self, name: str, record: Artefact) -> dict[str, Any]:
+    def _figures(self, name: str, record: Artifact) -> dict[str, Any]:
         """The last row of the log before a checkpoint, and what was measured of it."""
         logged: Any = record.details.get("metrics", {})
         measured = {} if self.measures is None else self.measures.values().get(int(name), {})
