@@ -13,11 +13,11 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from ray_jobs.runtime.actor_pool import Share
 from vavae.distributed.torch_settings import configure_torch
-from vavae.evaluation.checkpoints import drop_measured, measure_checkpoint
-from vavae.runs.config import MeasureConfig
+from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
+from vavae.runs.config import CheckpointEvaluationConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.run import Job, Run
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _LOCAL_POLL_SECONDS, _POLL_SECONDS = 2.0, 15.0
 @contextmanager
 def measured(run: Run) -> Iterator[None]:
     """Have the checkpoints measured that the block's training leaves; those of one that is interrupted wait."""
-    measure, measures = run.config.train_lightningdit.measure, CheckpointMeasures.of(run)
+    measure, measures = run.config.train_lightningdit.measure, CheckpointMetrics.of(run)
     if measure is None or measures is None:
         yield
         return
@@ -47,15 +47,15 @@ def measured(run: Run) -> Iterator[None]:
         if not done:
             measuring.leave()
     measuring.rest()
-    drop_measured(run)
+    prune_evaluated_checkpoints(run)
 
 
-def measure_waiting(run: Run) -> None:
+def evaluate_pending_checkpoints(run: Run) -> None:
     """Have the checkpoints measured that wait, as an interrupted job leaves them; the block's training has ended."""
-    measure, measures = run.config.train_lightningdit.measure, CheckpointMeasures.of(run)
+    measure, measures = run.config.train_lightningdit.measure, CheckpointMetrics.of(run)
     if measure is not None and measures is not None:
         _Measuring(run, measure, measures).rest()
-        drop_measured(run)
+        prune_evaluated_checkpoints(run)
 
 
 class _Measuring:
@@ -67,7 +67,7 @@ class _Measuring:
         measures: what is due, and what came out.
     """
 
-    def __init__(self, run: Run, measure: MeasureConfig, measures: CheckpointMeasures) -> None:
+    def __init__(self, run: Run, measure: CheckpointEvaluationConfig, measures: CheckpointMetrics) -> None:
         self._run, self._measures, self._events = run, measures, EventLog(run.storage)
         self._timeout_seconds = measure.timeout_seconds
         share = Share.of(run, measure.cpus, measure.gpus)
@@ -138,4 +138,4 @@ class _Measuring:
 
 def _measure(run: Run, images_seen: int) -> None:
     configure_torch(run.config.workers)
-    measure_checkpoint(run, images_seen)
+    evaluate_checkpoint(run, images_seen)

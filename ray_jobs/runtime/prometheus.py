@@ -6,7 +6,7 @@ from functools import cache
 
 from ray.util.metrics import Counter, Gauge
 
-from vavae.training.logging.metric_names import column, metric_name
+from vavae.training.logging.metric_names import metric_info, metric_name
 
 TAGS = ("run", "stage", "rank")
 _REFRESH_SECONDS = 5.0
@@ -27,7 +27,7 @@ class Exporter:
         self._refreshed = time.monotonic()
 
     def show(self, figures: Mapping[str, float]) -> None:
-        """Show the figures of a row, or others of `COLUMNS`."""
+        """Show the figures of a row, or others of `METRICS`."""
         for name, value in figures.items():
             metric = _metric(name)
             if isinstance(metric, Gauge):
@@ -46,6 +46,6 @@ class Exporter:
 @cache
 def _metric(name: str) -> Gauge | Counter:
     """One for the whole process, whatever its tags."""
-    found = column(name)
+    found = metric_info(name)
     kind = Counter if found.adds_up else Gauge
     return kind(metric_name(name), found.meaning, TAGS)

@@ -25,7 +25,7 @@ from vavae.latents.statistics import read_statistics
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.report.write_report import write_results
+from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.sampling.inputs import open_generator, sample_set
@@ -107,7 +107,7 @@ class Exchange:
         files = samples.files()
         record = run.record("sample", digest(list(files)), files, beside=write_sample_files(run))
         commit(run.storage, run.prefix("sample"), record)
-        write_results(run, lambda _: None)
+        write_evaluation(run, lambda _: None)
 
 
 @pytest.fixture

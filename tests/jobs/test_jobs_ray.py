@@ -39,8 +39,8 @@ from vavae.runs.run import Run
 from vavae.sampling.inputs import open_generator
 from vavae.storage.artifact import RECORD
 from vavae.storage.retry import StorageUnavailableError
-from vavae.training.checkpoints.metrics import CheckpointMeasures
-from vavae.training.logging.metric_names import BESIDE, COLUMNS
+from vavae.training.checkpoints.metrics import CheckpointMetrics
+from vavae.training.logging.metric_names import JOB_METRICS, METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 
@@ -149,7 +149,7 @@ def test_checkpoints_are_measured_beside_training(arguments: list[str]) -> None:
     done = {event["images"]: event["event"] == "measured" for event in happened}
     assert done.keys() == {128, 256}
     assert any(done.values())
-    measures = CheckpointMeasures.of(run)
+    measures = CheckpointMetrics.of(run)
     assert measures is not None
     assert {seen: bool(figures) for seen, figures in measures.found().items()} == done
     assert b"measured checkpoints" in run.storage.read_bytes("report.html")
@@ -184,7 +184,7 @@ def test_prometheus_finds_every_rank_and_every_figure(scraper: Scraper) -> None:
     for job in pipeline.WORKS:
         assert any(f'stage="{job}"' in found and 'rank="driver"' in found for found in scraper.seen["ray_vavae_images"])
 
-    Exporter("run", "test", "driver").show(dict.fromkeys(COLUMNS | BESIDE, 1.0))
+    Exporter("run", "test", "driver").show(dict.fromkeys(METRICS | JOB_METRICS, 1.0))
     deadline = time.monotonic() + 60
     while not scraper.seen.keys() >= EXPORTED | OF_NODES and time.monotonic() < deadline:
         time.sleep(0.2)

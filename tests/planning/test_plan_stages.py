@@ -27,7 +27,7 @@ LIGHT = "losses.perceptual.kind=none"
 def xl():
     """Eight H100 at half of their best rate, with a store that is never in the way."""
     config = load(RunConfig, XL, ["workers.count=8", "workers.tf32=true", "train_vavae.stages=[]"])
-    found = plan_stages(config, Offer("H100", 8, utilisation=0.5, store=1e12), Dataset(1_281_167, 100_000))
+    found = plan_stages(config, Offer("H100", 8, utilization=0.5, store=1e12), Dataset(1_281_167, 100_000))
     return {stage.job: stage for stage in found}
 
 
@@ -197,7 +197,7 @@ def test_the_command_prints_a_plan(remembered, capsys):
     ("arguments", "message"),
     [
         (["--gpus", "8xV100"], "error: GPU 'V100' is not known; did you mean H100? there are B200,"),
-        (["--gpus", "8xH100", "--utilisation", "40"], "error: --utilisation 40: give a share, at most 1"),
+        (["--gpus", "8xH100", "--utilization", "40"], "error: --utilization 40: give a share, at most 1"),
         (["--gpus", "8xH100", "--price", "0"], "error: --price 0: give a number above 0"),
         (["--gpus", "7xH100"], "train_vavae.batch_size=16 is no multiple of stream.lanes=7"),
     ],

@@ -17,7 +17,7 @@ from vavae.runs.config import BestConfig, TrainingConfig
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.ema import ExponentialMovingAverage
@@ -80,7 +80,7 @@ def toy_checkpoints(
     keep: int = 2,
     fresh: TrainState = FRESH,
     best: BestConfig | None = None,
-    measures: CheckpointMeasures | None = None,
+    measures: CheckpointMetrics | None = None,
     owner: str = "a test",
 ) -> Checkpoints:
     """Checkpoints in a folder of the storage."""
@@ -93,7 +93,7 @@ def train_toy(
     session: Session | None = None,
     keep: int = 2,
     callbacks: Sequence[Callback] = (),
-    measures: CheckpointMeasures | None = None,
+    measures: CheckpointMetrics | None = None,
     **config: Any,
 ) -> TrainState:
     """The training loop on a toy step."""

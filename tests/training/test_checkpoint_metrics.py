@@ -6,7 +6,7 @@ import pytest
 from support.toy import ToyStep, train_toy
 
 from vavae.storage.storage import Storage
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
 
 BATCH, EVERY, NEVER = 4, 10, 10_000
@@ -19,8 +19,8 @@ def storage(tmp_path: Path) -> Storage:
 
 
 @pytest.fixture
-def measures(storage: Storage) -> CheckpointMeasures:
-    return CheckpointMeasures(storage, EVERY, BATCH)
+def measures(storage: Storage) -> CheckpointMetrics:
+    return CheckpointMetrics(storage, EVERY, BATCH)
 
 
 def _saved(storage: Storage) -> list[int]:
@@ -31,25 +31,25 @@ def _figures(distance: float) -> dict[str, dict[str, object]]:
     return {"generation_frechet_distance": {"value": distance, "protocol": "custom: 8 samples"}}
 
 
-def test_the_first_step_to_reach_a_multiple_is_due(measures: CheckpointMeasures) -> None:
+def test_the_first_step_to_reach_a_multiple_is_due(measures: CheckpointMetrics) -> None:
     assert [seen for seen in range(0, 36, BATCH) if measures.is_due(seen)] == DUE
 
 
-def test_they_are_saved_and_wait(storage: Storage, measures: CheckpointMeasures) -> None:
+def test_they_are_saved_and_wait(storage: Storage, measures: CheckpointMetrics) -> None:
     train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, measures=measures)
     assert _saved(storage) == [*DUE, 36]
     assert measures.waiting() == DUE
 
 
-def test_those_that_need_not_wait_any_more_go(storage: Storage, measures: CheckpointMeasures) -> None:
+def test_those_that_need_not_wait_any_more_go(storage: Storage, measures: CheckpointMetrics) -> None:
     train_toy(storage, images=28, checkpoint_images=NEVER, keep=1, measures=measures)
     measures.write(12, _figures(3.0))
     measures.write(20, {})
-    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, measures=CheckpointMeasures(storage, EVERY, BATCH))
+    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, measures=CheckpointMetrics(storage, EVERY, BATCH))
     assert _saved(storage) == [32, 36]
 
 
-def test_the_best_stays(storage: Storage, measures: CheckpointMeasures) -> None:
+def test_the_best_stays(storage: Storage, measures: CheckpointMetrics) -> None:
     best = {"metric": "generation_frechet_distance"}
     train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, keep_best=best, measures=measures)
     for seen, distance in zip(DUE, (3.0, 1.0, 2.0), strict=True):
@@ -59,7 +59,7 @@ def test_the_best_stays(storage: Storage, measures: CheckpointMeasures) -> None:
     assert measures.summary() == "3 measured; best generation_frechet_distance 1 after 20 images"
 
 
-def test_one_that_is_not_whole_is_not_measured(storage: Storage, measures: CheckpointMeasures) -> None:
+def test_one_that_is_not_whole_is_not_measured(storage: Storage, measures: CheckpointMetrics) -> None:
     storage.write_bytes(f"checkpoints/{12:012d}/attempt-1/ema/00000.safetensors", b"half")
     assert measures.waiting() == []
 

@@ -20,7 +20,7 @@ from vavae.storage.retry import COUNTERS, Counts
 from vavae.storage.storage import Storage
 from vavae.training.logging.log import read_rows
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.logging.throughput import Meter
+from vavae.training.logging.throughput import ThroughputMeter
 from vavae.training.step import StepResult
 
 PER_SLICE = Counts(bytes_read=10, requests=2, retries=1)
@@ -82,7 +82,7 @@ def test_rows_of_local_runs_have_no_zeros(tmp_path: Path) -> None:
 def rows_of_rank(world: World) -> list[dict[str, float]]:
     """Rows of ranks that ask for different things and meet one unreadable image together."""
     unreadable: set[str] = set()
-    meter, rows = Meter(world, Stopwatch(world.device), unreadable), []
+    meter, rows = ThroughputMeter(world, Stopwatch(world.device), unreadable), []
     for counts, names in ((Counts(), ()), (PER_SLICE, ("both", f"rank {world.rank}")), (Counts(), ())):
         COUNTERS.add(**{name: (1 + world.rank) * count for name, count in counts._asdict().items()})
         unreadable.update(names)

@@ -11,9 +11,9 @@ from vavae.distributed.world import World
 from vavae.storage.storage import Storage
 from vavae.training.logging import stopwatch
 from vavae.training.logging.log import read_rows
-from vavae.training.logging.metric_names import COLUMNS, column, metric_name
+from vavae.training.logging.metric_names import METRICS, metric_info, metric_name
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.logging.throughput import Meter
+from vavae.training.logging.throughput import ThroughputMeter
 from vavae.training.step import StepResult
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_a_stopwatch_on_a_gpu_counts_what_the_gpu_does_and_waits_for_none_of_it(
 @pytest.mark.gpu
 def test_rows_on_a_gpu_have_the_peak_of_their_own_interval() -> None:
     world = World(device=torch.device("cuda", 0))
-    meter, rows = Meter(world, Stopwatch(world.device)), []
+    meter, rows = ThroughputMeter(world, Stopwatch(world.device)), []
     for size in (1 << 24, 1 << 20):
         torch.empty(size, dtype=torch.uint8, device=world.device)
         meter.add(StepResult({"loss/total": torch.ones((), device=world.device)}, {}), 1)
@@ -84,7 +84,7 @@ def test_rows_after_a_checkpoint_say_what_it_took(tmp_path: Path) -> None:
 
 
 def saved_of_rank(world: World) -> list[float | None]:
-    meter, found = Meter(world, Stopwatch(world.device)), []
+    meter, found = ThroughputMeter(world, Stopwatch(world.device)), []
     for size in (0, 10 + world.rank, 0):
         meter.add(StepResult({"loss/total": torch.ones(())}, {}), 1)
         with meter.waiting("checkpoint_wait"):
@@ -99,6 +99,6 @@ def test_bytes_of_checkpoints_are_of_all_ranks(gloo: Nursery) -> None:
 
 def test_columns_have_names_of_their_own_in_prometheus() -> None:
     assert metric_name("loss_at_timestep/0.3") == "vavae_loss_at_timestep_0_3"
-    names = [metric_name(name) for name in COLUMNS]
+    names = [metric_name(name) for name in METRICS]
     assert len({*names}) == len(names)
-    assert column("never/heard") == ("never/heard", False, False)
+    assert metric_info("never/heard") == ("never/heard", False, False)

@@ -18,21 +18,21 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation import evaluator as measuring_module
 from vavae.evaluation import parts
-from vavae.evaluation.checkpoints import measure_waiting
-from vavae.evaluation.evaluator import Measuring
+from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
+from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import Reference, measure_generation
 from vavae.evaluation.parts import Part
 from vavae.interop.export import load_tokenizer
 from vavae.latents.extract import Extraction
 from vavae.metrics.config import MetricsConfig
 from vavae.report.run_report import log_rows
-from vavae.report.write_report import write_results
+from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import STAGES, Run
 from vavae.sampling.inputs import open_generator, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.metric_names import COLUMNS
 from vavae.training.session import LocalSession
 from vavae.training.train import train_lightningdit, train_vavae
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         train_lightningdit(run, session, World())
         assert (run.artifact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
     _sample(run)
-    write_results(run, _ignore)
+    write_evaluation(run, _ignore)
     return run
 
 
@@ -128,10 +128,10 @@ def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
 
 
 def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
-    measures = CheckpointMeasures.of(run)
+    measures = CheckpointMetrics.of(run)
     assert measures is not None
     assert measures.waiting() == [128, 256]
-    measure_waiting(run)
+    evaluate_pending_checkpoints(run)
     found, metrics = measures.found(), json.loads(run.storage.read_bytes("metrics.json"))
     of_generation = {name for name in metrics if name.startswith("generation_")}
     assert of_generation >= {"generation_frechet_distance", "generation_precision"}
@@ -147,7 +147,7 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
 
 def test_what_was_seen_of_the_tokenizer_serves_the_next_samples(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring_module, "measure_latent_space", _ignore)  # which would not do
-    again = Measuring(run)
+    again = Evaluator(run)
     assert {part.of for part in again.missing()} == {"samples"}
     kept = [path.partition("-")[0] for path in run.storage.list("measuring")]
     assert kept == ["measuring/latents", "measuring/reconstructions"], "and nothing else is left"
@@ -166,10 +166,10 @@ def _forget(run: Run) -> None:
 def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:
     """All figures of a run whose parts are measured in this order, by two processes in turns."""
     _forget(run)
-    actors = [Measuring(run), Measuring(run)]
+    actors = [Evaluator(run), Evaluator(run)]
     for number, part in enumerate(order):
         actors[number % 2].measure(part, _ignore)
-    last = Measuring(run)
+    last = Evaluator(run)
     assert last.missing() == []
     reconstruction, name = last.reconstruction(), run.config.evaluate.metrics.extractor
     generation = measure_generation(last.generated()[name], last.references()[name], run.config.seed)
@@ -189,7 +189,7 @@ def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytes
     monkeypatch.setattr(parts, "SPLIT_IMAGES", 18)  # in the middle of a shard of samples
     metrics = json.loads(run.storage.read_bytes("metrics.json"))
     _forget(run)
-    missing = Measuring(run).missing()
+    missing = Evaluator(run).missing()
     assert [part.of for part in missing] == ["held_out"] * 4 + ["reconstructions"] * 4 + ["samples"] * 3
     found = _figures(run, missing)
     assert _figures(run, missing[::-1]) == found, "to the last bit"
@@ -203,7 +203,7 @@ def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytes
 
 def _reference(run: Run, reference: str) -> Reference:
     evaluate = run.config.evaluate.model_copy(update={"reference": reference})
-    measuring = Measuring(Run(run.config.model_copy(update={"evaluate": evaluate})))
+    measuring = Evaluator(Run(run.config.model_copy(update={"evaluate": evaluate})))
     for part in measuring.missing():
         if part.of not in ("reconstructions", "samples"):
             measuring.measure(part, _ignore)
@@ -216,7 +216,7 @@ def test_generated_images_are_compared_with_what_the_configuration_names(run: Ru
     assert held_out.name == f"{run.config.evaluate.images} held-out images"
     assert train.images == read_manifest(run.storage, run.prefix("prepare_shards")).count("train")
     assert train.name == f"{train.images:,} training images"
-    images = Measuring(run).some("validation", 20).images.permute(0, 2, 3, 1)
+    images = Evaluator(run).some("validation", 20).images.permute(0, 2, 3, 1)
     moments = {"mu": held_out.pooled.mean, "sigma": held_out.pooled.covariance}
     np.savez(tmp_path / "adm.npz", arr_0=images.numpy(), **{name: array.numpy() for name, array in moments.items()})
     file = _reference(run, str(tmp_path / "adm.npz"))
@@ -235,7 +235,7 @@ def test_generated_images_are_compared_with_what_the_configuration_names(run: Ru
 def test_what_cannot_be_measured_is_refused_before_anything_is(run: Run, change: dict[str, str], message: str) -> None:
     evaluate = run.config.evaluate.model_copy(update=change)
     with pytest.raises(UserError, match=message):
-        Measuring(Run(run.config.model_copy(update={"evaluate": evaluate})))
+        Evaluator(Run(run.config.model_copy(update={"evaluate": evaluate})))
 
 
 def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:

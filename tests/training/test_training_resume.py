@@ -19,7 +19,7 @@ from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog, read_rows
-from vavae.training.logging.metric_names import column
+from vavae.training.logging.metric_names import metric_info
 from vavae.training.session import LocalSession
 from vavae.training.trainer import train
 
@@ -67,7 +67,7 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
     for name, trained in step.engines.items():
         weights |= {f"{name}.{key}": tensor for key, tensor in trained.weights().items()}
     rows = [
-        {key: value for key, value in row.items() if not (key == "stage" or column(key).of_machine)}
+        {key: value for key, value in row.items() if not (key == "stage" or metric_info(key).of_machine)}
         for row in read_rows(storage.child("log"))
     ]
     record = read(storage, f"checkpoints/{images:012d}")

@@ -6,8 +6,8 @@ from support.tiny import tiny_config
 
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
-from vavae.training.logging import utilization as utilisation
-from vavae.training.logging.utilization import Utilisation
+from vavae.training.logging import utilization as utilization
+from vavae.training.logging.utilization import Utilization
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -18,7 +18,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         places.append(images_seen)
         return 1000.0 + images_seen
 
-    monkeypatch.setattr(utilisation, "training_flops", count)
+    monkeypatch.setattr(utilization, "training_flops", count)
     return places
 
 
@@ -27,8 +27,8 @@ def test_a_share_of_the_peak_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     config = tiny_config()
     peak = RunConfig.model_validate({**config.model_dump(), "workers": {"peak_flops": 5000.0}})
     two = World(0, 2)
-    assert Utilisation(config, "train_lightningdit", two).figures(0, 8.0) == {"flops_per_second": 8000.0}
-    assert Utilisation(peak, "train_lightningdit", two).figures(0, 8.0) == {
+    assert Utilization(config, "train_lightningdit", two).figures(0, 8.0) == {"flops_per_second": 8000.0}
+    assert Utilization(peak, "train_lightningdit", two).figures(0, 8.0) == {
         "flops_per_second": 8000.0,
         "model_flop_utilisation": 0.8,
     }
@@ -37,11 +37,11 @@ def test_a_share_of_the_peak_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> No
 def test_it_counts_once_for_each_set_of_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     places = counted(monkeypatch)
     stages = [{"from_images": 64, "losses": {"adversarial": {"start_images": 100}}}]
-    found = Utilisation(tiny_config({"stages": stages}), "train_vavae", World())
+    found = Utilization(tiny_config({"stages": stages}), "train_vavae", World())
     flops = [found.figures(images, 1.0)["flops_per_second"] for images in (0, 63, 64, 99, 100, 800)]
     assert flops == [1000.0, 1000.0, 1064.0, 1064.0, 1100.0, 1100.0]
     assert places == [0, 64, 100]
-    constant = Utilisation(tiny_config(), "train_lightningdit", World())
+    constant = Utilization(tiny_config(), "train_lightningdit", World())
     assert [constant.figures(images, 1.0)["flops_per_second"] for images in (0, 800)] == [1000.0] * 2
 
 
@@ -56,7 +56,7 @@ def test_the_peak_is_that_of_the_arithmetic(
     config = RunConfig.model_validate({**config.model_dump(), "workers": {"tf32": tf32}})
     gpu = World(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    figures = Utilisation(config, "train_lightningdit", gpu).figures(0, 8.0)
+    figures = Utilization(config, "train_lightningdit", gpu).figures(0, 8.0)
     assert figures["model_flop_utilisation"] == pytest.approx(8000 / peak)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unheard of")
-    assert "model_flop_utilisation" not in Utilisation(config, "train_lightningdit", gpu).figures(0, 8.0)
+    assert "model_flop_utilisation" not in Utilization(config, "train_lightningdit", gpu).figures(0, 8.0)

@@ -115,7 +115,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # torch and DeepSpeed take seconds to import, and `status` needs neither.
     from vavae.distributed.torch_settings import configure_torch
     from vavae.distributed.world import World, process_group
-    from vavae.evaluation.checkpoints import measure_waiting
+    from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
     from vavae.runs.events import EventLog
     from vavae.training.session import SignalledSession
     from vavae.training.train import TRAININGS
@@ -128,7 +128,7 @@ def _train(arguments: argparse.Namespace) -> int:
         with session.listening():
             TRAININGS[job](run, session, world)
     if world.is_first and run.plan(job).done and job == "train_lightningdit":
-        measure_waiting(run)
+        evaluate_pending_checkpoints(run)
     if session.stop_requested() and not run.plan(job).done:
         raise KeyboardInterrupt
     return 0

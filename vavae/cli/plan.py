@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", required=True, metavar="NxNAME", help="such as 64xH100")
     parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
     for option, kind, value, text in (
-        ("--utilisation", float, default.utilisation, "share of the GPU's best rate that the networks reach"),
+        ("--utilization", float, default.utilization, "share of the GPU's best rate that the networks reach"),
         ("--node-gpus", int, default.node_gpus, "GPUs of one machine"),
         ("--network-gbit", float, default.network * 8e-9, "Gbit/s of a machine to the others"),
         ("--store-gbit", float, default.store * 8e-9, "Gbit/s of a machine to and from the store"),
@@ -41,7 +41,7 @@ def plan(arguments: argparse.Namespace) -> int:
     print_table(stages, offer)
     print(f"run it with {' '.join(settings)}")
     print(
-        f"assumed: {arguments.images:,} images; {offer.utilisation:.0%} of the GPU's best rate; "
+        f"assumed: {arguments.images:,} images; {offer.utilization:.0%} of the GPU's best rate; "
         f"{offer.node_gpus} GPUs a machine, {offer.network * 8e-9:g} Gbit/s to others, {offer.store * 8e-9:g} to the "
         f"store; a failure in {offer.hours_between_failures:g} h. `vavae plan --help` says how to change it, "
         "vavae/planning/formulas.py what is computed"
@@ -51,19 +51,19 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _offer(arguments: argparse.Namespace) -> Offer:
     count, name = parse_gpus(arguments.gpus)
-    options = ("price", "utilisation", "node_gpus", "network_gbit", "store_gbit", "hours_between_failures")
+    options = ("price", "utilization", "node_gpus", "network_gbit", "store_gbit", "hours_between_failures")
     for option in (*options, "images", "image_bytes"):
         value = getattr(arguments, option)
         if value is not None and value <= 0:
             raise UserError(f"--{option.replace('_', '-')} {value:g}: give a number above 0")
-    if arguments.utilisation > 1:
-        raise UserError(f"--utilisation {arguments.utilisation:g}: give a share, at most 1")
+    if arguments.utilization > 1:
+        raise UserError(f"--utilization {arguments.utilization:g}: give a share, at most 1")
     return Offer(
         name,
         count,
         arguments.node_gpus,
         arguments.price,
-        arguments.utilisation,
+        arguments.utilization,
         arguments.network_gbit * 1e9 / 8,
         arguments.store_gbit * 1e9 / 8,
         arguments.hours_between_failures,

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from vavae.evaluation.evaluator import REFERENCES, Measuring
+from vavae.evaluation.evaluator import REFERENCES, Evaluator
 from vavae.evaluation.metric import metrics_json
 from vavae.evaluation.metrics import generation_metrics
 from vavae.interop.export import load_tokenizer
@@ -18,12 +18,12 @@ from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Generator
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import load_average
-from vavae.training.checkpoints.metrics import CHECKPOINTS, CheckpointMeasures
+from vavae.training.checkpoints.metrics import CHECKPOINTS, CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
-from vavae.training.logging.log import show_measured
+from vavae.training.logging.log import show_checkpoint_metrics
 
 
-def measure_checkpoint(run: Run, images_seen: int) -> None:
+def evaluate_checkpoint(run: Run, images_seen: int) -> None:
     """Generate with the average of a checkpoint, compare with the references of the run, and keep and show the figures.
 
     Args:
@@ -33,7 +33,7 @@ def measure_checkpoint(run: Run, images_seen: int) -> None:
     Raises:
         UserError: the references can't be had.
     """
-    config, measures, measuring = _as_custom(run), CheckpointMeasures.of(run), Measuring(run)
+    config, measures, measuring = _as_custom(run), CheckpointMetrics.of(run), Evaluator(run)
     measure = run.config.train_lightningdit.measure
     assert measure is not None, "a run whose checkpoints are measured"
     assert measures is not None, "the same"
@@ -55,19 +55,19 @@ def measure_checkpoint(run: Run, images_seen: int) -> None:
     metrics = [metric for metric in metrics if math.isfinite(metric.value)]
     # A folder of its own: TensorBoard follows the newest file of a folder, and the training goes on with its own.
     tensorboard = run.storage.child("tensorboard/train_lightningdit_measured")
-    show_measured(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
+    show_checkpoint_metrics(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
     measures.write(images_seen, metrics_json(metrics))
 
 
-def measure_waiting(run: Run) -> None:
+def evaluate_pending_checkpoints(run: Run) -> None:
     """Measure one after another the checkpoints that wait for it, and delete those that stayed for nothing else."""
-    measures = CheckpointMeasures.of(run)
+    measures = CheckpointMetrics.of(run)
     for images_seen in measures.waiting() if measures is not None else ():
-        measure_checkpoint(run, images_seen)
-    drop_measured(run)
+        evaluate_checkpoint(run, images_seen)
+    prune_evaluated_checkpoints(run)
 
 
-def drop_measured(run: Run) -> None:
+def prune_evaluated_checkpoints(run: Run) -> None:
     """Delete the checkpoints of a training that has ended which stayed only because they waited to be measured."""
     checkpoints = _training(run).child(CHECKPOINTS)
     names = checkpoints.list()

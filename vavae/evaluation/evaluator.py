@@ -45,7 +45,7 @@ _OURS = "measuring"
 """Folder of what was seen of this run's models; what was seen of real images is in `references`."""
 
 
-class Measuring:
+class Evaluator:
     """What a run's images are seen as, in parts on its storage.
 
     Args:

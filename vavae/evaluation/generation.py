@@ -105,7 +105,7 @@ def sample_batches(
             yield from shard.images[max(0, span.start - first) : span.stop - first].split(batch_size)
 
 
-class Judgement(NamedTuple):
+class ClassifierVerdict(NamedTuple):
     """What a classifier of real training images makes of the generated ones."""
 
     class_agreement: float
@@ -116,10 +116,10 @@ class Judgement(NamedTuple):
     """Mean pixel distance within a class, generated over real."""
 
 
-def judge(generated: LabelledImages, train: LabelledImages, held_out: LabelledImages, seed: int) -> Judgement:
+def judge(generated: LabelledImages, train: LabelledImages, held_out: LabelledImages, seed: int) -> ClassifierVerdict:
     """Class agreement and variety of generated images, next to those of real ones."""
     real = (train.images, train.labels)
-    return Judgement(
+    return ClassifierVerdict(
         class_agreement(generated.images, generated.labels, *real, seed=seed),
         class_agreement(held_out.images, held_out.labels, *real, seed=seed),
         within_class_variety(generated.images, generated.labels, *real, seed=seed),

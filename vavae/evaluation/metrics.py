@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from vavae.data.shard_reader import LabelledImages
-from vavae.evaluation.generation import Judgement, Reference, further_distances, measure_generation
+from vavae.evaluation.generation import ClassifierVerdict, Reference, further_distances, measure_generation
 from vavae.evaluation.latent_space import LatentSpace
 from vavae.evaluation.metric import Metric
 from vavae.evaluation.reconstruction import Reconstruction
@@ -82,8 +82,8 @@ def generation_metrics(
     return metrics
 
 
-def judgement_metrics(
-    judged: Judgement, generated: int, held_out: LabelledImages, train: LabelledImages, config: RunConfig
+def classifier_metrics(
+    judged: ClassifierVerdict, generated: int, held_out: LabelledImages, train: LabelledImages, config: RunConfig
 ) -> list[Metric]:
     """Of the generated images, by a classifier of real ones."""
     protocol = _generated(generated, config)

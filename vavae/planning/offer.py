@@ -16,7 +16,7 @@ class Offer:
     node_gpus: int = 8
     price: float | None = None
     """Of one GPU for an hour, in any currency."""
-    utilisation: float = 0.3
+    utilization: float = 0.3
     """Share of the GPU's best rate that convolutions and matrix products reach. The public code trains at 0.20."""
     network: float = 50e9
     """Bytes/s of a node to the other nodes, in one direction; 50e9 are 400 Gbit/s."""

@@ -174,7 +174,7 @@ def _sample(config: RunConfig, offer: Offer) -> StagePlan:
 
 def _seconds(flops: float, offer: Offer, arithmetic: Arithmetic) -> float:
     """Of so many FLOPs on one GPU."""
-    return flops / best_rate(offer.gpu, arithmetic) / offer.utilisation
+    return flops / best_rate(offer.gpu, arithmetic) / offer.utilization
 
 
 def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: float) -> StagePlan:

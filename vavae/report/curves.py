@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from vavae.training.logging.metric_names import column
+from vavae.training.logging.metric_names import metric_info
 
 _POINTS = 200
 """More points than this are averaged in bins: a long run must not make a large page."""
@@ -112,7 +112,7 @@ def _group(name: str) -> str:
 
 
 def _meaning(name: str) -> str:
-    meaning = column(name).meaning
+    meaning = metric_info(name).meaning
     return "" if meaning == name else meaning
 
 

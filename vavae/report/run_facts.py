@@ -7,7 +7,7 @@ from typing import Any
 from vavae.progress import clock
 from vavae.runs.config import RunConfig
 from vavae.runs.run import STAGES, TRAININGS, Job, Run
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.hardware import HARDWARE, Hardware
 
 _HOUR = 3600
@@ -35,7 +35,7 @@ def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for job, stage in STAGES.items():
         if job in TRAININGS and (mine := [row for row in rows if row["stage"] == job]):
             facts[f"training of the {stage.makes}"] = _training(run, job, mine)
-            if job == "train_lightningdit" and (measures := CheckpointMeasures.of(run)) is not None:
+            if job == "train_lightningdit" and (measures := CheckpointMetrics.of(run)) is not None:
                 facts["measured checkpoints"] = measures.summary()
         record = run.artifact(job)
         if record is not None:

@@ -12,7 +12,7 @@ from vavae.report.run_facts import run_facts, run_summary
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
 from vavae.runs.run import STAGES, TRAININGS, Job, Run
 from vavae.training.callbacks.callback import PREVIEWS
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.log import read_rows
 
 
@@ -34,7 +34,7 @@ def log_rows(run: Run) -> list[dict[str, Any]]:
     """The rows that the trainings of a run have logged so far, and what was measured of checkpoints."""
     trained = [job for job in TRAININGS if run.artifact(STAGES[job].inputs[0]) is not None]
     rows = {job: read_rows(run.storage.child(f"{run.training_prefix(job)}/log")) for job in trained}
-    measures = CheckpointMeasures.of(run) if "train_lightningdit" in trained else None
+    measures = CheckpointMetrics.of(run) if "train_lightningdit" in trained else None
     if measures is not None:
         found = [
             {"stage": "train_lightningdit", "images": seen, **values} for seen, values in measures.values().items()

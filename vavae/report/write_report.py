@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from vavae.config import digest
 from vavae.data.grid import enlargement, pair_grid, png_bytes
-from vavae.evaluation.evaluator import Measuring
+from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import judge
 from vavae.evaluation.metric import Metric, metrics_json
 from vavae.evaluation.metrics import (
+    classifier_metrics,
     few_images,
     generation_metrics,
-    judgement_metrics,
     latent_space_metrics,
     reconstruction_metrics,
 )
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _CLASSIFIER_IMAGES = 4000
 
 
-def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
+def write_evaluation(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     """Measure a run, and write measures, pictures and report beside its artefacts.
 
     Args:
@@ -42,7 +42,7 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     """
     config, prefix = run.config, run.prefix("evaluate")
     discard(run.storage, prefix)
-    measuring = Measuring(run)
+    measuring = Evaluator(run)
     for part in measuring.missing():
         measuring.measure(part, advance)
     reconstruction = measuring.reconstruction()
@@ -70,7 +70,7 @@ def write_results(run: Run, advance: Callable[[int], None]) -> list[Metric]:
 
 def measure_tokenizer(run: Run, advance: Callable[[int], None]) -> list[Metric]:
     """The measures of a run's tokenizer alone, which needs neither latents nor samples."""
-    measuring = Measuring(run)
+    measuring = Evaluator(run)
     for part in measuring.missing(("held_out", "reconstructions")):
         measuring.measure(part, advance)
     return reconstruction_metrics(measuring.reconstruction(), run.config)
@@ -83,13 +83,13 @@ def write_log(run: Run) -> bytes:
     return data
 
 
-def _generation(run: Run, measuring: Measuring) -> list[Metric]:
+def _generation(run: Run, measuring: Evaluator) -> list[Metric]:
     config, generated = run.config, measuring.generated()
     metrics = generation_metrics(generated, measuring.references(), config, measuring.device)
     if config.evaluate.class_agreement:
         train, held_out = (measuring.some(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
         judged = judge(measuring.samples(), train, held_out, config.seed)
-        metrics += judgement_metrics(judged, config.sample.images, held_out, train, config)
+        metrics += classifier_metrics(judged, config.sample.images, held_out, train, config)
     return metrics
 
 

@@ -47,7 +47,7 @@ class BestConfig(Config):
     count: int = Field(1, ge=1)
 
 
-class MeasureConfig(Config):
+class CheckpointEvaluationConfig(Config):
     """What the LightningDiT generates is measured in the course of its training, as `evaluate` does it at the end.
 
     The model is what would be exported; guidance, solver and labels are those of the samples. A checkpoint that is due
@@ -167,7 +167,7 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """Decay per step of the average of the weights that is exported."""
     preview_images: int | None = runtime(5_000_000, ge=1)
     """As for the tokenizer; rarer, because training stands still while the first worker samples."""
-    measure: MeasureConfig | None = runtime(None)
+    measure: CheckpointEvaluationConfig | None = runtime(None)
     """Null measures nothing before the end."""
     compile_blocks: bool = runtime(False)
     """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""

@@ -37,7 +37,7 @@ from vavae.training.checkpoints.state import TrainState
 from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.log import MetricsLog
-from vavae.training.logging.utilization import Utilisation
+from vavae.training.logging.utilization import Utilization
 from vavae.training.session import Session
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
@@ -173,9 +173,9 @@ def _train(
     )
     config: TrainingConfig = getattr(run.config, job)
     accumulation_steps, reading = _accumulation_steps(run, world), run.config.stream
-    utilisation = Utilisation(run.config, job, world) if world.is_first else None
+    utilization = Utilization(run.config, job, world) if world.is_first else None
     return train(
-        job, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilisation
+        job, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilization
     )
 
 

@@ -25,8 +25,8 @@ from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog
-from vavae.training.logging.throughput import Meter
-from vavae.training.logging.utilization import Utilisation
+from vavae.training.logging.throughput import ThroughputMeter
+from vavae.training.logging.utilization import Utilization
 from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
 from vavae.training.spikes import SpikeDetector
@@ -75,7 +75,7 @@ def train(
     session: Session,
     world: World,
     callbacks: Sequence[Callback] = (),
-    utilisation: Utilisation | None = None,
+    utilization: Utilization | None = None,
 ) -> TrainState:
     """Train until enough images are seen or the session asks to stop; returns the state at the end.
 
@@ -95,14 +95,14 @@ def train(
         session: whoever runs this.
         world: the ranks.
         callbacks: look at the model at their intervals.
-        utilisation: what rank 0 adds to the rows, if anything.
+        utilization: what rank 0 adds to the rows, if anything.
 
     Raises:
         NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
         CommonError: a checkpoint could not be written.
     """
     loop = _Loop(
-        stage, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilisation
+        stage, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilization
     )
     with Watchdog(config.hang_seconds) as watchdog:
         watchdog.feed()
@@ -145,7 +145,7 @@ class _Loop:
     session: Session
     world: World
     callbacks: Sequence[Callback]
-    utilisation: Utilisation | None
+    utilization: Utilization | None
 
     def go_on(self, state: TrainState, watchdog: Watchdog) -> TrainState:
         """Train from a state on until the end, a stop, or divergence."""
@@ -182,7 +182,7 @@ class _Way:
     def __init__(self, loop: _Loop, state: TrainState) -> None:
         self._loop, self._state, self._source = loop, state, loop.step.source()
         unreadable = self._source.quarantine.names if isinstance(self._source, ImageStream) else ()
-        self._meter = Meter(loop.world, loop.step.stopwatch, unreadable)
+        self._meter = ThroughputMeter(loop.world, loop.step.stopwatch, unreadable)
         self._rate, self._spikes = Rate(), SpikeDetector(loop.config.spike_deviations)
         self._row: dict[str, float] = {}
         self._shown, self._skipped = -math.inf, 0
@@ -270,8 +270,8 @@ class _Way:
         save = save or _crosses(before, seen, loop.config.checkpoint_images) or loop.checkpoints.is_due(seen)
         if save or _crosses(before, seen, loop.config.log_images):
             self._row = self._meter.row() | {"learning_rate": self._learning_rate(before)}
-            if loop.utilisation is not None:
-                self._row |= loop.utilisation.figures(before, self._row["images_per_second"])
+            if loop.utilization is not None:
+                self._row |= loop.utilization.figures(before, self._row["images_per_second"])
             loop.log.add(seen, self._row)
         if loop.world.is_first and (done or time.monotonic() - self._shown > _PROGRESS_SECONDS):
             self._shown = time.monotonic()

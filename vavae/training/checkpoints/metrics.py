@@ -20,7 +20,7 @@ def checkpoint_name(images_seen: int) -> str:
     return f"{images_seen:012d}"
 
 
-class CheckpointMeasures:
+class CheckpointMetrics:
     """Which checkpoints are to be measured, and what came out.
 
     Args:
@@ -35,7 +35,7 @@ class CheckpointMeasures:
         self._known: dict[int, dict[str, Any]] = {}
 
     @classmethod
-    def of(cls, run: Run) -> "CheckpointMeasures | None":
+    def of(cls, run: Run) -> "CheckpointMetrics | None":
         """Those of a run's LightningDiT; None where its checkpoints are not measured."""
         training = run.config.train_lightningdit
         if training.measure is None:

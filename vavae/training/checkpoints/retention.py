@@ -8,7 +8,7 @@ from vavae.runs.config import BestConfig, TrainingConfig
 from vavae.runs.run import Job, Run
 from vavae.storage.artifact import Artifact, discard, read
 from vavae.storage.storage import Storage
-from vavae.training.checkpoints.metrics import CheckpointMeasures
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +20,14 @@ class Retention(NamedTuple):
     """How many of the last."""
     best: BestConfig | None = None
     """Which others."""
-    measures: CheckpointMeasures | None = None
+    measures: CheckpointMetrics | None = None
     """Figures by which the best are found, besides those of the log."""
 
     @classmethod
     def of(cls, run: Run, job: Job) -> "Retention":
         """That of a run's training."""
         config: TrainingConfig = getattr(run.config, job)
-        measures = CheckpointMeasures.of(run) if job == "train_lightningdit" else None
+        measures = CheckpointMetrics.of(run) if job == "train_lightningdit" else None
         return cls(config.keep_checkpoints, config.keep_best, measures)
 
     def is_due(self, images_seen: int) -> bool:

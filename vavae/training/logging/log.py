@@ -101,7 +101,7 @@ def _nothing() -> None:
     """Other ranks have nothing to write."""
 
 
-def show_measured(tensorboard: Storage, images_seen: int, figures: Mapping[str, float]) -> None:
+def show_checkpoint_metrics(tensorboard: Storage, images_seen: int, figures: Mapping[str, float]) -> None:
     """Add figures of one checkpoint to TensorBoard; each has a file of its own, for who measures is not who trains."""
     from torch.utils.tensorboard import SummaryWriter
 

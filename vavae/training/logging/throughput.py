@@ -17,7 +17,7 @@ _UNREADABLE = "unreadable_images"
 _SAVED_BYTES = "checkpoint/bytes"
 
 
-class Meter:
+class ThroughputMeter:
     """Means of the terms since the last row, where time and memory went, and what was asked of stores.
 
     Args:

@@ -9,7 +9,7 @@ from vavae.training.flops.flops import training_flops
 from vavae.training.flops.gpus import gpu_of_device
 
 
-class Utilisation:
+class Utilization:
     """FLOP/s of all ranks, and model FLOP utilisation: their share of the devices' peak (arXiv 2204.02311, appendix B).
 
     What is computed twice to save memory counts once.
