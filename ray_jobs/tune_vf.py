@@ -20,7 +20,7 @@ from vavae.config.command import parse_arguments, run_command
 from vavae.config.yaml_source import to_text
 from vavae.errors import UserError
 from vavae.report import write_report as results
-from vavae.runs.run import STAGES, Run
+from vavae.runs.run import JOBS, Run
 from vavae.sweep.results import FRONTIER, write_sweep
 from vavae.sweep.sharing import SHARED_JOBS, Sharing
 from vavae.sweep.space import Point
@@ -45,7 +45,7 @@ def _make_signals(run: Run) -> Work:
     return do
 
 
-TASKS: Works = {**{job: WORKS[job] for job in STAGES}, "measure_tokenizer": measure_tokenizer}
+TASKS: Works = {**{job: WORKS[job] for job in JOBS}, "measure_tokenizer": measure_tokenizer}
 
 
 def main(argv: Sequence[str] | None = None, works: Works = TASKS) -> int:
@@ -116,7 +116,7 @@ def _missing(sweep: Sweep, run: Run) -> list[str]:
     """What has to be fetched before every point can be run; all are looked at as if they were one run."""
     at_home = {"name": run.config.name, "storage": run.config.storage}
     runs = [Run(sweep.full_config(point).model_copy(update=at_home)) for point in sweep.space.examples()]
-    return list(dict.fromkeys(line for run in runs for line in preflight(run, list(STAGES))))
+    return list(dict.fromkeys(line for run in runs for line in preflight(run, list(JOBS))))
 
 
 def _print_plan(sweep: Sweep, run: Run, sharing: Sharing) -> None:
@@ -133,7 +133,7 @@ def _print_plan(sweep: Sweep, run: Run, sharing: Sharing) -> None:
     runs = [run for point in points for run in sweep.runs(point)]
     for job in SHARED_JOBS:
         made = {sharing.run(run.config, job).config.name for run in runs}
-        print(f"{STAGES[job].makes}: made {len(made)} times for {len(runs)} runs")
+        print(f"{JOBS[job].makes}: made {len(made)} times for {len(runs)} runs")
     prefixes = [prefix for run in runs if (prefix := sharing.prefix(run.config)) is not None]
     if prefixes:
         made = {sharing.run(prefix, "train_vavae").config.name for prefix in prefixes}

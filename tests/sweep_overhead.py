@@ -19,7 +19,7 @@ from ray_jobs import tune_vf
 from ray_jobs.pipeline import WORKS
 from ray_jobs.runtime.cluster import cluster
 from vavae.bench.benchmark import OURS, Contest, compete, machine, table_head, table_line
-from vavae.runs.run import STAGES, Run
+from vavae.runs.run import JOBS, Run
 from vavae.sweep.sharing import lend
 from vavae.sweep.sweep import Sweep
 
@@ -67,7 +67,7 @@ def _sweep(root: Path) -> list[Run]:
 def _bare_trials(root: Path) -> list[Run]:
     runs = _runs(root)
     for run in runs:
-        for job in STAGES:
+        for job in JOBS:
             if job == "prepare_shards" and run is not runs[0]:
                 lend(runs[0], run, job)
             else:

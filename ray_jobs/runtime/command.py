@@ -21,7 +21,7 @@ from vavae.progress import clock
 from vavae.runs.config import RunConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.files import CONFIG, REPORT
-from vavae.runs.run import STAGES, Job, Plan, Run
+from vavae.runs.run import JOBS, Job, Plan, Run
 from vavae.storage.retry import StorageUnavailableError
 
 Work = Callable[[Run], None]
@@ -101,9 +101,9 @@ def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], works: Mapping[Jo
 
 def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
     """All is to do: what there may be can't be told to be made from images that are not here."""
-    first = STAGES["prepare_shards"]
+    first = JOBS["prepare_shards"]
     why = {first.job: "its images are not here"}
-    return {job: Plan(STAGES[job], False, why.get(job, f"after {first.makes}")) for job in jobs}
+    return {job: Plan(JOBS[job], False, why.get(job, f"after {first.makes}")) for job in jobs}
 
 
 def _do(run: Run, job: Job, work: Work, events: EventLog) -> None:
@@ -139,7 +139,7 @@ def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
         table.add_column(column)
     for job, found in plans.items():
         state = f"done {found.why}" if found.done else f"to do: {found.why}"
-        table.add_row(job, STAGES[job].makes, state, _effort(run, job), _bytes(run, job, found))
+        table.add_row(job, JOBS[job].makes, state, _effort(run, job), _bytes(run, job, found))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     console.print(table)
 

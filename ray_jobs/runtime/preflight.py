@@ -17,7 +17,7 @@ from vavae.models.backbones.inception import check_inception
 from vavae.models.backbones.weights import check_weights, timm_name
 from vavae.models.tokenizer.teacher import check_teacher
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.sampling.labels import label_law
 
 
@@ -43,7 +43,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     except OSError as error:
         raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
     for job in TRAININGS:
-        if job in jobs and STAGES[job].inputs[0] not in jobs:
+        if job in jobs and JOBS[job].inputs[0] not in jobs:
             check_cache(run, job)
     if "sample" in jobs and run.artifact("prepare_shards") is not None:
         label_law(config.sample, read_manifest(run.storage, run.prefix("prepare_shards")).classes, config.seed)
@@ -70,7 +70,7 @@ def check_cache(run: Run, job: Job) -> None:
     Raises:
         UserError: it can't.
     """
-    source, config = STAGES[job].inputs[0], run.config
+    source, config = JOBS[job].inputs[0], run.config
     if run.artifact(source) is None:
         return
     folder = run.storage.child(run.prefix(source))

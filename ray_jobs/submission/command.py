@@ -12,7 +12,7 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.submission.submission import JOBS, Subject, Submission, describe, refuse_secrets, variables_of
+from ray_jobs.submission.submission import SUBMITTABLE, Subject, Submission, describe, refuse_secrets, variables_of
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.storage.storage import Storage
@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
     """Add what speaks to a cluster to the commands of ``vavae``; ``act`` of the arguments returns the exit status."""
     submit = commands.add_parser("submit", help="run a job on the cluster that RAY_ADDRESS names")
     submit.set_defaults(act=_submit)
-    submit.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
+    submit.add_argument("job", choices=SUBMITTABLE, metavar="JOB", help=", ".join(SUBMITTABLE))
     submit.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run or sweep")
     submit.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML")
     submit.add_argument("--follow", action="store_true", help="show the job's log and end with its status")

@@ -16,13 +16,13 @@ from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.config.load import load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES
+from vavae.runs.run import JOBS
 from vavae.storage.config import StorageConfig
 from vavae.sweep.sweep import Sweep, as_written
 
 SWEEP = "tune_vf"
 """The job whose configuration is a sweep file."""
-JOBS = (*STAGES, "pipeline", SWEEP)
+SUBMITTABLE = (*JOBS, "pipeline", SWEEP)
 """Modules of `ray_jobs` with a command line."""
 
 GRACE = "RAY_JOB_STOP_WAIT_TIME_S"

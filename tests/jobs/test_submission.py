@@ -14,13 +14,13 @@ import pytest
 from ray.job_submission import JobStatus
 
 from ray_jobs.submission import client
-from ray_jobs.submission.submission import GRACE, JOBS, Subject, describe, refuse_secrets, variables_of
+from ray_jobs.submission.submission import GRACE, SUBMITTABLE, Subject, describe, refuse_secrets, variables_of
 from ray_jobs.submission.upload import config_inside, unpacked
 from vavae.cli.main import main
 from vavae.config import digest, load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES
+from vavae.runs.run import JOBS
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 23, 17, 5, 9)
@@ -35,8 +35,8 @@ def submission(arguments=(), variables=None, pip=(), folder=ROOT):
 
 
 def test_all_jobs_can_be_submitted():
-    assert {"pipeline", "tune_vf", *STAGES} == {*JOBS}
-    assert all(importlib.util.find_spec(f"ray_jobs.{job}") for job in JOBS)
+    assert {"pipeline", "tune_vf", *JOBS} == {*SUBMITTABLE}
+    assert all(importlib.util.find_spec(f"ray_jobs.{job}") for job in SUBMITTABLE)
 
 
 def test_the_name_tells_run_job_and_time():

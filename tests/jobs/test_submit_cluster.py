@@ -18,7 +18,7 @@ from vavae.cli.status import Training, run_status
 from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, Run
+from vavae.runs.run import JOBS, Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.timeout(1800)]
 
@@ -110,7 +110,7 @@ def test_a_stopped_job_goes_on_as_if_nothing_had_happened(head: Head, tmp_path: 
     budget = f"train_vavae.images={seen + BATCHES * run.config.train_vavae.batch_size}"
     status, text = said(*submit, budget, head=head)
     assert status == 0, text
-    assert [job for job in STAGES if f"{job:<18} made" in text] == [*STAGES][1:], "the shards were there"
+    assert [job for job in JOBS if f"{job:<18} made" in text] == [*JOBS][1:], "the shards were there"
     assert text.rstrip().endswith(": succeeded")
     assert run.storage.is_file("report.html")
 

@@ -14,7 +14,7 @@ from vavae.planning import safety, stages
 from vavae.planning.activations import activation_bytes
 from vavae.planning.estimate import checkpoint_bytes, trained_parameters
 from vavae.planning.offer import Offer
-from vavae.planning.stages import Dataset, evaluations, plan_stages, tokenizer_flops
+from vavae.planning.stages import Dataset, estimate_jobs, evaluations, tokenizer_flops
 from vavae.runs.config import RunConfig
 
 XL = "configs/imagenet/lightningdit_xl_64_epochs.yaml"
@@ -27,7 +27,7 @@ LIGHT = "losses.perceptual.kind=none"
 def xl():
     """Eight H100 at half of their best rate, with a store that is never in the way."""
     config = load(RunConfig, XL, ["workers.count=8", "workers.tf32=true", "train_vavae.stages=[]"])
-    found = plan_stages(config, Offer("H100", 8, utilization=0.5, store=1e12), Dataset(1_281_167, 100_000))
+    found = estimate_jobs(config, Offer("H100", 8, utilization=0.5, store=1e12), Dataset(1_281_167, 100_000))
     return {stage.job: stage for stage in found}
 
 
@@ -124,7 +124,7 @@ def test_evaluations_of_adaptive_steps_grow_with_what_is_asked_of_them():
 )
 def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, offer, bottleneck):
     config = load(RunConfig, TINY, [LIGHT])
-    stage = plan_stages(config, Offer("L4", 4, **offer), Dataset(1000, image_bytes))[1]
+    stage = estimate_jobs(config, Offer("L4", 4, **offer), Dataset(1000, image_bytes))[1]
     assert (stage.job, stage.bottleneck) == ("train_vavae", bottleneck)
     assert stage.images_per_second <= min(stage.rates.values())
 
@@ -132,7 +132,7 @@ def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, offer, b
 def test_an_uneven_share_of_lanes_costs_a_round(remembered):
     """Four lanes on three workers take two rounds, as on two."""
     config = load(RunConfig, TINY, [LIGHT])
-    two, three = (plan_stages(config, Offer("L4", count), Dataset(1000))[3] for count in (2, 3))
+    two, three = (estimate_jobs(config, Offer("L4", count), Dataset(1000))[3] for count in (2, 3))
     assert two.job == "train_lightningdit"
     assert two.rates["compute"] == three.rates["compute"]
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from support.tiny import BATCH, tiny_config
 
 from vavae.losses.config import TokenizerLossConfig
-from vavae.runs.phases import TokenizerStageConfig, resolve
+from vavae.runs.phases import TokenizerPhaseConfig, resolve
 
 _PUBLISHED = [
     {"losses": {"vision_foundation": {"weight": 0.5, "cos_margin": 0.0, "distmat_margin": 0.0}}},
@@ -19,7 +19,7 @@ _PUBLISHED = [
 
 
 def _resolve(stages: list[dict[str, Any]], images: int) -> list[Any]:
-    configs = tuple(TokenizerStageConfig.model_validate(stage) for stage in stages)
+    configs = tuple(TokenizerPhaseConfig.model_validate(stage) for stage in stages)
     return resolve(configs, TokenizerLossConfig(kl_weight=3.0), (), images)
 
 
@@ -69,4 +69,4 @@ def test_stages_that_cannot_be_are_refused(training: dict[str, Any], message: st
 def test_a_frozen_encoder_needs_no_alignment():
     stage = {"from_images": BATCH, "frozen": ["encoder"], "losses": {"vision_foundation": {"weight": 0}}}
     config = tiny_config(train_vavae={"stages": [stage]})
-    assert config.tokenizer_stages()[-1].frozen == ("encoder",)
+    assert config.tokenizer_phases()[-1].frozen == ("encoder",)

@@ -12,10 +12,10 @@ from vavae.config import digest, load
 from vavae.data.shards.write import write_shards
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, TRAININGS, Run
+from vavae.runs.run import JOBS, TRAININGS, Run
 from vavae.storage.artifact import FileInfo, commit
 
-JOBS = list(STAGES)
+JOBS = list(JOBS)
 SHARDS, TOKENIZER, LATENTS, LIGHTNINGDIT, SAMPLES, MEASURES = JOBS
 
 

@@ -73,7 +73,7 @@ def build_step(job: Job, config: RunConfig, world: World) -> Step:
     """The step object of a training."""
     accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
     if job == "train_vavae":
-        return TokenizerStep(config, config.tokenizer_stages()[0], None, DrawnImages(), accumulation_steps, world)  # type: ignore[arg-type]
+        return TokenizerStep(config, config.tokenizer_phases()[0], None, DrawnImages(), accumulation_steps, world)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
     return DiffusionStep(config, model, DrawnLatents(), normalizer, accumulation_steps, world)  # type: ignore[arg-type]

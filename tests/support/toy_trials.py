@@ -12,7 +12,7 @@ from vavae.data.shards.manifest import Manifest, ShardInfo, write_manifest
 from vavae.evaluation.metric import Metric, metrics_json
 from vavae.runs.config import RunConfig
 from vavae.runs.files import METRICS
-from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.storage.artifact import Artifact, commit
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep
@@ -59,7 +59,7 @@ def generation(config: RunConfig, images: int) -> float:
 
 def toy_works(root: Path) -> dict[Task, Callable[[Run], None]]:
     """What does each task."""
-    works: dict[Task, Callable[[Run], None]] = {job: partial(_work, job, str(root)) for job in STAGES}
+    works: dict[Task, Callable[[Run], None]] = {job: partial(_work, job, str(root)) for job in JOBS}
     return {**works, "measure_tokenizer": partial(_signal, str(root))}
 
 

@@ -11,7 +11,7 @@ from vavae.losses.config import VisionFoundationLossConfig
 from vavae.models.tokenizer.config import TeacherConfig
 from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG
-from vavae.runs.run import STAGES, Run
+from vavae.runs.run import JOBS, Run
 from vavae.storage.artifact import Artifact, commit
 
 from . import small
@@ -70,4 +70,4 @@ def _folder(run, job):
 
 def _commit(run, job, content, files):
     config = digest(run.identity(job))
-    commit(run.storage, run.prefix(job), Artifact(kind=STAGES[job].makes, digest=content, config=config, files=files))
+    commit(run.storage, run.prefix(job), Artifact(kind=JOBS[job].makes, digest=content, config=config, files=files))

@@ -21,7 +21,7 @@ from vavae.training.flops.flops import decoding_flops, encoding_flops, training_
 from vavae.training.flops.gpus import GPUS, gpu_named, gpu_of_device
 
 TINY = "configs/tiny.yaml"
-STAGES = "configs/imagenet/f16d32_dinov2_stages.yaml"
+JOBS = "configs/imagenet/f16d32_dinov2_stages.yaml"
 
 
 def transformer_macs(depth, width, tokens=256, channels=32, frequencies=256):
@@ -37,7 +37,7 @@ def transformer_macs(depth, width, tokens=256, channels=32, frequencies=256):
     [("S", 12.1, 36.3), ("XL", 237, 712)],
 )
 def test_lightningdit_is_its_closed_form(size, forward, training):
-    config = load(RunConfig, STAGES, [f"lightningdit.size={size}"])
+    config = load(RunConfig, JOBS, [f"lightningdit.size={size}"])
     macs, first = transformer_macs(SIZES[size].depth, SIZES[size].width)
     assert velocity_flops(config) == 2 * macs
     step = training_flops(config, "train_lightningdit")
@@ -70,7 +70,7 @@ def test_autoencoder_is_its_closed_form():
 
 def test_published_tokenizer():
     """Of f16d32, with DINOv2-L at 224 px, VGG16 at 256 px and the patch discriminator; in GMAC."""
-    config = load(RunConfig, STAGES)
+    config = load(RunConfig, JOBS)
     encoder, decoder, teacher, vgg, discriminator = 69.0, 126.1, 81.0, 20.0, 3.1
     assert encoding_flops(config) / 2e9 == pytest.approx(encoder, rel=1e-3)
     assert decoding_flops(config) / 2e9 == pytest.approx(decoder, rel=1e-3)

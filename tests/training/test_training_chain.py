@@ -28,7 +28,7 @@ from vavae.metrics.config import MetricsConfig
 from vavae.report.run_report import log_rows
 from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, Run
+from vavae.runs.run import JOBS, Run
 from vavae.sampling.inputs import open_generator, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
@@ -104,7 +104,7 @@ def _log(run: Run) -> list[Mapping[str, float | str]]:
 
 def test_every_stage_is_done(run: Run) -> None:
     plans = run.plans()
-    assert plans.keys() == STAGES.keys()
+    assert plans.keys() == JOBS.keys()
     assert [job for job, plan in plans.items() if not plan.done] == []
 
 

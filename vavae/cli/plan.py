@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     # torch takes seconds to import.
-    from vavae.planning.stages import Dataset, plan_stages
+    from vavae.planning.stages import Dataset, estimate_jobs
     from vavae.planning.tables import print_table
 
     offer = _offer(arguments)
     settings = _settings(load(RunConfig, arguments.config, arguments.overrides), offer)
     config = load(RunConfig, arguments.config, [*arguments.overrides, *settings])
-    stages = plan_stages(config, offer, Dataset(arguments.images, arguments.image_bytes))
+    stages = estimate_jobs(config, offer, Dataset(arguments.images, arguments.image_bytes))
     print_table(stages, offer)
     print(f"run it with {' '.join(settings)}")
     print(

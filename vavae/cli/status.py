@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from vavae.progress import NAME_WIDTH, Progress, clock
 from vavae.report.run_facts import hardware_of, training_cost
-from vavae.runs.run import STAGES, TRAININGS, Job, Plan, Run
+from vavae.runs.run import JOBS, TRAININGS, Job, Plan, Run
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
 from vavae.training.logging.log import latest_row, read_rows
@@ -24,7 +24,7 @@ class Training(NamedTuple):
     """Images per second of late."""
 
 
-class StageStatus(NamedTuple):
+class JobStatus(NamedTuple):
     """One stage of a run."""
 
     job: Job
@@ -45,9 +45,9 @@ class StageStatus(NamedTuple):
         return progress + saved
 
 
-def run_status(run: Run, plans: Mapping[Job, Plan]) -> list[StageStatus]:
+def run_status(run: Run, plans: Mapping[Job, Plan]) -> list[JobStatus]:
     """Every stage, given what there is to do."""
-    return [StageStatus(job, plan, _training(run, job), _shards(run, job)) for job, plan in plans.items()]
+    return [JobStatus(job, plan, _training(run, job), _shards(run, job)) for job, plan in plans.items()]
 
 
 def run_cost(run: Run, hourly_price: float) -> float:
@@ -78,7 +78,7 @@ def _training(run: Run, job: Job) -> Training | None:
 
 
 def _has_inputs(run: Run, job: Job) -> bool:
-    return all(run.artifact(name) is not None for name in STAGES[job].inputs)
+    return all(run.artifact(name) is not None for name in JOBS[job].inputs)
 
 
 def _log(run: Run, job: Job) -> Storage:

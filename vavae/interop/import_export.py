@@ -33,7 +33,7 @@ from vavae.latents.manifest import read_latent_manifest
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.runs.config import RunConfig
-from vavae.runs.run import IMPORTED, STAGES, TRAININGS, Job, Run
+from vavae.runs.run import IMPORTED, JOBS, TRAININGS, Job, Run
 from vavae.storage.artifact import FileInfo, commit, discard
 from vavae.storage.storage import sha256_of
 
@@ -181,7 +181,7 @@ def _refuse_to_replace(run: Run, job: Job) -> None:
     record = run.artifact(job)
     begun = job in TRAININGS and run.storage.exists(f"{run.training_prefix(job)}/checkpoints")
     if begun or (record is not None and IMPORTED not in record.details):
-        raise UserError(f"{run.storage.url()} has its own {STAGES[job].makes}; give the run another name")
+        raise UserError(f"{run.storage.url()} has its own {JOBS[job].makes}; give the run another name")
 
 
 def _put(

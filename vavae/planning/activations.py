@@ -54,7 +54,7 @@ def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
     if job == "train_lightningdit":
         task, precision = lightningdit_step(config, images), config.train_lightningdit.precision
     else:
-        stage, precision = config.tokenizer_stages()[0], config.train_vavae.precision
+        stage, precision = config.tokenizer_phases()[0], config.train_vavae.precision
         task = tokenizer_step(config, stage, images, adversary=config.adversarial, measures=True)
     with task.ready() as work:
         ledger = _Ledger(task)

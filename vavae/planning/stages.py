@@ -44,7 +44,7 @@ class Dataset(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class JobEstimate:
     """One stage."""
 
     job: Job
@@ -77,7 +77,7 @@ class StagePlan:
         return min(self.rates, key=self.rates.__getitem__)
 
 
-def plan_stages(config: RunConfig, offer: Offer, dataset: Dataset) -> list[StagePlan]:
+def estimate_jobs(config: RunConfig, offer: Offer, dataset: Dataset) -> list[JobEstimate]:
     """All stages but the last: what `evaluate` takes is not counted."""
     return [
         _prepare(config, offer, dataset),
@@ -97,7 +97,7 @@ def tokenizer_flops(config: RunConfig) -> float:
     """Of one image in a training step of the tokenizer, on average over its stages and its adversary's absence."""
     budget = config.train_vavae.images
     turns = {0, budget}
-    for stage in config.tokenizer_stages():
+    for stage in config.tokenizer_phases():
         turns |= {stage.from_images, stage.losses.adversarial.start_images}
     mean = 0.0
     for start, end in pairwise(sorted(turn for turn in turns if turn <= budget)):
@@ -137,17 +137,17 @@ def _store_rate(offer: Offer, bytes_per_image: float) -> float:
     return offer.nodes * offer.store / bytes_per_image
 
 
-def _prepare(config: RunConfig, offer: Offer, dataset: Dataset) -> StagePlan:
+def _prepare(config: RunConfig, offer: Offer, dataset: Dataset) -> JobEstimate:
     written = stored_bytes(config, dataset)
     rates = {
         "encoding": offer.count * _of_this_size(config, _PREPARED[_form(config)]),
         "store": _store_rate(offer, written),
     }
     total = dataset.images * written
-    return StagePlan("prepare_shards", dataset.images, None, 0.0, rates, min(rates.values()), 0, total)
+    return JobEstimate("prepare_shards", dataset.images, None, 0.0, rates, min(rates.values()), 0, total)
 
 
-def _extract(config: RunConfig, offer: Offer, dataset: Dataset) -> StagePlan:
+def _extract(config: RunConfig, offer: Offer, dataset: Dataset) -> JobEstimate:
     """Each actor decodes and encodes in turns; those that share a GPU fill each other's gaps."""
     flops = encoding_flops(config) * (1 + config.latents.flip)
     arithmetic = arithmetic_of("fp32", config.workers.tf32)
@@ -161,15 +161,15 @@ def _extract(config: RunConfig, offer: Offer, dataset: Dataset) -> StagePlan:
         "store": _store_rate(offer, read + written),
     }
     total, rate = dataset.images * written, min(rates.values())
-    return StagePlan("precompute_latents", dataset.images, None, flops, rates, rate, read, total, arithmetic)
+    return JobEstimate("precompute_latents", dataset.images, None, flops, rates, rate, read, total, arithmetic)
 
 
-def _sample(config: RunConfig, offer: Offer) -> StagePlan:
+def _sample(config: RunConfig, offer: Offer) -> JobEstimate:
     flops = velocity_flops(config) * evaluations(config) + decoding_flops(config)
     arithmetic = arithmetic_of("fp32", config.workers.tf32)
     rate = offer.count / _seconds(flops, offer, arithmetic)
     images, written = config.sample.images, sample_bytes(config)
-    return StagePlan("sample", images, None, flops, {"compute": rate}, rate, 0, written, arithmetic)
+    return JobEstimate("sample", images, None, flops, {"compute": rate}, rate, 0, written, arithmetic)
 
 
 def _seconds(flops: float, offer: Offer, arithmetic: Arithmetic) -> float:
@@ -177,7 +177,7 @@ def _seconds(flops: float, offer: Offer, arithmetic: Arithmetic) -> float:
     return flops / best_rate(offer.gpu, arithmetic) / offer.utilization
 
 
-def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: float) -> StagePlan:
+def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: float) -> JobEstimate:
     training: TrainingConfig = getattr(config, job)
     lanes, batch, stage = config.stream.lanes, training.batch_size, training.engine.zero_stage
     accumulation_steps = accumulation_steps_of(lanes, offer.count)
@@ -200,7 +200,7 @@ def _train(config: RunConfig, offer: Offer, job: Job, flops: float, bytes_read: 
     rate = min(together, rates["decoding"], rates["store"])
     safety = safety_of(config, offer, job, rate)
     rates["checkpoints"] = training.checkpoint_images / safety.upload_seconds
-    return StagePlan(
+    return JobEstimate(
         job,
         training.steps * batch,
         training.steps,

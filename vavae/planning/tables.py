@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vavae.planning.offer import Offer
-from vavae.planning.stages import StagePlan
+from vavae.planning.stages import JobEstimate
 from vavae.progress import clock
 
 _WIDTH = 118
 
 
-def print_table(stages: Sequence[StagePlan], offer: Offer) -> None:
+def print_table(stages: Sequence[JobEstimate], offer: Offer) -> None:
     """Print a column for each stage, and the sum."""
     table = Table(title=f"{offer.count} x {offer.gpu_name} in {offer.nodes} machines", title_justify="left")
     for column in ("", *(stage.job for stage in stages)):
@@ -34,7 +34,7 @@ def print_table(stages: Sequence[StagePlan], offer: Offer) -> None:
         )
 
 
-def _work(stage: StagePlan, offer: Offer) -> dict[str, str]:
+def _work(stage: JobEstimate, offer: Offer) -> dict[str, str]:
     rows = {"images": f"{stage.images:,}"}
     if stage.steps is not None:
         rows["steps"] = f"{stage.steps:,}"
@@ -54,12 +54,12 @@ def _work(stage: StagePlan, offer: Offer) -> dict[str, str]:
     return rows
 
 
-def _limits(stage: StagePlan, _: Offer) -> dict[str, str]:
+def _limits(stage: JobEstimate, _: Offer) -> dict[str, str]:
     """What would be the rate if there were only one limit."""
     return {f"images/s of {name}": f"{rate:,.0f}" for name, rate in stage.rates.items()}
 
 
-def _checkpoints(stage: StagePlan, _: Offer) -> dict[str, str]:
+def _checkpoints(stage: JobEstimate, _: Offer) -> dict[str, str]:
     if stage.safety is None:
         return {}
     safety = stage.safety
@@ -75,7 +75,7 @@ def _checkpoints(stage: StagePlan, _: Offer) -> dict[str, str]:
     }
 
 
-def _memory(stage: StagePlan, offer: Offer) -> dict[str, str]:
+def _memory(stage: JobEstimate, offer: Offer) -> dict[str, str]:
     """Of one GPU."""
     if stage.safety is None:
         return {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from vavae.progress import clock
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.hardware import HARDWARE, Hardware
 
@@ -32,7 +32,7 @@ def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """
     facts = {"storage": run.storage.url()}
     rows = list(rows)
-    for job, stage in STAGES.items():
+    for job, stage in JOBS.items():
         if job in TRAININGS and (mine := [row for row in rows if row["stage"] == job]):
             facts[f"training of the {stage.makes}"] = _training(run, job, mine)
             if job == "train_lightningdit" and (measures := CheckpointMetrics.of(run)) is not None:

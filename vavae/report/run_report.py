@@ -10,7 +10,7 @@ from vavae.report.curves import training_curves
 from vavae.report.html import Picture, Report
 from vavae.report.run_facts import run_facts, run_summary
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
-from vavae.runs.run import STAGES, TRAININGS, Job, Run
+from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.training.callbacks.callback import PREVIEWS
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.log import read_rows
@@ -32,7 +32,7 @@ def run_report(run: Run) -> Report:
 
 def log_rows(run: Run) -> list[dict[str, Any]]:
     """The rows that the trainings of a run have logged so far, and what was measured of checkpoints."""
-    trained = [job for job in TRAININGS if run.artifact(STAGES[job].inputs[0]) is not None]
+    trained = [job for job in TRAININGS if run.artifact(JOBS[job].inputs[0]) is not None]
     rows = {job: read_rows(run.storage.child(f"{run.training_prefix(job)}/log")) for job in trained}
     measures = CheckpointMetrics.of(run) if "train_lightningdit" in trained else None
     if measures is not None:
@@ -113,7 +113,7 @@ def _previews(run: Run) -> list[Picture]:
     """The newest one of each training."""
     found = []
     for job, final, title, caption, alt in _PREVIEWS:
-        if run.storage.is_file(final) or run.artifact(STAGES[job].inputs[0]) is None:
+        if run.storage.is_file(final) or run.artifact(JOBS[job].inputs[0]) is None:
             continue
         for path in run.storage.list(f"{run.training_prefix(job)}/{PREVIEWS}")[-1:]:
             name = f"{title} after {int(Path(path).stem):,} images"

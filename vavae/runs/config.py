@@ -15,7 +15,7 @@ from vavae.latents.config import LatentsConfig
 from vavae.losses.config import TokenizerLossConfig
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
-from vavae.runs.phases import Part, TokenizerStage, TokenizerStageConfig, resolve
+from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve
 from vavae.sampling.config import SampleConfig
 from vavae.storage.config import StorageConfig
 
@@ -138,7 +138,7 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Parts that do not learn."""
     probe_images: int | None = runtime(100_000, ge=1)
     """Images between two looks at the latents of a few held-out images, logged as `latent/...`; null never looks."""
-    stages: tuple[TokenizerStageConfig, ...] = ()
+    stages: tuple[TokenizerPhaseConfig, ...] = ()
     """What changes in the course of the training; each stage begins with the weights of the last and fresh moments."""
 
     @property
@@ -222,7 +222,7 @@ class RunConfig(Config):
         """Height and width of a latent."""
         return self.shards.image_size // self.tokenizer.downsample
 
-    def tokenizer_stages(self, images: int = 0) -> list[TokenizerStage]:
+    def tokenizer_phases(self, images: int = 0) -> list[TokenizerPhase]:
         """The stages of the tokenizer's training, at least one, up to its budget or to more images than that."""
         training = self.train_vavae
         return resolve(training.stages, self.losses, training.frozen, max(training.images, images))
@@ -235,7 +235,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _stages_can_learn(self) -> Self:
-        for stage in self.tokenizer_stages(sys.maxsize):
+        for stage in self.tokenizer_phases(sys.maxsize):
             for part, term in (("encoder", "vision_foundation"), ("decoder", "adversarial")):
                 if part in stage.frozen and getattr(stage.losses, term).weight > 0:
                     raise ValueError(

@@ -43,7 +43,7 @@ class LossChange(Config):
     kl_weight: float | None = Field(None, ge=0)
 
 
-class TokenizerStageConfig(Config):
+class TokenizerPhaseConfig(Config):
     """One entry of `train_vavae.stages`."""
 
     from_images: int = Field(0, ge=0)
@@ -54,7 +54,7 @@ class TokenizerStageConfig(Config):
     """Parts that do not learn; null leaves it as in the stage before."""
 
 
-class TokenizerStage(NamedTuple):
+class TokenizerPhase(NamedTuple):
     """A stage with everything resolved."""
 
     from_images: int
@@ -65,8 +65,8 @@ class TokenizerStage(NamedTuple):
 
 
 def resolve(
-    stages: tuple[TokenizerStageConfig, ...], losses: TokenizerLossConfig, frozen: tuple[Part, ...], images: int
-) -> list[TokenizerStage]:
+    stages: tuple[TokenizerPhaseConfig, ...], losses: TokenizerLossConfig, frozen: tuple[Part, ...], images: int
+) -> list[TokenizerPhase]:
     """The stages of a budget, in order; those that begin after it are left out.
 
     Args:
@@ -76,11 +76,11 @@ def resolve(
         images: the budget.
     """
     ends = [*(stage.from_images for stage in stages), images]
-    resolved = [TokenizerStage(0, min(ends[0], images), losses, frozen)]
+    resolved = [TokenizerPhase(0, min(ends[0], images), losses, frozen)]
     for stage, until in zip(stages, ends[1:], strict=True):
         losses = _changed(losses, stage.losses)
         frozen = frozen if stage.frozen is None else stage.frozen
-        resolved.append(TokenizerStage(stage.from_images, min(until, images), losses, frozen))
+        resolved.append(TokenizerPhase(stage.from_images, min(until, images), losses, frozen))
     return [stage for stage in resolved if stage.from_images < stage.until_images]
 
 

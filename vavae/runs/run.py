@@ -16,7 +16,7 @@ Job = Literal["prepare_shards", "train_vavae", "precompute_latents", "train_ligh
 
 
 @dataclass(frozen=True)
-class Stage:
+class JobSpec:
     """One job of a run: what it makes, and what that depends on."""
 
     job: Job
@@ -27,30 +27,30 @@ class Stage:
     """Jobs whose artefacts it reads."""
 
 
-STAGES: dict[Job, Stage] = {
+JOBS: dict[Job, JobSpec] = {
     stage.job: stage
     for stage in (
-        Stage("prepare_shards", "image shards", ("shards",), ()),
-        Stage(
+        JobSpec("prepare_shards", "image shards", ("shards",), ()),
+        JobSpec(
             "train_vavae",
             "tokenizer",
             ("seed", "stream", "teacher", "tokenizer", "losses", "train_vavae"),
             ("prepare_shards",),
         ),
-        Stage("precompute_latents", "latents", ("latents",), ("prepare_shards", "train_vavae")),
-        Stage(
+        JobSpec("precompute_latents", "latents", ("latents",), ("prepare_shards", "train_vavae")),
+        JobSpec(
             "train_lightningdit",
             "LightningDiT",
             ("seed", "stream", "lightningdit", "timesteps", "objective", "train_lightningdit"),
             ("precompute_latents",),
         ),
-        Stage(
+        JobSpec(
             "sample",
             "samples",
             ("seed", "guidance", "solver", "sample"),
             ("train_vavae", "precompute_latents", "train_lightningdit"),
         ),
-        Stage("evaluate", "measures and report", ("seed", "evaluate"), ("prepare_shards", "train_vavae", "sample")),
+        JobSpec("evaluate", "measures and report", ("seed", "evaluate"), ("prepare_shards", "train_vavae", "sample")),
     )
 }
 """All stages, in the order in which a run goes through them."""
@@ -65,7 +65,7 @@ IMPORTED = "imported"
 class Plan:
     """What a job would do now."""
 
-    stage: Stage
+    stage: JobSpec
     done: bool
     why: str
     """In a few words: what there is, or what is missing."""
@@ -113,12 +113,12 @@ class Run:
 
     def training_prefix(self, job: Job) -> str:
         """Folder of a training's checkpoints and log, under the digest of the data that it is trained on."""
-        data = self.require(STAGES[job].inputs[0]).digest
+        data = self.require(JOBS[job].inputs[0]).digest
         return f"{self.prefix(job).removesuffix('/export')}/{data[:12]}"
 
     def identity(self, job: Job) -> dict[str, Any]:
         """The part of the configuration that a job's artefact depends on."""
-        return {section: identity(getattr(self.config, section)) for section in STAGES[job].sections}
+        return {section: identity(getattr(self.config, section)) for section in JOBS[job].sections}
 
     def artifact(self, job: Job) -> Artifact | None:
         """The record of what a job has made, if it is all there."""
@@ -143,7 +143,7 @@ class Run:
         record = self.artifact(job)
         if record is None:
             raise UserError(
-                f"{self.storage.url()}: no {STAGES[job].makes} yet; "
+                f"{self.storage.url()}: no {JOBS[job].makes} yet; "
                 f"run python -m ray_jobs.{job} with this configuration first"
             )
         return record
@@ -154,7 +154,7 @@ class Run:
         Raises:
             UserError: an input is missing.
         """
-        return {name: self.require(name).digest for name in STAGES[job].inputs}
+        return {name: self.require(name).digest for name in JOBS[job].inputs}
 
     def plans(self, sources: bool = True) -> dict[Job, Plan]:
         """What every job would do now, found out without any work.
@@ -167,10 +167,10 @@ class Run:
                 same name, or the sources of the images are not what they should be.
         """
         plans: dict[Job, Plan] = {}
-        for job, stage in STAGES.items():
+        for job, stage in JOBS.items():
             missing = next((name for name in reversed(stage.inputs) if not plans[name].done), None)
             plans[job] = (
-                self._plan(job, sources) if missing is None else Plan(stage, False, f"after {STAGES[missing].makes}")
+                self._plan(job, sources) if missing is None else Plan(stage, False, f"after {JOBS[missing].makes}")
             )
         return plans
 
@@ -180,16 +180,16 @@ class Run:
         Raises:
             UserError: as `plans`; or an input is missing, or was made with another configuration.
         """
-        for name in STAGES[job].inputs:
+        for name in JOBS[job].inputs:
             if self.require(name).config != self._configuration(name):
                 raise UserError(
-                    f"{self.storage.url()}: the {STAGES[name].makes} was made with another configuration; "
+                    f"{self.storage.url()}: the {JOBS[name].makes} was made with another configuration; "
                     f"run python -m ray_jobs.{name} with this one, or give the run another name"
                 )
         return self._plan(job)
 
     def _plan(self, job: Job, sources: bool = True) -> Plan:
-        stage = STAGES[job]
+        stage = JOBS[job]
         if job == "prepare_shards" and not sources:
             record = self.artifact(job)
             return Plan(stage, record is not None, record.digest[:12] if record else "not there yet")
@@ -237,7 +237,7 @@ class Run:
         record = self.artifact(job)
         if record is not None and IMPORTED in record.details:
             raise UserError(
-                f"{self.storage.url()}: the {STAGES[job].makes} is imported from {record.details[IMPORTED]}; "
+                f"{self.storage.url()}: the {JOBS[job].makes} is imported from {record.details[IMPORTED]}; "
                 "give the run another name to train one"
             )
         self.storage.write_json(self._claim_path(job), self.identity(job))
@@ -250,7 +250,7 @@ class Run:
         if found:
             path, old, new = found[0]
             raise UserError(
-                f"{path} is {new!r}, but the {STAGES[job].makes} in {self.storage.url()} was begun with {old!r}; "
+                f"{path} is {new!r}, but the {JOBS[job].makes} in {self.storage.url()} was begun with {old!r}; "
                 "set it back or give the run another name"
             )
 
@@ -269,7 +269,7 @@ class Run:
         """
         identity_now = self.identity(job)
         return Artifact(
-            kind=STAGES[job].makes,
+            kind=JOBS[job].makes,
             digest=content,
             config=digest(identity_now),
             inputs=self.inputs(job),

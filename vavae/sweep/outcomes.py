@@ -85,7 +85,7 @@ def curve_of(one: Outcome, measure: str) -> dict[int, Figure]:
 
 def is_aligned(sweep: Sweep, one: Outcome) -> bool:
     """Whether a trial's tokenizer learns from the teacher in any stage."""
-    return any(stage.losses.vision_foundation.weight > 0 for stage in _config(sweep, one).tokenizer_stages())
+    return any(stage.losses.vision_foundation.weight > 0 for stage in _config(sweep, one).tokenizer_phases())
 
 
 def twins(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:

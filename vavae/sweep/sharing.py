@@ -8,7 +8,7 @@ from vavae.config import digest
 from vavae.config.load import dump
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, Job, Run
+from vavae.runs.run import JOBS, Job, Run
 from vavae.storage.artifact import RECORD
 from vavae.sweep.branch import branch, prefix_of
 
@@ -48,7 +48,7 @@ class Sharing:
     def run(self, config: RunConfig, job: Job) -> Run:
         """The run that holds what a job makes of a configuration; the same for all that make the same."""
         storage = config.storage.model_copy(update={"root": self.root})
-        name = f"{STAGES[job].makes.replace(' ', '-')}-{content_key(config, job)[:12]}"
+        name = f"{JOBS[job].makes.replace(' ', '-')}-{content_key(config, job)[:12]}"
         return Run(config.model_copy(update={"name": name, "storage": storage}))
 
     def make(self, config: RunConfig, job: Job, work: Callable[[Run], None], obtain: Obtain) -> Run:
@@ -63,7 +63,7 @@ class Sharing:
         run = self.run(config, job)
         if run.artifact(job) is not None:
             return run
-        for needed in STAGES[job].inputs:
+        for needed in JOBS[job].inputs:
             lend(obtain(config, needed), run, needed)
         run.storage.write_bytes("config.yaml", dump(run.config).encode())
         prefix = self.prefix(config) if job == "train_vavae" else None
@@ -84,7 +84,7 @@ def content_key(config: RunConfig, job: Job) -> str:
     parts: dict[str, Any] = {"job": job, "identity": run.identity(job), "budget": run.budget(job)}
     if job == "prepare_shards":
         parts["sources"] = {name: getattr(config.shards, name) for name in _SOURCES}
-    return digest({**parts, "inputs": {name: content_key(config, name) for name in STAGES[job].inputs}})
+    return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})
 
 
 def lend_files(owner: Run, run: Run, folder: str) -> None:
@@ -106,7 +106,7 @@ def lend(owner: Run, run: Run, job: Job) -> None:
         return
     if held is not None:
         raise UserError(
-            f"{run.storage.url()}: its {STAGES[job].makes} is another than this sweep makes now; give the sweep "
+            f"{run.storage.url()}: its {JOBS[job].makes} is another than this sweep makes now; give the sweep "
             "another name, or delete that run"
         )
     last = f"{owner.prefix(job)}/{RECORD}"

@@ -9,7 +9,7 @@ from vavae.config.load import dump
 from vavae.errors import UserError
 from vavae.evaluation.metric import read_metrics
 from vavae.runs.config import RunConfig
-from vavae.runs.run import STAGES, Job, Run
+from vavae.runs.run import JOBS, Job, Run
 from vavae.sweep.config import ThresholdConfig
 from vavae.sweep.sharing import content_key, lend, lend_files
 from vavae.sweep.space import Point
@@ -155,7 +155,7 @@ def _measure(run: Run, order: Order, task: Task) -> None:
 def _borrow(run: Run, order: Order, last: Job) -> None:
     """Have made what trials share, up to a job, and give it to the run."""
     run.storage.write_bytes("config.yaml", dump(run.config).encode())
-    for job in STAGES:
+    for job in JOBS:
         lend(order(run.config, job), run, job)
         if job == last:
             return

@@ -26,7 +26,7 @@ from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.phases import Part, TokenizerStage
+from vavae.runs.phases import Part, TokenizerPhase
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialize import initialised
 from vavae.training.logging.stopwatch import Stopwatch
@@ -122,7 +122,7 @@ class TokenizerStep:
     def __init__(
         self,
         config: RunConfig,
-        stage: TokenizerStage,
+        stage: TokenizerPhase,
         start: StepWeights | None,
         stream: ImageStream,
         accumulation_steps: Sequence[AccumulationStep],

@@ -58,7 +58,7 @@ def train_vavae(run: Run, session: Session, world: World) -> None:
     seen = checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
     callbacks = _tokenizer_callbacks(run, manifest, world)
-    for stage in config.tokenizer_stages(seen):
+    for stage in config.tokenizer_phases(seen):
         if stage.until_images < seen:
             continue
         if stage.from_images and world.any(session.stop_requested()):

@@ -35,7 +35,7 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     if job == "train_lightningdit":
         return _count(lightningdit_step(config, 1))
     assert job == "train_vavae", f"{job} trains nothing"
-    stages = config.tokenizer_stages(images_seen + 1)
+    stages = config.tokenizer_phases(images_seen + 1)
     stage = next(stage for stage in stages if images_seen < stage.until_images)
     adversarial, every = stage.losses.adversarial, stage.losses.adaptive.every
     adversary = adversarial.weight > 0 and images_seen >= adversarial.start_images

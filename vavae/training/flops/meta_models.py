@@ -17,7 +17,7 @@ from vavae.models.backbones.load import meta_backbone
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
-from vavae.runs.phases import TokenizerStage
+from vavae.runs.phases import TokenizerPhase
 from vavae.training.diffusion_step import FlowMatchingModel
 from vavae.training.tokenizer_step import TokenizerModel
 
@@ -79,7 +79,7 @@ def lightningdit_step(config: RunConfig, images: int) -> Sized:
     return Sized(step, (model,))
 
 
-def tokenizer_step(config: RunConfig, stage: TokenizerStage, images: int, *, adversary: bool, measures: bool) -> Sized:
+def tokenizer_step(config: RunConfig, stage: TokenizerPhase, images: int, *, adversary: bool, measures: bool) -> Sized:
     """One slice of so many images through the generator and all that judges it, then through the discriminator.
 
     Args:

@@ -49,7 +49,7 @@ class Utilization:
         """Images seen at which the networks of a step change."""
         if self._job != "train_vavae":
             return [0]
-        stages = self._config.tokenizer_stages()
+        stages = self._config.tokenizer_phases()
         adversaries = [stage.losses.adversarial.start_images for stage in stages]
         return [*(stage.from_images for stage in stages), *adversaries]
 
