@@ -7,7 +7,7 @@ from ray_jobs.runtime.command import main
 from vavae.config import digest
 from vavae.distributed.world import World
 from vavae.runs.run import Run
-from vavae.sampling.inputs import open_generator, sample_set
+from vavae.sampling.inputs import open_sampler, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
 
@@ -24,7 +24,7 @@ def work(run: Run) -> None:
 
 def _make_work(run: Run) -> Work:
     samples = sample_set(run)
-    generator = open_generator(run, World.current(run.config.workers.use_gpu).device)
+    generator = open_sampler(run, World.current(run.config.workers.use_gpu).device)
 
     def do(shard: int, advance: Advance) -> None:
         samples.generate(shard, generator, advance)

@@ -13,7 +13,7 @@ from support.trained import trained_run
 
 from vavae.cli.main import main
 from vavae.diffusion.config import GuidanceConfig
-from vavae.sampling.inputs import open_generator, sample_set
+from vavae.sampling.inputs import open_sampler, sample_set
 
 README = Path(__file__).parents[2] / "README.md"
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def expected(run):
 
 def images(run, guidance=None):
     config = run.config
-    return open_generator(run, CPU).images(
+    return open_sampler(run, CPU).images(
         [0, 1, 2] * 2, [0] * 3 + [2] * 3, config.seed, guidance or config.guidance, config.solver
     )
 
@@ -86,7 +86,7 @@ def test_guidance_and_every_other_key_can_be_set(sample, run, tmp_path, words):
 
 
 def test_seed_and_class_of_an_image_of_the_runs_own_samples_give_that_image(sample, run, tmp_path):
-    samples, generator = sample_set(run), open_generator(run, CPU)
+    samples, generator = sample_set(run), open_sampler(run, CPU)
     for shard in samples.shards():
         samples.generate(shard, generator, lambda _: None)
     index = 7

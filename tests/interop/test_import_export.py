@@ -28,7 +28,7 @@ from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
-from vavae.sampling.inputs import open_generator, sample_set
+from vavae.sampling.inputs import open_sampler, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
 
@@ -101,7 +101,7 @@ class Exchange:
 
     def sample_and_evaluate(self):
         run = self.run()
-        generator, samples = open_generator(run, World().device), sample_set(run)
+        generator, samples = open_sampler(run, World().device), sample_set(run)
         for shard in samples.shards():
             samples.generate(shard, generator, lambda _: None)
         files = samples.files()

@@ -17,7 +17,7 @@ from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.sampling import sample_shards
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.sample_shards import SampleSet, read_samples
-from vavae.sampling.sampler import Generator
+from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage, sha256_of
 
 CONFIG = SampleConfig(images=10, shard_images=4, batch_size=3)
@@ -27,12 +27,12 @@ GUIDANCE, SOLVER, SEED = GuidanceConfig(), SolverConfig(num_steps=1), 3
 class Recorder:
     """A generator, with the indices that it was asked for."""
 
-    batches = Generator.batches
+    batches = Sampler.batches
 
     def __init__(self):
         channels = small.TOKENIZER.latent_dim
         normalizer = LatentNormalizer(torch.zeros(channels), torch.ones(channels))
-        self.generator, self.asked = Generator(small.tokenizer(), small.lightningdit(), normalizer), []
+        self.generator, self.asked = Sampler(small.tokenizer(), small.lightningdit(), normalizer), []
 
     def images(self, indices, *rest):
         self.asked.append(indices)

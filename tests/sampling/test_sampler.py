@@ -10,7 +10,7 @@ from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
-from vavae.sampling.sampler import Generator, noise_of
+from vavae.sampling.sampler import Sampler, noise_of
 
 GUIDED, PLAIN, SOLVER = GuidanceConfig(scale=6), GuidanceConfig(), SolverConfig(num_steps=3)
 SOLVERS = [SOLVER, SolverConfig(name="heun", num_steps=2, shift="by_dimension"), SolverConfig(name="dopri5")]
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(small.tokenizer(), small.lightningdit(), LatentNormalizer(MEAN, STD))
+    return Sampler(small.tokenizer(), small.lightningdit(), LatentNormalizer(MEAN, STD))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def stored(tmp_path):
 
 def test_a_generator_from_storage_makes_the_same_images(stored, images):
     tokenizer, latents, lightningdit = stored
-    loaded = Generator.load(tokenizer, DIGEST, latents, lightningdit, CPU)
+    loaded = Sampler.load(tokenizer, DIGEST, latents, lightningdit, CPU)
     assert torch.equal(loaded.images(INDICES, LABELS, SEED, GUIDED, SOLVER), images)
 
 
@@ -116,4 +116,4 @@ def test_a_lightningdit_of_another_tokenizer_is_refused(stored):
     with pytest.raises(
         UserError, match=rf"export was trained on latents of tokenizer {DIGEST[:12]}, but .*export is {'b' * 12}"
     ):
-        Generator.load(tokenizer, "b" * 64, latents, lightningdit, CPU)
+        Sampler.load(tokenizer, "b" * 64, latents, lightningdit, CPU)

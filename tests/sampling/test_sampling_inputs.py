@@ -5,14 +5,14 @@ from support.trained import DIGEST, trained_run
 
 from vavae.errors import UserError
 from vavae.runs.run import Run
-from vavae.sampling.inputs import class_names, open_generator, sample_set, this_device
+from vavae.sampling.inputs import class_names, open_sampler, sample_set, this_device
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Where the run is, with its samples."""
     run = trained_run(tmp_path_factory.mktemp("runs"))
-    samples, generator = sample_set(run), open_generator(run, this_device())
+    samples, generator = sample_set(run), open_sampler(run, this_device())
     for shard in samples.shards():
         samples.generate(shard, generator, lambda _: None)
     return run.storage.url()

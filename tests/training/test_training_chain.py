@@ -29,7 +29,7 @@ from vavae.report.run_report import log_rows
 from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Run
-from vavae.sampling.inputs import open_generator, sample_set
+from vavae.sampling.inputs import open_sampler, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -90,7 +90,7 @@ def _extract(run: Run) -> None:
 
 
 def _sample(run: Run) -> None:
-    generator, samples = open_generator(run, World().device), sample_set(run)
+    generator, samples = open_sampler(run, World().device), sample_set(run)
     for shard in samples.shards():
         samples.generate(shard, generator, _ignore)
     files = samples.files()

@@ -12,7 +12,7 @@ from vavae.errors import UserError
 from vavae.progress import Progress, Rate, show
 from vavae.runs.run import Run
 from vavae.sampling.files import Wanted, parse_seeds, write_array, write_shard
-from vavae.sampling.inputs import class_names, open_generator, this_device
+from vavae.sampling.inputs import class_names, open_sampler, this_device
 from vavae.sampling.labels import find_classes
 
 _PICTURE_IMAGES = 10_000
@@ -39,7 +39,7 @@ def sample(run: Run, classes: str, seeds: str, out: str) -> None:
     write = _writer(out, len(wanted.indices))
     # Nothing else runs here, so the threads are not those of one worker among many.
     configure_torch(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
-    generator = open_generator(run, this_device())
+    generator = open_sampler(run, this_device())
     batches = generator.batches(
         wanted.indices, wanted.labels, config.seed, config.guidance, config.solver, config.sample.batch_size
     )

@@ -15,7 +15,7 @@ from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.sampling.labels import label_law
-from vavae.sampling.sampler import Generator
+from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import load_average
 from vavae.training.checkpoints.metrics import CHECKPOINTS, CheckpointMetrics
@@ -85,7 +85,7 @@ def _as_custom(run: Run) -> RunConfig:
     return run.config.model_copy(update={"evaluate": evaluate})
 
 
-def _generator(run: Run, images_seen: int, classes: int, device: torch.device) -> Generator:
+def _generator(run: Run, images_seen: int, classes: int, device: torch.device) -> Sampler:
     """The run's tokenizer with the average that lies in a checkpoint."""
     config, latents = run.config, run.storage.child(run.prefix("precompute_latents"))
     with torch.device("meta"):
@@ -94,4 +94,4 @@ def _generator(run: Run, images_seen: int, classes: int, device: torch.device) -
     load_average(_training(run), images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
     tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
     normalizer = LatentNormalizer(*read_statistics(latents))
-    return Generator(tokenizer.to(device), model.to(device), normalizer.to(device))
+    return Sampler(tokenizer.to(device), model.to(device), normalizer.to(device))

@@ -6,7 +6,7 @@ from vavae.config import digest
 from vavae.latents.manifest import read_latent_manifest
 from vavae.runs.run import Run
 from vavae.sampling.sample_shards import SampleSet
-from vavae.sampling.sampler import Generator
+from vavae.sampling.sampler import Sampler
 
 
 def class_names(run: Run) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def this_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_generator(run: Run, device: torch.device) -> Generator:
+def open_sampler(run: Run, device: torch.device) -> Sampler:
     """The trained models, ready to generate.
 
     Raises:
@@ -32,7 +32,7 @@ def open_generator(run: Run, device: torch.device) -> Generator:
     """
     tokenizer = run.require("train_vavae").digest
     run.require("train_lightningdit")
-    return Generator.load(
+    return Sampler.load(
         run.storage.child(run.prefix("train_vavae")),
         tokenizer,
         run.storage.child(run.prefix("precompute_latents")),

@@ -14,7 +14,7 @@ from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.labels import label_law
-from vavae.sampling.sampler import Generator
+from vavae.sampling.sampler import Sampler
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
@@ -65,7 +65,7 @@ class SampleSet:
         """Numbers of all shards, done or not."""
         return range(-(-self._config.images // self._config.shard_images))
 
-    def generate(self, shard: int, generator: Generator, advance: Callable[[int], None]) -> None:
+    def generate(self, shard: int, generator: Sampler, advance: Callable[[int], None]) -> None:
         """Make one shard, unless it is done; `advance` is told the images done since its last call."""
         indices = self._indices(shard)
         if self.record(shard) is not None:

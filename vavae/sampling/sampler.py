@@ -20,7 +20,7 @@ from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage
 
 
-class Generator(NamedTuple):
+class Sampler(NamedTuple):
     """Everything that turns noise into images."""
 
     tokenizer: VAVAE
@@ -30,7 +30,7 @@ class Generator(NamedTuple):
     @classmethod
     def load(
         cls, tokenizer: Storage, tokenizer_digest: str, latents: Storage, lightningdit: Storage, device: torch.device
-    ) -> "Generator":
+    ) -> "Sampler":
         """Load both exports and the statistics of the latents.
 
         Args:

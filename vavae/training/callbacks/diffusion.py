@@ -14,7 +14,7 @@ from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.runs.config import RunConfig
 from vavae.sampling.labels import label_law
-from vavae.sampling.sampler import Generator
+from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.callback import exported_module, save_preview
 from vavae.training.logging.log import MetricsLog
@@ -81,7 +81,7 @@ class SamplePreview:
     def _generate(self, model: LightningDiT) -> Tensor:
         """The images, uint8 [N, 3, H, W]."""
         config, device = self._config, self._world.device
-        generator = Generator(self._tokenizer.to(device), model, self._normalizer.to(device))
+        generator = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device))
         drawn = generator.batches(
             range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size
         )
