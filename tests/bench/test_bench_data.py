@@ -5,8 +5,8 @@ import tracemalloc
 import pytest
 import torch
 
-from vavae.bench import benchmark as contest
-from vavae.bench.benchmark import Contest, LeftOut, Row, compete, table_head, table_line
+from vavae.bench import benchmark as benchmark
+from vavae.bench.benchmark import Benchmark, LeftOut, Row, run_interleaved, table_head, table_line
 from vavae.bench.data import local, run, start, store
 from vavae.bench.data.run import Sizes
 from vavae.cli.main import main
@@ -44,8 +44,8 @@ def test_the_command_prints_a_table_with_a_line_for_every_contest(monkeypatch, c
 def test_both_epochs_of_a_store_are_read(tmp_path):
     if store.why_no_s3_server():
         pytest.skip(store.why_no_s3_server())
-    rows = [row for contest in store.store_contests(tmp_path, 32) for row in compete(contest, 1)]
-    assert [(row.contest, row.rival) for row in rows] == [
+    rows = [row for benchmark in store.store_benchmarks(tmp_path, 32) for row in run_interleaved(benchmark, 1)]
+    assert [(row.benchmark, row.baseline) for row in rows] == [
         ("S3 stream, first epoch", "webdataset"),
         ("S3 stream, second epoch", "webdataset"),
     ]
@@ -57,18 +57,18 @@ def side(clock, turns, name, seconds):
         turns.append(name)
         return 10
 
-    return contest.processor_rate(work)
+    return benchmark.processor_rate(work)
 
 
 def test_sides_take_turns_and_the_ratio_is_of_samples_per_second(monkeypatch):
     clock, turns = [0.0], []
-    monkeypatch.setattr(contest.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: clock[0])
     sides = {
         "a": side(clock, turns, "a", 2.0),
         "b": side(clock, turns, "b", 1.0),
         "vavae": side(clock, turns, "vavae", 0.5),
     }
-    assert compete(Contest("x", "img/s", sides), 3) == [
+    assert run_interleaved(Benchmark("x", "img/s", sides), 3) == [
         Row("x", "img/s", "a", 5, 20, (4, 4, 4)),
         Row("x", "img/s", "b", 10, 20, (2, 2, 2)),
     ]
@@ -76,7 +76,7 @@ def test_sides_take_turns_and_the_ratio_is_of_samples_per_second(monkeypatch):
 
 
 def test_where_less_is_better_the_ratio_is_turned():
-    (row,) = compete(Contest("x", "s", {"a": lambda: 6.0, "vavae": lambda: 2.0}, less_is_better=True), 1)
+    (row,) = run_interleaved(Benchmark("x", "s", {"a": lambda: 6.0, "vavae": lambda: 2.0}, less_is_better=True), 1)
     assert row.ratios == (3,)
 
 
@@ -92,14 +92,14 @@ def test_a_line_has_medians_and_the_range():
 def test_unequal_outputs_are_not_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(local, "places", lambda shards, steps: list(range(32)))
     with pytest.raises(AssertionError, match="webdataset decodes other pixels"):
-        list(local.image_contests(tmp_path / "images", 32))
+        list(local.image_benchmarks(tmp_path / "images", 32))
     with pytest.raises(AssertionError, match="webdataset reads other latents"):
-        list(local.latent_contests(tmp_path / "latents", 32))
+        list(local.latent_benchmarks(tmp_path / "latents", 32))
 
 
 def test_where_linux_does_not_tell_memory_starting_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(start, "STATUS", tmp_path / "missing")
-    (found,) = start.start_contests(tmp_path, 64, 40)
+    (found,) = start.start_benchmarks(tmp_path, 64, 40)
     assert isinstance(found, LeftOut)
 
 

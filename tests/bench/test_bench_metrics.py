@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from vavae.bench import metrics as statistics
-from vavae.bench.benchmark import compete
+from vavae.bench.benchmark import run_interleaved
 from vavae.cli.main import main
 from vavae.metrics.frechet import Gaussian
 
@@ -40,7 +40,7 @@ def test_unequal_outputs_are_not_measured(monkeypatch, side):
     monkeypatch.setattr(statistics, side, wrong[side])
     monkeypatch.setattr(statistics, "apart", lambda *_: statistics._Cost(1.0, 1.0))
     with pytest.raises(AssertionError):
-        [compete(contest, 1) for contest in statistics.contests(100, 8)]
+        [run_interleaved(benchmark, 1) for benchmark in statistics.benchmarks(100, 8)]
 
 
 def _moments(images: int, dimensions: int):

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from vavae.hardware import processor_name
 
-OURS = "vavae"
-_COLUMNS = {"contest": 24, "unit": 20, "against": 18, "theirs": 9, OURS: 9, "ratio": 7, "range": 16}
+VAVAE_SIDE = "vavae"
+_COLUMNS = {"contest": 24, "unit": 20, "against": 18, "theirs": 9, VAVAE_SIDE: 9, "ratio": 7, "range": 16}
 """Names and widths."""
 
 
-class Contest(NamedTuple):
+class Benchmark(NamedTuple):
     """Sides that do the same work."""
 
     name: str
@@ -29,11 +29,11 @@ class Contest(NamedTuple):
 class Row(NamedTuple):
     """A line of the table: ours against one other, medians over the rounds."""
 
-    contest: str
+    benchmark: str
     unit: str
-    rival: str
-    theirs: float | None
-    ours: float
+    baseline: str
+    baseline_side: float | None
+    vavae_side: float
     ratios: tuple[float, ...]
     """How many times better ours was in each round."""
 
@@ -41,28 +41,35 @@ class Row(NamedTuple):
 class LeftOut(NamedTuple):
     """A contest that cannot be held here."""
 
-    contest: str
+    benchmark: str
     reason: str
 
 
-def compete(contest: Contest, rounds: int) -> list[Row]:
+def run_interleaved(benchmark: Benchmark, rounds: int) -> list[Row]:
     """Let every side have its turn, `rounds` times over after a first one that does not count."""
-    for warm_up in contest.sides.values():
+    for warm_up in benchmark.sides.values():
         warm_up()
-    figures: dict[str, list[float]] = {side: [] for side in contest.sides}
+    figures: dict[str, list[float]] = {side: [] for side in benchmark.sides}
     for _ in range(rounds):
-        for side, turn in contest.sides.items():
+        for side, turn in benchmark.sides.items():
             figures[side].append(turn())
-    ours = figures.pop(OURS)
+    vavae_side = figures.pop(VAVAE_SIDE)
     return [
-        Row(contest.name, contest.unit, rival, statistics.median(theirs), statistics.median(ours), ratios)
-        for rival, theirs in figures.items()
-        for ratios in [tuple(_times_better(contest, *pair) for pair in zip(ours, theirs, strict=True))]
+        Row(
+            benchmark.name,
+            benchmark.unit,
+            baseline,
+            statistics.median(baseline_side),
+            statistics.median(vavae_side),
+            ratios,
+        )
+        for baseline, baseline_side in figures.items()
+        for ratios in [tuple(_times_better(benchmark, *pair) for pair in zip(vavae_side, baseline_side, strict=True))]
     ]
 
 
-def _times_better(contest: Contest, ours: float, theirs: float) -> float:
-    return theirs / ours if contest.less_is_better else ours / theirs
+def _times_better(benchmark: Benchmark, vavae_side: float, baseline_side: float) -> float:
+    return baseline_side / vavae_side if benchmark.less_is_better else vavae_side / baseline_side
 
 
 def processor_rate(work: Callable[[], int]) -> Callable[[], float]:
@@ -107,10 +114,10 @@ def table_head() -> str:
 
 def table_line(row: Row) -> str:
     """The line of one row."""
-    theirs = "" if row.theirs is None else _figure(row.theirs)
+    baseline_side = "" if row.baseline_side is None else _figure(row.baseline_side)
     ratio = f"{statistics.median(row.ratios):.2f}x" if row.ratios else ""
     spread = f"{min(row.ratios):.2f} to {max(row.ratios):.2f}" if row.ratios else ""
-    return _line(row.contest, row.unit, row.rival, theirs, _figure(row.ours), ratio, spread)
+    return _line(row.benchmark, row.unit, row.baseline, baseline_side, _figure(row.vavae_side), ratio, spread)
 
 
 def _line(*cells: str) -> str:

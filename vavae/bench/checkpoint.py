@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae.bench.benchmark import OURS, Contest
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark
 from vavae.data.image_stream import MicroBatchSource
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine, TorchEngine
@@ -59,7 +59,7 @@ class _Trained:
 
 
 @contextmanager
-def stall_contest(parameters: int) -> Iterator[Contest]:
+def stall_benchmark(parameters: int) -> Iterator[Benchmark]:
     """Seconds for which one checkpoint on a local disk holds a training up: written by a thread, as ours is; written
     at once; and no more than copied, which is the least that anything can do.
 
@@ -77,7 +77,7 @@ def stall_contest(parameters: int) -> Iterator[Contest]:
             checkpoints.save(trained, _FRESH.after(seen), {}, lambda: None)
             return time.perf_counter() - start
 
-        def ours() -> float:
+        def vavae_side() -> float:
             held_up = save()
             checkpoints.wait_for_pending_save()
             return held_up
@@ -95,5 +95,5 @@ def stall_contest(parameters: int) -> Iterator[Contest]:
             assert len(copies) > 0, "a model has weights"
             return seconds
 
-        sides = {OURS: ours, "writing at once": at_once, "the copy alone": copied}
-        yield Contest(f"checkpoint of {12 * parameters // 2**20} MiB", "s held up", sides, less_is_better=True)
+        sides = {VAVAE_SIDE: vavae_side, "writing at once": at_once, "the copy alone": copied}
+        yield Benchmark(f"checkpoint of {12 * parameters // 2**20} MiB", "s held up", sides, less_is_better=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vavae.bench.benchmark import OURS, Contest
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark
 from vavae.bench.process import apart, most_mebibytes
 from vavae.errors import UserError
 from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
@@ -30,7 +30,7 @@ class _Cost(NamedTuple):
     mebibytes: float
 
 
-def contests(images: int, dimensions: int) -> Iterator[Contest]:
+def benchmarks(images: int, dimensions: int) -> Iterator[Benchmark]:
     """Moments of so many features, in time and memory; then a distance between two sets of moments.
 
     Raises:
@@ -38,22 +38,22 @@ def contests(images: int, dimensions: int) -> Iterator[Contest]:
     """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UserError("the other side is torch-fidelity, which is not installed: pip install 'vavae[fidelity]'")
-    ours, theirs = _running(_CHECKED, dimensions), _gathered(_CHECKED, dimensions)
-    torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-5, atol=1e-6)
-    takes = {"torch-fidelity": _gathered, OURS: _running}
+    vavae_side, baseline_side = _running(_CHECKED, dimensions), _gathered(_CHECKED, dimensions)
+    torch.testing.assert_close(vavae_side.mean, baseline_side.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(vavae_side.covariance, baseline_side.covariance, rtol=1e-5, atol=1e-6)
+    takes = {"torch-fidelity": _gathered, VAVAE_SIDE: _running}
     sides = {name: _Side(take, images, dimensions) for name, take in takes.items()}
     name = f"moments of {images:,}"
-    yield Contest(name, "s of processor", {side: turns.seconds for side, turns in sides.items()}, less_is_better=True)
-    yield Contest(name, "MiB more", {side: turns.mebibytes for side, turns in sides.items()}, less_is_better=True)
+    yield Benchmark(name, "s of processor", {side: turns.seconds for side, turns in sides.items()}, less_is_better=True)
+    yield Benchmark(name, "MiB more", {side: turns.mebibytes for side, turns in sides.items()}, less_is_better=True)
 
     sets = _moments(2 * dimensions, dimensions, 0), _moments(2 * dimensions, dimensions, 1)
-    distances = {"torch-fidelity": _fidelity_distance, "scipy sqrtm": _sqrtm_distance, OURS: frechet_distance}
+    distances = {"torch-fidelity": _fidelity_distance, "scipy sqrtm": _sqrtm_distance, VAVAE_SIDE: frechet_distance}
     expected = frechet_distance(*sets)
     for side, distance in distances.items():
         assert abs(distance(*sets) / expected - 1) < 1e-6, f"{side} comes to another distance"
     turns = {side: partial(_processor_seconds, partial(distance, *sets)) for side, distance in distances.items()}
-    yield Contest(f"distance in {dimensions:,}", "s of processor", turns, less_is_better=True)
+    yield Benchmark(f"distance in {dimensions:,}", "s of processor", turns, less_is_better=True)
 
 
 class _Side:

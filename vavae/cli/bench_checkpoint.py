@@ -16,11 +16,11 @@ def add_command(commands: Any) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
-    from vavae.bench.benchmark import compete
-    from vavae.bench.checkpoint import stall_contest
+    from vavae.bench.benchmark import run_interleaved
+    from vavae.bench.checkpoint import stall_benchmark
 
     print(f"{machine('safetensors')}\n\n{table_head()}", flush=True)
-    with stall_contest(arguments.parameters) as contest:
-        for row in compete(contest, arguments.rounds):
+    with stall_benchmark(arguments.parameters) as benchmark:
+        for row in run_interleaved(benchmark, arguments.rounds):
             print(table_line(row), flush=True)
     return 0

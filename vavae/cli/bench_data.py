@@ -21,7 +21,7 @@ def _data(arguments: argparse.Namespace) -> int:
     left_out = []
     for found in run(arguments.rounds, Sizes()):
         if isinstance(found, LeftOut):
-            left_out.append(f"{found.contest} is left out: {found.reason}")
+            left_out.append(f"{found.benchmark} is left out: {found.reason}")
         else:
             print(table_line(found), flush=True)
     print(*left_out, sep="\n")

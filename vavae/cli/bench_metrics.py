@@ -19,11 +19,11 @@ def add_command(commands: Any) -> None:
 
 
 def _metrics(arguments: argparse.Namespace) -> int:
-    from vavae.bench.benchmark import compete
-    from vavae.bench.metrics import contests
+    from vavae.bench.benchmark import run_interleaved
+    from vavae.bench.metrics import benchmarks
 
     print(f"{machine('numpy', 'scipy', 'torch-fidelity')}\n\n{table_head()}", flush=True)
-    for contest in contests(arguments.images, arguments.dimensions):
-        for row in compete(contest, arguments.rounds):
+    for benchmark in benchmarks(arguments.images, arguments.dimensions):
+        for row in run_interleaved(benchmark, arguments.rounds):
             print(table_line(row), flush=True)
     return 0

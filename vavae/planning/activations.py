@@ -8,13 +8,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job
-from vavae.training.flops.meta_models import Sized, lightningdit_step, tokenizer_step
+from vavae.training.flops.meta_models import MetaModel, lightningdit_step, tokenizer_step
 
 
 class _Ledger:
     """Bytes of the tensors that graphs hold, parameters left out: now, and at most."""
 
-    def __init__(self, task: Sized) -> None:
+    def __init__(self, task: MetaModel) -> None:
         self._free = {_storage(t) for module in task.modules for t in (*module.parameters(), *module.buffers())}
         self._holders: Counter[int] = Counter()
         self._now = self.peak = 0

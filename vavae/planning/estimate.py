@@ -7,7 +7,7 @@ from vavae.losses.adversarial import PatchDiscriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job, Run
-from vavae.training.flops.meta_models import lightningdit_of, sized
+from vavae.training.flops.meta_models import lightningdit_of, on_meta
 
 FLOAT_BYTES = 4
 _HALF_BYTES = 2
@@ -45,10 +45,10 @@ def latent_bytes(config: RunConfig) -> int:
 def trained_parameters(config: RunConfig, job: Job) -> dict[str, int]:
     """Numbers of weights that a training optimises, by engine; the one that is exported comes first."""
     if job == "train_lightningdit":
-        return {"lightningdit": _parameters(sized(lambda: lightningdit_of(config)))}
-    found = {"generator": _parameters(sized(lambda: VAVAE(config.tokenizer)))}
+        return {"lightningdit": _parameters(on_meta(lambda: lightningdit_of(config)))}
+    found = {"generator": _parameters(on_meta(lambda: VAVAE(config.tokenizer)))}
     if config.adversarial:
-        found["discriminator"] = _parameters(sized(lambda: PatchDiscriminator(config.losses.adversarial)))
+        found["discriminator"] = _parameters(on_meta(lambda: PatchDiscriminator(config.losses.adversarial)))
     return found
 
 

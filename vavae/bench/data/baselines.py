@@ -22,7 +22,7 @@ _CHUNK = 64 << 20
 T = TypeVar("T")
 
 
-class Rival(NamedTuple):
+class Baseline(NamedTuple):
     """Another reader of the same images."""
 
     name: str
@@ -32,7 +32,7 @@ class Rival(NamedTuple):
     """The decoded ones: uint8 [B, 3, H, W]."""
 
 
-def rivals(tar: Path, files: Sequence[bytes], folder: Path) -> list[Rival]:
+def baselines(tar: Path, files: Sequence[bytes], folder: Path) -> list[Baseline]:
     """Whatever is installed here.
 
     Args:
@@ -48,14 +48,14 @@ def rivals(tar: Path, files: Sequence[bytes], folder: Path) -> list[Rival]:
     return found
 
 
-def _webdataset(tar: Path) -> Rival:
+def _webdataset(tar: Path) -> Baseline:
     def samples() -> Iterator[dict[str, Any]]:
         return iter(webdataset.WebDataset(str(tar), shardshuffle=False))
 
-    return Rival("webdataset", lambda: (sample["jpg"] for sample in samples()), lambda: _decoded(samples()))
+    return Baseline("webdataset", lambda: (sample["jpg"] for sample in samples()), lambda: _decoded(samples()))
 
 
-def _litdata(files: Sequence[bytes], folder: Path) -> Rival:
+def _litdata(files: Sequence[bytes], folder: Path) -> Baseline:
     importlib.import_module("vavae.torchvision_compat")  # LitData imports torchvision
     from litdata import StreamingDataset
     from litdata.streaming.writer import BinaryWriter
@@ -68,7 +68,7 @@ def _litdata(files: Sequence[bytes], folder: Path) -> Rival:
     return _through_pillow("LitData", StreamingDataset(str(folder), shuffle=False))
 
 
-def _mosaicml(files: Sequence[bytes], folder: Path) -> Rival:
+def _mosaicml(files: Sequence[bytes], folder: Path) -> Baseline:
     importlib.import_module("vavae.torchvision_compat")  # so does Streaming
     from streaming import MDSWriter, StreamingDataset
 
@@ -78,7 +78,7 @@ def _mosaicml(files: Sequence[bytes], folder: Path) -> Rival:
     return _through_pillow("MosaicML Streaming", StreamingDataset(local=str(folder), shuffle=False, batch_size=BATCH))
 
 
-def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Rival:
+def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Baseline:
     """A reader that leaves decoding to others, here to Pillow as WebDataset does."""
 
     def records() -> Iterator[bytes]:
@@ -88,7 +88,7 @@ def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Rival:
         for batch in in_batches(records()):
             yield _stacked([np.asarray(Image.open(io.BytesIO(data))) for data in batch])
 
-    return Rival(name, records, batches)
+    return Baseline(name, records, batches)
 
 
 def streamed_batches(bodies: Iterable[io.BufferedIOBase]) -> Iterator[Tensor]:

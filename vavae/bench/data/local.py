@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vavae.bench.benchmark import OURS, Contest, processor_rate
-from vavae.bench.data.baselines import in_batches, latent_batches, rivals
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, processor_rate
+from vavae.bench.data.baselines import baselines, in_batches, latent_batches
 from vavae.bench.data.shards import BATCH, SPLIT, make_images, make_latents, write_images, write_latent_shard
 from vavae.bench.data.vavae_readers import image_stream, latent_stream, places, read, tar_records
 from vavae.data.image import decode_image
@@ -17,43 +17,45 @@ from vavae.storage.storage import Storage
 _UNIT = "img/s of processor"
 
 
-def image_contests(folder: Path, count: int) -> Iterator[Contest]:
+def image_benchmarks(folder: Path, count: int) -> Iterator[Benchmark]:
     """Records of a tar; batches of decoded JPEG images beside other readers, and beside the decoder alone."""
     storage, files = Storage(str(folder)), make_images(count)
     manifest, steps = write_images(storage, files), range(count // BATCH)
     (shard,) = manifest.splits[SPLIT]
     tar = storage.local_file(f"{SPLIT}/{shard.name}")
-    others = rivals(tar, files, folder)
-    readers = {**{other.name: other.records for other in others}, OURS: lambda: tar_records(tar)}
+    others = baselines(tar, files, folder)
+    readers = {**{other.name: other.records for other in others}, VAVAE_SIDE: lambda: tar_records(tar)}
     for name, records in readers.items():
         assert list(records()) == files, f"{name} reads other records"
-    yield Contest("tar records", _UNIT, {name: _counting(records) for name, records in readers.items()})
+    yield Benchmark("tar records", _UNIT, {name: _counting(records) for name, records in readers.items()})
 
     stream = image_stream(storage, manifest)
-    ours = torch.cat([stream[MicroBatchKey(0, step)].images for step in steps])
+    vavae_side = torch.cat([stream[MicroBatchKey(0, step)].images for step in steps])
     for other in others:
         decoded = torch.cat(list(other.batches()))[places([shard], steps)]
-        assert torch.equal(decoded, ours), f"{other.name} decodes other pixels"
+        assert torch.equal(decoded, vavae_side), f"{other.name} decodes other pixels"
     batches = processor_rate(lambda: read(image_stream(storage, manifest), steps))
-    yield Contest("JPEG batches", _UNIT, {**{other.name: _adding(other.batches) for other in others}, OURS: batches})
-    yield Contest("JPEG batches", _UNIT, {"bare decoder": _adding(lambda: _decoded(files)), OURS: batches})
+    yield Benchmark(
+        "JPEG batches", _UNIT, {**{other.name: _adding(other.batches) for other in others}, VAVAE_SIDE: batches}
+    )
+    yield Benchmark("JPEG batches", _UNIT, {"bare decoder": _adding(lambda: _decoded(files)), VAVAE_SIDE: batches})
 
 
-def latent_contests(folder: Path, count: int) -> Iterator[Contest]:
+def latent_benchmarks(folder: Path, count: int) -> Iterator[Benchmark]:
     """Batches of latents."""
     storage, steps = Storage(str(folder)), range(count // BATCH)
     manifest = write_latent_shard(storage, make_latents(count))
     (shard,) = manifest.splits[SPLIT]
     tar = storage.local_file(f"{SPLIT}/{shard.name}")
     stream = latent_stream(storage, manifest)
-    ours = torch.cat([stream[MicroBatchKey(0, step)].mean for step in steps])
-    theirs = torch.cat(list(latent_batches(tar)))[places([shard], steps)]
-    assert torch.equal(theirs, ours), "webdataset reads other latents"
+    vavae_side = torch.cat([stream[MicroBatchKey(0, step)].mean for step in steps])
+    baseline_side = torch.cat(list(latent_batches(tar)))[places([shard], steps)]
+    assert torch.equal(baseline_side, vavae_side), "webdataset reads other latents"
     sides = {
         "webdataset": _adding(lambda: latent_batches(tar)),
-        OURS: processor_rate(lambda: read(latent_stream(storage, manifest), steps)),
+        VAVAE_SIDE: processor_rate(lambda: read(latent_stream(storage, manifest), steps)),
     }
-    yield Contest("latent batches", _UNIT, sides)
+    yield Benchmark("latent batches", _UNIT, sides)
 
 
 def _decoded(files: Iterable[bytes]) -> Iterator[list[np.ndarray]]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from vavae.bench.benchmark import Contest, LeftOut, Row, compete
-from vavae.bench.data.local import image_contests, latent_contests
-from vavae.bench.data.start import start_contests
-from vavae.bench.data.store import store_contests
+from vavae.bench.benchmark import Benchmark, LeftOut, Row, run_interleaved
+from vavae.bench.data.local import image_benchmarks, latent_benchmarks
+from vavae.bench.data.start import start_benchmarks
+from vavae.bench.data.store import store_benchmarks
 
 
 class Sizes(NamedTuple):
@@ -38,13 +38,13 @@ def run(rounds: int, sizes: Sizes) -> Iterator[Row | LeftOut]:
         with tempfile.TemporaryDirectory(prefix="vavae-") as name:
             folder = Path(name)
             for found in chain(
-                image_contests(folder / "images", sizes.images),
-                latent_contests(folder / "latents", sizes.latents),
-                store_contests(folder / "store", sizes.images),
-                start_contests(folder / "start", sizes.latents, sizes.shards),
+                image_benchmarks(folder / "images", sizes.images),
+                latent_benchmarks(folder / "latents", sizes.latents),
+                store_benchmarks(folder / "store", sizes.images),
+                start_benchmarks(folder / "start", sizes.latents, sizes.shards),
             ):
-                if isinstance(found, Contest):
-                    yield from compete(found, rounds)
+                if isinstance(found, Benchmark):
+                    yield from run_interleaved(found, rounds)
                 else:
                     yield found
     finally:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vavae.bench.benchmark import OURS, Contest, LeftOut, Row
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, LeftOut, Row
 from vavae.bench.data.shards import SPLIT, labels_of, make_latents, write_latent_shard
 from vavae.bench.process import STATUS, apart, own_mebibytes
 from vavae.data.config import StreamConfig
@@ -53,7 +53,7 @@ class _Reader(NamedTuple):
     stream: LatentStream
 
 
-def start_contests(folder: Path, latents: int, shards: int) -> Iterator[Contest | Row | LeftOut]:
+def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchmark | Row | LeftOut]:
     """Until the first batch, beside an entry per latent as the public reader keeps it; then an epoch of ours.
 
     Args:
@@ -67,12 +67,12 @@ def start_contests(folder: Path, latents: int, shards: int) -> Iterator[Contest 
     latent_set = _write_set(folder, latents, shards)
     order = order_of([latents] * shards, 0, _CONFIG)
     places = [place for lane in range(_CONFIG.lanes) for place in order.micro_batch(lane, 0, _MICRO_BATCH)]
-    theirs = _gather(_list_entries(latent_set), [place.shard * latents + place.record for place in places])
-    assert torch.equal(theirs, _start_ours(latent_set).batch), "an entry per latent leads to other latents"
-    sides = {"an entry each": _start_with_entries, OURS: _start_ours}
+    baseline_side = _gather(_list_entries(latent_set), [place.shard * latents + place.record for place in places])
+    assert torch.equal(baseline_side, _start_ours(latent_set).batch), "an entry per latent leads to other latents"
+    sides = {"an entry each": _start_with_entries, VAVAE_SIDE: _start_ours}
     for unit, part in (("s of processor", 0), ("MiB", 1)):
         turns = {side: partial(_turn, start, latent_set, part) for side, start in sides.items()}
-        yield Contest(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
+        yield Benchmark(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
     yield Row("memory over an epoch", "MiB more", "", None, apart(_growth, latent_set), ())
 
 

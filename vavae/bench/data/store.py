@@ -12,7 +12,7 @@ import botocore.session
 import torch
 from torch import Tensor
 
-from vavae.bench.benchmark import OURS, Contest, LeftOut, wall_rate
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, LeftOut, wall_rate
 from vavae.bench.data.baselines import streamed_batches
 from vavae.bench.data.shards import BATCH, SPLIT, make_images, write_images
 from vavae.bench.data.vavae_readers import image_stream, places
@@ -28,7 +28,7 @@ _BUCKET, _PREFIX, _SHARDS = "bench", "images", 4
 _URL, _BUFFER_BYTES = f"s3://{_BUCKET}/{_PREFIX}", 1 << 20
 
 
-def store_contests(folder: Path, count: int) -> Iterator[Contest | LeftOut]:
+def store_benchmarks(folder: Path, count: int) -> Iterator[Benchmark | LeftOut]:
     """Batches of decoded JPEG images: ours in the first epoch, with an empty cache, and in the second."""
     reason = why_no_s3_server()
     if reason:
@@ -36,14 +36,18 @@ def store_contests(folder: Path, count: int) -> Iterator[Contest | LeftOut]:
         return
     with s3_server(folder / "server", _BUCKET) as server, _environment(server.environment):
         manifest, steps = write_images(Storage(_URL), make_images(count), _SHARDS), range(count // BATCH)
-        ours, theirs = _Epochs(manifest, len(steps), folder), _Bodies(manifest)
-        decoded = torch.cat(list(streamed_batches(theirs.open())))[
+        vavae_side, baseline_side = _Epochs(manifest, len(steps), folder), _Bodies(manifest)
+        decoded = torch.cat(list(streamed_batches(baseline_side.open())))[
             places(manifest.splits[SPLIT], range(count // BATCH))
         ]
-        assert torch.equal(decoded, torch.cat(list(ours.read_first()))), "webdataset decodes other pixels"
-        reference = wall_rate(lambda: sum(len(batch) for batch in streamed_batches(theirs.open())))
-        yield Contest(f"{_NAME}, first epoch", _UNIT, {"webdataset": reference, OURS: wall_rate(ours.first)})
-        yield Contest(f"{_NAME}, second epoch", _UNIT, {"webdataset": reference, OURS: wall_rate(ours.second)})
+        assert torch.equal(decoded, torch.cat(list(vavae_side.read_first()))), "webdataset decodes other pixels"
+        reference = wall_rate(lambda: sum(len(batch) for batch in streamed_batches(baseline_side.open())))
+        yield Benchmark(
+            f"{_NAME}, first epoch", _UNIT, {"webdataset": reference, VAVAE_SIDE: wall_rate(vavae_side.first)}
+        )
+        yield Benchmark(
+            f"{_NAME}, second epoch", _UNIT, {"webdataset": reference, VAVAE_SIDE: wall_rate(vavae_side.second)}
+        )
 
 
 class _Epochs:

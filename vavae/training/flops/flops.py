@@ -11,11 +11,11 @@ from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job
 from vavae.training.flops.meta_models import (
-    Sized,
+    MetaModel,
     images_of,
     latents_of,
     lightningdit_step,
-    sized,
+    on_meta,
     tokenizer_step,
     velocity,
 )
@@ -48,14 +48,14 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
 
 def encoding_flops(config: RunConfig) -> float:
     """Of one image through the encoder, without gradients."""
-    model = sized(lambda: VAVAE(config.tokenizer))
-    return _count(Sized(lambda: model.encode(images_of(config, 1)), (model,)))
+    model = on_meta(lambda: VAVAE(config.tokenizer))
+    return _count(MetaModel(lambda: model.encode(images_of(config, 1)), (model,)))
 
 
 def decoding_flops(config: RunConfig) -> float:
     """Of one latent through the decoder, without gradients."""
-    model = sized(lambda: VAVAE(config.tokenizer))
-    return _count(Sized(lambda: model.decode(latents_of(config, 1)), (model,)))
+    model = on_meta(lambda: VAVAE(config.tokenizer))
+    return _count(MetaModel(lambda: model.decode(latents_of(config, 1)), (model,)))
 
 
 def velocity_flops(config: RunConfig) -> float:
@@ -63,7 +63,7 @@ def velocity_flops(config: RunConfig) -> float:
     return _count(velocity(config))
 
 
-def _count(task: Sized) -> float:
+def _count(task: MetaModel) -> float:
     """Of all work; attention as plain matrix products, which the counter knows on every device."""
     with task.ready() as work, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()

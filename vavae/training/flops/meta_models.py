@@ -24,7 +24,7 @@ from vavae.training.tokenizer_step import TokenizerModel
 ModuleT = TypeVar("ModuleT", bound=nn.Module | None)
 
 
-class Sized(NamedTuple):
+class MetaModel(NamedTuple):
     """Some work, and the modules that do it."""
 
     work: Callable[[], Any]
@@ -39,7 +39,7 @@ class Sized(NamedTuple):
             yield self.work
 
 
-def sized(build: Callable[[], ModuleT]) -> ModuleT:
+def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
     """A module with sizes and without memory."""
     with torch.device("meta"):
         return build()
@@ -61,25 +61,27 @@ def lightningdit_of(config: RunConfig) -> LightningDiT:
     return LightningDiT(model.with_classes(model.classes or 1), config.tokenizer.latent_dim, config.grid)
 
 
-def velocity(config: RunConfig) -> Sized:
+def velocity(config: RunConfig) -> MetaModel:
     """One evaluation of the LightningDiT for one latent."""
-    model = sized(lambda: lightningdit_of(config))
-    return Sized(lambda: model(latents_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64)), (model,))
+    model = on_meta(lambda: lightningdit_of(config))
+    return MetaModel(lambda: model(latents_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64)), (model,))
 
 
-def lightningdit_step(config: RunConfig, images: int) -> Sized:
+def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
     """One slice of so many images, forward and backward."""
-    model = sized(lambda: FlowMatchingModel(lightningdit_of(config), FlowMatchingObjective(config.objective)))
+    model = on_meta(lambda: FlowMatchingModel(lightningdit_of(config), FlowMatchingObjective(config.objective)))
 
     def step() -> None:
         latents = latents_of(config, images)
         loss, *_ = model(latents, latents, torch.empty(images), torch.empty(images, dtype=torch.int64))
         loss.backward()
 
-    return Sized(step, (model,))
+    return MetaModel(step, (model,))
 
 
-def tokenizer_step(config: RunConfig, stage: TokenizerPhase, images: int, *, adversary: bool, measures: bool) -> Sized:
+def tokenizer_step(
+    config: RunConfig, stage: TokenizerPhase, images: int, *, adversary: bool, measures: bool
+) -> MetaModel:
     """One slice of so many images through the generator and all that judges it, then through the discriminator.
 
     Args:
@@ -90,11 +92,11 @@ def tokenizer_step(config: RunConfig, stage: TokenizerPhase, images: int, *, adv
         measures: whether the adaptive weights are measured in this step.
     """
     losses, grid = stage.losses, (config.grid, config.grid)
-    teacher = sized(lambda: VisionFoundationTeacher(config.teacher, meta_backbone))
-    perceptual = sized(lambda: build_perceptual(losses.perceptual, teacher.early_features, meta_backbone))
-    model = sized(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim))
+    teacher = on_meta(lambda: VisionFoundationTeacher(config.teacher, meta_backbone))
+    perceptual = on_meta(lambda: build_perceptual(losses.perceptual, teacher.early_features, meta_backbone))
+    model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim))
     model.freeze(stage.frozen)
-    judge = sized(lambda: DiscriminatorObjective(losses.adversarial))
+    judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial))
 
     def step() -> None:
         batch = images_of(config, images)
@@ -114,7 +116,7 @@ def tokenizer_step(config: RunConfig, stage: TokenizerPhase, images: int, *, adv
             judge.requires_grad_(True)
             judge(batch, out.reconstruction).objective.backward()
 
-    return Sized(step, tuple(module for module in (teacher, perceptual, model, judge) if module is not None))
+    return MetaModel(step, tuple(module for module in (teacher, perceptual, model, judge) if module is not None))
 
 
 def _beyond(leaf: Tensor) -> Tensor:
