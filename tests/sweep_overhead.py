@@ -20,7 +20,7 @@ from ray_jobs.pipeline import WORKS
 from ray_jobs.runtime.cluster import cluster
 from vavae.bench.benchmark import OURS, Contest, compete, machine, table_head, table_line
 from vavae.runs.run import JOBS, Run
-from vavae.sweep.sharing import lend
+from vavae.sweep.sharing import link_artifact
 from vavae.sweep.sweep import Sweep
 
 _FILE = Path(__file__).parents[1] / "configs" / "sweeps" / "tiny.yaml"
@@ -69,7 +69,7 @@ def _bare_trials(root: Path) -> list[Run]:
     for run in runs:
         for job in JOBS:
             if job == "prepare_shards" and run is not runs[0]:
-                lend(runs[0], run, job)
+                link_artifact(runs[0], run, job)
             else:
                 WORKS[job](run)
     return runs

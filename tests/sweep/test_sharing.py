@@ -14,7 +14,7 @@ from vavae.runs.run import Job, Run
 from vavae.storage.artifact import read
 from vavae.sweep.branch import prefix_of
 from vavae.sweep.config import EARLY_MEASURES
-from vavae.sweep.sharing import Sharing, content_key, lend
+from vavae.sweep.sharing import Sharing, content_key, link_artifact
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
 from vavae.training.train import train_vavae
@@ -121,13 +121,13 @@ def test_what_is_made_is_not_made_again(workshop: Workshop, branches: list[Run])
 def test_a_lent_tokenizer_is_the_borrowers_own(workshop: Workshop, branches: list[Run]) -> None:
     config = _with_margin(Path(workshop.sharing.root), _MARGINS[0]).model_copy(update={"name": "borrower"})
     borrower = Run(config)
-    lend(workshop.obtain(config, "prepare_shards"), borrower, "prepare_shards")
-    lend(branches[0], borrower, "train_vavae")
+    link_artifact(workshop.obtain(config, "prepare_shards"), borrower, "prepare_shards")
+    link_artifact(branches[0], borrower, "train_vavae")
     plans = borrower.plans()
     assert [plans[job].done for job in ("prepare_shards", "train_vavae", "precompute_latents")] == [True, True, False]
     assert read(borrower.storage, borrower.prefix("train_vavae")) == branches[0].require("train_vavae")
     with pytest.raises(UserError, match="its tokenizer is another than this sweep makes now"):
-        lend(branches[1], borrower, "train_vavae")
+        link_artifact(branches[1], borrower, "train_vavae")
 
 
 @pytest.mark.jobs

@@ -64,7 +64,7 @@ class Sharing:
         if run.artifact(job) is not None:
             return run
         for needed in JOBS[job].inputs:
-            lend(obtain(config, needed), run, needed)
+            link_artifact(obtain(config, needed), run, needed)
         run.storage.write_bytes("config.yaml", dump(run.config).encode())
         prefix = self.prefix(config) if job == "train_vavae" else None
         if prefix is not None:
@@ -87,7 +87,7 @@ def content_key(config: RunConfig, job: Job) -> str:
     return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})
 
 
-def lend_files(owner: Run, run: Run, folder: str) -> None:
+def link_files(owner: Run, run: Run, folder: str) -> None:
     """Give a run the files of a folder that it lacks."""
     held = run.storage.sizes(folder)
     for path in owner.storage.list(folder, recursive=True):
@@ -95,7 +95,7 @@ def lend_files(owner: Run, run: Run, folder: str) -> None:
             run.storage.copy_from(owner.storage, path)
 
 
-def lend(owner: Run, run: Run, job: Job) -> None:
+def link_artifact(owner: Run, run: Run, job: Job) -> None:
     """Give a run an artefact of another one, as if it had been made there; no bytes are copied on a local disk.
 
     Raises:

@@ -11,7 +11,7 @@ from vavae.evaluation.metric import read_metrics
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Job, Run
 from vavae.sweep.config import ThresholdConfig
-from vavae.sweep.sharing import content_key, lend, lend_files
+from vavae.sweep.sharing import content_key, link_artifact, link_files
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.training.logging.log import read_rows
@@ -22,7 +22,7 @@ IMAGES = "images_seen"
 Task = Job | Literal["measure_tokenizer"]
 """A job, or the measures of a tokenizer by itself."""
 
-Order = Callable[[RunConfig, Task], Run]
+TaskRequest = Callable[[RunConfig, Task], Run]
 """Has a task done, once for all who ask for the same, and returns the run that has what it makes."""
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -61,7 +61,7 @@ def read_ledger(sweep: Sweep) -> dict[str, Entry]:
     return entries
 
 
-def run_trial(sweep: Sweep, point: Point, order: Order, report: Callable[[dict[str, float]], None]) -> None:
+def run_trial(sweep: Sweep, point: Point, order: TaskRequest, report: Callable[[dict[str, float]], None]) -> None:
     """Take a point through all its runs; what storage remembers is reported again and not done again.
 
     Args:
@@ -124,13 +124,13 @@ def _at(run: Run, images: int | None) -> Run:
     return Run(config.model_copy(update={"train_lightningdit": shorter}))
 
 
-def _measured(run: Run, order: Order) -> dict[str, float] | None:
+def _measured(run: Run, order: TaskRequest) -> dict[str, float] | None:
     """The measures of a run at its budget, made where they are not there; None where it is further already."""
     budget = run.budget("train_lightningdit")
     assert budget is not None, "a training has a budget"
     known = rungs_of(run)
     if budget not in known:
-        _borrow(run, order, "precompute_latents")
+        _link_shared_artifacts(run, order, "precompute_latents")
         trained = run.artifact("train_lightningdit")
         if trained is not None and (trained.images_seen or 0) > budget:
             return None
@@ -144,24 +144,24 @@ def _measured(run: Run, order: Order) -> dict[str, float] | None:
     return {IMAGES: budget, **known[budget]}
 
 
-def _measure(run: Run, order: Order, task: Task) -> None:
+def _measure(run: Run, order: TaskRequest, task: Task) -> None:
     """Have a run measured, against references that are made once for all runs with the same shards."""
     shards = order(run.config, "prepare_shards")
-    lend_files(shards, run, _REFERENCES)
+    link_files(shards, run, _REFERENCES)
     order(run.config, task)
-    lend_files(run, shards, _REFERENCES)
+    link_files(run, shards, _REFERENCES)
 
 
-def _borrow(run: Run, order: Order, last: Job) -> None:
+def _link_shared_artifacts(run: Run, order: TaskRequest, last: Job) -> None:
     """Have made what trials share, up to a job, and give it to the run."""
     run.storage.write_bytes("config.yaml", dump(run.config).encode())
     for job in JOBS:
-        lend(order(run.config, job), run, job)
+        link_artifact(order(run.config, job), run, job)
         if job == last:
             return
 
 
-def _broken_threshold(thresholds: Mapping[str, ThresholdConfig], runs: list[Run], order: Order) -> str | None:
+def _broken_threshold(thresholds: Mapping[str, ThresholdConfig], runs: list[Run], order: TaskRequest) -> str | None:
     """The first threshold that the runs' tokenizers break on average, in words."""
     if not thresholds:
         return None
@@ -177,9 +177,9 @@ def _broken_threshold(thresholds: Mapping[str, ThresholdConfig], runs: list[Run]
     return None
 
 
-def _signals(run: Run, order: Order) -> dict[str, float]:
+def _signals(run: Run, order: TaskRequest) -> dict[str, float]:
     """What is known of a run's tokenizer before its latents: measures, and the last row of its log."""
-    _borrow(run, order, "train_vavae")
+    _link_shared_artifacts(run, order, "train_vavae")
     if not run.storage.exists(_EARLY) or run.storage.read_json(_EARLY)["key"] != _early_key(run):
         _measure(run, order, "measure_tokenizer")
     measures = run.storage.read_json(_EARLY)["measures"]
