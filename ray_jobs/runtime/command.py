@@ -107,7 +107,7 @@ def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
 
 
 def _do(run: Run, job: Job, work: Work, events: EventLog) -> None:
-    """Do one job, unless the jobs before it have turned out to leave its artefact as it was."""
+    """Do one job, unless the jobs before it have turned out to leave its artifact as it was."""
     found = run.plan(job)
     if found.done:
         print(f"{job:<18} done  {found.why}", flush=True)
@@ -133,7 +133,7 @@ def _in_one_line(work: Work, run: Run) -> None:
 
 
 def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
-    """The stages, their artefacts, and what each would take."""
+    """The stages, their artifacts, and what each would take."""
     table = Table(title=f"run {run.config.name} in {run.storage.url()}", title_justify="left")
     for column in ("job", "makes", "state", "work", "bytes"):
         table.add_column(column)
@@ -145,7 +145,7 @@ def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
 
 
 def _bytes(run: Run, job: Job, plan: Plan) -> str:
-    """What an artefact takes in storage, or will take at most."""
+    """What an artifact takes in storage, or will take at most."""
     if plan.done:
         return filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
     estimate = bytes_to_write(run, job)

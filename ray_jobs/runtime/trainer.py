@@ -30,7 +30,7 @@ def fit(run: Run, job: Job) -> None:
     """Train one model on the workers that the configuration asks for, until its export is committed.
 
     Raises:
-        UserError: the configuration or the artefacts don't allow it.
+        UserError: the configuration or the artifacts don't allow it.
         KeyboardInterrupt: the run was asked to stop; its checkpoint is there to go on from.
     """
     workers, board = run.config.workers, Board()

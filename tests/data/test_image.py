@@ -267,7 +267,7 @@ def test_encoding_is_deterministic_and_as_good_as_asked():
     good, bad = (encode_image(image, "jpeg", quality) for quality in (95, 30))
     assert good.extension == "jpg"
     assert len(good.data) > len(bad.data)
-    assert np.abs(decode_image(good.data).astype(int) - np.asarray(image)).mean() < 4  # needs whole colours
+    assert np.abs(decode_image(good.data).astype(int) - np.asarray(image)).mean() < 4  # needs whole colors
 
 
 def test_stored_form():

@@ -1,4 +1,4 @@
-"""The image stream: slices are functions of (lane, step), whoever reads them."""
+"""The image stream: micro-batches are functions of (lane, step), whoever reads them."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage, sha256_of
 
 COUNTS, MICRO_BATCH, SEED = (5, 4, 5), 3, 11
-CENTRE = StreamConfig(lanes=2, block=4, crop="center")
+CENTER = StreamConfig(lanes=2, block=4, crop="center")
 KEYS = [MicroBatchKey(lane, step) for step in range(6) for lane in (0, 1)]
 
 
@@ -36,7 +36,7 @@ def storage(tmp_path):
     return Storage(str(tmp_path))
 
 
-def stream_of(storage, config=CENTRE, height=small.SIZE, width=small.SIZE, damaged=()):
+def stream_of(storage, config=CENTER, height=small.SIZE, width=small.SIZE, damaged=()):
     manifest = small.write_image_shards(storage, {"train": COUNTS}, height, width, damaged)
     order = order_of(COUNTS, SEED, config)
     return ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED), order
@@ -65,7 +65,7 @@ def test_a_slice_holds_the_records_of_the_order(storage):
 
 
 def test_crops_and_flips_are_keyed_by_the_slice_and_not_by_the_reader(storage):
-    config = CENTRE.model_copy(update={"crop": "random", "flip": True, "open_shards": 1})
+    config = CENTER.model_copy(update={"crop": "random", "flip": True, "open_shards": 1})
     stream, _ = stream_of(storage, config, height=11, width=13)
     forward = {key: stream[key] for key in KEYS}
     other = pickle.loads(pickle.dumps(stream))
@@ -93,7 +93,7 @@ def test_every_lane_and_step_has_its_own_crops(storage):
 
 def test_half_of_the_images_are_mirrored(storage):
     manifest = small.write_image_shards(storage, {"train": (1,)})
-    stream = ImageStream(storage, manifest, "train", OneImage(), 200, CENTRE.model_copy(update={"flip": True}), SEED)
+    stream = ImageStream(storage, manifest, "train", OneImage(), 200, CENTER.model_copy(update={"flip": True}), SEED)
     image = torch.from_numpy(small.image("train", 0)).permute(2, 0, 1)
     seen = stream[MicroBatchKey(0, 0)].images
     mirrored = [torch.equal(found, image.flip(-1)) for found in seen]
@@ -110,7 +110,7 @@ def test_files_that_are_decoded_in_place_are_mirrored_alike(storage, crop):
                 tar.add(index, {"jpg": data, "cls": b"0"})
         info = ShardInfo(name="000000.tar", count=2, bytes=local.stat().st_size, sha256=sha256_of(local))
     manifest = Manifest(splits={"train": (info,)}, classes=("a",), image_size=16, sources={})
-    config = CENTRE.model_copy(update={"lanes": 1, "crop": crop, "flip": True})
+    config = CENTER.model_copy(update={"lanes": 1, "crop": crop, "flip": True})
     order = order_of((2,), SEED, config)
     stream = ImageStream(storage, manifest, "train", order, 40, config, SEED)
     mirrored = 0
@@ -123,7 +123,7 @@ def test_files_that_are_decoded_in_place_are_mirrored_alike(storage, crop):
 
 @pytest.mark.parametrize("crop", ["center", "random", "random_resized"])
 def test_originals_come_at_the_size_of_training(storage, crop):
-    config = CENTRE.model_copy(update={"crop": crop})
+    config = CENTER.model_copy(update={"crop": crop})
     stream, order = stream_of(storage, config, height=40, width=29)
     found = stream[MicroBatchKey(1, 2)]
     assert found.images.shape == (MICRO_BATCH, 3, small.SIZE, small.SIZE)
@@ -202,7 +202,7 @@ def test_unreadable_images_are_counted_and_named_up_to_a_limit(storage):
     for _ in range(2):  # going through it again names no image twice
         list(islice(load_micro_batches(stream, assign_lanes(2, 0, 1), 0, workers=0), epoch))
         assert stream.quarantine.names == names
-    strict, _ = stream_of(storage, CENTRE.model_copy(update={"unreadable_limit": 1}), damaged=damaged)
+    strict, _ = stream_of(storage, CENTER.model_copy(update={"unreadable_limit": 1}), damaged=damaged)
     with pytest.raises(UserError, match=r"2 unreadable images, such as train/0.*: more than stream.unreadable_limit=1"):
         list(islice(load_micro_batches(strict, assign_lanes(2, 0, 1), 0, workers=0), epoch))
 
@@ -225,7 +225,7 @@ def test_resuming_opens_the_current_blocks_alone(storage):
             opened.append(shard)
             return super()._map(shard)
 
-    for step in (0, 5, 19, 33):  # blocks begin at multiples of 8 = 2 slices of 4; step 20 begins an epoch
+    for step in (0, 5, 19, 33):  # blocks begin at multiples of 8 = 2 micro-batches of 4; step 20 begins an epoch
         opened.clear()
         stream = Counting(storage, manifest, "train", order, 4, config, SEED)
         next(load_micro_batches(stream, assign_lanes(2, 0, 1), step, workers=0))
@@ -235,7 +235,7 @@ def test_resuming_opens_the_current_blocks_alone(storage):
 
 def test_a_label_beyond_the_classes_is_an_error(storage):
     manifest = small.write_image_shards(storage, {"train": COUNTS}).model_copy(update={"classes": ("a",)})
-    stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CENTRE), 14, CENTRE, SEED)
+    stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CENTER), 14, CENTER, SEED)
     with pytest.raises(UserError, match=r"train/00000\d.tar#\d+: label [12], but the manifest has 1 classes"):
         stream[MicroBatchKey(0, 0)]
 
@@ -250,7 +250,7 @@ def test_a_record_without_an_image_names_what_there_is():
 def test_every_world_size_sees_the_same_slices(storage, world_size):
     stream, _ = stream_of(storage)
     for rank in range(world_size):
-        accumulation_steps = assign_lanes(CENTRE.lanes, rank, world_size)
+        accumulation_steps = assign_lanes(CENTER.lanes, rank, world_size)
         for step, micro_batches in enumerate(
             islice(load_micro_batches(stream, accumulation_steps, 2, workers=0), 3), 2
         ):
@@ -261,7 +261,7 @@ def test_every_world_size_sees_the_same_slices(storage, world_size):
 
 
 def test_loader_processes_change_nothing(storage):
-    config = CENTRE.model_copy(update={"crop": "random", "flip": True})
+    config = CENTER.model_copy(update={"crop": "random", "flip": True})
     stream, _ = stream_of(storage, config, height=10, width=10)
     accumulation_steps = assign_lanes(config.lanes, 0, 1)
     here, there = (list(islice(load_micro_batches(stream, accumulation_steps, 1, workers), 3)) for workers in (0, 2))
@@ -276,7 +276,7 @@ def cropped(tmp_path_factory):
 
 
 def global_batches(stream, world_size, steps, workers):
-    """What all ranks together learn from: the slices of each step in the order of the lanes."""
+    """What all ranks together learn from: the micro-batches of each step in the order of the lanes."""
     lanes = {step: {} for step in steps}
     for rank in range(world_size):
         accumulation_steps = assign_lanes(stream.shards.order.lanes, rank, world_size)
@@ -314,7 +314,7 @@ def test_shards_of_a_store_are_fetched_once_and_checked_then(tmp_path, monkeypat
     storage, fetched = Storage(f"memory://{uuid.uuid4().hex}", str(tmp_path / "cache")), []
     fetch = Storage._fetch
     monkeypatch.setattr(Storage, "_fetch", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest))
-    config = CENTRE.model_copy(update={"open_shards": 1})
+    config = CENTER.model_copy(update={"open_shards": 1})
     manifest, order = small.write_image_shards(storage, {"train": COUNTS}), order_of(COUNTS, SEED, config)
     stream = ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED)
     for key in KEYS:

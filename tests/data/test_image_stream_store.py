@@ -137,7 +137,7 @@ def test_the_stream_is_the_same_through_faults(
 def test_a_shard_is_fetched_once_an_epoch_by_all_ranks_of_a_node(
     gloo: Nursery, s3, stored, tmp_path: Path, workers: int
 ) -> None:
-    """The cache holds a third of the data; a lane enters the shard at its end when it leaves it for its neighbour."""
+    """The cache holds a third of the data; a lane enters the shard at its end when it leaves it for its neighbor."""
     root, manifest = stored
     infos = manifest.splits["train"]
     largest, all_bytes = max(shard.bytes for shard in infos), sum(shard.bytes for shard in infos)

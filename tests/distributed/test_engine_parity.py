@@ -99,7 +99,7 @@ def test_a_process_on_its_own_needs_no_launcher(gloo: Nursery, plain: Histories)
 
 @pytest.fixture(scope="module")
 def plain_adam(gloo: Nursery) -> Histories:
-    """Plain PyTorch in one process, with the optimiser of both trainings."""
+    """Plain PyTorch in one process, with the optimizer of both trainings."""
     return gloo.run(1, train, Setup(TORCH, smooth=True, sgd=False, steps=5))[0]
 
 

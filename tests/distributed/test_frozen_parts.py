@@ -81,5 +81,5 @@ def test_every_engine_does_the_same(
         assert ours.keys() == theirs.keys()
         for name in ours:
             if "running_" in name or "num_batches" in name:
-                continue  # of the first rank's slices alone, and never used: judging takes the batch's statistics
+                continue  # of the first rank's micro-batches alone, and never used
             assert (ours[name].double() - theirs[name].double()).abs().max() < 1e-6, name

@@ -1,4 +1,4 @@
-"""Batch normalisation over two ranks is plain batch normalisation over the images of both."""
+"""Batch normalization over two ranks is plain batch normalization over the images of both."""
 
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ def adversary_step(world: World) -> Tensor:
     """The gradient that an engine would average over ranks, of the discriminator's whole step."""
     torch.manual_seed(0)
     objective = sync_batch_norm(DiscriminatorObjective(CONFIG), world)
-    batch = torch.stack(torch.cat(images())[:4].split(2))  # equal slices, as in training
+    batch = torch.stack(torch.cat(images())[:4].split(2))  # equal micro-batches, as in training
     batch = batch[world.rank] if world.size > 1 else batch.flatten(0, 1)
     objective(batch, -batch).objective.backward()
     return torch.cat([parameter.grad.flatten() for parameter in objective.parameters()])

@@ -13,7 +13,7 @@ import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from vavae.data.pixels import to_float, to_uint8
-from vavae.data.shard_reader import LabelledImages
+from vavae.data.shard_reader import LabeledImages
 from vavae.evaluation.reconstruction import ReconstructedBatch, Reconstructor, reconstruct
 from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.perceptual import LPIPS, published_heads
@@ -37,7 +37,7 @@ def images(count: int = 5) -> Tensor:
 
 
 def reconstructed(reconstructor: Reconstructor, batch_size: int, seed: int = SEED) -> list[ReconstructedBatch]:
-    batches = (LabelledImages(batch, torch.zeros(len(batch))) for batch in images().split(batch_size))
+    batches = (LabeledImages(batch, torch.zeros(len(batch))) for batch in images().split(batch_size))
     return list(reconstruct(batches, reconstructor, seed, FIRST, torch.device("cpu")))
 
 

@@ -99,8 +99,8 @@ def test_terms_are_detached_means_over_images():
     distance = perceptual(images, outputs.reconstruction.detach()).mean()
     torch.testing.assert_close(terms["perceptual"], distance)
     torch.testing.assert_close(terms["l1"], (images - outputs.reconstruction.detach()).abs().mean())
-    colour_values = images[0].numel()
-    torch.testing.assert_close(terms["reconstruction"], colour_values * (terms["l1"] + 0.7 * distance))
+    color_values = images[0].numel()
+    torch.testing.assert_close(terms["reconstruction"], color_values * (terms["l1"] + 0.7 * distance))
     assert terms["adversarial"] == terms["adversarial_weight"] == 0
 
 

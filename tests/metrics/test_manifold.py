@@ -32,7 +32,7 @@ def test_a_generator_that_knows_one_of_two_clusters_is_precise_and_forgetful():
 
 
 def test_on_a_line_by_hand():
-    real = torch.tensor([0.0, 1, 2, 3, 10]).view(-1, 1)  # third neighbours at 3, 2, 2, 3 and 8
+    real = torch.tensor([0.0, 1, 2, 3, 10]).view(-1, 1)  # third neighbors at 3, 2, 2, 3 and 8
     generated = torch.tensor([-3.0, -3.5, 17.5, 5.5]).view(-1, 1)  # at 9, 9.5, 21 and 12
     assert precision_recall(generated, real) == PrecisionRecall(precision=0.75, recall=1)
 

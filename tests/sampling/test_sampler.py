@@ -88,7 +88,7 @@ def test_index_label_seed_and_guidance_matter(generator, images):
 
 
 def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(generator):
-    """Euler in one step from noise: x = noise + velocity(noise, 0), then denormalised and decoded."""
+    """Euler in one step from noise: x = noise + velocity(noise, 0), then denormalized and decoded."""
     shape = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
     noise = torch.randn(shape, generator=torch_generator(SEED, "sample", 3))[None]
     velocity = generator.lightningdit(noise, torch.zeros(1), torch.tensor([2]))

@@ -125,7 +125,7 @@ def _deadly(function: Callable[..., Any], comes: Callable[[], bool]) -> Callable
 
 
 class _Witness:
-    """Writes down what the slices of a rank hold and from which state their noise is drawn, as it happens."""
+    """Writes down what the micro-batches of a rank hold and from which state their noise is drawn, as it happens."""
 
     def __init__(self, step: Step, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,9 +187,9 @@ class Outcome(NamedTuple):
     rows: list[dict[str, float]]
     """Every step, without what is the clock's."""
     checkpoint: str
-    """Digest of the last one: weights, optimisers and average of all ranks, to the last bit."""
+    """Digest of the last one: weights, optimizers and average of all ranks, to the last bit."""
     seen: dict[str, set[str]]
-    """Digests of slices and of generators, by lane, step and purpose; a single one each, if all is well."""
+    """Digests of micro-batches and of generators, by lane, step and purpose; a single one each, if all is well."""
 
 
 def outcome_of(folder: Path) -> Outcome:

@@ -23,7 +23,7 @@ ZERO: list[dict[str, Any]] = [
 ]
 """By stage; without the threshold, stage 3 would leave so small a network whole."""
 OFFLOADED: list[dict[str, Any]] = [{**ZERO[stage], "offload_optimizer": True} for stage in (2, 3)]
-"""With the optimiser in the host's memory."""
+"""With the optimizer in the host's memory."""
 
 
 class Setup(NamedTuple):
@@ -36,7 +36,7 @@ class Setup(NamedTuple):
     smooth: bool = False
     """Networks, losses and images without kinks, on either side of which two engines may end up by rounding."""
     sgd: bool = True
-    """An optimiser with which an error of a gradient is as large in the weights, instead of Adam."""
+    """An optimizer with which an error of a gradient is as large in the weights, instead of Adam."""
     precision: str = "fp32"
     steps: int = 10
 
@@ -77,7 +77,7 @@ def _config(setup: Setup) -> RunConfig:
     )
     if setup.smooth:
         config = smooth_config(config)
-    # Adam makes whole steps of the rounding in the gradients of biases that a normalisation cancels: those in front of
+    # Adam makes whole steps of the rounding in the gradients of biases that a normalization cancels: those in front of
     # one with as many groups as channels, which no network has that one would train.
     tokenizer = {"channels": 32 if setup.sgd else 64, "checkpoint_activations": setup.recompute}
     sections = {

@@ -1,4 +1,4 @@
-"""Both training steps at a size that takes milliseconds, on slices that are drawn instead of read."""
+"""Both training steps at a size that takes milliseconds, on micro-batches that are drawn instead of read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ from vavae.training.tokenizer_step import TokenizerStep
 JOBS: tuple[Job, ...] = TRAININGS
 LANES, CLASSES = 4, 3
 BATCH = 2 * LANES
-"""Two images in a slice."""
+"""Two images in a micro-batch."""
 
 _RUN: dict[str, Any] = {
     "name": "tiny",

@@ -21,7 +21,7 @@ from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialize import initialised
+from vavae.training.initialize import initialized
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.session import LocalSession, Session
@@ -36,7 +36,7 @@ class ToyStep:
     """Draws a batch of its own for every step, and remembers which steps it was asked for."""
 
     def __init__(self) -> None:
-        self.model = initialised(0, "toy", lambda: nn.Linear(3, 1))
+        self.model = initialized(0, "toy", lambda: nn.Linear(3, 1))
         self.engine = TorchEngine(self.model, OptimizerConfig(), World(), len(ROUNDS))
         self.engines = {"toy": self.engine}
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())

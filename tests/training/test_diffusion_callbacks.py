@@ -12,7 +12,7 @@ from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.sampling.sampler import Generator
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.diffusion import SHOWN, SamplePreview
-from vavae.training.initialize import initialised
+from vavae.training.initialize import initialized
 
 CONFIG = tiny_config().model_validate(tiny_config().model_dump() | {"solver": {"name": "heun", "num_steps": 2}})
 NAMES = tuple("abc")
@@ -25,8 +25,8 @@ def storage(tmp_path):
 
 @pytest.fixture
 def parts():
-    """A tokenizer and a normaliser."""
-    tokenizer = initialised(3, "preview", lambda: VAVAE(CONFIG.tokenizer)).eval().requires_grad_(False)
+    """A tokenizer and a normalizer."""
+    tokenizer = initialized(3, "preview", lambda: VAVAE(CONFIG.tokenizer)).eval().requires_grad_(False)
     return tokenizer, LatentNormalizer(torch.full((4,), 0.5), torch.full((4,), 2.0))
 
 

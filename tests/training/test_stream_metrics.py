@@ -51,7 +51,7 @@ def test_what_loader_processes_count_is_counted_here_once(workers: int) -> None:
 
 
 class AskingStep(ToyStep):
-    """A training whose slices cost requests."""
+    """A training whose micro-batches cost requests."""
 
     def __getitem__(self, key: MicroBatchKey) -> torch.Tensor:
         """See `MicroBatchSource`."""
@@ -61,7 +61,7 @@ class AskingStep(ToyStep):
 
 def test_rows_have_what_was_asked_of_stores_since_the_last(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    train_toy(storage, AskingStep(), images=24, log_images=8)  # two slices of 4 a row
+    train_toy(storage, AskingStep(), images=24, log_images=8)  # two micro-batches of 4 a row
     rows = read_rows(storage.child("log"))
     assert len(rows) == 3
     for row in rows:

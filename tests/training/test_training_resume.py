@@ -36,7 +36,7 @@ class End(NamedTuple):
     rows: list[dict[str, float]]
     """All figures that were logged, but for those of the clock."""
     checkpoint: str
-    """Digest of the last checkpoint, optimisers included."""
+    """Digest of the last checkpoint, optimizers included."""
 
 
 def train_all(world: World, folder: Path, engine: dict[str, Any], images: int = _ALL) -> dict[Job, End]:

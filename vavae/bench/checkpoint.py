@@ -26,7 +26,7 @@ _FRESH = TrainState(images_seen=0, config="bench", data="bench")
 
 
 class _Trained:
-    """A model of so many parameters whose optimiser has its moments: as much of a step as a checkpoint asks for."""
+    """A model of so many parameters whose optimizer has its moments: as much of a step as a checkpoint asks for."""
 
     ema = None
 

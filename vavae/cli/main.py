@@ -117,13 +117,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.distributed.world import World, process_group
     from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
     from vavae.runs.events import EventLog
-    from vavae.training.session import SignalledSession
+    from vavae.training.session import SignaledSession
     from vavae.training.train import TRAININGS
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
     configure_torch(run.config.workers)
     with process_group(run.config.workers.use_gpu):
-        job, session = _MODELS[arguments.model], SignalledSession(EventLog(run.storage))
+        job, session = _MODELS[arguments.model], SignaledSession(EventLog(run.storage))
         world = World.current(run.config.workers.use_gpu)
         with session.listening():
             TRAININGS[job](run, session, world)

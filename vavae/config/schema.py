@@ -29,14 +29,14 @@ def dotted(path: KeyPath) -> str:
 def find(model: type[BaseModel], location: KeyPath) -> Spot:
     """The place that pydantic's error location means: the labels of union members are taken out."""
     options: list[Any] = [model]
-    spot, labelled = Spot((), options), False
+    spot, labeled = Spot((), options), False
     for part in location:
         if part == "[key]":
             break
-        if len(options) > 1 and not labelled:
-            options, labelled = [option for option in options if _answers_to(option, str(part))] or options, True
+        if len(options) > 1 and not labeled:
+            options, labeled = [option for option in options if _answers_to(option, str(part))] or options, True
             continue
-        spot, labelled = Spot((*spot.path, part), options), False
+        spot, labeled = Spot((*spot.path, part), options), False
         options = [child for option in options for child in _children(option, part)]
     return spot
 

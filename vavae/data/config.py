@@ -34,7 +34,7 @@ class ShardsConfig(Config):
     """Where there is no validation source: the expected share of images held out, chosen by a hash of their names."""
 
     image_size: int = Field(256, ge=8)
-    """Side in pixels of the stored images, after ADM's centre crop and resize."""
+    """Side in pixels of the stored images, after ADM's center crop and resize."""
 
     keep_original: bool = False
     """Store JPEG, PNG and WebP files as they are wherever both sides reach `image_size`."""
@@ -43,7 +43,7 @@ class ShardsConfig(Config):
     """How images are stored that are not kept as they are."""
 
     jpeg_quality: int = Field(95, ge=1, le=100)
-    """Quality of `format: jpeg`; colours are not subsampled."""
+    """Quality of `format: jpeg`; colors are not subsampled."""
 
     shard_images: int = Field(2000, ge=1)
     """Most images in a shard; keep a shard below 256 MB."""
@@ -83,8 +83,8 @@ class StreamConfig(Config):
 
     prefetch_bytes: int = runtime(1 << 30, ge=0)
     """Most bytes that a training worker fetches from a store before the stream needs them, but always the next shard;
-    and most that its loader processes hold ready in shared memory, but always a slice each. Less where `storage`'s
-    cache has no room for it. 0 fetches a shard when it is needed."""
+    and most that its loader processes hold ready in shared memory, but always a micro-batch each. Less where the cache
+    of `storage` has no room for it. 0 fetches a shard when it is needed."""
 
     unreadable_limit: int = runtime(100, ge=0)
     """Images that may turn out unreadable, each replaced by the next of its shard, before the training stops."""

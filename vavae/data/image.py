@@ -36,7 +36,7 @@ _DAMAGE = (
 
 
 _START, _SCAN = b"\xff\xd8", b"\xda"  # of a JPEG
-_FAST_COLOURS = ("YCbCr", "Gray", "RGB")
+_FAST_COLORS = ("YCbCr", "Gray", "RGB")
 _OVERSIZE = 2  # scaled decoding leaves the last halving to a better filter
 _AREA, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
@@ -149,7 +149,7 @@ def _scale_shorter_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def _random_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part; the centre, as wide as the ratios allow, where none fits."""
+    """Left, top, right and bottom of a random part; the center, as wide as the ratios allow, where none fits."""
     for _ in range(_ATTEMPTS):
         area = width * height * random.uniform(*_AREA)
         ratio = math.exp(random.uniform(*np.log(_RATIO)))
@@ -189,7 +189,7 @@ def _decode_jpeg(data: bytes, shorter: int, buffer: np.ndarray | None) -> np.nda
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             raise UnreadableImage(f"{width} x {height} pixels: more than {MAX_PIXELS}")
-        if colours not in _FAST_COLOURS:
+        if colours not in _FAST_COLORS:
             return None
         if buffer is not None and buffer.shape != (height, width, 3):
             buffer = None

@@ -1,4 +1,4 @@
-"""The stream of slices that feeds a training run: a map-style dataset over (lane, step), so workers never matter."""
+"""The stream of micro-batches that feeds a training: a map-style dataset over (lane, step), so workers never matter."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class MicroBatchKey(NamedTuple):
-    """Which slice: the consecutive positions that one lane contributes to one step."""
+    """Which micro-batch: the consecutive positions that one lane contributes to one step."""
 
     lane: int
     step: int
 
 
 class ImageMicroBatch(NamedTuple):
-    """Images of one slice, as they lie in the shards but cropped and flipped."""
+    """Images of one micro-batch, as they lie in the shards but cropped and flipped."""
 
     lane: int
     step: int
@@ -77,10 +77,10 @@ SliceT = TypeVar("SliceT", covariant=True)
 
 
 class MicroBatchSource(Protocol, Generic[SliceT]):
-    """A pure function from a key to a slice."""
+    """A pure function from a key to a micro-batch."""
 
     def __getitem__(self, key: MicroBatchKey) -> SliceT:
-        """The slice of a lane at a step."""
+        """The micro-batch of a lane at a step."""
 
 
 class ShardStream(Dataset[SliceT]):
@@ -88,7 +88,7 @@ class ShardStream(Dataset[SliceT]):
 
     Args:
         shards: what it reads, and in which order.
-        micro_batch_bytes: of one slice in memory, about.
+        micro_batch_bytes: of one micro-batch in memory, about.
     """
 
     def __init__(self, shards: OrderedShards, micro_batch_bytes: int) -> None:
@@ -103,7 +103,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
         manifest: what there is.
         split: `train` or `validation`.
         order: which record comes where.
-        micro_batch_size: images of one slice.
+        micro_batch_size: images of one micro-batch.
         config: crop and flip.
         seed: keys the crops and flips.
     """
@@ -124,7 +124,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
         self.quarantine = Quarantine(config.unreadable_limit)
-        """What `load_micro_batches` met in this process; the slices themselves stay functions of their keys."""
+        """What `load_micro_batches` met in this process; the micro-batches themselves stay functions of their keys."""
 
     def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
         random = numpy_generator(self._seed, "augment", key.lane, key.step)

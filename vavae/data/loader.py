@@ -37,13 +37,13 @@ def load_micro_batches(
     prefetch_bytes: int = StreamConfig().prefetch_bytes,
     ranks: int = 1,
 ) -> Generator[list[SliceT], None, None]:
-    """Lists of the slices of one rank, one list per step from `first_step` on, one slice per round.
+    """Lists of the micro-batches of one rank, one list per step from `first_step` on, one micro-batch per round.
 
     Args:
-        source: makes a slice from its key.
+        source: makes a micro-batch from its key.
         accumulation_steps: the lanes of this rank.
         first_step: the step to begin with.
-        workers: loader processes; 0 makes slices in the training process. Their number never changes a slice.
+        workers: loader processes; 0 makes micro-batches in the training process. Their number changes nothing.
         pin_memory: for copies to a GPU that do not block.
         prefetch_bytes: see `StreamConfig`.
         ranks: how many processes of this machine train, and share the cache of shards.
@@ -91,7 +91,7 @@ class _Refusal(NamedTuple):
 
 class _Made(NamedTuple):
     item: Any
-    """A slice, or a refusal."""
+    """A micro-batch, or a refusal."""
     counted: Counts
     """What a loader process asked of stores for it."""
 

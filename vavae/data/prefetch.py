@@ -42,7 +42,7 @@ class OrderedShards:
     infos: Sequence[ShardInfo]
     order: SampleOrder
     micro_batch_size: int
-    """Records of a slice."""
+    """Records of a micro-batch."""
 
     def open(self, shard: int, open_file: Callable[[Path], T]) -> T:
         """What `open_file` makes of the local file of a shard; see `open_shard`."""
@@ -69,7 +69,7 @@ class OrderedShards:
         return max(self.bytes_of({shard for block in abreast for shard in block.shards}) for abreast in epoch)
 
     def needs(self, accumulation_steps: Sequence[AccumulationStep], first_step: int) -> Iterator[Need]:
-        """The shards that lanes enter from a step on, in the order in which the slices need them, without end."""
+        """The shards that lanes enter from a step on, in the order in which micro-batches need them, without end."""
         lanes = dict.fromkeys(turn.lane for turn in accumulation_steps)
         return heapq.merge(*(self._needs(lane, first_step) for lane in lanes), key=lambda need: need.step)
 
@@ -85,7 +85,7 @@ class OrderedShards:
 
 
 class LookAhead:
-    """A thread that brings the shards of a rank's coming slices into the node's cache.
+    """A thread that brings the shards of a rank's coming micro-batches into the node's cache.
 
     It keeps so little ahead that the cache, which drops what was asked for longest ago, doesn't drop it before it is
     used: while a shard waits, those that wait with it at the beginning and those at the end go through the cache, so

@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (counts, seed, position), whatever the number of ranks and loader workers.
 
 Epoch e permutes the shards by (seed, e), concatenates their records, drops the last N mod L and cuts the rest into L
-equal ranges, one per *lane* (a virtual rank). A lane shuffles consecutive blocks of its range by
-(seed, e, lane, block). A step takes one *slice* of consecutive positions from every lane and straddles epochs freely.
+equal ranges, one per *lane* (a virtual rank). A lane shuffles consecutive blocks of its range by (seed, e, lane,
+block). A step takes one *micro-batch* of consecutive positions from every lane and straddles epochs freely.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ class SampleOrder:
                 f"stream.lanes={lanes}: the split has only {int(self.counts.sum())} records; "
                 "every lane needs one: lower stream.lanes or add images"
             )
-        # Caches belong to the instance: a slice asks for the same epoch and block again and again.
+        # Caches belong to the instance: a micro-batch asks for the same epoch and block again and again.
         self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
         self._shuffle = lru_cache(maxsize=4 * lanes)(self._permuted_block)
 
@@ -60,7 +60,7 @@ class SampleOrder:
         return type(self), (self.counts.tolist(), self.seed, self.lanes, self.block)
 
     def micro_batch(self, lane: int, step: int, size: int) -> list[Location]:
-        """The records of one lane's slice of a step: positions [step · size, (step + 1) · size) of the lane."""
+        """The records of one lane's micro-batch of a step: positions [step · size, (step + 1) · size) of the lane."""
         found: list[Location] = []
         position, end = step * size, (step + 1) * size
         while position < end:
@@ -114,7 +114,7 @@ def order_of(counts: Sequence[int], seed: int, config: StreamConfig) -> SampleOr
 
 
 class AccumulationStep(NamedTuple):
-    """One forward and backward pass of a rank: a lane's slice and the factor of its loss."""
+    """One forward and backward pass of a rank: a lane's micro-batch and the factor of its loss."""
 
     lane: int
     weight: float
@@ -124,7 +124,7 @@ def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[AccumulationSt
     """Give a rank its contiguous lanes, one a round; every rank has ⌈L / W⌉ rounds.
 
     The weights make the mean over all rounds and ranks equal the mean over lanes: a rank with fewer lanes than rounds
-    repeats its first slice with weight 0.
+    repeats its first micro-batch with weight 0.
     """
     if world_size > lanes:
         raise UserError(f"workers.count={world_size}: at most one worker per lane, and stream.lanes={lanes}")

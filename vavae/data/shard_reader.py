@@ -21,7 +21,7 @@ from vavae.storage.storage import Storage
 _log = logging.getLogger(__name__)
 
 
-class LabelledImages(NamedTuple):
+class LabeledImages(NamedTuple):
     """Some images and their classes."""
 
     images: Tensor
@@ -51,7 +51,7 @@ def shard_records(
 
 def read_images(
     storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int
-) -> Iterator[LabelledImages]:
+) -> Iterator[LabeledImages]:
     """The first `limit` readable images of a split in batches, centre-cropped; those left out are logged.
 
     The shards hold their images in a shuffled order, so the first ones are a fair sample.
@@ -72,7 +72,7 @@ def read_images(
 
 def read_span(
     storage: Storage, manifest: Manifest, split: str, span: range, batch_size: int
-) -> Iterator[LabelledImages]:
+) -> Iterator[LabeledImages]:
     """The readable images among some records of a split, counted through its shards, as :func:`read_images`.
 
     Raises:
@@ -103,18 +103,18 @@ def _samples(
             yield pixels, label_of(record, len(manifest.classes), place)
 
 
-def labelled_images(records: Iterable[Mapping[str, Any]]) -> LabelledImages:
+def labeled_images(records: Iterable[Mapping[str, Any]]) -> LabeledImages:
     """Decode records of our own making, of one image size."""
     return _batch([(decode_image(image_bytes(record)), int(record["cls"])) for record in records])
 
 
-def _batch(samples: Sequence[tuple[np.ndarray, int]]) -> LabelledImages:
+def _batch(samples: Sequence[tuple[np.ndarray, int]]) -> LabeledImages:
     images, labels = zip(*samples, strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
-    return LabelledImages(pixels, torch.tensor(labels))
+    return LabeledImages(pixels, torch.tensor(labels))
 
 
-def gather(batches: Iterable[LabelledImages]) -> LabelledImages:
+def gather(batches: Iterable[LabeledImages]) -> LabeledImages:
     """All batches as one."""
     images, labels = zip(*batches, strict=True)
-    return LabelledImages(torch.cat(images), torch.cat(labels))
+    return LabeledImages(torch.cat(images), torch.cat(labels))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vavae.diffusion.config import GuidanceConfig
 
-LabelledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
 
@@ -20,12 +20,12 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, generator: 
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """The guided velocity of a labelled model: v = v_null + scale · (v_label - v_null).
+    """The guided velocity of a labeled model: v = v_null + scale · (v_label - v_null).
 
     Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated.
     """
 
-    model: LabelledVelocity
+    model: LabeledVelocity
     null_label: int
     config: GuidanceConfig
 
@@ -51,8 +51,8 @@ class ClassifierFreeGuidance:
             return self.model(x, t, y)
         null = torch.full_like(y[guided], self.null_label)
         both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
-        labelled, unlabelled = both.split([len(x), len(guided)])
+        labeled, unlabelled = both.split([len(x), len(guided)])
         part = (guided, slice(self.config.channels))
-        velocity, v_null = labelled.clone(), unlabelled[:, : self.config.channels]
-        velocity[part] = v_null + self.config.scale * (labelled[part] - v_null)
+        velocity, v_null = labeled.clone(), unlabelled[:, : self.config.channels]
+        velocity[part] = v_null + self.config.scale * (labeled[part] - v_null)
         return velocity

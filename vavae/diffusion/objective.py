@@ -1,4 +1,4 @@
-"""What is minimised. Time runs from noise (t = 0) to data (t = 1); velocity = data - noise."""
+"""What is minimized. Time runs from noise (t = 0) to data (t = 1); velocity = data - noise."""
 
 from typing import NamedTuple
 

@@ -19,6 +19,6 @@ class LinearPath:
 
     @staticmethod
     def sample(data: Tensor, noise: Tensor, t: Tensor) -> PathSample:
-        """The path at t [B] for normalised latents and unit Gaussian noise, both [B, C, H, W]; exact at both ends."""
+        """The path at t [B] for normalized latents and unit Gaussian noise, both [B, C, H, W]; exact at both ends."""
         weight = t.to(data.dtype).view(-1, 1, 1, 1)
         return PathSample(weight * data + (1 - weight) * noise, data - noise)

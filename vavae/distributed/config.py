@@ -29,7 +29,7 @@ class WorkersConfig(Config):
     tf32: bool = runtime(False)
     """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, which is several times faster."""
     peak_flops: float | None = runtime(None, gt=0)
-    """FLOP/s that the device of a worker can do at most, for the utilisation in the log; null looks known GPUs up."""
+    """FLOP/s that the device of a worker can do at most, for the utilization in the log; null looks known GPUs up."""
     deterministic: bool = runtime(False)
     """Choose algorithms on GPUs that give the same bits every time; slower."""
     wait_for_nodes: bool = runtime(False)
@@ -56,20 +56,20 @@ class WorkersConfig(Config):
 
 
 Precision = Literal["fp32", "bf16"]
-"""Of the forward pass; weights, gradients, optimiser and losses are always fp32."""
+"""Of the forward pass; weights, gradients, optimizer and losses are always fp32."""
 
 
 class EngineConfig(Config):
-    """How one set of weights is optimised across the workers."""
+    """How one set of weights is optimized across the workers."""
 
     backend: Literal["deepspeed", "torch"] = runtime("deepspeed")
     """`torch` is plain PyTorch with averaged gradients, the reference that DeepSpeed is tested against."""
     zero_stage: Literal[0, 1, 2, 3] = runtime(1)
-    """ZeRO stage: partition nothing, the optimiser's state, gradients as well, and the weights as well."""
+    """ZeRO stage: partition nothing, the optimizer's state, gradients as well, and the weights as well."""
     persistence_threshold: int | None = runtime(None, ge=0)
     """In stage 3, tensors of fewer weights than this stay whole on every rank; null is DeepSpeed's own choice."""
     offload_optimizer: bool = runtime(False)
-    """Keep the optimiser's state in the host's memory and update there; for stages 1 to 3."""
+    """Keep the optimizer's state in the host's memory and update there; for stages 1 to 3."""
 
     @model_validator(mode="after")
     def _offloads_what_is_divided(self) -> Self:

@@ -133,7 +133,7 @@ class DeepSpeedEngine:
     def restore(self, updates: int) -> Iterator[dict[str, TensorShard]]:
         """See `Engine.restore`."""
         weights = local_shards(self.module, self._world, _partition)
-        begin_at(self.optimizer, self._optimised(), updates)
+        begin_at(self.optimizer, self._optimized(), updates)
         if self._stage == 0:
             yield weights | {name: as_full_shard(t) for name, t in full_moments(self.module, self.optimizer).items()}
             return
@@ -145,8 +145,8 @@ class DeepSpeedEngine:
             always_whole[0].partition(always_whole)  # drops the whole ones, which are of before
             always_whole[0].all_gather(always_whole)
 
-    def _optimised(self) -> list[Tensor]:
-        """What the optimiser takes for parameters: rows of them, divided among the ranks, in stages 1 to 3."""
+    def _optimized(self) -> list[Tensor]:
+        """What the optimizer takes for parameters: rows of them, divided among the ranks, in stages 1 to 3."""
         if self._stage == 0:
             return [*self._parameters.values()]
         zero = self._engine.optimizer
@@ -163,7 +163,7 @@ class DeepSpeedEngine:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return TensorShard(0, parameter.new_empty(0), parameter.shape)
-        row = self._optimised()[mapping.param_group_index]
+        row = self._optimized()[mapping.param_group_index]
         place = mapping.hp_fragment_address
         values = self.optimizer.state[row][kind].narrow(0, place.start, place.numel)
         return TensorShard(mapping.lp_fragment_address.start, values, parameter.shape)

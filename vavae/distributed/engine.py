@@ -1,6 +1,6 @@
-"""One set of weights that all ranks optimise together: plain PyTorch here, DeepSpeed ZeRO next door.
+"""One set of weights that all ranks optimize together: plain PyTorch here, DeepSpeed ZeRO next door.
 
-An engine owns the module, its optimiser and the exchange of gradients. A step of the training loop is
+An engine owns the module, its optimizer and the exchange of gradients. A step of the training loop is
 `forward` and `backward` once per round, then one `update`.
 """
 
@@ -30,7 +30,7 @@ class Engine(Protocol):
     """The module that is trained, on its device, callable without the engine's hooks."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Call the module so that `backward` on a loss it returned reaches the optimiser."""
+        """Call the module so that `backward` on a loss it returned reaches the optimizer."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one round's loss; gradients are averaged over rounds and ranks."""
@@ -49,21 +49,21 @@ class Engine(Protocol):
 
     @property
     def updates(self) -> int:
-        """How many updates the optimiser has made."""
+        """How many updates the optimizer has made."""
 
     def moments(self) -> dict[str, TensorShard]:
-        """This rank's part of what the optimiser keeps, in place, by `<kind>/<parameter>`; empty before an update."""
+        """This rank's part of what the optimizer keeps, in place, by `<kind>/<parameter>`; empty before an update."""
 
     def restore(self, updates: int) -> AbstractContextManager[dict[str, TensorShard]]:
         """All that this rank holds of weights and moments, to be filled in place; taken over at the end of the block.
 
         Args:
-            updates: made so far by the optimiser that the moments are of; without any there are none.
+            updates: made so far by the optimizer that the moments are of; without any there are none.
         """
 
 
 class TorchEngine:
-    """Plain PyTorch: whole weights and optimiser on every rank, gradients averaged in one flat reduction."""
+    """Plain PyTorch: whole weights and optimizer on every rank, gradients averaged in one flat reduction."""
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, accumulation_steps: int) -> None:
         self.module = module.to(world.device)
@@ -141,12 +141,12 @@ _STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 
 
 def updates_of(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates an optimiser of `build_optimizer` has made."""
+    """How many updates an optimizer of `build_optimizer` has made."""
     return max((int(state[_STEP]) for state in optimizer.state.values() if _STEP in state), default=0)
 
 
 def begin_at(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], updates: int) -> None:
-    """Give an optimiser of `build_optimizer` the state of so many updates, with moments of zero."""
+    """Give an optimizer of `build_optimizer` the state of so many updates, with moments of zero."""
     optimizer.state.clear()
     for parameter in parameters if updates else ():
         count = torch.tensor(float(updates), device=parameter.device)
@@ -154,7 +154,7 @@ def begin_at(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], upd
 
 
 def full_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of parameters that are optimised as they are, by `<kind>/<parameter>`; empty before an update."""
+    """The moments of parameters that are optimized as they are, by `<kind>/<parameter>`; empty before an update."""
     if not updates_of(optimizer):
         return {}
     return {

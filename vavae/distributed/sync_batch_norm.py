@@ -1,7 +1,7 @@
-"""Batch normalisation over the images of all ranks; torch's own refuses CPU tensors.
+"""Batch normalization over the images of all ranks; torch's own refuses CPU tensors.
 
-Its result depends on how many images all ranks hold in one round, thus on the number of workers: the padding slices
-with which some world sizes fill a round count like any other. Every rank must call the layer, and differentiate
+Its result depends on how many images all ranks hold in one accumulation step, thus on the number of workers: the
+micro-batches of weight 0 with which some world sizes fill a step count like any other. Every rank must call the layer, and differentiate
 through it, equally often and in the same order.
 
 A rank's gradient of its own loss is, at its input, that of the sum of all ranks' losses: averaged over ranks, as an
@@ -30,7 +30,7 @@ def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """[B, C, H, W] -> same, normalised over B, H, W of all ranks, whose B may differ; in evaluation as its parent.
+    """[B, C, H, W] -> same, normalized over B, H, W of all ranks, whose B may differ; in evaluation as its parent.
 
     Args:
         local: the layer to replace, whose parameters and buffers it takes over.
@@ -46,7 +46,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert local.track_running_stats, "a norm without running statistics: none of ours is"
         assert local.momentum is not None, "a norm with cumulative statistics: none of ours is"
         super().__init__(local.num_features, local.eps, local.momentum)
-        # The objects themselves: an optimiser may hold the parameters.
+        # The objects themselves: an optimizer may hold the parameters.
         self.weight, self.bias = local.weight, local.bias
         for name, buffer in local.named_buffers():
             setattr(self, name, buffer)

@@ -33,7 +33,7 @@ class World:
 
     @classmethod
     def current(cls, use_gpu: bool = False) -> "World":
-        """The world of an initialised process group, or a world of one where there is none."""
+        """The world of an initialized process group, or a world of one where there is none."""
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
         if not dist.is_initialized():
             return cls(device=device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vavae.config import digest, identity
-from vavae.data.shard_reader import LabelledImages, gather, read_images, read_span
+from vavae.data.shard_reader import LabeledImages, gather, read_images, read_span
 from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
 from vavae.errors import UserError
@@ -124,11 +124,11 @@ class Evaluator:
             )
         return found
 
-    def some(self, split: str, limit: int) -> LabelledImages:
+    def some(self, split: str, limit: int) -> LabeledImages:
         """The first images of a split."""
         return gather(read_images(self._shards, self._manifest, split, limit, self._config.batch_size))
 
-    def samples(self) -> LabelledImages:
+    def samples(self) -> LabeledImages:
         """All generated images."""
         return gather(read_samples(self._samples, self._sample_files))
 

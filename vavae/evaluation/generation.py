@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vavae.data.shard_reader import LabelledImages
+from vavae.data.shard_reader import LabeledImages
 from vavae.metrics.agreement import class_agreement, within_class_variety
 from vavae.metrics.frechet import Moments, frechet_distance
 from vavae.metrics.inception_score import inception_score
 from vavae.metrics.kernel_distance import KernelDistance, kernel_distance
-from vavae.metrics.manifold import NEIGHBOUR, PrecisionRecall, precision_recall
+from vavae.metrics.manifold import NEIGHBOR, PrecisionRecall, precision_recall
 from vavae.metrics.reference import ReferenceFile
 from vavae.metrics.summary import FeatureSummary, Summaries
 from vavae.sampling.sample_shards import read_samples
@@ -76,7 +76,7 @@ def measure_generation(
         spatial,
         inception_score(generated.splits) if generated.splits else None,
         kernel_distance(features, real, seed=seed) if fewest > 1 else None,
-        precision_recall(features, real) if fewest > NEIGHBOUR else None,
+        precision_recall(features, real) if fewest > NEIGHBOR else None,
     )
 
 
@@ -116,7 +116,7 @@ class ClassifierVerdict(NamedTuple):
     """Mean pixel distance within a class, generated over real."""
 
 
-def judge(generated: LabelledImages, train: LabelledImages, held_out: LabelledImages, seed: int) -> ClassifierVerdict:
+def judge(generated: LabeledImages, train: LabeledImages, held_out: LabeledImages, seed: int) -> ClassifierVerdict:
     """Class agreement and variety of generated images, next to those of real ones."""
     real = (train.images, train.labels)
     return ClassifierVerdict(

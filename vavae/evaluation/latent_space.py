@@ -83,7 +83,7 @@ def measure_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int)
 
 
 def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling: int) -> np.ndarray:
-    """One token of each of so many random images: float32 [N, C], normalised as the diffusion model sees it.
+    """One token of each of so many random images: float32 [N, C], normalized as the diffusion model sees it.
 
     The image or its mirror image, a position and a sample of the posterior are drawn too. Images are drawn from as many
     leading shards as hold enough for all samplings: shards hold their images in a shuffled order.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vavae.data.shard_reader import LabelledImages
+from vavae.data.shard_reader import LabeledImages
 from vavae.evaluation.generation import ClassifierVerdict, Reference, further_distances, measure_generation
 from vavae.evaluation.latent_space import LatentSpace
 from vavae.evaluation.metric import Metric
@@ -83,7 +83,7 @@ def generation_metrics(
 
 
 def classifier_metrics(
-    judged: ClassifierVerdict, generated: int, held_out: LabelledImages, train: LabelledImages, config: RunConfig
+    judged: ClassifierVerdict, generated: int, held_out: LabeledImages, train: LabeledImages, config: RunConfig
 ) -> list[Metric]:
     """Of the generated images, by a classifier of real ones."""
     protocol = _generated(generated, config)

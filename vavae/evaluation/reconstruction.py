@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vavae.data.pixels import to_float, to_uint8
-from vavae.data.shard_reader import LabelledImages
+from vavae.data.shard_reader import LabeledImages
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.metrics.frechet import frechet_distance
@@ -50,7 +50,7 @@ class ReconstructedBatch(NamedTuple):
 
 @torch.inference_mode()
 def reconstruct(
-    batches: Iterable[LabelledImages], reconstructor: Reconstructor, seed: int, first: int, device: torch.device
+    batches: Iterable[LabeledImages], reconstructor: Reconstructor, seed: int, first: int, device: torch.device
 ) -> Iterator[ReconstructedBatch]:
     """Reconstruct images from one posterior sample each (the released protocol).
 

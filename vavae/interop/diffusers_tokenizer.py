@@ -34,7 +34,7 @@ _RENAMES = (
 def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int) -> None:
     """Write a tokenizer as a diffusers folder.
 
-    The factor between latents and those of a diffusion model is 1: the normalisation per channel that goes with this
+    The factor between latents and those of a diffusion model is 1: the normalization per channel that goes with this
     tokenizer has no place in an AutoencoderKL.
 
     Args:

@@ -186,14 +186,14 @@ class Extraction:
         }
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
-            save_file(self._normalisation(total), local)
+            save_file(self._normalization(total), local)
             self._latents.put_file(local, STATISTICS)
             files[STATISTICS] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
         text = self._latents.read_bytes(MANIFEST)
         files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
         return digest({path: info.sha256 for path, info in files.items()}), files
 
-    def _normalisation(self, total: LatentStatistics) -> dict[str, Tensor]:
+    def _normalization(self, total: LatentStatistics) -> dict[str, Tensor]:
         """What the diffusion subtracts and divides by, per channel: float64 [C]."""
         mean, std, scale = torch.from_numpy(total.mean), torch.from_numpy(total.std), self._config.scale
         if scale is not None:
@@ -213,7 +213,7 @@ class _ReadableImages:
     Args:
         records: of the shard.
         place: its name.
-        image_size: side in pixels of ADM's centre crop.
+        image_size: side in pixels of ADM's center crop.
         classes: how many there are.
     """
 

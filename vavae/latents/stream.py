@@ -19,7 +19,7 @@ from vavae.storage.storage import Storage
 
 
 class LatentMicroBatch(NamedTuple):
-    """Posteriors of one slice, each of the image or of its mirror image."""
+    """Posteriors of one micro-batch, each of the image or of its mirror image."""
 
     lane: int
     step: int
@@ -39,7 +39,7 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         manifest: what there is.
         split: `train` or `validation`.
         order: which record comes where.
-        micro_batch_size: latents of one slice.
+        micro_batch_size: latents of one micro-batch.
         seed: keys the choice between an image and its mirror image.
         open_shards: shards mapped at a time.
     """

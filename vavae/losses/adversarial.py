@@ -15,8 +15,8 @@ _INIT_STD = 0.02
 class PatchDiscriminator(nn.Module):
     """PatchGAN, arXiv 1611.07004: images [B, 3, H, W] in [-1, 1] -> float32 logits [B, 1, h, w], high for real images.
 
-    Parameters are named and initialised as in the released code (``main.N``). The norm `sync_batch` is built as a plain
-    batch normalisation, which whoever knows the ranks extends over them.
+    Parameters are named and initialized as in the released code (``main.N``). The norm `sync_batch` is built as a plain
+    batch normalization, which whoever knows the ranks extends over them.
     """
 
     def __init__(self, config: AdversarialLossConfig) -> None:
@@ -41,14 +41,14 @@ class PatchDiscriminator(nn.Module):
             ]
         modules.append(nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
         self.main = nn.Sequential(*modules)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
         """One logit per overlapping patch."""
         return self.main(images.to(next(self.parameters()).dtype)).float()
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, _INIT_STD)
     elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
@@ -79,7 +79,7 @@ class DiscriminatorTerms(NamedTuple):
     """Scalars; only ``objective`` is meant to be differentiated."""
 
     objective: Tensor
-    """What the discriminator minimises."""
+    """What the discriminator minimizes."""
     real: Tensor
     """Mean logit of images, detached."""
     fake: Tensor

@@ -8,7 +8,7 @@ from vavae.config import Config, runtime
 from vavae.models.backbones.config import BackboneConfig
 
 NORM_GROUPS = 32
-"""Groups of the discriminator's group normalisation."""
+"""Groups of the discriminator's group normalization."""
 
 
 class VisionFoundationLossConfig(Config):
@@ -47,7 +47,7 @@ class PerceptualLossConfig(Config):
     """LPIPS on VGG16; a distance of the teacher's early features, which needs no further weights; or nothing."""
 
     weight: float = Field(1.0, ge=0)
-    """Relative to the absolute error of one colour value; the term counts once per colour value of the image."""
+    """Relative to the absolute error of one color value; the term counts once per color value of the image."""
 
     weights: str | None = None
     """ImageNet weights of VGG16, as a path or a storage URL; none means the Hugging Face hub's. Only for `lpips`."""
@@ -83,8 +83,9 @@ class AdversarialLossConfig(Config):
     """Convolutions of stride 2."""
 
     norm: Literal["batch", "sync_batch", "group"] = "batch"
-    """Normalisation: over the images of a slice, as released; over the slices of one round on all ranks, whose number
-    is that of the workers, on which results then depend; or within each image. The last two suit very small slices."""
+    """Normalization: over the images of a micro-batch, as released; over the micro-batches of one accumulation step on
+    all ranks, whose number is that of the workers, on which results then depend; or within each image. The last two
+    suit very small micro-batches."""
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "AdversarialLossConfig":

@@ -1,10 +1,10 @@
 """All losses of the tokenizer as one objective, which may be built inside a wrapped forward.
 
-The sum to be minimised, per image (released code):
+The sum to be minimized, per image (released code):
 
     L = nll + λ_d · w_d · g + λ_vf · w_vf · vf + w_kl · kl
 
-with nll = Σ (|x - x̂| + w_p · p) over colour values, p the perceptual distance of an image, g = -mean D(x̂),
+with nll = Σ (|x - x̂| + w_p · p) over color values, p the perceptual distance of an image, g = -mean D(x̂),
 λ_d = ‖∂nll/∂W‖ / ‖∂g/∂W‖ at the decoder's last convolution and λ_vf = ‖∂nll/∂W‖ / ‖∂vf/∂W‖ at the encoder's.
 
 Both networks that look at x̂ are differentiated once, at a detached leaf. The gradients of the image that come out are
@@ -46,7 +46,7 @@ class LastLayers(NamedTuple):
 
 
 class AdaptiveWeights(NamedTuple):
-    """λ_vf and λ_d of one slice: detached float32 scalars, before the constant weights are multiplied.
+    """λ_vf and λ_d of one micro-batch: detached float32 scalars, before the constant weights are multiplied.
 
     None means not measured: the term is off, its weight is constant, or it has not been asked for yet.
     """
@@ -89,7 +89,7 @@ def tokenizer_objective(
     discriminator: Callable[[Tensor], Tensor] | None,
     known: AdaptiveWeights = UNMEASURED,
 ) -> TokenizerObjective:
-    """Compose the losses of one slice; all means are over its images.
+    """Compose the losses of one micro-batch; all means are over its images.
 
     Args:
         config: weights of the terms.
@@ -101,7 +101,7 @@ def tokenizer_objective(
             partition parameters must know the same ones, because a measurement gathers parameters.
 
     Returns:
-        The objective, and the terms ``reconstruction`` (nll per image), ``l1`` (per colour value), ``perceptual``,
+        The objective, and the terms ``reconstruction`` (nll per image), ``l1`` (per color value), ``perceptual``,
         ``kl``, ``adversarial``, ``adversarial_weight`` (λ_d · w_d), ``total``, and with a teacher ``cosine``,
         ``distance``, ``alignment``, ``vf_weight`` (λ_vf · w_vf). A term that is off is zero.
     """
@@ -149,7 +149,7 @@ def _image_losses(
 ) -> _ImageLosses:
     absolute = (images - leaf).abs()
     distance = perceptual(images, leaf) if perceptual is not None else leaf.new_zeros(len(leaf))
-    # The perceptual distance of an image counts once per colour value.
+    # The perceptual distance of an image counts once per color value.
     per_image = absolute.sum(dim=(1, 2, 3)) + config.perceptual.weight * distance * leaf[0].numel()
     nll = per_image.mean()
     (nll_grad,) = torch.autograd.grad(nll, leaf)
@@ -175,7 +175,7 @@ def _adaptive_weights(
     image: _ImageLosses,
     known: AdaptiveWeights,
 ) -> AdaptiveWeights:
-    """The weights that the terms of this slice need, as far as possible from those known."""
+    """The weights that the terms of this micro-batch need, as far as possible from those known."""
     vision_foundation = adversarial = None
     if image.adversarial_grad is not None:
         adversarial = known.adversarial

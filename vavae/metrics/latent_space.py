@@ -13,7 +13,7 @@ from scipy.stats import gaussian_kde
 PERPLEXITY = 30
 """Of the published map."""
 FEWEST_TOKENS = 3 * PERPLEXITY + 2
-"""t-SNE looks at three times the perplexity of neighbours."""
+"""t-SNE looks at three times the perplexity of neighbors."""
 _SEED = 42
 """Of the published map; with its start from principal components nothing is drawn from it."""
 _TINY = 1e-10

@@ -1,4 +1,4 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019): which features lie in the other set's neighbourhoods."""
+"""Improved precision and recall (Kynkäänniemi et al. 2019): which features lie in the other set's neighborhoods."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NEIGHBOUR = 3
-"""A feature's ball reaches to its third nearest neighbour (as published and in ADM's evaluation)."""
+NEIGHBOR = 3
+"""A feature's ball reaches to its third nearest neighbor (as published and in ADM's evaluation)."""
 _ROWS = 1_024
 
 
@@ -26,15 +26,15 @@ def precision_recall(generated: Tensor, real: Tensor) -> PrecisionRecall:
 
 
 def _covered(queries: Tensor, centres: Tensor) -> float:
-    """Share of the queries that lie in the ball of any centre."""
-    assert len(centres) > NEIGHBOUR, f"{len(centres)} features have no neighbour number {NEIGHBOUR}"
+    """Share of the queries that lie in the ball of any center."""
+    assert len(centres) > NEIGHBOR, f"{len(centres)} features have no neighbour number {NEIGHBOR}"
     # A feature is the nearest to itself.
-    radii = [rows.topk(NEIGHBOUR + 1, largest=False).values[:, -1] for rows in _distances(centres, centres)]
+    radii = [rows.topk(NEIGHBOR + 1, largest=False).values[:, -1] for rows in _distances(centres, centres)]
     reach = torch.cat(radii)
     inside = [(rows <= reach).any(dim=1) for rows in _distances(queries, centres)]
     return torch.cat(inside).double().mean().item()
 
 
 def _distances(queries: Tensor, centres: Tensor) -> Iterator[Tensor]:
-    """Euclidean distances to all centres, some queries at a time."""
+    """Euclidean distances to all centers, some queries at a time."""
     return (torch.cdist(rows, centres) for rows in queries.split(_ROWS))

@@ -47,7 +47,7 @@ class _Held:
 
 
 def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
-    """At most held for the backward pass of a slice of so many images, nothing recomputed, in eager mode.
+    """At most held for the backward pass of a micro-batch of so many images, nothing recomputed, in eager mode.
 
     For the tokenizer it is its first stage, with the adversary if there is one in any.
     """

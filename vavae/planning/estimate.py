@@ -43,7 +43,7 @@ def latent_bytes(config: RunConfig) -> int:
 
 
 def trained_parameters(config: RunConfig, job: Job) -> dict[str, int]:
-    """Numbers of weights that a training optimises, by engine; the one that is exported comes first."""
+    """Numbers of weights that a training optimizes, by engine; the one that is exported comes first."""
     if job == "train_lightningdit":
         return {"lightningdit": _parameters(on_meta(lambda: lightningdit_of(config)))}
     found = {"generator": _parameters(on_meta(lambda: VAVAE(config.tokenizer)))}

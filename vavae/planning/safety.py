@@ -26,7 +26,7 @@ class Safety:
     memory: tuple[float, ...]
     """Bytes on a GPU in ZeRO stage 0 to 3, at most, with frozen networks and activations, nothing recomputed."""
     activations: float
-    """Bytes among them for the backward pass of one slice."""
+    """Bytes among them for the backward pass of one micro-batch."""
     checkpoint: int
     """Bytes of one checkpoint."""
     stall_seconds: float

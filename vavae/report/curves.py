@@ -1,4 +1,4 @@
-"""Training curves as small SVG pictures, one scalar each, that take the text colour of the page around them."""
+"""Training curves as small SVG pictures, one scalar each, that take the text color of the page around them."""
 
 import html
 import io
@@ -20,9 +20,9 @@ _POINTS = 200
 _SMOOTHING = 0.015
 """Deviation of the Gaussian window of the bold line, as a share of the points."""
 _TEXT = "#010203"
-"""Stands for the page's text colour until the picture is written."""
+"""Stands for the page's text color until the picture is written."""
 _DECADES_FOR_LOG = 2
-_COLOURS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
+_COLORS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
 """Contrast of at least 3 to 1 with white and with a near-black page; told apart by the colour-blind."""
 _DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
@@ -99,7 +99,7 @@ def legend(runs: Sequence[str]) -> str:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Average in a Gaussian window, without lag; NaN stays and lends nothing to its neighbours."""
+    """Average in a Gaussian window, without lag; NaN stays and lends nothing to its neighbors."""
     position = np.arange(len(values))
     window = np.exp(-0.5 * ((position - position[:, None]) / max(1.0, _SMOOTHING * len(values))) ** 2)
     known = np.isfinite(values)
@@ -117,8 +117,8 @@ def _meaning(name: str) -> str:
 
 
 def _look(index: int) -> tuple[str, str]:
-    """Colour and dashes (as SVG writes them) of the line of a run; both change, for those who see no colours."""
-    return _COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]
+    """Colour and dashes (as SVG writes them) of the line of a run; both change, for those who see no colors."""
+    return _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
 
 
 class _Line(NamedTuple):
@@ -203,6 +203,6 @@ def _binned(values: np.ndarray) -> np.ndarray:
 
 
 def _inline(document: str, text: str) -> str:
-    """The bare element of an SVG file: named for readers that cannot see it, its text in the colour of the page."""
+    """The bare element of an SVG file: named for readers that cannot see it, its text in the color of the page."""
     element = document[document.index("<svg") :].replace(_TEXT, "currentColor")
     return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(text)}"', 1)

@@ -24,7 +24,7 @@ def run_summary(config: RunConfig) -> str:
 
 
 def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Place, digests of all artefacts, and what the trainings took; by name.
+    """Place, digests of all artifacts, and what the trainings took; by name.
 
     Args:
         run: finished or not.

@@ -31,7 +31,7 @@ _CLASSIFIER_IMAGES = 4000
 
 
 def write_evaluation(run: Run, advance: Callable[[int], None]) -> list[Metric]:
-    """Measure a run, and write measures, pictures and report beside its artefacts.
+    """Measure a run, and write measures, pictures and report beside its artifacts.
 
     Args:
         run: with a tokenizer and samples; parts of them that have been measured already are not measured again.

@@ -81,7 +81,7 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported; null exports the weights themselves."""
     precision: Precision = "fp32"
-    """Of the networks in the forward pass; `bf16` leaves weights, gradients, optimiser and losses in fp32."""
+    """Of the networks in the forward pass; `bf16` leaves weights, gradients, optimizer and losses in fp32."""
     engine: EngineConfig = EngineConfig()
     log_images: int = runtime(1024, ge=1)
     """Images between two rows of metrics."""
@@ -143,7 +143,7 @@ class TokenizerTrainingConfig(TrainingConfig):
 
     @property
     def of_discriminator(self) -> OptimizerConfig:
-        """The optimiser of the discriminator."""
+        """The optimizer of the discriminator."""
         return self.discriminator_optimizer or self.optimizer
 
     @model_validator(mode="after")

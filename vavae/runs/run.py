@@ -1,4 +1,4 @@
-"""One run on storage: where its artefacts lie, what each was made from, and what is still to do."""
+"""One run on storage: where its artifacts lie, what each was made from, and what is still to do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class JobSpec:
     sections: tuple[str, ...]
     """Sections of the configuration whose identity it depends on."""
     inputs: tuple[Job, ...]
-    """Jobs whose artefacts it reads."""
+    """Jobs whose artifacts it reads."""
 
 
 JOBS: dict[Job, JobSpec] = {
@@ -72,7 +72,7 @@ class Plan:
 
 
 class Run:
-    """The artefacts of one configuration on its storage."""
+    """The artifacts of one configuration on its storage."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -100,7 +100,7 @@ class Run:
         return cls(config.model_copy(update={"storage": place, "name": name}))
 
     def prefix(self, job: Job) -> str:
-        """Folder of a job's artefact. Latents lie under the digest of the tokenizer that made them."""
+        """Folder of a job's artifact. Latents lie under the digest of the tokenizer that made them."""
         if job == "precompute_latents":
             return f"latents/{self.require('train_vavae').digest[:12]}"
         return {
@@ -117,7 +117,7 @@ class Run:
         return f"{self.prefix(job).removesuffix('/export')}/{data[:12]}"
 
     def identity(self, job: Job) -> dict[str, Any]:
-        """The part of the configuration that a job's artefact depends on."""
+        """The part of the configuration that a job's artifact depends on."""
         return {section: identity(getattr(self.config, section)) for section in JOBS[job].sections}
 
     def artifact(self, job: Job) -> Artifact | None:
@@ -135,7 +135,7 @@ class Run:
         return self.storage.size(path) if self.storage.is_file(path) else None
 
     def require(self, job: Job) -> Artifact:
-        """The artefact of a job that another one needs.
+        """The artifact of a job that another one needs.
 
         Raises:
             UserError: there is none yet.
@@ -163,7 +163,7 @@ class Run:
             sources: compare the sources of the images with those of the shards, too.
 
         Raises:
-            UserError: an artefact was made with another configuration and is too precious to be made again under the
+            UserError: an artifact was made with another configuration and is too precious to be made again under the
                 same name, or the sources of the images are not what they should be.
         """
         plans: dict[Job, Plan] = {}
@@ -213,13 +213,13 @@ class Run:
         return Plan(stage, True, record.digest[:12])
 
     def _differs(self, job: Job, record: Artifact) -> str:
-        """What an artefact was made with or from that is not so now; empty where all is the same."""
+        """What an artifact was made with or from that is not so now; empty where all is the same."""
         if record.config != self._configuration(job):
             return "with another configuration"
         return "from other inputs" if record.inputs != self.inputs(job) else ""
 
     def _configuration(self, job: Job) -> str:
-        """The digest that the record of an artefact must name as its configuration."""
+        """The digest that the record of an artifact must name as its configuration."""
         return digest(self.config.shards) if job == "prepare_shards" else digest(self.identity(job))
 
     def budget(self, job: Job) -> int | None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.image import decode_image, encode_image
 from vavae.data.image_stream import image_bytes
-from vavae.data.shard_reader import LabelledImages, labelled_images, shard_records
+from vavae.data.shard_reader import LabeledImages, labeled_images, shard_records
 from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.sampling.config import SampleConfig
@@ -135,7 +135,7 @@ def add_image(tar: ShardWriter, index: int, label: int, image: torch.Tensor, **m
     tar.add(index, {"png": encode_image(pixels, "png").data, "cls": b"%d" % label, **members})
 
 
-def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabelledImages]:
+def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabeledImages]:
     """The generated images, a shard at a time, from a folder of samples.
 
     Args:
@@ -143,7 +143,7 @@ def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabelledIma
         files: names of the shards.
     """
     for name in sorted(files):
-        yield labelled_images(shard_records(storage.local_file(name)))
+        yield labeled_images(shard_records(storage.local_file(name)))
 
 
 def _path(shard: int) -> str:

@@ -1,4 +1,4 @@
-"""The commit record of an artefact: one small file, written last: what was made, of what, and that it is whole."""
+"""The commit record of an artifact: one small file, written last: what was made, of what, and that it is whole."""
 
 import logging
 
@@ -28,7 +28,7 @@ class Artifact(BaseModel):
     """What it is: shards, tokenizer, latents, ..."""
 
     digest: str
-    """Digest of its content; whoever is made from this artefact names it."""
+    """Digest of its content; whoever is made from this artifact names it."""
 
     config: str
     """Digest of the identity of the configuration it was made with."""
@@ -40,14 +40,14 @@ class Artifact(BaseModel):
     """Training images behind it, where there was training."""
 
     files: dict[str, FileInfo] = {}
-    """Files that must be there, by path relative to the artefact."""
+    """Files that must be there, by path relative to the artifact."""
 
     details: dict[str, JsonValue] = {}
     """Whatever else a reader may like to know."""
 
 
 def commit(storage: Storage, prefix: str, artifact: Artifact) -> None:
-    """Declare the artefact at ``prefix`` done. Every file of it must have been put before."""
+    """Declare the artifact at ``prefix`` done. Every file of it must have been put before."""
     storage.write_json(f"{prefix}/{RECORD}", artifact.model_dump())
 
 
@@ -71,6 +71,6 @@ def is_intact(storage: Storage, prefix: str, artifact: Artifact) -> bool:
 
 
 def discard(storage: Storage, prefix: str) -> None:
-    """Delete an artefact: the record first, so that a half-deleted one is never taken for done."""
+    """Delete an artifact: the record first, so that a half-deleted one is never taken for done."""
     storage.delete(f"{prefix}/{RECORD}")
     storage.delete(prefix)

@@ -1,4 +1,4 @@
-"""Where artefacts live, and how patiently they are fetched."""
+"""Where artifacts live, and how patiently they are fetched."""
 
 from vavae.config import Config, runtime
 

@@ -13,7 +13,7 @@ from vavae.storage.artifact import RECORD
 from vavae.sweep.branch import branch, prefix_of
 
 SHARED_JOBS: tuple[Job, ...] = ("prepare_shards", "train_vavae", "precompute_latents")
-"""Jobs whose artefacts trials share, in their order."""
+"""Jobs whose artifacts trials share, in their order."""
 
 _FOLDERS: dict[Job, tuple[str, ...]] = {
     "prepare_shards": ("shards",),
@@ -29,7 +29,7 @@ Obtain = Callable[[RunConfig, Job], Run]
 
 @dataclass(frozen=True)
 class Sharing:
-    """Where shared artefacts lie, and where tokenizers may branch.
+    """Where shared artifacts lie, and where tokenizers may branch.
 
     Args:
         root: `storage.root` of the runs that hold them.
@@ -96,7 +96,7 @@ def link_files(owner: Run, run: Run, folder: str) -> None:
 
 
 def link_artifact(owner: Run, run: Run, job: Job) -> None:
-    """Give a run an artefact of another one, as if it had been made there; no bytes are copied on a local disk.
+    """Give a run an artifact of another one, as if it had been made there; no bytes are copied on a local disk.
 
     Raises:
         UserError: it has another one already.

@@ -1,4 +1,4 @@
-"""One optimiser step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
+"""One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialize import initialised
+from vavae.training.initialize import initialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, TermSum
 
@@ -45,10 +45,10 @@ class FlowMatchingModel(nn.Module):
     def forward(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The losses of one slice.
+        """The losses of one micro-batch.
 
         Args:
-            latents: normalised, [S, C, H, W].
+            latents: normalized, [S, C, H, W].
             noise: standard normal, likewise.
             timesteps: [S] in [0, 1].
             labels: int64 [S], the null label where a label was dropped.
@@ -68,7 +68,7 @@ class DiffusionStep:
     Args:
         config: the run.
         model: sizes of the LightningDiT, with its number of classes.
-        stream: slices of latents.
+        stream: micro-batches of latents.
         normalizer: of the latents.
         accumulation_steps: this rank's share of a step.
         world: the ranks.
@@ -89,7 +89,7 @@ class DiffusionStep:
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
         objective = FlowMatchingObjective(config.objective)
-        self.model = initialised(
+        self.model = initialized(
             config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
         ).to(world.device)
         if training.compile_blocks:
@@ -141,7 +141,7 @@ class DiffusionStep:
         assert not memory, "a checkpoint of another training"
 
     def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
-        """Everything random about a slice: latents from their posteriors, noise, timesteps, dropped labels."""
+        """Everything random about a micro-batch: latents from their posteriors, noise, timesteps, dropped labels."""
         config, device = self._config, self._world.device
 
         def generator(purpose: str) -> torch.Generator:

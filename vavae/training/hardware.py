@@ -1,4 +1,4 @@
-"""What a training ran on last, in a file beside its checkpoints; records of artefacts hold no place."""
+"""What a training ran on last, in a file beside its checkpoints; records of artifacts hold no place."""
 
 from typing import TYPE_CHECKING
 

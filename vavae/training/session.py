@@ -89,7 +89,7 @@ class LocalSession:
 
 
 @dataclass
-class SignalledSession(LocalSession):
+class SignaledSession(LocalSession):
     """A run in this process that SIGINT and SIGTERM ask to stop; a second one interrupts at once."""
 
     _stop: bool = field(default=False, init=False)

@@ -1,4 +1,4 @@
-"""What a step object is: the mathematics of one optimiser step, with the order of things left to the loop."""
+"""What a step object is: the mathematics of one optimizer step, with the order of things left to the loop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Step(Protocol):
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """All sets of weights that the step optimises, by the names of their checkpoint folders."""
+        """All sets of weights that the step optimizes, by the names of their checkpoint folders."""
 
     @property
     def stopwatch(self) -> Stopwatch:
@@ -54,13 +54,13 @@ class Step(Protocol):
         """The average of the weights that is exported, if there is one."""
 
     def source(self) -> MicroBatchSource[Any]:
-        """Where slices come from."""
+        """Where micro-batches come from."""
 
     def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
-        """Forward and backward for every slice of this rank, then one update of the weights."""
+        """Forward and backward for every micro-batch of this rank, then one update of the weights."""
 
     def state_dict(self) -> StepState:
-        """What a checkpoint has to hold besides weights and optimisers, for the lanes of this rank."""
+        """What a checkpoint has to hold besides weights and optimizers, for the lanes of this rank."""
 
     def load_state_dict(self, memory: StepState) -> None:
         """Restore what all ranks remembered."""

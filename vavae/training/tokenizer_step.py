@@ -1,4 +1,4 @@
-"""One optimiser step of the VA-VAE and its discriminator."""
+"""One optimizer step of the VA-VAE and its discriminator."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import Part, TokenizerPhase
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialize import initialised
+from vavae.training.initialize import initialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, StepWeights, TermSum
 
@@ -37,7 +37,7 @@ Discriminator = Callable[[Tensor], Tensor]
 
 
 class TokenizerLosses(NamedTuple):
-    """What comes out of a slice."""
+    """What comes out of a micro-batch."""
 
     objective: Tensor
     """The scalar to differentiate."""
@@ -50,7 +50,7 @@ class TokenizerLosses(NamedTuple):
 
 
 class TokenizerModel(nn.Module):
-    """All that the tokenizer's optimiser trains, with all losses inside one forward.
+    """All that the tokenizer's optimizer trains, with all losses inside one forward.
 
     The adaptive weights differentiate within this forward, where DeepSpeed's hooks on its outputs can't be hit.
     """
@@ -70,7 +70,7 @@ class TokenizerModel(nn.Module):
         discriminator: Discriminator | None,
         known: AdaptiveWeights,
     ) -> TokenizerLosses:
-        """The losses of one slice.
+        """The losses of one micro-batch.
 
         Args:
             images: [S, 3, H, W] in [-1, 1].
@@ -114,7 +114,7 @@ class TokenizerStep:
         config: the run.
         stage: losses and frozen parts.
         start: weights to begin with instead of random ones; of a former stage, or of another training.
-        stream: slices of images.
+        stream: micro-batches of images.
         accumulation_steps: this rank's share of a step.
         world: the ranks.
     """
@@ -142,7 +142,7 @@ class TokenizerStep:
         self._perceptual = build_perceptual(losses.perceptual, self.teacher.early_features)
         if self._perceptual is not None:
             self._perceptual.to(world.device)
-        self.model = initialised(
+        self.model = initialized(
             config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
         )
         self.model.freeze(stage.frozen)
@@ -150,7 +150,7 @@ class TokenizerStep:
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
         if config.adversarial:
-            objective: nn.Module = initialised(
+            objective: nn.Module = initialized(
                 config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial)
             )
             if losses.adversarial.norm == "sync_batch":
@@ -166,7 +166,7 @@ class TokenizerStep:
         training = self._config.train_vavae
         micro_batch_size = training.batch_size // self._config.stream.lanes
         if start is not None and name in start.engines:
-            # What the start lacks (a projection, where there was no teacher) stays as it was initialised.
+            # What the start lacks (a projection, where there was no teacher) stays as it was initialized.
             module.load_state_dict({**module.state_dict(), **start.engines[name]})
         return build_engine(
             module.to(self._world.device),
@@ -214,7 +214,7 @@ class TokenizerStep:
         return StepResult(terms.terms, norms)
 
     def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
-        """Forward of one slice through the generator and everything that judges it."""
+        """Forward of one micro-batch through the generator and everything that judges it."""
         config = self._config
         shape = (len(images), config.tokenizer.latent_dim, config.grid, config.grid)
         generator = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)

@@ -89,7 +89,7 @@ def train(
         accumulation_steps: this rank's share of every step.
         span: images seen at which to begin, with the weights that the step has got, and at which to end.
         config: batch, schedule, intervals, and the budget to be shown.
-        reading: how slices are read ahead.
+        reading: how micro-batches are read ahead.
         checkpoints: where state is kept.
         log: rows of metrics.
         session: whoever runs this.

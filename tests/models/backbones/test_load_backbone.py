@@ -163,10 +163,10 @@ def test_the_classifier_can_be_dropped():
 @pytest.mark.parametrize(("mean", "std"), [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))])
 def test_normalised_images_are_centred_on_the_mean(mean: Sequence[float], std: Sequence[float]):
     normalizer = ImageNormalizer(mean, std)
-    centre = torch.tensor(mean).view(1, 3, 1, 1)
+    center = torch.tensor(mean).view(1, 3, 1, 1)
     deviation = torch.tensor(std).view(1, 3, 1, 1)
-    zeros = normalizer(2 * centre - 1)
-    ones = normalizer(2 * (centre + deviation) - 1)
+    zeros = normalizer(2 * center - 1)
+    ones = normalizer(2 * (center + deviation) - 1)
     torch.testing.assert_close(zeros, torch.zeros_like(zeros), rtol=0, atol=1e-6)
     torch.testing.assert_close(ones, torch.ones_like(ones))
 

@@ -92,7 +92,7 @@ def read_index(config: ShardsConfig, storage: Storage) -> Manifest | None:
 
 
 def input_digests(sources: Mapping[str, Fingerprint]) -> dict[str, str]:
-    """The digests by which the artefact of the shards names its sources."""
+    """The digests by which the artifact of the shards names its sources."""
     return {split: digest(fingerprint) for split, fingerprint in sources.items()}
 
 

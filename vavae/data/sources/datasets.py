@@ -18,7 +18,7 @@ DIGITS_SIZE = 32
 
 
 class DigitsSource:
-    """The 1,797 handwritten digits that scikit-learn ships, 8 x 8 in 17 greys, smoothly enlarged to RGB."""
+    """The 1,797 handwritten digits that scikit-learn ships, 8 x 8 in 17 grays, smoothly enlarged to RGB."""
 
     def __init__(self) -> None:
         digits = _package("sklearn.datasets", "digits", "pip install scikit-learn").load_digits()

@@ -34,7 +34,7 @@ LoadBackbone = Callable[..., nn.Module]
 def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
     """The timm model of a configuration with its pretrained weights, frozen and in evaluation mode for good.
 
-    Its images are normalised by :meth:`ImageNormalizer.of`.
+    Its images are normalized by :meth:`ImageNormalizer.of`.
 
     Args:
         config: the network and its weights.

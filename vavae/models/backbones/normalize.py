@@ -27,7 +27,7 @@ class ImageNormalizer(nn.Module):
 
     @classmethod
     def of(cls, model: Any) -> "ImageNormalizer":
-        """The normaliser of a timm model, from the statistics in its ``pretrained_cfg``."""
+        """The normalizer of a timm model, from the statistics in its ``pretrained_cfg``."""
         return cls(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
     def forward(self, images: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def sincos_position_embedding(width: int, grid: tuple[int, int], span: tuple[int
 def token_positions(grid: tuple[int, int], span: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """Row and column of each token of a grid (h, w), both float64 [N], in the order of :class:`PatchEmbedding`.
 
-    Neighbours are one apart; with a span (h', w') they are h' / h and w' / w apart, so that the grid reaches as far as
+    Neighbors are one apart; with a span (h', w') they are h' / h and w' / w apart, so that the grid reaches as far as
     one of h' x w' tokens.
     """
     ends = zip(grid, span or grid, strict=True)

@@ -8,7 +8,7 @@ from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.embeddings import Rotation, rotate
 
 EPS = 1e-6
-"""Of every normalisation over the width (released code)."""
+"""Of every normalization over the width (released code)."""
 
 
 class RMSNorm(nn.Module):
@@ -24,20 +24,20 @@ class RMSNorm(nn.Module):
 
 
 def token_norm(config: LightningDiTConfig) -> nn.Module:
-    """The normalisation of tokens, before attention, feed-forward and output."""
+    """The normalization of tokens, before attention, feed-forward and output."""
     width = config.shape.width
     return RMSNorm(width) if config.norm == "rmsnorm" else nn.LayerNorm(width, EPS, elementwise_affine=False)
 
 
 def head_norm(config: LightningDiTConfig) -> nn.Module:
-    """The normalisation of queries and keys, per head."""
+    """The normalization of queries and keys, per head."""
     if not config.qk_norm:
         return nn.Identity()
     return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.shape.head_dim)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; queries and keys are normalised, then rotated."""
+    """Multi-head self-attention; queries and keys are normalized, then rotated."""
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class LightningDiT(nn.Module):
     def at_grid(self, grid: int | tuple[int, int], *, rescale: bool = False) -> "LightningDiT":
         """A copy with the same weights for latents of another grid, H and W or both as one number.
 
-        Only the tables of positions are computed again. By default they are extended: neighbouring tokens stay one
+        Only the tables of positions are computed again. By default they are extended: neighboring tokens stay one
         apart, as in a model that is built for the new grid (released code). With `rescale` the positions stay within
         the range that this model knows, with fractions between them (EVA-02), so that a token keeps its place in
         the picture. Both tables are part of the state dict, so a checkpoint remembers which it was.
@@ -83,7 +83,7 @@ class LightningDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity [B, C, H, W], in the dtype of x.
 
-        x: noisy normalised latents [B, C, H, W]. t: [B] in [0, 1]. y: int64 [B] in [0, classes], where
+        x: noisy normalized latents [B, C, H, W]. t: [B] in [0, 1]. y: int64 [B] in [0, classes], where
         `null_label` = classes asks for the unconditional velocity.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"

@@ -1,1 +1,1 @@
-"""The VA-VAE: encoder, decoder, posterior; the vision foundation teacher; the normaliser of its latents."""
+"""The VA-VAE: encoder, decoder, posterior; the vision foundation teacher; the normalizer of its latents."""

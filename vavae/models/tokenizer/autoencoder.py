@@ -9,7 +9,7 @@ from vavae.models.tokenizer.posterior import DiagonalGaussian
 
 
 class VAVAE(nn.Module):
-    """The autoencoder of VA-VAE, arXiv 2501.01423; parameters are named and initialised as in the released code.
+    """The autoencoder of VA-VAE, arXiv 2501.01423; parameters are named and initialized as in the released code.
 
     The moments are computed in the parameters' dtype and held in float32, so that half precision costs the posterior
     nothing.

@@ -48,7 +48,7 @@ class TokenizerConfig(Config):
     """Levels whose residual blocks are followed by self-attention, counted from the image inwards, from 0."""
 
     norm_groups: int = Field(32, gt=0)
-    """Groups of every group normalisation (32 in the released code); they divide `channels`. A group of one channel
+    """Groups of every group normalization (32 in the released code); they divide `channels`. A group of one channel
     hides from the next layer how bright that channel is: a tokenizer of 32 channels learns faster with 4 groups."""
 
     checkpoint_activations: bool = runtime(False)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """The normalisation before every non-linearity (released code)."""
+    """The normalization before every non-linearity (released code)."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -115,7 +115,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a 3x3 convolution."""
+    """Twice the resolution: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

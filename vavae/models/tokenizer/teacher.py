@@ -25,7 +25,7 @@ class TeacherGeometry(NamedTuple):
     feature_dim: int
     """Channels of a feature."""
     isotropic: bool
-    """One resolution throughout (a plain transformer), whose features pass the final normalisation."""
+    """One resolution throughout (a plain transformer), whose features pass the final normalization."""
     timm_kwargs: dict[str, bool]
     """What lets the model take images of another size than in pretraining, where it has to be told."""
 

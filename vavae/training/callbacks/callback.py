@@ -42,7 +42,7 @@ def exported_module(step: Step, engine: str, prefix: str, build: Callable[[], Mo
         step: that trains it.
         engine: that holds its weights.
         prefix: of its names in them.
-        build: makes the module; on the meta device, where nothing is initialised, so nothing is drawn.
+        build: makes the module; on the meta device, where nothing is initialized, so nothing is drawn.
         world: the ranks.
     """
     weights = exported_weights(step, engine)

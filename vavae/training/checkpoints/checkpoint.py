@@ -1,7 +1,7 @@
 """The state of a training run, named in one place, and checkpoints that are whole or absent.
 
 A checkpoint is a folder. The attempt that writes it has a subfolder of its own in it, and every set of weights one in
-that, with one file of each rank, which holds the rank's fragments of weights and optimiser; so has their average. The
+that, with one file of each rank, which holds the rank's fragments of weights and optimizer; so has their average. The
 commit record is written last. Whatever the engine and the number of ranks that wrote a checkpoint, any other reads it:
 there is nothing to convert.
 """
@@ -85,7 +85,7 @@ class Checkpoints:
         """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
 
         Args:
-            step: whose weights, optimisers and memory are saved.
+            step: whose weights, optimizers and memory are saved.
             state: where the run stands.
             metrics: the last row of the log, by which the best are found.
             put_log: writes the log up to here; on rank 0, before it commits.
@@ -206,7 +206,7 @@ class Checkpoints:
         Args:
             step: what to load it into; its engines may be others than those that were saved.
             begin: images seen at which the step's stage begins. A checkpoint of that moment belongs to the stage
-                before: the step has its weights already, and other optimisers.
+                before: the step has its weights already, and other optimizers.
 
         Raises:
             UserError: it was made with another configuration or other data.

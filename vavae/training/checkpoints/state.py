@@ -37,7 +37,7 @@ class CheckpointDetails(BaseModel):
 
     state: TrainState
     updates: dict[str, int]
-    """Of each optimiser."""
+    """Of each optimizer."""
     memory: dict[str, list[float | None]]
     """See `Step.memory`."""
     metrics: dict[str, float | None]

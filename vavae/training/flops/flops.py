@@ -1,7 +1,7 @@
 """Floating-point operations per image: the networks and steps themselves are run on tensors without memory.
 
 What is counted are multiplications and additions of convolutions and matrix products, two for each pair (Kaplan et al.,
-arXiv 2001.08361, count likewise); norms, activations and optimisers are left out, as in published utilisations.
+arXiv 2001.08361, count likewise); norms, activations and optimizers are left out, as in published utilizations.
 """
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +28,7 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
         config: the run.
         job: `train_vavae` or `train_lightningdit`.
         images_seen: position in the training; it decides about the tokenizer's stage and adversary.
-        recompute: count what `checkpoint_activations` computes again too; utilisation is told without.
+        recompute: count what `checkpoint_activations` computes again too; utilization is told without.
     """
     if not recompute:
         config = _without_recomputation(config)

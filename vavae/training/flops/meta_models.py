@@ -68,7 +68,7 @@ def velocity(config: RunConfig) -> MetaModel:
 
 
 def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
-    """One slice of so many images, forward and backward."""
+    """One micro-batch of so many images, forward and backward."""
     model = on_meta(lambda: FlowMatchingModel(lightningdit_of(config), FlowMatchingObjective(config.objective)))
 
     def step() -> None:
@@ -82,12 +82,12 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
 def tokenizer_step(
     config: RunConfig, stage: TokenizerPhase, images: int, *, adversary: bool, measures: bool
 ) -> MetaModel:
-    """One slice of so many images through the generator and all that judges it, then through the discriminator.
+    """One micro-batch of so many images through the generator and all that judges it, then through the discriminator.
 
     Args:
         config: the run.
         stage: losses and frozen parts.
-        images: in the slice.
+        images: in the micro-batch.
         adversary: whether it has joined.
         measures: whether the adaptive weights are measured in this step.
     """

@@ -10,7 +10,7 @@ from vavae.training.flops.gpus import gpu_of_device
 
 
 class Utilization:
-    """FLOP/s of all ranks, and model FLOP utilisation: their share of the devices' peak (arXiv 2204.02311, appendix B).
+    """FLOP/s of all ranks, and model FLOP utilization: their share of the devices' peak (arXiv 2204.02311, appendix B).
 
     What is computed twice to save memory counts once.
 
