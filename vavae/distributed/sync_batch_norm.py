@@ -1,8 +1,8 @@
 """Batch normalization over the images of all ranks; torch's own refuses CPU tensors.
 
 Its result depends on how many images all ranks hold in one accumulation step, thus on the number of workers: the
-micro-batches of weight 0 with which some world sizes fill a step count like any other. Every rank must call the layer, and differentiate
-through it, equally often and in the same order.
+micro-batches of weight 0 with which some world sizes fill a step count like any other. Every rank must call the layer,
+and differentiate through it, equally often and in the same order.
 
 A rank's gradient of its own loss is, at its input, that of the sum of all ranks' losses: averaged over ranks, as an
 engine does, parameters get the gradient of the mean loss.
