@@ -18,7 +18,7 @@ from pathlib import Path
 from ray_jobs import tune_vf
 from ray_jobs.pipeline import WORKS
 from ray_jobs.runtime.cluster import cluster
-from vavae.bench.benchmark import OURS, Contest, compete, machine, table_head, table_line
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, machine, run_interleaved, table_head, table_line
 from vavae.runs.run import JOBS, Run
 from vavae.sweep.sharing import link_artifact
 from vavae.sweep.sweep import Sweep
@@ -31,7 +31,7 @@ Measures = list[str]
 """Digests of what was measured of each trial."""
 
 
-def sweep_contest(folder: Path) -> Contest:
+def sweep_contest(folder: Path) -> Benchmark:
     """Seconds that a sweep takes for all its trials, against those of its bare trials."""
     bare: list[Measures] = []
 
@@ -40,13 +40,13 @@ def sweep_contest(folder: Path) -> Contest:
         bare.append(found)
         return seconds
 
-    def ours() -> float:
+    def vavae_side() -> float:
         seconds, found = _timed(folder, _sweep)
         assert found == bare[-1], "both sides measure the same"
         return seconds
 
-    sides = {"its bare trials": alone, OURS: ours}
-    return Contest(f"sweep of {len(_load(folder).points())} trials", "s on the wall", sides, less_is_better=True)
+    sides = {"its bare trials": alone, VAVAE_SIDE: vavae_side}
+    return Benchmark(f"sweep of {len(_load(folder).points())} trials", "s on the wall", sides, less_is_better=True)
 
 
 def _timed(folder: Path, go: Callable[[Path], list[Run]]) -> tuple[float, Measures]:
@@ -95,7 +95,7 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     print(f"{machine('ray')}\n\n{table_head()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder, cluster(_runs(Path(folder))[0].config):
-        for row in compete(sweep_contest(Path(folder)), rounds):
+        for row in run_interleaved(sweep_contest(Path(folder)), rounds):
             print(table_line(row), flush=True)
     return 0
 

@@ -26,7 +26,7 @@ from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog, read_rows
-from vavae.training.logging.metric_names import column
+from vavae.training.logging.metric_names import metric_info
 from vavae.training.session import LocalSession
 from vavae.training.step import Step, StepResult
 from vavae.training.trainer import train
@@ -198,7 +198,7 @@ def outcome_of(folder: Path) -> Outcome:
     record = read(storage, f"checkpoints/{STEPS * BATCH:012d}")
     assert record is not None, "the last checkpoint is committed"
     rows = [
-        {key: value for key, value in row.items() if not (key == "stage" or column(key).of_machine)}
+        {key: value for key, value in row.items() if not (key == "stage" or metric_info(key).of_machine)}
         for row in read_rows(storage.child("log"))
     ]
     seen: dict[str, set[str]] = {}

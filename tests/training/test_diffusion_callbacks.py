@@ -9,7 +9,7 @@ from vavae.data.grid import enlargement, image_grid, png_bytes
 from vavae.distributed.world import World
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.normalizer import LatentNormalizer
-from vavae.sampling.sampler import Generator
+from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.diffusion import SHOWN, SamplePreview
 from vavae.training.initialize import initialized
@@ -48,7 +48,7 @@ def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     randomise(step)
     step.ema.take(step.engines["lightningdit"].weights())
     found = preview(storage, step, parts)
-    generator = Generator(parts[0], step.engines["lightningdit"].module.model.eval(), parts[1])
+    generator = Sampler(parts[0], step.engines["lightningdit"].module.model.eval(), parts[1])
     labels = [index % CLASSES for index in range(SHOWN)]
     images = generator.images(range(SHOWN), labels, CONFIG.seed, CONFIG.guidance, CONFIG.solver)
     assert images.float().std() > 1
@@ -80,7 +80,7 @@ def test_a_preview_that_finds_no_memory_is_left_out(storage, parts, monkeypatch,
     def out_of_memory(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Generator, "images", out_of_memory)
+    monkeypatch.setattr(Sampler, "images", out_of_memory)
     step = build_step("train_lightningdit", CONFIG, World())
     assert preview(storage, step, parts) is None
     assert "no preview at 8 images" in caplog.text

@@ -33,7 +33,7 @@ from vavae.sampling.inputs import open_sampler, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
 from vavae.training.checkpoints.metrics import CheckpointMetrics
-from vavae.training.logging.metric_names import COLUMNS
+from vavae.training.logging.metric_names import METRICS
 from vavae.training.session import LocalSession
 from vavae.training.train import train_lightningdit, train_vavae
 
@@ -259,7 +259,7 @@ def test_the_log_tells_every_loss(run: Run) -> None:
     assert [row["images"] for row in tokenizer if "latent/effective_rank" in row] == [64, 128]
     assert all(math.isfinite(row[name]) for row in tokenizer for name in row if name.startswith("latent/"))
     assert tokenizer[-1]["loss/reconstruction"] < tokenizer[0]["loss/reconstruction"]
-    assert {name for row in _log(run) for name in row} <= COLUMNS.keys() | {"stage", "images"}
+    assert {name for row in _log(run) for name in row} <= METRICS.keys() | {"stage", "images"}
 
 
 def test_pictures_report_and_tensorboard_are_there(run: Run) -> None:
