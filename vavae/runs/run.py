@@ -9,6 +9,7 @@ from vavae.data.shards.write import find_shards
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.files import CONFIG, NPZ
+from vavae.runs.output import JobOutput
 from vavae.storage.artifact import Artifact, is_intact, read
 from vavae.storage.storage import Storage
 
@@ -256,6 +257,22 @@ class Run:
 
     def _claim_path(self, job: Job) -> str:
         return f"{self.training_prefix(job)}/configuration.json"
+
+    def output(self, job: Job) -> JobOutput:
+        """Where a job puts what it makes, with the part of its record that is known before.
+
+        Raises:
+            UserError: an input is missing.
+        """
+        identity_now = self.identity(job)
+        draft = Artifact(
+            kind=JOBS[job].makes,
+            digest="",
+            config=digest(identity_now),
+            inputs=self.inputs(job),
+            details={"identity": identity_now},
+        )
+        return JobOutput(self.storage, self.prefix(job), draft)
 
     def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artifact:
         """The commit record of what a job has just made.
