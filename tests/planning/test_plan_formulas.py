@@ -33,13 +33,15 @@ def test_the_best_rate_depends_on_the_arithmetic(precision, tf32, arithmetic, ra
     assert best_rate(GPU, arithmetic) == rate
 
 
-@pytest.mark.parametrize(("lanes", "workers", "rounds"), [(8, 1, 8), (8, 2, 4), (8, 3, 3), (8, 4, 2), (8, 8, 1)])
-def test_lanes_are_taken_in_rounds(lanes, workers, accumulation_steps):
+@pytest.mark.parametrize(
+    ("lanes", "workers", "accumulation_steps"), [(8, 1, 8), (8, 2, 4), (8, 3, 3), (8, 4, 2), (8, 8, 1)]
+)
+def test_lanes_are_taken_in_accumulation_steps(lanes, workers, accumulation_steps):
     assert accumulation_steps_of(lanes, workers) == accumulation_steps
 
 
 @pytest.mark.parametrize(
-    ("stage", "rounds", "sent"), [(0, 1, 60), (1, 3, 60), (2, 1, 60), (2, 3, 120), (3, 1, 90), (3, 2, 180)]
+    ("stage", "accumulation_steps", "sent"), [(0, 1, 60), (1, 3, 60), (2, 1, 60), (2, 3, 120), (3, 1, 90), (3, 2, 180)]
 )
 def test_gradients_of_ten_weights_among_four_workers(stage, accumulation_steps, sent):
     assert gradient_bytes(10, 4, stage, accumulation_steps) == sent
