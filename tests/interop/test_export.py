@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from support import small
 from torch import nn
 
+from vavae.config import added
 from vavae.errors import UserError
 from vavae.interop.export import (
     ALIGNMENT,
@@ -22,6 +23,7 @@ from vavae.interop.export import (
 )
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.tokenizer.config import TeacherConfig
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage, sha256_of
@@ -90,6 +92,21 @@ def test_the_files_are_named_with_size_and_checksum_and_equal_models_are_equal_b
         path = storage.local_file(name)
         assert (path.stat().st_size, sha256_of(path)) == (info.bytes, info.sha256)
     assert save_export(Storage(str(tmp_path / "again")), LIGHTNINGDIT, {WEIGHTS: model.state_dict()}) == files
+
+
+class LaterConfig(LightningDiTConfig):
+    gate: float = added(1.0, neutral=0.0)
+
+
+class LaterDescription(LightningDiTDescription):
+    lightningdit: LaterConfig
+
+
+def test_a_field_that_came_later_changes_no_byte_at_its_neutral_value(tmp_path, storage):
+    before = save_export(storage, LIGHTNINGDIT, {})
+    restored = LaterDescription.restore(yaml.safe_load(storage.read_bytes(DESCRIPTION)))
+    assert restored.lightningdit.gate == 0
+    assert save_export(Storage(str(tmp_path / "again")), restored, {}) == before
 
 
 def test_strided_and_tracked_tensors_are_stored(storage):

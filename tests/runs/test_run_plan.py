@@ -8,10 +8,10 @@ import yaml
 from PIL import Image
 
 from ray_jobs.runtime.preflight import preflight
-from vavae.config import digest, load
+from vavae.config import added, digest, load
 from vavae.data.shards.write import write_shards
 from vavae.errors import UserError
-from vavae.runs.config import RunConfig
+from vavae.runs.config import RunConfig, TokenizerTrainingConfig
 from vavae.runs.run import JOBS, TRAININGS, Run
 from vavae.storage.artifact import FileInfo, commit
 
@@ -276,3 +276,21 @@ def test_the_record_names_what_went_in(done):
 def test_budgets_are_whole_steps(make):
     run = make()
     assert {job: run.budget(job) for job in JOBS if run.budget(job)} == {TOKENIZER: 104, LIGHTNINGDIT: 104}
+
+
+class LaterTraining(TokenizerTrainingConfig):
+    blur: float | None = added(0.0)
+
+
+class LaterRunConfig(RunConfig):
+    train_vavae: LaterTraining
+
+
+@pytest.mark.parametrize("blur", [0.5, None])
+def test_a_field_that_came_after_a_run_was_begun_is_refused_away_from_its_neutral_value_alone(done, blur):
+    document = done.config.model_dump()
+    assert to_do(Run(LaterRunConfig.model_validate(document))) == {}
+    document["train_vavae"]["blur"] = blur
+    message = rf"train_vavae\.blur is {blur}, but the tokenizer in \S+ was begun with 0\.0; set it back or give"
+    with pytest.raises(UserError, match=message):
+        Run(LaterRunConfig.model_validate(document)).plans()

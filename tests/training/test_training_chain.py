@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.chain import whole_chain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vavae.config import digest, load
 from vavae.data.shards.manifest import read_manifest
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
@@ -22,31 +22,15 @@ from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
 from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import Reference, measure_generation
 from vavae.evaluation.parts import Part
-from vavae.interop.export import load_tokenizer
-from vavae.latents.extract import Extraction
 from vavae.metrics.config import MetricsConfig
 from vavae.report.run_report import log_rows
-from vavae.report.write_report import write_evaluation
-from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Run
-from vavae.sampling.inputs import open_sampler, sample_set
-from vavae.sampling.sample_files import write_sample_files
-from vavae.storage.artifact import commit
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.metric_names import METRICS
 from vavae.training.session import LocalSession
-from vavae.training.train import train_lightningdit, train_vavae
+from vavae.training.train import train_vavae
 
 pytestmark = pytest.mark.jobs
-
-_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-
-
-class ImpatientSession(LocalSession):
-    """Asks to stop at the first step."""
-
-    def stop_requested(self) -> bool:
-        return True
 
 
 def _ignore(*_: object) -> None:
@@ -55,47 +39,7 @@ def _ignore(*_: object) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that has gone through all its stages, the trainings in two attempts each."""
-    root = tmp_path_factory.mktemp("runs")
-    engines = [f"{job}.engine.backend=torch" for job in ("train_vavae", "train_lightningdit")]
-    measure = "train_lightningdit.measure={every_images: 128, images: 40, when: after}"
-    run = Run(load(RunConfig, _CONFIG, [f"storage.root={root}", measure, *engines]))
-    write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, _ignore)
-    for session in (ImpatientSession(), LocalSession()):
-        train_vavae(run, session, World())
-        assert (run.artifact("train_vavae") is None) == isinstance(session, ImpatientSession)
-    _extract(run)
-    for session in (ImpatientSession(), LocalSession()):
-        train_lightningdit(run, session, World())
-        assert (run.artifact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
-    _sample(run)
-    write_evaluation(run, _ignore)
-    return run
-
-
-def _extract(run: Run) -> None:
-    config, images = run.config, run.prefix("prepare_shards")
-    extraction = Extraction(
-        run.storage.child(images),
-        read_manifest(run.storage, images),
-        run.storage.child(run.prefix("precompute_latents")),
-        run.require("train_vavae").digest,
-        config.latents,
-    )
-    tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
-    for task in extraction.tasks():
-        extraction.encode(task, tokenizer, World().device, _ignore)
-    content, files = extraction.finish((config.tokenizer.latent_dim, config.grid, config.grid))
-    commit(run.storage, run.prefix("precompute_latents"), run.record("precompute_latents", content, files))
-
-
-def _sample(run: Run) -> None:
-    generator, samples = open_sampler(run, World().device), sample_set(run)
-    for shard in samples.shards():
-        samples.generate(shard, generator, _ignore)
-    files = samples.files()
-    beside = write_sample_files(run)
-    commit(run.storage, run.prefix("sample"), run.record("sample", digest(list(files)), files, beside=beside))
+    return whole_chain(tmp_path_factory.mktemp("runs"))
 
 
 def _log(run: Run) -> list[Mapping[str, float | str]]:

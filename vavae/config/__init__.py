@@ -1,12 +1,13 @@
 """Configuration: the base class, YAML with inheritance and overrides, digests. Each room owns its own models."""
 
-from vavae.config.base import Config, differences, digest, identity, runtime
+from vavae.config.base import Config, added, differences, digest, identity, runtime
 from vavae.config.command import Arguments, parse_arguments, run_command
 from vavae.config.load import dump, load
 
 __all__ = [
     "Arguments",
     "Config",
+    "added",
     "differences",
     "digest",
     "dump",

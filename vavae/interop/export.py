@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vavae.config import Config
+from vavae.config import Config, identity
 from vavae.errors import UserError
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
@@ -67,7 +67,7 @@ def save_export(
     with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
         for name, state in weights.items():
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, Path(scratch, name))
-        text = yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(identity(description, with_runtime=True), sort_keys=False)
         Path(scratch, DESCRIPTION).write_text(text, encoding="utf-8")
         files = {}
         for path in sorted(Path(scratch).iterdir()):
@@ -112,7 +112,7 @@ def _load(module: ModuleT, storage: Storage, name: str) -> ModuleT:
 
 def _describe(storage: Storage, model: type[DescriptionT]) -> DescriptionT:
     try:
-        return model.model_validate(yaml.safe_load(storage.read_bytes(DESCRIPTION)))
+        return model.restore(yaml.safe_load(storage.read_bytes(DESCRIPTION)))
     except FileNotFoundError:
         raise UserError(f"{storage.url()}: no {DESCRIPTION} there, so this is no export") from None
     except (ValidationError, yaml.YAMLError) as error:

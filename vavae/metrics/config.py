@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vavae.config import Config, runtime
+from vavae.config import Config, identity, runtime
 from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig
 
 ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
@@ -44,7 +44,7 @@ class MetricsConfig(Config):
         described: dict[str, Any] = {}
         for name in self.extractors:
             backbone = self.backbone(name)
-            described[name] = self.inception.sha256 if backbone is None else backbone.model_dump()
+            described[name] = self.inception.sha256 if backbone is None else identity(backbone)
         return described
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
 
-from vavae.config import differences, identity
+from vavae.config import differences
 from vavae.evaluation.metric import Metric
 from vavae.report.curves import Curve, legend
 from vavae.report.html import LEGEND, Report, Section, better_mark, curve_panels, figure_text, page, picture
@@ -44,7 +44,7 @@ def compare_configurations(configs: Sequence[RunConfig]) -> list[Difference]:
     """All keys that differ between any two, but for the name; those that change results first."""
     found = {}
     dumps = [config.model_dump(mode="json") for config in configs]
-    of_results = {path for other in configs[1:] for path, *_ in differences(identity(configs[0]), identity(other))}
+    of_results = {path for other in configs[1:] for path, *_ in differences(configs[0], other)}
     for other in dumps[1:]:
         for path, *_ in differences(dumps[0], other):
             found[path] = Difference(path, tuple(_at(dump, path) for dump in dumps), path in of_results)

@@ -119,7 +119,10 @@ class Run:
 
     def identity(self, job: Job) -> dict[str, Any]:
         """The part of the configuration that a job's artifact depends on."""
-        return {section: identity(getattr(self.config, section)) for section in JOBS[job].sections}
+        return {name: identity(section) for name, section in self._sections(job).items()}
+
+    def _sections(self, job: Job) -> dict[str, Any]:
+        return {name: getattr(self.config, name) for name in JOBS[job].sections}
 
     def artifact(self, job: Job) -> Artifact | None:
         """The record of what a job has made, if it is all there."""
@@ -247,7 +250,7 @@ class Run:
         """Refuse to go on with a training under another configuration, naming the first field that differs."""
         if job not in TRAININGS or not self.storage.exists(self._claim_path(job)):
             return
-        found = differences(self.storage.read_json(self._claim_path(job)), self.identity(job))
+        found = differences(self.storage.read_json(self._claim_path(job)), self._sections(job))
         if found:
             path, old, new = found[0]
             raise UserError(

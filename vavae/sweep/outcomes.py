@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from vavae.config import differences, identity
+from vavae.config import differences
 from vavae.runs.config import RunConfig
 from vavae.sweep.config import ObjectiveConfig
 from vavae.sweep.pareto import SpeedUp, pareto_front, speed_up
@@ -90,12 +90,12 @@ def is_aligned(sweep: Sweep, one: Outcome) -> bool:
 
 def twins(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
     """Every unaligned trial with each aligned one that differs from it by the weight of the alignment alone."""
-    identities = [identity(_config(sweep, one)) for one in outcomes]
+    configs = [_config(sweep, one) for one in outcomes]
     return [
         (before, after)
-        for before, mine in zip(outcomes, identities, strict=True)
+        for before, mine in zip(outcomes, configs, strict=True)
         if not is_aligned(sweep, before)
-        for after, theirs in zip(outcomes, identities, strict=True)
+        for after, theirs in zip(outcomes, configs, strict=True)
         if [path for path, *_ in differences(mine, theirs)] == [ALIGNMENT]
     ]
 

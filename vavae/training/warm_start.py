@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from vavae.config import differences, identity
+from vavae.config import differences
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
@@ -54,7 +54,7 @@ def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[s
 
 def _exported(config: RunConfig, export: Storage) -> dict[str, dict[str, Tensor]]:
     autoencoder, description = load_tokenizer(export)
-    found = differences(identity(description.tokenizer), identity(config.tokenizer), "tokenizer")
+    found = differences(description.tokenizer, config.tokenizer, "tokenizer")
     if found:
         field, theirs, ours = found[0]
         raise UserError(

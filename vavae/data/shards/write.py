@@ -191,7 +191,7 @@ def _refuse_others(storage: Storage, prefix: str, config: ShardsConfig, sources:
         if storage.sizes(prefix):
             raise UserError(f"{storage.url(prefix)} holds something else than shards: delete it, or take another name")
         return
-    found = differences(storage.read_json(f"{prefix}/{_PLAN}"), origin(config, sources))
+    found = differences(storage.read_json(f"{prefix}/{_PLAN}"), {"config": config, "sources": sources})
     if found:
         raise UserError(f"{storage.url(prefix)} holds shards made {_otherwise(found)}: delete it, or take another name")
 
