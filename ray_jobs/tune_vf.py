@@ -31,6 +31,8 @@ from vavae.sweep.trial import read_ledger, write_signals
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 # It would print settings of its own, and where its driver keeps TensorBoard's files for a moment.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# And a traceback for each failure, beside the line that says why.
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
 
 
 def measure_tokenizer(run: Run) -> None:
@@ -130,7 +132,7 @@ def _print_plan(sweep: Sweep, run: Run, sharing: Sharing) -> None:
         entry = ledger.get(name_of_trial(point))
         table.add_row(name_of_trial(point), entry.state if entry else "to do", describe(point))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
-    runs = [run for point in points for run in sweep.runs(point)]
+    runs = [run for point in points if sweep.refusal(point) is None for run in sweep.runs(point)]
     for job in SHARED_JOBS:
         made = {sharing.run(run.config, job).config.name for run in runs}
         print(f"{JOBS[job].makes}: made {len(made)} times for {len(runs)} runs")

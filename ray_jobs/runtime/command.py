@@ -15,6 +15,7 @@ from ray_jobs.runtime.preflight import check_sources, missing_sources, preflight
 from ray_jobs.runtime.progress_monitor import told
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
+from vavae.config.paths import written_path
 from vavae.errors import UserError
 from vavae.planning.estimate import bytes_to_write
 from vavae.progress import clock
@@ -63,7 +64,9 @@ def _main(
     try:
         plans = plan(run)
     except StorageUnavailableError as error:
-        raise UserError(f"storage.root={config.storage.root}: {error}; check it and storage.endpoint") from error
+        raise UserError(
+            f"storage.root={written_path(config.storage.root)}: {error}; check it and storage.endpoint"
+        ) from error
     to_do = [job for job, found in plans.items() if not found.done]
     if to_do:
         if "prepare_shards" in to_do:
@@ -160,7 +163,7 @@ def _effort(run: Run, job: Job) -> str:
         section = getattr(config, job)
         return f"{budget:,} images, {section.steps:,} steps of {section.batch_size}, {config.workers.count} workers"
     return {
-        "prepare_shards": f"{config.shards.source} at {config.shards.image_size} px",
+        "prepare_shards": f"{written_path(config.shards.source)} at {config.shards.image_size} px",
         "precompute_latents": f"{config.tokenizer.latent_dim} x {config.grid} x {config.grid} float16 mean and std",
         "sample": f"{config.sample.images:,} images, {config.solver.summary}",
         "evaluate": f"up to {config.evaluate.images:,} held-out images",

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+from vavae.config import written_path
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
@@ -41,7 +42,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")
     except OSError as error:
-        raise UserError(f"storage.root={config.storage.root}: cannot write there ({error})") from error
+        raise UserError(f"storage.root={written_path(config.storage.root)}: cannot write there ({error})") from error
     for job in TRAININGS:
         if job in jobs and JOBS[job].inputs[0] not in jobs:
             check_cache(run, job)
@@ -49,7 +50,9 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         label_law(config.sample, read_manifest(run.storage, run.prefix("prepare_shards")).classes, config.seed)
     start = config.train_vavae.start_from
     if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
-        raise UserError(f"train_vavae.start_from={start}: nothing there; name a tokenizer/export or a released file")
+        raise UserError(
+            f"train_vavae.start_from={written_path(start)}: nothing there; name a tokenizer/export or a released file"
+        )
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, (config.grid, config.grid))
     missing = []

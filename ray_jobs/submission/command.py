@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs.submission.submission import SUBMITTABLE, Subject, Submission, describe, refuse_secrets, variables_of
+from vavae.config.paths import written_path
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.storage.storage import Storage
@@ -65,8 +66,8 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _checked(arguments: argparse.Namespace) -> Submission:
     """What to submit, printed, once the job has said what it would do."""
     subject = Subject.load(arguments.job, arguments.config, arguments.overrides)
-    storage, root = Storage.of(subject.storage), f"{subject.root_key}={subject.storage.root}"
-    if storage.is_local and not os.path.isabs(subject.storage.root):
+    storage, root = Storage.of(subject.storage), f"{subject.root_key}={written_path(subject.storage.root)}"
+    if storage.is_local and not os.path.isabs(written_path(subject.storage.root)):
         raise UserError(
             f"{root} is relative, so on the cluster it would go with the job: give a "
             "folder that all its machines see, or an object store"

@@ -14,6 +14,7 @@ import ray_jobs
 from vavae.config import digest
 from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.config.load import load
+from vavae.config.paths import written_path
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS
@@ -87,7 +88,8 @@ def describe(
         pip: requirements that are installed for this job.
         now: the time, which makes the name unique.
     """
-    metadata = {"job": job, "run": subject.name, "storage": subject.storage.root, "config": subject.digest}
+    root = written_path(subject.storage.root)
+    metadata = {"job": job, "run": subject.name, "storage": root, "config": subject.digest}
     commit = _commit(working_dir)
     if commit is not None:
         metadata["commit"] = commit

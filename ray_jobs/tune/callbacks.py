@@ -9,12 +9,12 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from ray_jobs.tune.search import name_of
+from ray_jobs.tune.search import POINT, last_line, name_of
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.sweep.results import write_sweep
 from vavae.sweep.sweep import Sweep
-from vavae.sweep.trial import IMAGES, read_ledger, write_entry
+from vavae.sweep.trial import IMAGES, Entry, read_ledger, write_entry
 
 _WRITE_SECONDS = 60.0
 
@@ -52,12 +52,21 @@ class Watch(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `tune.Callback`."""
-        entry, why = read_ledger(self._sweep).get(name_of(trial)), "its point makes no run"
-        if entry is not None:
-            why = entry.why or "its process was lost"
-            write_entry(self._sweep, entry._replace(state="failed", why=why))
+        why = self._why(trial)
+        write_entry(self._sweep, Entry(trial.config[POINT], "failed", why))
         print(f"{name_of(trial)}  failed  {why}", flush=True)
+        if not isinstance(getattr(trial.get_pickled_error(), "cause", None), UserError):
+            print(f"{name_of(trial)}  traceback in {trial.error_file}", flush=True)
         self._write()
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `tune.Callback`."""
+        print(f"{name_of(trial)}  is tried again  {self._why(trial)}", flush=True)
+
+    def _why(self, trial: Trial) -> str:
+        """What the trial wrote down of its failure; what Ray says where its process had no time for that."""
+        entry = read_ledger(self._sweep).get(name_of(trial))
+        return entry.why if entry and entry.why else f"its process was lost: {last_line(str(trial.get_error()))}"
 
     def _write(self) -> None:
         """Write the results so far, unless that was done a moment ago: in a store it takes many requests."""

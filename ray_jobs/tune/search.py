@@ -1,6 +1,7 @@
 """The trials of a sweep under Ray Tune: the trainable, how points are proposed and judged, and how many fit."""
 
 import importlib.util
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,15 +40,21 @@ def _trial(settings: dict[str, Any], sweep: Sweep, workshop: Workshop) -> None:
         run_trial(sweep, point, workshop.order, tune.report)
     except Exception as error:
         # Here, for Tune hands on an error only where it can be pickled.
-        if name_of_trial(point) in read_ledger(sweep):
-            write_entry(sweep, Entry(point, "running", _reason(error)))
+        write_entry(sweep, Entry(point, "running", _reason(error)))
         raise
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """The last line of what went wrong, wherever on the cluster that was; a user's error is its message."""
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error))
+    return last_line(text)
+
+
+def last_line(text: str) -> str:
+    """The last line of a text that is not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def points_to_run(sweep: Sweep) -> list[Point]:

@@ -123,6 +123,7 @@ def test_trials_are_named_after_their_points(sweep_of):
     [
         (ValueError("first\n  second: here \n"), "second: here"),
         (ValueError(), "ValueError"),
+        (UserError("a.yaml:3: wrong"), "a.yaml:3: wrong"),
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_line(error, reason):

@@ -21,7 +21,7 @@ from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
 from vavae.runs.run import Run
 from vavae.sweep.sweep import Sweep, name_of_trial
-from vavae.sweep.trial import read_ledger
+from vavae.sweep.trial import Entry, read_ledger, write_entry
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
 
@@ -113,15 +113,61 @@ def test_a_trial_that_fails_is_tried_again_then_marked_and_ends_nothing(
     assert _run(tmp_path, arguments) == 1
     broken, *whole = map(name_of_trial, sweep.points())
     assert _states(sweep) == {broken: "failed", **dict.fromkeys(whole, "finished")}
-    assert "the toy broke" in read_ledger(sweep)[broken].why
+    assert read_ledger(sweep)[broken].why == "RuntimeError: the toy broke"
     assert made(tmp_path).count("failed") == 2, "once, and once again"
-    assert "1 failed, 2 finished" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert f"{broken}  is tried again  RuntimeError: the toy broke\n" in shown.out
+    assert f"{broken}  failed  RuntimeError: the toy broke\n" in shown.out
+    assert "1 failed, 2 finished" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+    assert "RuntimeError: the toy broke" in Path(shown.out.partition("traceback in ")[2].split("\n")[0]).read_text()
+    assert "failed RuntimeError: the toy broke" in (tmp_path / "toy" / "frontier.html").read_text()
     assert list((tmp_path / "toy" / "tune").glob("*/events.out.tfevents*")), "TensorBoard has the trials"
 
     (tmp_path / BROKEN).unlink()
     before = made(tmp_path)
     assert _run(tmp_path, arguments) == 0
     assert [line.split()[0] for line in made(tmp_path)[len(before) :]] == ["train_lightningdit", "sample", "evaluate"]
+
+
+def test_relative_paths_are_those_of_the_folder_the_command_was_typed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = toy_sweep_file(Path(), _BASE, "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [2]}}}}\n")
+    assert _run(tmp_path, ["--config", str(file)]) == 0
+    sweep = Sweep.load(file)
+    (run,) = sweep.runs(sweep.points()[0])
+    assert set(_states(sweep).values()) == {"finished"}
+    assert (tmp_path / "runs" / "toy" / "trials" / run.config.name / "evaluation").is_dir()
+    stored = load(RunConfig, tmp_path / "runs" / "toy" / "best" / f"{name_of_trial(sweep.points()[0])}.yaml")
+    assert stored.storage.root == "runs", "as it was written"
+
+
+def test_a_point_that_makes_no_run_fails_with_its_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optuna")
+    text = """
+name: toy
+base: {base}
+sweep:
+  guidance.channels: {{choice: [2, 8]}}
+  tokenizer.latent_dim: {{choice: [8, 4]}}
+search: {{method: optuna, trials: 1}}
+"""
+    sweep, arguments = _sweep(tmp_path, text, "retries=0")
+    refused = {"guidance.channels": "8", "tokenizer.latent_dim": "4"}
+    write_entry(sweep, Entry(refused, "failed"))  # Optuna begins with it
+    capfd.readouterr()
+    assert _run(tmp_path, arguments) == 1
+    why = "guidance.channels=8 exceeds tokenizer.latent_dim=4"
+    (entry,) = read_ledger(sweep).values()
+    assert (entry.state, entry.point) == ("failed", refused)
+    assert why in entry.why
+    shown = capfd.readouterr()
+    assert f"{name_of_trial(refused)}  failed  {entry.why}\n" in shown.out
+    assert "raceback" not in shown.out + shown.err, "it is a user's error"
+    assert why in (tmp_path / "toy" / "frontier.html").read_text()
+    assert tune_vf.main([*arguments, "--dry-run"]) == 0
 
 
 def test_optuna_is_told_of_former_points_and_goes_on_from_them(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from vavae.config.credentials import REFUSAL, has_credentials
+from vavae.config.paths import written_path
 
 _RUNTIME, _NEUTRAL = "runtime", "neutral"
 _STORED = {"stored": True}
@@ -86,7 +87,9 @@ def identity(value: Any, *, with_runtime: bool = False) -> Any:
         return {str(key): identity(item, with_runtime=with_runtime) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [identity(item, with_runtime=with_runtime) for item in value]
-    assert value is None or isinstance(value, (str, int, float, bool)), f"no JSON form for {type(value)}"
+    if isinstance(value, str):
+        return written_path(value)
+    assert value is None or isinstance(value, (int, float, bool)), f"no JSON form for {type(value)}"
     return value
 
 

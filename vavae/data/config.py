@@ -1,13 +1,16 @@
 """What the shards hold."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, runtime
+from vavae.config import Config, LocalPath, runtime
 
 Crop = Literal["center", "random", "random_resized"]
+SourceName = Annotated[
+    str, Field(min_length=1), LocalPath(words=("digits",), names=("huggingface:", "torchvision:"), before=("indexed:",))
+]
 
 
 class ShardsConfig(Config):
@@ -16,16 +19,16 @@ class ShardsConfig(Config):
     The sources are `runtime`: what is in them enters the records of the shards by content, wherever they lie.
     """
 
-    source: str = runtime(min_length=1)
+    source: SourceName = runtime()
     """Images with a class each: a folder of class folders, a .zip or .tar(.gz) of such a folder (path or URL; `#train`
     after an archive means its folder `train`), a .tar of one .tar per class such as ILSVRC2012_img_train.tar,
     `digits`, `huggingface:<name>[#split]` or `torchvision:<Class>[#split]`. Or `indexed:<folder>`: the shards of a
     manifest that `vavae data index` wrote, with both splits, used where they lie."""
 
-    validation_source: str | None = runtime(None, min_length=1)
+    validation_source: SourceName | None = runtime(None)
     """Held-out images with the same classes, named likewise."""
 
-    validation_labels: str | None = runtime(None, min_length=1)
+    validation_labels: Annotated[str, Field(min_length=1), LocalPath()] | None = runtime(None)
     """Classes of held-out images that lie in no class folders, such as ILSVRC2012_img_val.tar: ImageNet's development
     kit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's LOC_val_solution.csv, or a text with the class of one image on each
     line, in the order of their names or after its name."""

@@ -1,11 +1,11 @@
 """What is measured, on how many images, and by which accepted protocol."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, runtime
+from vavae.config import Config, LocalPath, runtime
 from vavae.metrics.config import LatentSpaceConfig, MetricsConfig
 
 GENERATION_PROTOCOLS = {"adm-50k": 50_000, "fid-10k": 10_000}
@@ -29,7 +29,7 @@ class EvaluateConfig(Config):
     """Likewise."""
     images: int = Field(10_000, ge=2)
     """At most this many held-out images are reconstructed and compared with."""
-    reference: str = HELD_OUT
+    reference: Annotated[str, LocalPath(words=(HELD_OUT, TRAIN))] = HELD_OUT
     """What generated images are compared with: the held-out images (`validation`), all training images (`train`), or an
     npz file with statistics as ADM or pytorch-fid publish it, as a path or a storage URL."""
     lpips: bool = False

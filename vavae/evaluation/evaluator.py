@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae.config import digest, identity
+from vavae.config import digest, identity, written_path
 from vavae.data.shard_reader import LabeledImages, gather, read_images, read_span
 from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
@@ -280,5 +280,7 @@ def find_reference(storage: Storage, place: str) -> Storage:
     """
     file = storage.at(place)
     if not file.is_file():
-        raise UserError(f"evaluate.reference={place}: no file there; ADM's for ImageNet at 256 px is {ADM_IMAGENET}")
+        raise UserError(
+            f"evaluate.reference={written_path(place)}: no file there; ADM's for ImageNet at 256 px is {ADM_IMAGENET}"
+        )
     return file

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vavae.config import Config, runtime
-from vavae.models.backbones.config import BackboneConfig
+from vavae.models.backbones.config import BackboneConfig, WeightsPath
 
 NORM_GROUPS = 32
 """Groups of the discriminator's group normalization."""
@@ -49,7 +49,7 @@ class PerceptualLossConfig(Config):
     weight: float = Field(1.0, ge=0)
     """Relative to the absolute error of one color value; the term counts once per color value of the image."""
 
-    weights: str | None = None
+    weights: WeightsPath | None = None
     """ImageNet weights of VGG16, as a path or a storage URL; none means the Hugging Face hub's. Only for `lpips`."""
 
     @property

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vavae.config import Config, identity, runtime
-from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig
+from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig, WeightsPath
 
 ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
 """The embedded network, that of FID, and those of the Fréchet distance on DINOv2 (published with the large one)."""
@@ -20,7 +20,7 @@ class MetricsConfig(Config):
     """Others through which the Fréchet distances are measured too; the names of those figures end in theirs."""
     inception: InceptionConfig = InceptionConfig()
     """Where the weights of the extractor `inception` are."""
-    dinov2_weights: str | None = None
+    dinov2_weights: WeightsPath | None = None
     """Weights of the DINOv2 among the extractors, as `teacher.weights`; none means timm's repository on the hub."""
     batch_size: int = runtime(64, ge=1)
     """Images per forward pass of the extractor."""

@@ -1,12 +1,12 @@
 """The training sections, and `RunConfig`, the one configuration that all jobs of a run share."""
 
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, runtime
+from vavae.config import Config, LocalPath, runtime
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig, TimestepConfig
 from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, WorkersConfig
@@ -132,7 +132,7 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Of the generator, and of the discriminator where it has none of its own."""
     discriminator_optimizer: TokenizerOptimizerConfig | None = None
     """Of the discriminator; its rate follows the same schedule."""
-    start_from: str | None = Field(None, min_length=1)
+    start_from: Annotated[str, Field(min_length=1), LocalPath()] | None = None
     """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vavae.config import differences, digest, identity, load
+from vavae.config import differences, digest, identity, load, resolve_paths
 from vavae.data.shards.write import find_shards
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TrainingConfig
@@ -73,11 +73,15 @@ class Plan:
 
 
 class Run:
-    """The artifacts of one configuration on its storage."""
+    """The artifacts of one configuration on its storage.
+
+    Relative paths are resolved here, against the working directory of the command that makes the run: other processes
+    work in other folders.
+    """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.storage = Storage.of(config.storage).child(config.name)
+        self.config = resolve_paths(config)
+        self.storage = Storage.of(self.config.storage).child(config.name)
 
     @classmethod
     def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":

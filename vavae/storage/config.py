@@ -1,6 +1,8 @@
 """Where artifacts live, and how patiently they are fetched."""
 
-from vavae.config import Config, runtime
+from typing import Annotated
+
+from vavae.config import Config, LocalPath, runtime
 
 DEFAULT_CACHE = "~/.cache/vavae"
 
@@ -20,7 +22,7 @@ class StorageOptions(Config):
     anonymous: bool = runtime(False)
     """Ask S3 without any key, for public buckets."""
 
-    ca_bundle: str | None = runtime(None)
+    ca_bundle: Annotated[str, LocalPath()] | None = runtime(None)
     """PEM file of the certificate authorities that the S3 server is trusted by."""
 
     attempts: int = runtime(10, ge=1)
@@ -48,8 +50,8 @@ class StorageOptions(Config):
 class StorageConfig(StorageOptions):
     """The root of everything that a run reads and writes."""
 
-    root: str = runtime("runs")
+    root: Annotated[str, LocalPath()] = runtime("runs")
     """Folder or URL of any file system that fsspec knows (s3://bucket/prefix, gs://..., hf://..., memory://...)."""
 
-    cache: str = runtime(DEFAULT_CACHE)
+    cache: Annotated[str, LocalPath()] = runtime(DEFAULT_CACHE)
     """Folder of this machine for whole files fetched from a URL, shared by all its processes."""

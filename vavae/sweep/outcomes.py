@@ -55,6 +55,8 @@ def collect(sweep: Sweep) -> list[Outcome]:
 
 def _curve(sweep: Sweep, point: Point) -> dict[int, dict[str, Figure]]:
     """The rungs that all seeds have, with the measures that all have."""
+    if sweep.refusal(point) is not None:
+        return {}
     found = [rungs_of(run) for run in sweep.runs(point)]
     shared = sorted(set.intersection(*map(set, found)))
     curve = {}

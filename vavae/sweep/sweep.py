@@ -1,12 +1,13 @@
 """A sweep with its base: which run belongs to a point and a seed, and the check of all of it before anything starts."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vavae.config import digest
+from vavae.config import digest, resolve_paths
 from vavae.config.load import assign, check, read
 from vavae.config.yaml_source import Located, merge, plain
 from vavae.errors import UserError
@@ -31,6 +32,8 @@ class Sweep:
     """The sweep file."""
     base: Located
     """The configuration of the run that is varied, with `run` laid over it."""
+    folder: str
+    """What relative paths are relative to: trials run elsewhere."""
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
@@ -42,7 +45,8 @@ class Sweep:
         tree = read(path, overrides)
         config = check(SweepConfig, tree)
         base = read(_beside(tree.value["base"]))
-        sweep = Sweep(config, tree, merge(base, tree.value["run"]) if "run" in tree.value else base)
+        base = merge(base, tree.value["run"]) if "run" in tree.value else base
+        sweep = Sweep(config, tree, base, os.getcwd())
         for point in sweep.space.examples() + sweep.points():
             sweep.run_config(point, config.seeds[0])
             sweep.full_config(point)
@@ -80,6 +84,14 @@ class Sweep:
         """The runs of a trial, one for each seed."""
         return [Run(self.run_config(point, seed)) for seed in self.config.seeds]
 
+    def refusal(self, point: Point) -> str | None:
+        """Why a point makes no runs, as a search may find that chooses points while it goes on; None where it does."""
+        try:
+            self.runs(point)
+        except UserError as error:
+            return str(error)
+        return None
+
     @property
     def storage_config(self) -> StorageConfig:
         """Where the sweep has its folder."""
@@ -101,7 +113,7 @@ class Sweep:
         for path, value in self.space.values(point).items():
             tree = assign(tree, path, _located(value, self.tree.value["sweep"].value[path].place))
         try:
-            return check(RunConfig, tree)
+            return resolve_paths(check(RunConfig, tree), self.folder)
         except UserError as error:
             raise UserError(f"{error} [{describe(point)}]") from None
 

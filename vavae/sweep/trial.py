@@ -200,7 +200,10 @@ def _early_key(run: Run) -> str:
 
 def _trial_key(sweep: Sweep, point: Point) -> str:
     """What a trial comes to depends on this."""
-    config, runs = sweep.config, sweep.runs(point)
+    config, refusal = sweep.config, sweep.refusal(point)
+    if refusal is not None:
+        return digest({"refusal": refusal})
+    runs = sweep.runs(point)
     images = [run.budget("train_lightningdit") for run in runs]
     ways = {"images": images, "rungs": config.rungs, "thresholds": config.thresholds}
     return digest({"runs": [_key(run.config) for run in runs], **ways})

@@ -6,6 +6,7 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
+from vavae.config import written_path
 from vavae.data.shards.manifest import MANIFEST
 from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
 from vavae.data.sources.files import FolderSource, TarSource, ZipSource
@@ -34,9 +35,11 @@ def open_source(name: str, storage: Storage, labels: str | None = None) -> Sourc
     """
     kind, _, rest = name.partition(":")
     if labels is not None and (name == "digits" or kind in (INDEXED, "huggingface", "torchvision")):
-        raise UserError(f"validation_labels {labels}: {name} brings its classes along; leave the option out")
+        raise UserError(
+            f"validation_labels {written_path(labels)}: {name} brings its classes along; leave the option out"
+        )
     if kind == INDEXED:  # opened to see that it is there; its shards are taken as they are
-        return FolderSource(_index(rest, storage))
+        return FolderSource(_index(rest, storage, written_path(name)))
     if name == "digits":
         return DigitsSource()
     if kind in ("huggingface", "torchvision"):
@@ -62,28 +65,28 @@ def describe(name: str, storage: Storage) -> Fingerprint:
     return open_source(name, storage).listing().fingerprint
 
 
-def _index(folder: str, storage: Storage) -> Storage:
+def _index(folder: str, storage: Storage, source: str) -> Storage:
     place = storage.at(folder)
     if not place.exists(MANIFEST):
-        raise UserError(f"source indexed:{folder}: no {MANIFEST} there; write it with `vavae data index`")
+        raise UserError(f"source {source}: no {MANIFEST} there; write it with `vavae data index`")
     return place
 
 
 def _read_labels(name: str, storage: Storage) -> LabelFile:
     place = storage.at(name)
     if not place.is_file():
-        raise UserError(f"validation_labels {name!r} is not there: name the file with the classes")
+        raise UserError(f"validation_labels {written_path(name)!r} is not there: name the file with the classes")
     return read_label_file(place.local_file())
 
 
 def _open_files(name: str, storage: Storage, arrange: Arrange) -> Source:
     match = _ARCHIVE_AND_FOLDER.fullmatch(name)
-    name, inside = match.groups() if match else (name, "")
-    place = storage.at(name)
+    archive, inside = match.groups() if match else (name, "")
+    place = storage.at(archive)
     if not place.exists():
         raise UserError(
-            f"source {name!r} is not there: give a folder of class folders, a .zip or .tar(.gz) of one, 'digits', "
-            "'huggingface:<name>' or 'torchvision:<Class>'"
+            f"source {written_path(name)!r} is not there: give a folder of class folders, a .zip or .tar(.gz) of one, "
+            "'digits', 'huggingface:<name>' or 'torchvision:<Class>'"
         )
     if place.is_file():
         return _open_archive(place.local_file(), inside.strip("/"), arrange)

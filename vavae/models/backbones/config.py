@@ -1,16 +1,20 @@
 """Which pretrained network, and where its weights are."""
 
 import re
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from vavae.config import Config, runtime
+from vavae.config import Config, LocalPath, runtime
 
 EMBEDDED = "efficientnet_lite0"
 """The backbone whose ImageNet weights come as a package of the extra `quickstart`: no download beside installation."""
 
 HUB_PREFIX = "hf-hub:"
 """What tells a repository of the Hugging Face hub apart from a path, which may look the same; timm writes it so too."""
+
+WeightsPath = Annotated[str, LocalPath(names=(HUB_PREFIX,))]
+"""Weights in a file, or on the hub."""
 
 
 class BackboneConfig(Config):
@@ -19,7 +23,7 @@ class BackboneConfig(Config):
     name: str
     """A timm model with its tag, as in `vit_large_patch14_dinov2.lvd142m`, or the embedded `efficientnet_lite0`."""
 
-    weights: str | None = None
+    weights: WeightsPath | None = None
     """A checkpoint in the names of timm or of its publisher: a path, a storage URL, or `hf-hub:owner/model[@revision]`;
     none means the package's own or timm's repository on the hub."""
 
@@ -38,7 +42,7 @@ class BackboneConfig(Config):
 class InceptionConfig(Config):
     """The Inception network of published Fréchet distances, as torch-fidelity released it."""
 
-    weights: str = runtime(
+    weights: Annotated[str, LocalPath()] = runtime(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
     )
     """A path, a storage URL, or the address of a download, which is kept where torch keeps its own."""

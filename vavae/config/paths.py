@@ -1,0 +1,106 @@
+"""Local paths of a configuration: which fields may hold one, and what a relative one is relative to."""
+
+import operator
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class ResolvedPath(str):
+    """An absolute path that was written as a relative one.
+
+    It opens the same file in every process, whatever its working directory. Digests and stored configurations have it
+    as it was written, so they do not depend on where a command was typed.
+
+    Args:
+        path: the absolute path.
+        written: as the configuration has it.
+    """
+
+    written: str
+
+    def __new__(cls, path: str, written: str) -> "ResolvedPath":
+        """Make the string, which cannot be changed once it is there."""
+        resolved = super().__new__(cls, path)
+        resolved.written = written
+        return resolved
+
+    def __reduce__(self) -> tuple[type["ResolvedPath"], tuple[str, str]]:
+        return ResolvedPath, (str(self), self.written)
+
+
+@dataclass(frozen=True)
+class LocalPath:
+    """Marks a field that may hold the path of a local file or folder: ``Annotated[str, LocalPath()]``.
+
+    URLs, absolute paths and those that begin with ``~`` are the same from everywhere.
+    """
+
+    words: tuple[str, ...] = ()
+    """Values that are no path."""
+    names: tuple[str, ...] = ()
+    """Beginnings of values that are no path, such as ``hf-hub:``."""
+    before: tuple[str, ...] = ()
+    """What may stand before a path, such as ``indexed:``."""
+
+    def resolve(self, text: str, folder: str) -> str:
+        """A value with its relative path, if it holds one, made absolute."""
+        if isinstance(text, ResolvedPath) or text in self.words or text.startswith(self.names):
+            return text
+        prefix = next((prefix for prefix in self.before if text.startswith(prefix)), "")
+        path = text.removeprefix(prefix)
+        if not path or path.startswith("~") or "://" in path or os.path.isabs(path):
+            return text
+        return ResolvedPath(prefix + os.path.abspath(os.path.join(folder, path)), text)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # A section made of another one's values keeps what pydantic would make a plain string of.
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, check: value if isinstance(value, ResolvedPath) else check(value),
+            handler(source),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                written_path, return_schema=core_schema.str_schema(), when_used="json"
+            ),
+        )
+
+
+def written_path(text: str) -> str:
+    """A value of a configuration as it was written."""
+    return text.written if isinstance(text, ResolvedPath) else text
+
+
+def resolve_paths(config: ModelT, folder: str | None = None) -> ModelT:
+    """A configuration whose relative paths open the same files from everywhere; its digests and its dump stay.
+
+    Args:
+        config: at any depth of sections. One that is resolved already comes back as it is.
+        folder: what relative paths are relative to; the working directory by default.
+    """
+    return _resolve(config, os.getcwd() if folder is None else folder)
+
+
+def _resolve(value: Any, folder: str) -> Any:
+    if isinstance(value, tuple):
+        items = tuple(_resolve(item, folder) for item in value)
+        return value if all(map(operator.is_, items, value)) else items
+    if not isinstance(value, BaseModel):
+        return value
+    changed = {}
+    for name, field in type(value).model_fields.items():
+        before, mark = getattr(value, name), _mark(field)
+        after = mark.resolve(before, folder) if mark and isinstance(before, str) else _resolve(before, folder)
+        if after is not before:
+            changed[name] = after
+    return value.model_copy(update=changed) if changed else value
+
+
+def _mark(field: FieldInfo) -> LocalPath | None:
+    """The mark of a field, or of a member of its union."""
+    of_members = [mark for member in get_args(field.annotation) for mark in getattr(member, "__metadata__", ())]
+    return next((mark for mark in [*field.metadata, *of_members] if isinstance(mark, LocalPath)), None)
