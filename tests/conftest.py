@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from support.gloo import Nursery
+from support.gloo import GlooLauncher
 
 from vavae.storage.loopback import S3Server, s3_server, why_no_s3_server
+from vavae.storage.storage import Storage
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,12 +17,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """An empty folder of this test's."""
+    return Storage(str(tmp_path / "storage"))
+
+
 @pytest.fixture(scope="session")
-def gloo() -> Iterator[Nursery]:
+def gloo() -> Iterator[GlooLauncher]:
     """Runs functions on the ranks of a new gloo world."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+    launcher = GlooLauncher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.fire import KILLS, STEPS, STEPS_PER_CHECKPOINT, Attempt, Outcome, Trouble, outcome_of, try_training
-from support.gloo import Nursery
-from support.parity import TORCH, ZERO
-from support.tiny import JOBS
+from support.engine_parity import TORCH, ZERO
+from support.gloo import GlooLauncher
+from support.training_faults import (
+    KILLS,
+    STEPS,
+    STEPS_PER_CHECKPOINT,
+    Attempt,
+    Outcome,
+    Trouble,
+    outcome_of,
+    try_training,
+)
+from support.training_steps import JOBS
 
 from vavae.errors import UserError
 from vavae.runs.run import Job
@@ -43,23 +52,23 @@ class Report(NamedTuple):
         return [kind for kind in FATAL if not self.landed[kind]]
 
 
-def soak(nursery: Nursery, folder: Path, seed: int, seconds: float) -> Report:
+def soak(launcher: GlooLauncher, folder: Path, seed: int, seconds: float) -> Report:
     """Go through rounds until the time is over, two at least; AssertionError where one does not end as it must."""
     draw, end = random.Random(seed), time.monotonic() + seconds
     rounds = attempts = 0
     landed: Counter[str] = Counter()
     while rounds < 2 or time.monotonic() < end:
         place = folder / str(rounds)
-        attempts += _round(nursery, place, draw, JOBS[rounds // 2 % 2], resizes=rounds % 2 == 1)
+        attempts += _round(launcher, place, draw, JOBS[rounds // 2 % 2], resizes=rounds % 2 == 1)
         landed.update(mark.name.rpartition("-")[0] for mark in place.glob("disturbed/landed/*"))
         rounds += 1
     return Report(rounds, attempts, landed)
 
 
-def _round(nursery: Nursery, folder: Path, draw: random.Random, job: Job, resizes: bool) -> int:
+def _round(launcher: GlooLauncher, folder: Path, draw: random.Random, job: Job, resizes: bool) -> int:
     """One training with all troubles and one without; how many attempts the former took."""
     plan = Attempt(job, draw.choice([2, 3]), draw.choice(_ENGINES))
-    expected = _train(nursery, folder / "undisturbed", plan)
+    expected = _train(launcher, folder / "undisturbed", plan)
     troubles = draw.sample(_KINDS, len(_KINDS))
     for number, kind in enumerate(troubles):
         attempt = plan
@@ -69,25 +78,25 @@ def _round(nursery: Nursery, folder: Path, draw: random.Random, job: Job, resize
         turn = draw.randrange(STEPS_PER_CHECKPOINT) if kind in ("step", "stop") else draw.randrange(2)
         # The first to come to where a checkpoint is read must find one.
         attempt = attempt._replace(trouble=Trouble(kind, 0 if kind in ("start-up", "conversion") else turn, rank))
-        _try(nursery, folder / "disturbed", attempt)
+        _try(launcher, folder / "disturbed", attempt)
         print(f"  {number + 1}/{len(troubles)} {attempt}", flush=True)
-    found = _train(nursery, folder / "disturbed", plan)
+    found = _train(launcher, folder / "disturbed", plan)
     _compare(found, expected, exact=not resizes)
     return len(troubles) + 1
 
 
-def _try(nursery: Nursery, folder: Path, attempt: Attempt) -> None:
+def _try(launcher: GlooLauncher, folder: Path, attempt: Attempt) -> None:
     """An attempt that may die."""
     try:
-        nursery.run(attempt.world_size, try_training, attempt, folder)
+        launcher.run(attempt.world_size, try_training, attempt, folder)
     except (RuntimeError, UserError) as error:
         known = ("died", "Connection", "gloo", "no checkpoint could be written")
         if not any(word in str(error) for word in known):
             raise
 
 
-def _train(nursery: Nursery, folder: Path, attempt: Attempt) -> Outcome:
-    nursery.run(attempt.world_size, try_training, attempt, folder)
+def _train(launcher: GlooLauncher, folder: Path, attempt: Attempt) -> Outcome:
+    launcher.run(attempt.world_size, try_training, attempt, folder)
     return outcome_of(folder)
 
 
@@ -110,10 +119,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    nursery = Nursery()
+    launcher = GlooLauncher()
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
-        report = soak(nursery, Path(folder), arguments.seed, 60 * arguments.minutes)
-    nursery.close()
+        report = soak(launcher, Path(folder), arguments.seed, 60 * arguments.minutes)
+    launcher.close()
     print(f"{report.rounds} rounds, {report.attempts} attempts; landed: {dict(sorted(report.landed.items()))}")
     if report.missed:
         print(f"no kill landed in: {', '.join(report.missed)}")

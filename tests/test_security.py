@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
-from support import small
+from support import image_shards
+from support.image_shards import write_image_shards
 from test_architecture import MODULES
 
 from vavae.config import dump, load
@@ -82,7 +83,7 @@ def test_members_that_webdataset_would_unpickle_stay_bytes(tmp_path, traps):
     for split in ("train", "validation"):
         with storage.create(f"{split}/000000.tar") as local, write_tar(local) as tar:
             for index in range(2):
-                tar.add(index, {**evil, "png": small.png(small.image(split, index)), "cls": b"0"})
+                tar.add(index, {**evil, "png": image_shards.png(image_shards.image(split, index)), "cls": b"0"})
     manifest = index_shards({split: [str(tmp_path / split)] for split in ("train", "validation")}, None, storage)
     stream = ImageStream(
         storage, manifest, "train", order_of([2], 0, StreamConfig(lanes=1)), 2, StreamConfig(lanes=1), seed=0
@@ -190,7 +191,7 @@ def test_archives_that_lead_elsewhere_are_refused(tmp_path, name, kind):
 def test_manifests_and_records_that_lead_elsewhere_are_refused(tmp_path, name, root):
     storage = Storage(str(tmp_path / "inside") if root == "folder" else root, str(tmp_path / "cache"))
     put(tmp_path, "outside", b"x" * 10)
-    made = small.write_image_shards(storage, {"train": (1,)})
+    made = write_image_shards(storage, {"train": (1,)})
     for splits in ({"train": name}, {name: "000000.tar"}):
         ((split, shard),) = splits.items()
         info = made.splits["train"][0].model_copy(update={"name": shard})

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.page import Page
-from support.tiny import tiny_config
+from support.html_page import Page
+from support.training_steps import tiny_config
 
 from vavae.cli.main import main
 from vavae.config.load import dump

@@ -8,8 +8,8 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from support import small
-from support.trained import trained_run
+from support import image_shards
+from support.trained_run import trained_run
 
 from vavae.cli.main import main
 from vavae.diffusion.config import GuidanceConfig
@@ -54,7 +54,7 @@ def test_a_picture_has_a_class_a_row_and_a_seed_a_column(sample, expected, tmp_p
     tile = 64
     for place, image in enumerate(expected):
         top, left = place // 3 * (tile + 2), place % 3 * (tile + 2)
-        shown = picture[top : top + tile : tile // small.SIZE, left : left + tile : tile // small.SIZE]
+        shown = picture[top : top + tile : tile // image_shards.SIZE, left : left + tile : tile // image_shards.SIZE]
         assert np.abs(shown.transpose(2, 0, 1).astype(int) - image.numpy()).max() <= 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == ("samples.png: 2 classes with 3 seeds, euler 2 steps, shift 1, guidance 1.5 for t in [0, 1]")
@@ -90,7 +90,7 @@ def test_seed_and_class_of_an_image_of_the_runs_own_samples_give_that_image(samp
     for shard in samples.shards():
         samples.generate(shard, generator, lambda _: None)
     index = 7
-    assert sample(small.CLASSES[samples.label(index)], str(index), "--out", "one.npz") == 0
+    assert sample(image_shards.CLASSES[samples.label(index)], str(index), "--out", "one.npz") == 0
     with np.load(tmp_path / "one.npz") as array:
         difference = array["arr_0"].transpose(0, 3, 1, 2).astype(int) - samples.images([index]).numpy()
     assert np.abs(difference).max() <= 1
@@ -154,8 +154,8 @@ def test_the_lines_of_the_readme_do_what_it_says(tmp_path, monkeypatch):
     names = {}
     exec(compile(lines, str(README), "exec"), names)
     (picture,) = tmp_path.glob("*.png")
-    assert Image.open(picture).width == 10 * (2 * small.SIZE + 2) - 2
-    assert names["images"].shape == (10, 3, small.SIZE, small.SIZE)
+    assert Image.open(picture).width == 10 * (2 * image_shards.SIZE + 2) - 2
+    assert names["images"].shape == (10, 3, image_shards.SIZE, image_shards.SIZE)
 
 
 def test_the_command_of_the_readme_is_understood(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import small
+from support import image_shards
+from support.image_shards import write_image_shards
 
 from vavae.data.config import StreamConfig
 from vavae.data.image import center_crop_resize, decode_image, encode_image
@@ -31,13 +32,8 @@ CENTER = StreamConfig(lanes=2, block=4, crop="center")
 KEYS = [MicroBatchKey(lane, step) for step in range(6) for lane in (0, 1)]
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
-
-
-def stream_of(storage, config=CENTER, height=small.SIZE, width=small.SIZE, damaged=()):
-    manifest = small.write_image_shards(storage, {"train": COUNTS}, height, width, damaged)
+def stream_of(storage, config=CENTER, height=image_shards.SIZE, width=image_shards.SIZE, damaged=()):
+    manifest = write_image_shards(storage, {"train": COUNTS}, height, width, damaged)
     order = order_of(COUNTS, SEED, config)
     return ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED), order
 
@@ -56,10 +52,10 @@ def test_a_slice_holds_the_records_of_the_order(storage):
     stream, order = stream_of(storage)
     for key in KEYS:
         found, indices = stream[key], [index_of(location) for location in order.micro_batch(*key, MICRO_BATCH)]
-        expected = np.stack([small.image("train", index) for index in indices])
+        expected = np.stack([image_shards.image("train", index) for index in indices])
         assert (found.lane, found.step) == key
         assert np.array_equal(found.images.permute(0, 2, 3, 1), expected)
-        assert found.labels.tolist() == [small.label_of(index) for index in indices]
+        assert found.labels.tolist() == [image_shards.label_of(index) for index in indices]
         assert (found.images.dtype, found.labels.dtype) == (torch.uint8, torch.int64)
         assert found.images.is_contiguous(memory_format=torch.channels_last), "whoever makes floats reorders them once"
 
@@ -80,7 +76,7 @@ class OneImage:
 
 
 def test_every_lane_and_step_has_its_own_crops(storage):
-    manifest = small.write_image_shards(storage, {"train": (1,)}, height=8, width=4000)
+    manifest = write_image_shards(storage, {"train": (1,)}, height=8, width=4000)
     stream = ImageStream(storage, manifest, "train", OneImage(), 2, StreamConfig(), SEED)
     crops = [
         image.numpy().tobytes()
@@ -92,9 +88,9 @@ def test_every_lane_and_step_has_its_own_crops(storage):
 
 
 def test_half_of_the_images_are_mirrored(storage):
-    manifest = small.write_image_shards(storage, {"train": (1,)})
+    manifest = write_image_shards(storage, {"train": (1,)})
     stream = ImageStream(storage, manifest, "train", OneImage(), 200, CENTER.model_copy(update={"flip": True}), SEED)
-    image = torch.from_numpy(small.image("train", 0)).permute(2, 0, 1)
+    image = torch.from_numpy(image_shards.image("train", 0)).permute(2, 0, 1)
     seen = stream[MicroBatchKey(0, 0)].images
     mirrored = [torch.equal(found, image.flip(-1)) for found in seen]
     assert all(mirror or torch.equal(found, image) for mirror, found in zip(mirrored, seen, strict=True))
@@ -103,7 +99,9 @@ def test_half_of_the_images_are_mirrored(storage):
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_files_that_are_decoded_in_place_are_mirrored_alike(storage, crop):
-    files = [encode_image(Image.fromarray(small.image("train", index, 16, 16)), "jpeg").data for index in range(2)]
+    files = [
+        encode_image(Image.fromarray(image_shards.image("train", index, 16, 16)), "jpeg").data for index in range(2)
+    ]
     with storage.create("train/000000.tar") as local:
         with write_tar(local) as tar:
             for index, data in enumerate(files):
@@ -126,13 +124,13 @@ def test_originals_come_at_the_size_of_training(storage, crop):
     config = CENTER.model_copy(update={"crop": crop})
     stream, order = stream_of(storage, config, height=40, width=29)
     found = stream[MicroBatchKey(1, 2)]
-    assert found.images.shape == (MICRO_BATCH, 3, small.SIZE, small.SIZE)
+    assert found.images.shape == (MICRO_BATCH, 3, image_shards.SIZE, image_shards.SIZE)
     if crop == "center":
         pixels = [
-            small.image("train", index_of(location), 40, 29)
+            image_shards.image("train", index_of(location), 40, 29)
             for location in order.micro_batch(*MicroBatchKey(1, 2), size=MICRO_BATCH)
         ]
-        expected = [np.asarray(center_crop_resize(Image.fromarray(image), small.SIZE)) for image in pixels]
+        expected = [np.asarray(center_crop_resize(Image.fromarray(image), image_shards.SIZE)) for image in pixels]
         assert np.array_equal(found.images.permute(0, 2, 3, 1), np.stack(expected))
 
 
@@ -144,8 +142,8 @@ def test_the_next_readable_image_of_the_shard_stands_in_for_a_damaged_one(storag
             found = stream[key]
             for row, location in enumerate(order.micro_batch(*key, MICRO_BATCH)):
                 index = 5 if index_of(location) in (7, 8) else index_of(location)
-                assert np.array_equal(found.images[row].permute(1, 2, 0), small.image("train", index))
-                assert found.labels[row] == small.label_of(index)
+                assert np.array_equal(found.images[row].permute(1, 2, 0), image_shards.image("train", index))
+                assert found.labels[row] == image_shards.label_of(index)
     assert "train/000001.tar" in caplog.text
 
 
@@ -157,7 +155,7 @@ def test_a_shard_without_a_readable_image_is_an_error(storage):
 
 def test_a_shard_of_another_length_than_the_manifest_says_is_an_error(storage):
     stream, _ = stream_of(storage)
-    small.write_image_shards(storage, {"train": (2, 2, 2)})
+    write_image_shards(storage, {"train": (2, 2, 2)})
     with pytest.raises(UserError, match=r"train/00000\d.tar: \d+ bytes where the manifest says \d+"):
         stream[MicroBatchKey(0, 0)]
 
@@ -217,7 +215,7 @@ def test_a_class_that_is_no_index_is_an_error(text):
 def test_resuming_opens_the_current_blocks_alone(storage):
     """40 shards of 4 records, 2 lanes of blocks of 8: a block lies in at most three shards."""
     counts, config = (4,) * 40, StreamConfig(lanes=2, block=8, crop="center")
-    manifest = small.write_image_shards(storage, {"train": counts})
+    manifest = write_image_shards(storage, {"train": counts})
     order, opened = order_of(counts, SEED, config), []
 
     class Counting(ImageStream):
@@ -234,7 +232,7 @@ def test_resuming_opens_the_current_blocks_alone(storage):
 
 
 def test_a_label_beyond_the_classes_is_an_error(storage):
-    manifest = small.write_image_shards(storage, {"train": COUNTS}).model_copy(update={"classes": ("a",)})
+    manifest = write_image_shards(storage, {"train": COUNTS}).model_copy(update={"classes": ("a",)})
     stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CENTER), 14, CENTER, SEED)
     with pytest.raises(UserError, match=r"train/00000\d.tar#\d+: label [12], but the manifest has 1 classes"):
         stream[MicroBatchKey(0, 0)]
@@ -315,11 +313,11 @@ def test_shards_of_a_store_are_fetched_once_and_checked_then(tmp_path, monkeypat
     fetch = Storage._fetch
     monkeypatch.setattr(Storage, "_fetch", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest))
     config = CENTER.model_copy(update={"open_shards": 1})
-    manifest, order = small.write_image_shards(storage, {"train": COUNTS}), order_of(COUNTS, SEED, config)
+    manifest, order = write_image_shards(storage, {"train": COUNTS}), order_of(COUNTS, SEED, config)
     stream = ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED)
     for key in KEYS:
         indices = [index_of(location) for location in order.micro_batch(*key, MICRO_BATCH)]
-        assert stream[key].labels.tolist() == [small.label_of(index) for index in indices]
+        assert stream[key].labels.tolist() == [image_shards.label_of(index) for index in indices]
     assert sorted(fetched) == [f"train/{number:06d}.tar" for number in range(len(COUNTS))]
     other = Storage(storage.root, str(tmp_path / "other"))
     for number in range(len(COUNTS)):

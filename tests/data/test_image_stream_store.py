@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support import small
-from support.faults import PASSING, Fault, Plan, faulty
-from support.gloo import Nursery
+from support.faulty_proxy import PASSING, Fault, Plan, faulty
+from support.gloo import GlooLauncher
+from support.image_shards import write_image_shards
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream
@@ -95,7 +95,7 @@ class EveryKind(Plan):
 def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]:
     """5,000 images in 60 shards, in a folder."""
     storage = Storage(str(tmp_path_factory.mktemp("shards")))
-    return storage, small.write_image_shards(storage, {"train": (83,) * 59 + (103,)})
+    return storage, write_image_shards(storage, {"train": (83,) * 59 + (103,)})
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def stored(s3, shards: tuple[Storage, Manifest], tmp_path: Path) -> tuple[str, M
 
 @pytest.mark.parametrize(("samples", "faults"), [(5_000, 100), pytest.param(100_000, 1_000, marks=pytest.mark.long)])
 def test_the_stream_is_the_same_through_faults(
-    gloo: Nursery, s3, shards, stored, tmp_path: Path, samples: int, faults: int
+    gloo: GlooLauncher, s3, shards, stored, tmp_path: Path, samples: int, faults: int
 ) -> None:
     root, manifest = stored
     twelve_shards = 12 * max(shard.bytes for shard in manifest.splits["train"])
@@ -135,7 +135,7 @@ def test_the_stream_is_the_same_through_faults(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_is_fetched_once_an_epoch_by_all_ranks_of_a_node(
-    gloo: Nursery, s3, stored, tmp_path: Path, workers: int
+    gloo: GlooLauncher, s3, stored, tmp_path: Path, workers: int
 ) -> None:
     """The cache holds a third of the data; a lane enters the shard at its end when it leaves it for its neighbor."""
     root, manifest = stored

@@ -8,7 +8,7 @@ import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import small
+from support.image_shards import write_image_shards
 
 from vavae.data.shard_reader import shard_records
 from vavae.data.shards.mapped_shard import MappedShard, ShardCache
@@ -22,7 +22,7 @@ COUNT = 5
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    small.write_image_shards(Storage(str(folder)), {"train": (COUNT,)})
+    write_image_shards(Storage(str(folder)), {"train": (COUNT,)})
     return folder / "train" / "000000.tar"
 
 

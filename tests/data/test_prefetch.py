@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from contextlib import closing
 from itertools import islice, takewhile
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import small
+from support.image_shards import write_image_shards
+from support.waiting import wait_until
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream, ShardStream
@@ -30,15 +30,6 @@ ROUNDS = assign_lanes(LANES, 0, 1)
 CONFIG = StreamConfig(lanes=LANES, block=12, crop="center")
 
 
-def until(condition):
-    """Wait for another thread."""
-    for _ in range(10_000):
-        if condition():
-            return
-        time.sleep(0.001)
-    raise TimeoutError("waited for 10 s")
-
-
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == THREAD]
 
@@ -47,7 +38,7 @@ def threads():
 def shards():
     """A store, and what is in it."""
     storage = Storage(f"memory://{uuid.uuid4().hex}")
-    return storage.root, small.write_image_shards(storage, {"train": COUNTS})
+    return storage.root, write_image_shards(storage, {"train": COUNTS})
 
 
 class Store:
@@ -57,6 +48,8 @@ class Store:
         (root, manifest), self.accumulation_steps = shards, assign_lanes(config.lanes, 0, 1)
         self.shard_bytes = max(info.bytes for info in manifest.splits["train"])
         self.fetched, self.blocking, self.lost, self.step = [], 0, [], 0
+        self.idle_at = None
+        """The step at which the look-ahead has no room for any more, once it has fetched what it had room for."""
         brought = {}
         fetch = Storage._fetch
 
@@ -71,7 +64,15 @@ class Store:
                     self.lost.append(shard)
             self.fetched.append(shard)
 
+        has_room = LookAhead._has_room
+
+        def heeded(look_ahead, need):
+            found = has_room(look_ahead, need)
+            self.idle_at = None if found else look_ahead._step
+            return found
+
         monkeypatch.setattr(Storage, "_fetch", noted)
+        monkeypatch.setattr(LookAhead, "_has_room", heeded)
         storage = Storage(root, str(cache), StorageOptions(cache_bytes=room * self.shard_bytes))
         order = order_of([info.count for info in manifest.splits["train"]], SEED, config)
         self.stream = ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED)
@@ -84,6 +85,10 @@ class Store:
 
     def look_ahead(self, limit=1 << 30):
         return closing(LookAhead(self.stream.shards, self.accumulation_steps, 0, limit))
+
+    def wait_for_look_ahead(self, step):
+        """Until it has done all that it may while the stream is at a step."""
+        wait_until(lambda: self.idle_at == step)
 
     def needed(self, first_step, last_step):
         """Shards of the records of some steps; none where the last is before the first."""
@@ -131,7 +136,7 @@ def test_the_stream_finds_its_shards_in_the_cache(store):
         for step, _ in enumerate(islice(micro_batches, 2 * STEPS)):
             if step == 0:
                 at_first = store.blocking
-            until(lambda step=step: store.needed(0, step + 1) <= set(store.fetched))
+            wait_until(lambda step=step: store.needed(0, step + 1) <= set(store.fetched))
         assert store.blocking == at_first <= len(store.needed(0, 0))
     assert len(store.fetched) == len(set(store.fetched)) == len(COUNTS)
 
@@ -152,8 +157,7 @@ def test_no_more_is_ahead_than_allowed_but_always_the_next_shard(store, ahead):
             look_ahead.reached(step)
             entered = {need.shard for need in needs if need.step <= step}
             expected = min(len(COUNTS), len(entered) + most)
-            until(lambda expected=expected: len(store.fetched) >= expected)
-            time.sleep(0.002)
+            store.wait_for_look_ahead(step)
             assert len(set(store.fetched)) == expected
     assert store.blocking == 0
 
@@ -166,8 +170,8 @@ def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, roo
     with store.micro_batches(ahead=100) as micro_batches:
         for store.step in range(epochs * STEPS * LANES // lanes):
             next(micro_batches)
-            time.sleep(0.001)
-    until(lambda: not threads())
+            store.wait_for_look_ahead(store.step)
+    wait_until(lambda: not threads())
     assert not store.lost, "dropped between fetch and use"
     assert len(COUNTS) < len(store.fetched) <= epochs * len(COUNTS) + room
 
@@ -175,8 +179,7 @@ def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, roo
 def test_a_cache_without_room_is_not_filled_ahead(shards, tmp_path, monkeypatch):
     store = Store(shards, tmp_path / "cache", monkeypatch, room=2)
     with store.look_ahead():
-        until(lambda: store.needed(0, 0) <= set(store.fetched))
-        time.sleep(0.02)
+        store.wait_for_look_ahead(0)
         assert set(store.fetched) == store.needed(0, 0)
 
 
@@ -186,7 +189,7 @@ def test_what_the_stream_has_passed_is_not_fetched(store, monkeypatch):
     with store.look_ahead() as look_ahead:
         look_ahead.reached(passed)
         slow.set()
-        until(lambda: store.needed(passed, STEPS - 1) <= set(store.fetched))
+        wait_until(lambda: store.needed(passed, STEPS - 1) <= set(store.fetched))
         over = store.needed(0, passed - 1) - store.needed(passed, STEPS - 1)
         assert len(over & set(store.fetched[:-1])) <= 1 < len(over)
 
@@ -194,13 +197,13 @@ def test_what_the_stream_has_passed_is_not_fetched(store, monkeypatch):
 def test_what_is_open_is_not_fetched_again(tmp_path, monkeypatch):
     """Both lanes stay in the only shard, which the cache drops while it is mapped."""
     place = Storage(f"memory://{uuid.uuid4().hex}")
-    store = Store((place.root, small.write_image_shards(place, {"train": (40,)})), tmp_path, monkeypatch)
+    store = Store((place.root, write_image_shards(place, {"train": (40,)})), tmp_path, monkeypatch)
     with store.look_ahead() as look_ahead:
-        until(lambda: look_ahead._waiting)  # for the next epoch, so the shard is here
+        wait_until(lambda: look_ahead._waiting)  # for the next epoch, so the shard is here
         store.stream.shards.open(0, Path.unlink)
         for step in range(12):
             look_ahead.reached(step)
-            time.sleep(0.002)
+            store.wait_for_look_ahead(step)
     assert store.fetched == [0]
 
 
@@ -209,11 +212,11 @@ def test_the_thread_ends_with_the_stream(store):
         next(micro_batches)
         assert len(threads()) == 1
         assert threads()[0].daemon
-    until(lambda: not threads())
+    wait_until(lambda: not threads())
     micro_batches = load_micro_batches(store.stream, ROUNDS, 0, workers=0, prefetch_bytes=1)
     next(micro_batches)
     del micro_batches
-    until(lambda: not threads())
+    wait_until(lambda: not threads())
 
 
 _LEAVES = """
@@ -232,9 +235,8 @@ def test_a_fetch_under_way_keeps_no_process_alive(tmp_path):
     assert process.wait(timeout=50) == 0
 
 
-def test_local_shards_have_no_thread(tmp_path):
-    storage = Storage(str(tmp_path))
-    manifest = small.write_image_shards(storage, {"train": COUNTS})
+def test_local_shards_have_no_thread(storage):
+    manifest = write_image_shards(storage, {"train": COUNTS})
     stream = ImageStream(storage, manifest, "train", order_of(COUNTS, SEED, CONFIG), MICRO_BATCH, CONFIG, SEED)
     with closing(load_micro_batches(stream, ROUNDS, 0, workers=0)) as micro_batches:
         next(micro_batches)
@@ -254,12 +256,12 @@ def test_errors_are_the_streams(store, monkeypatch):
 
     monkeypatch.setattr(Storage, "_fetch", fail)
     with store.look_ahead():
-        until(lambda: len(store.fetched) == len(COUNTS) - 1)
+        wait_until(lambda: len(store.fetched) == len(COUNTS) - 1)
     with store.micro_batches(ahead=4) as micro_batches:
         list(islice(micro_batches, gone.step))
         with pytest.raises(UserError, match=f"{gone.shard:06d}.tar is gone"):
             list(islice(micro_batches, CONFIG.block))
-    until(lambda: not threads())
+    wait_until(lambda: not threads())
 
 
 def test_loader_processes_hold_as_many_slices_as_fit(tmp_path):

@@ -7,7 +7,8 @@ import uuid
 import numpy as np
 import pytest
 from PIL import Image
-from support import small
+from support import image_shards
+from support.image_shards import write_image_shards
 
 from vavae.cli.main import main
 from vavae.data.config import ShardsConfig, StreamConfig
@@ -32,7 +33,7 @@ def write_tar(path, labels, form="jpeg", members=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for index, label in enumerate(labels):
-            image = encode_image(Image.fromarray(small.image("train", index, 12, 20)), form)
+            image = encode_image(Image.fromarray(image_shards.image("train", index, 12, 20)), form)
             for name, data in (members or {image.extension: image.data, "cls": b"%d" % label}).items():
                 info = tarfile.TarInfo(f"photos/n{index}.{name}")
                 info.size, info.mtime = len(data), 1e9 + index
@@ -101,7 +102,7 @@ def test_named_classes(tmp_path, theirs, capsys):
     ("members", "message"),
     [
         ({"txt": b"a cat", "cls": b"1"}, r"theirs/bad.tar#photos/n0: without an image: its members are \['cls', 'txt'"),
-        ({"png": small.png(np.zeros((4, 4, 3), np.uint8))}, r"theirs/bad.tar#photos/n0: its class is b''"),
+        ({"png": image_shards.png(np.zeros((4, 4, 3), np.uint8))}, r"theirs/bad.tar#photos/n0: its class is b''"),
     ],
 )
 def test_records_that_are_no_labelled_images_are_named(tmp_path, capsys, members, message):
@@ -141,7 +142,7 @@ def test_verify_names_every_shard_that_is_not_as_the_manifest_says(folder, their
 
 def test_verify_names_classes_beyond_the_manifest_s_and_on_request_unreadable_images(tmp_path, capsys):
     storage, bad = Storage(str(tmp_path)), [("train", 1)]
-    manifest = small.write_image_shards(storage, {"train": (3, 2)}, damaged=bad)
+    manifest = write_image_shards(storage, {"train": (3, 2)}, damaged=bad)
     write_manifest(storage, "", manifest)
     assert main(["data", "verify", str(tmp_path)]) == 0
     assert main(["data", "verify", str(tmp_path), "--images"]) == 1
@@ -156,7 +157,7 @@ def test_verify_names_classes_beyond_the_manifest_s_and_on_request_unreadable_im
 
 def test_verify_drops_unreadable_images_from_an_index(tmp_path, capsys):
     bad = [("train", index) for index in (1, 3, 4)]
-    small.write_image_shards(Storage(str(tmp_path / "theirs")), {"train": (3, 2, 4), "validation": (2,)}, damaged=bad)
+    write_image_shards(Storage(str(tmp_path / "theirs")), {"train": (3, 2, 4), "validation": (2,)}, damaged=bad)
     folder, theirs = str(tmp_path / "index"), str(tmp_path / "theirs")
     command = ["data", "index", folder, "--train", f"{theirs}/train", "--validation", f"{theirs}/validation"]
     assert main(command) == 0
@@ -167,8 +168,8 @@ def test_verify_drops_unreadable_images_from_an_index(tmp_path, capsys):
     assert manifest.splits["validation"] == before.splits["validation"]
     assert (manifest.skipped[0], manifest.skipped_count) == ("train/000000.tar#000000001", 3)
     assert manifest.digest != before.digest
-    kept = np.stack([small.image("train", index) for index in (0, 2, 5, 6, 7, 8)])
-    sized = manifest.model_copy(update={"image_size": small.SIZE})
+    kept = np.stack([image_shards.image("train", index) for index in (0, 2, 5, 6, 7, 8)])
+    sized = manifest.model_copy(update={"image_size": image_shards.SIZE})
     found = gather(read_images(Storage(folder), sized, "train", 9, 9)).images.permute(0, 2, 3, 1)
     assert np.array_equal(found, kept)
     config = StreamConfig(lanes=1, crop="center", unreadable_limit=0)
@@ -184,7 +185,7 @@ def test_verify_drops_unreadable_images_from_an_index(tmp_path, capsys):
 
 def test_dropping_leaves_something_and_no_run_s_own_shards(tmp_path, capsys):
     storage = Storage(str(tmp_path / "theirs"))
-    manifest = small.write_image_shards(storage, {"train": (1,), "validation": (1,)}, damaged=[("train", 0)])
+    manifest = write_image_shards(storage, {"train": (1,), "validation": (1,)}, damaged=[("train", 0)])
     write_manifest(storage, "", manifest)
     assert main(["data", "verify", storage.root, "--drop"]) == 2
     assert "is a run's own: delete the shard with the image" in capsys.readouterr().err
@@ -195,7 +196,7 @@ def test_dropping_leaves_something_and_no_run_s_own_shards(tmp_path, capsys):
 
 
 def test_a_manifest_less_other_images_is_another(tmp_path):
-    manifest = small.write_image_shards(Storage(str(tmp_path)), {"train": (3,)})
+    manifest = write_image_shards(Storage(str(tmp_path)), {"train": (3,)})
     faults = [ShardFaults("train", 0, [], {position: "x: unreadable"}) for position in (0, 1)]
     digests = {manifest.digest, *(without_unreadable(manifest, [each]).digest for each in faults)}
     assert len(digests) == 3
@@ -218,7 +219,7 @@ def test_verify_reads_latents_too(tmp_path, capsys):
 
 def test_verify_asks_the_store_and_not_the_cache(tmp_path):
     storage = Storage(f"memory://{uuid.uuid4().hex}", str(tmp_path))
-    manifest = small.write_image_shards(storage, {"train": (2,)})
+    manifest = write_image_shards(storage, {"train": (2,)})
     shard_file(storage, "train", manifest.splits["train"][0])  # now it is in the cache, too
     assert not next(verify_shards(storage, manifest, images=False)).lines
     storage.delete("train/000000.tar")

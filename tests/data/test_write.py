@@ -53,11 +53,6 @@ def config(tmp_path):
     return ShardsConfig(source=source, validation_fraction=0.25, image_size=32, shard_images=8)
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "runs"), cache=str(tmp_path / "cache"))
-
-
 def silent(done, total):
     pass
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.gloo import Nursery
-from support.parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, error, train
-from support.tiny import JOBS, LANES, build_step, tiny_config
+from support.engine_parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, error, train
+from support.gloo import GlooLauncher
+from support.training_steps import JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
 from vavae.data.loader import load_micro_batches
@@ -37,20 +37,20 @@ def _label(value: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def plain(gloo: Nursery) -> Histories:
+def plain(gloo: GlooLauncher) -> Histories:
     """Plain PyTorch in one process."""
     return gloo.run(1, train, Setup(TORCH, smooth=True))[0]
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def same_order(gloo: Nursery, request: pytest.FixtureRequest) -> tuple[int, Histories]:
+def same_order(gloo: GlooLauncher, request: pytest.FixtureRequest) -> tuple[int, Histories]:
     """Plain PyTorch on one rank that takes two rounds, and on two with one each: ranks, and what they did."""
     return request.param, gloo.run(request.param, train, Setup(TORCH, _FEW_LANES))[0]
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_no_bit_differs_where_gradients_are_added_in_the_same_order(
-    gloo: Nursery, same_order: tuple[int, Histories], stage: int
+    gloo: GlooLauncher, same_order: tuple[int, Histories], stage: int
 ) -> None:
     ranks, torch_did = same_order
     did = gloo.run(ranks, train, Setup(ZERO[stage], _FEW_LANES, recompute=stage == 3))[0]
@@ -70,7 +70,7 @@ _CASES = [(2, TORCH), (3, TORCH), (2, ZERO[2]), (2, ZERO[3]), (3, ZERO[2])]
 
 @pytest.mark.parametrize(("world_size", "engine"), _CASES, ids=_label)
 def test_any_engine_takes_the_steps_of_plain_pytorch(
-    gloo: Nursery, plain: Histories, world_size: int, engine: dict[str, Any]
+    gloo: GlooLauncher, plain: Histories, world_size: int, engine: dict[str, Any]
 ) -> None:
     recompute = engine.get("zero_stage") == 3
     for did in gloo.run(world_size, train, Setup(engine, recompute=recompute, smooth=True)):
@@ -91,14 +91,14 @@ def test_the_steps_are_worth_comparing(plain: Histories, same_order: tuple[int, 
                 assert max(moved) > 1e-3
 
 
-def test_a_process_on_its_own_needs_no_launcher(gloo: Nursery, plain: Histories) -> None:
+def test_a_process_on_its_own_needs_no_launcher(gloo: GlooLauncher, plain: Histories) -> None:
     did = gloo.run(1, train, Setup(ZERO[1], smooth=True), grouped=False)[0]
     for job in JOBS:
         _assert_same_figures(did[job], plain[job])
 
 
 @pytest.fixture(scope="module")
-def plain_adam(gloo: Nursery) -> Histories:
+def plain_adam(gloo: GlooLauncher) -> Histories:
     """Plain PyTorch in one process, with the optimizer of both trainings."""
     return gloo.run(1, train, Setup(TORCH, smooth=True, sgd=False, steps=5))[0]
 
@@ -106,7 +106,7 @@ def plain_adam(gloo: Nursery) -> Histories:
 @pytest.mark.parametrize(
     ("stage", "offload"), [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
 )
-def test_adam_in_partitions_is_adam(gloo: Nursery, plain_adam: Histories, stage: int, offload: bool) -> None:
+def test_adam_in_partitions_is_adam(gloo: GlooLauncher, plain_adam: Histories, stage: int, offload: bool) -> None:
     # Without a threshold: some weights stay whole.
     engine = {"backend": "deepspeed", "zero_stage": stage, "offload_optimizer": offload}
     did = gloo.run(2, train, Setup(engine, smooth=True, sgd=False, steps=5))[0]
@@ -134,7 +134,7 @@ def _moment_bytes(world: World, config: dict[str, Any]) -> int:
     )
 
 
-def test_a_rank_keeps_its_share_of_the_optimiser(gloo: Nursery) -> None:
+def test_a_rank_keeps_its_share_of_the_optimiser(gloo: GlooLauncher) -> None:
     alone = gloo.run(1, moment_bytes)[0]
     for world_size in (2, 4):
         for rank in gloo.run(world_size, moment_bytes):
@@ -173,7 +173,7 @@ def _meet_no_number(world: World, config: dict[str, Any]) -> Met:
     return Met(norms, untouched, updates)
 
 
-def test_all_ranks_learn_of_a_gradient_that_is_no_number_and_none_applies_it(gloo: Nursery) -> None:
+def test_all_ranks_learn_of_a_gradient_that_is_no_number_and_none_applies_it(gloo: GlooLauncher) -> None:
     for rank in gloo.run(2, meet_no_number):
         for met in rank:
             assert [*map(math.isfinite, met.norms)] == [True, False, True]

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.gloo import Nursery
-from support.tiny import BATCH, LANES, DrawnImages, tiny_config
+from support.gloo import GlooLauncher
+from support.training_steps import BATCH, LANES, DrawnImages, tiny_config
 from torch import Tensor
 
 import vavae.distributed.deepspeed_engine
@@ -46,7 +46,7 @@ def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tens
 
 
 @pytest.fixture(scope="module")
-def plain(gloo: Nursery) -> list[dict[str, Tensor]]:
+def plain(gloo: GlooLauncher) -> list[dict[str, Tensor]]:
     return gloo.run(1, train_in_stages, _TORCH)[0]
 
 
@@ -75,7 +75,7 @@ def test_a_frozen_part_stays_and_the_rest_goes_on(plain: list[dict[str, Tensor]]
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_every_engine_does_the_same(
-    gloo: Nursery, plain: list[dict[str, Tensor]], world_size: int, engine: dict[str, Any]
+    gloo: GlooLauncher, plain: list[dict[str, Tensor]], world_size: int, engine: dict[str, Any]
 ) -> None:
     for ours, theirs in zip(gloo.run(world_size, train_in_stages, engine)[0], plain, strict=True):
         assert ours.keys() == theirs.keys()

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from support.gloo import Nursery
-from support.parity import TORCH, ZERO, Histories, Setup, error, train
+from support.engine_parity import TORCH, ZERO, Histories, Setup, error, train
+from support.gloo import GlooLauncher
 from torch import Tensor, nn
 
 from vavae.distributed.build import build_engine
@@ -42,12 +42,12 @@ def bf16(engine: dict[str, object]) -> Setup:
 
 
 @pytest.fixture(scope="module")
-def plain(gloo: Nursery) -> Histories:
+def plain(gloo: GlooLauncher) -> Histories:
     return gloo.run(2, train, bf16(TORCH))[0]
 
 
 @pytest.mark.gloo
-def test_both_trainings_go_roughly_as_in_single_precision(gloo: Nursery, plain: Histories) -> None:
+def test_both_trainings_go_roughly_as_in_single_precision(gloo: GlooLauncher, plain: Histories) -> None:
     for job, single in gloo.run(2, train, bf16(TORCH)._replace(precision="fp32"))[0].items():
         assert plain[job].figures[0] == pytest.approx(single.figures[0], rel=0.03, abs=0.01)
         for ours, theirs in zip(plain[job].figures, single.figures, strict=True):
@@ -60,7 +60,7 @@ def test_both_trainings_go_roughly_as_in_single_precision(gloo: Nursery, plain: 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("stage", range(4))
-def test_no_engine_changes_a_bit_of_it(gloo: Nursery, plain: Histories, stage: int) -> None:
+def test_no_engine_changes_a_bit_of_it(gloo: GlooLauncher, plain: Histories, stage: int) -> None:
     did = gloo.run(2, train, bf16(ZERO[stage])._replace(recompute=stage == 3))[0]
     for name, parameter in plain["train_vavae"].after.items():
         assert error(did["train_vavae"].after[name], parameter) == 0

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.gloo import Nursery
-from support.parity import TORCH, ZERO
+from support.engine_parity import TORCH, ZERO
+from support.gloo import GlooLauncher
 from torch import Tensor, nn
 
 from vavae.distributed.build import build_engine
@@ -85,7 +85,7 @@ def read(world: World, config: dict[str, Any], folder: Path) -> dict[str, Tensor
     [(3, ZERO[3], 2, TORCH), (3, TORCH, 2, ZERO[3]), (2, ZERO[1], 1, ZERO[3])],
 )
 def test_an_average_is_read_by_any_engine_on_any_number_of_ranks(
-    gloo: Nursery, tmp_path: Path, writers: int, engine: dict[str, Any], readers: int, other: dict[str, Any]
+    gloo: GlooLauncher, tmp_path: Path, writers: int, engine: dict[str, Any], readers: int, other: dict[str, Any]
 ) -> None:
     ranks = gloo.run(writers, average, engine, tmp_path)
     expected = ranks[0].trained[0]
@@ -160,7 +160,7 @@ _AS_DELIVERED = {"backend": "deepspeed", "zero_stage": 3}
     ],
 )
 def test_the_state_of_any_engine_is_read_by_any_other(
-    gloo: Nursery,
+    gloo: GlooLauncher,
     tmp_path: Path,
     writers: int,
     engine: dict[str, Any],

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.gloo import Nursery
+from support.gloo import GlooLauncher
 from torch import Tensor, nn
 
 from vavae.distributed.sync_batch_norm import sync_batch_norm
@@ -57,7 +57,7 @@ def on_a_rank(world: World) -> Record:
     return record(sync_batch_norm(discriminator(), world), images()[world.rank])
 
 
-def test_two_ranks_equal_the_whole_batch(gloo: Nursery) -> None:
+def test_two_ranks_equal_the_whole_batch(gloo: GlooLauncher) -> None:
     whole, ranks = record(discriminator(), torch.cat(images())), gloo.run(2, on_a_rank)
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(torch.cat([rank.logits for rank in ranks]), whole.logits, **close)
@@ -82,7 +82,7 @@ def adversary_step(world: World) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in objective.parameters()])
 
 
-def test_gradients_averaged_over_ranks_are_those_of_the_mean_loss(gloo: Nursery) -> None:
+def test_gradients_averaged_over_ranks_are_those_of_the_mean_loss(gloo: GlooLauncher) -> None:
     whole, ranks = adversary_step(World()), gloo.run(2, adversary_step)
     torch.testing.assert_close(torch.stack(ranks).mean(0), whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
 
@@ -97,7 +97,7 @@ def half_precision(world: World) -> Tensor:
     return output.float()
 
 
-def test_half_precision_is_normalised_in_float32(gloo: Nursery) -> None:
+def test_half_precision_is_normalised_in_float32(gloo: GlooLauncher) -> None:
     normalised = torch.cat(gloo.run(2, half_precision))
     torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-2)
     torch.testing.assert_close(normalised.var((0, 2, 3)), torch.ones(3), rtol=2e-2, atol=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from support import small
+from support import image_shards
 from torch import Tensor
 
 from vavae.data.image import encode_image
@@ -81,7 +81,7 @@ def test_further_extractors_have_their_own_references():
 
 
 def test_samples_are_read_by_their_index_whatever_their_shards(tmp_path):
-    pixels = [small.image("samples", index) for index in range(11)]
+    pixels = [image_shards.image("samples", index) for index in range(11)]
     files = [f"{number:06d}.tar" for number in range(3)]
     for number, name in enumerate(files):
         with write_tar(tmp_path / name) as tar:

@@ -12,7 +12,7 @@ from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import write_latents
 from vavae.latents.statistics import STATISTICS
 from vavae.metrics.config import LatentSpaceConfig
-from vavae.storage.storage import Storage, sha256_of
+from vavae.storage.storage import sha256_of
 
 SHAPE = (3, 2, 4)
 FULL = LatentSpaceConfig(tokens=100, samplings=2)
@@ -37,11 +37,6 @@ def write(storage, counts, flip, std=0.0):
     storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
     with storage.create(STATISTICS) as path:
         save_file({"mean": torch.tensor([0.0, 0, 5]).double(), "std": torch.tensor([1.0, 1, 2]).double()}, path)
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
 
 
 @pytest.mark.parametrize("flip", [False, True])

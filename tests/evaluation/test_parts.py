@@ -7,12 +7,6 @@ from vavae.evaluation import parts
 from vavae.evaluation.parts import PartFiles, concatenate, pack, spans, unpack
 from vavae.metrics.frechet import FeatureStatistics
 from vavae.metrics.summary import FeatureSummary
-from vavae.storage.storage import Storage
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])

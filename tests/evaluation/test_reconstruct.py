@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import small
+from support import small_models
 from torch import Tensor
 
 import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
@@ -29,7 +29,7 @@ def reconstructor() -> Reconstructor:
     for name, parameter in layers.named_parameters():
         scale = math.sqrt(2 / parameter[0].numel())
         parameter.data = torch.randn(parameter.shape, generator=torch_generator(0, name)) * scale
-    return Reconstructor(small.tokenizer(), alignment=None, teacher=None, lpips=LPIPS(layers, published_heads()))
+    return Reconstructor(small_models.tokenizer(), alignment=None, teacher=None, lpips=LPIPS(layers, published_heads()))
 
 
 def images(count: int = 5) -> Tensor:

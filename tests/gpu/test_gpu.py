@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import JOBS, LANES, build_step, tiny_config
+from support.training_steps import JOBS, LANES, build_step, tiny_config
 
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import small
+from support import small_models
 from torch import nn
 
 from vavae.config import added
@@ -30,26 +30,24 @@ from vavae.storage.storage import Storage, sha256_of
 
 LOSS = VisionFoundationLossConfig(cos_margin=0.3)
 TOKENIZER = TokenizerDescription(
-    tokenizer=small.TOKENIZER, teacher=TeacherConfig(), vision_foundation=LOSS, feature_dim=6
+    tokenizer=small_models.TOKENIZER, teacher=TeacherConfig(), vision_foundation=LOSS, feature_dim=6
 )
 LIGHTNINGDIT = LightningDiTDescription(
-    lightningdit=small.LIGHTNINGDIT, latent_dim=small.TOKENIZER.latent_dim, grid=small.GRID, tokenizer="t"
+    lightningdit=small_models.LIGHTNINGDIT,
+    latent_dim=small_models.TOKENIZER.latent_dim,
+    grid=small_models.GRID,
+    tokenizer="t",
 )
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "export"))
 
 
 @pytest.fixture
 def alignment():
-    return small.randomised(VisionFoundationLoss(LOSS, small.TOKENIZER.latent_dim, 6))
+    return small_models.randomised(VisionFoundationLoss(LOSS, small_models.TOKENIZER.latent_dim, 6))
 
 
 @pytest.fixture
 def tokenizer(storage, alignment):
-    model = small.tokenizer()
+    model = small_models.tokenizer()
     save_export(storage, TOKENIZER, {WEIGHTS: model.state_dict(), ALIGNMENT: alignment.state_dict()})
     return model
 
@@ -71,7 +69,7 @@ def test_a_tokenizer_comes_back_with_its_projection(storage, tokenizer, alignmen
 
 
 def test_a_lightningdit_comes_back(storage):
-    model = small.lightningdit()
+    model = small_models.lightningdit()
     save_export(storage, LIGHTNINGDIT, {WEIGHTS: model.state_dict()})
     loaded, description = load_lightningdit(storage)
     assert description == LIGHTNINGDIT
@@ -81,11 +79,11 @@ def test_a_lightningdit_comes_back(storage):
 
 
 def x_shape():
-    return small.TOKENIZER.latent_dim, small.GRID, small.GRID
+    return small_models.TOKENIZER.latent_dim, small_models.GRID, small_models.GRID
 
 
 def test_the_files_are_named_with_size_and_checksum_and_equal_models_are_equal_bytes(tmp_path, storage):
-    model = small.lightningdit()
+    model = small_models.lightningdit()
     files = save_export(storage, LIGHTNINGDIT, {WEIGHTS: model.state_dict()})
     assert set(files) == {WEIGHTS, DESCRIPTION}
     for name, info in files.items():
@@ -116,17 +114,19 @@ def test_strided_and_tracked_tensors_are_stored(storage):
 
 
 def lose_a_tensor(storage):
-    state = small.tokenizer().state_dict()
+    state = small_models.tokenizer().state_dict()
     del state["quant_conv.weight"]
     save_export(storage, TOKENIZER, {WEIGHTS: state})
 
 
 def add_a_tensor(storage):
-    save_export(storage, TOKENIZER, {WEIGHTS: {**small.tokenizer().state_dict(), "more": torch.ones(1)}})
+    save_export(storage, TOKENIZER, {WEIGHTS: {**small_models.tokenizer().state_dict(), "more": torch.ones(1)}})
 
 
 def change_a_shape(storage):
-    save_export(storage, TOKENIZER, {WEIGHTS: {**small.tokenizer().state_dict(), "quant_conv.bias": torch.ones(1)}})
+    save_export(
+        storage, TOKENIZER, {WEIGHTS: {**small_models.tokenizer().state_dict(), "quant_conv.bias": torch.ones(1)}}
+    )
 
 
 def truncate(storage):
@@ -170,7 +170,7 @@ def test_another_description_is_refused_in_one_line(storage, tokenizer, text):
 
 
 def test_a_folder_without_an_export_is_refused(storage):
-    with pytest.raises(UserError, match=r"export: no model.yaml there, so this is no export"):
+    with pytest.raises(UserError, match=r"storage: no model.yaml there, so this is no export"):
         load_lightningdit(storage)
 
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import small
+from support import small_models
 
 from vavae.cli.main import main
 from vavae.config import digest, load
@@ -52,7 +52,7 @@ class Exchange:
             "storage": {"root": str(folder / "runs")},
             "shards": {"source": str(folder / "images"), "image_size": 16, "validation_fraction": 0.4},
             "stream": {"lanes": 2},
-            "tokenizer": small.TOKENIZER.model_dump(mode="json"),
+            "tokenizer": small_models.TOKENIZER.model_dump(mode="json"),
             "losses": {"perceptual": {"kind": "teacher_features"}},
             "train_vavae": training,
             "lightningdit": {"size": None, "depth": 1, "width": 32, "heads": 2, "rope": False},
@@ -73,17 +73,19 @@ class Exchange:
         return main([verb, model, str(self.folder / name), "--config", str(self.folder / "run.yaml"), *words])
 
     def write_tokenizer(self, name="epoch=1.ckpt", features=FEATURES, **sizes):
-        model = small.randomised(VAVAE(small.TOKENIZER.model_copy(update=sizes)))
+        model = small_models.randomised(VAVAE(small_models.TOKENIZER.model_copy(update=sizes)))
         config = self.config.losses.vision_foundation
-        alignment = features and small.randomised(VisionFoundationLoss(config, model.config.latent_dim, features))
+        alignment = features and small_models.randomised(
+            VisionFoundationLoss(config, model.config.latent_dim, features)
+        )
         save_released_tokenizer(self.folder / name, model, alignment or None)
         return model.state_dict()
 
     def write_lightningdit(self, name="model.safetensors", classes=3):
         config = self.config.lightningdit.with_classes(classes)
-        model = LightningDiT(config, small.TOKENIZER.latent_dim, 8)
+        model = LightningDiT(config, small_models.TOKENIZER.latent_dim, 8)
         positions = model.pos_embed.clone()
-        small.randomised(model).pos_embed.copy_(positions)
+        small_models.randomised(model).pos_embed.copy_(positions)
         save_released_lightningdit(self.folder / name, model)
         return model.state_dict()
 
@@ -96,7 +98,7 @@ class Exchange:
         model, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
         for task in extraction.tasks():
             extraction.encode(task, model, World().device, lambda _: None)
-        content, files = extraction.finish((small.TOKENIZER.latent_dim, 8, 8))
+        content, files = extraction.finish((small_models.TOKENIZER.latent_dim, 8, 8))
         commit(run.storage, run.prefix("precompute_latents"), run.record("precompute_latents", content, files))
 
     def sample_and_evaluate(self):
@@ -242,7 +244,7 @@ def test_formats_of_an_export(exchange, capsys):
     assert (settings["sample_size"], settings["latent_channels"]) == (16, 4)
     assert exchange.command("export", "tokenizer", "flat.safetensors") == 0
     assert "linear_proj.weight" in load_file(exchange.folder / "flat.safetensors")
-    assert load_released_tokenizer(exchange.folder / "flat.safetensors").config == small.TOKENIZER
+    assert load_released_tokenizer(exchange.folder / "flat.safetensors").config == small_models.TOKENIZER
     assert exchange.command("export", "lightningdit", "x", "--format", "diffusers") == 2
     assert "--format diffusers: only the tokenizer can be written in that format" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.small import CLASSES
+from support.image_shards import CLASSES
 
 from vavae.data.shards.manifest import ShardInfo
 from vavae.errors import UserError

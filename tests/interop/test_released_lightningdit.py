@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from support.released import PublicLightningDiT, golden, golden_state
+from support.golden import golden, golden_state
+from support.public_lightningdit import PublicLightningDiT
 
 from vavae.errors import UserError
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from support import small
-from support.released import golden, golden_state
+from support import small_models
+from support.golden import golden, golden_state
 
 from vavae.errors import UserError
 from vavae.interop.released_lightningdit import load_released_lightningdit
@@ -120,7 +120,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, saved, released, suffi
 @pytest.mark.parametrize(
     "config",
     [
-        small.TOKENIZER,
+        small_models.TOKENIZER,
         TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1, 2, 4, 4), attention_levels=()),  # f8
         TokenizerConfig(channels=32),  # f16d32 but for its width
         TokenizerConfig(latent_dim=64, channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4, 5)),
@@ -128,7 +128,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, saved, released, suffi
     ],
 )
 def test_every_size_is_told_by_the_tensors(saved, config):
-    autoencoder = small.randomised(VAVAE(config))
+    autoencoder = small_models.randomised(VAVAE(config))
     loaded = load_released_tokenizer(saved(autoencoder.state_dict()))
     assert loaded.config == config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in autoencoder.state_dict().items())
@@ -137,9 +137,9 @@ def test_every_size_is_told_by_the_tensors(saved, config):
 @pytest.mark.parametrize("direction", ["latent_to_teacher", "teacher_to_latent"])
 def test_both_directions_of_the_projection(tmp_path, direction):
     config = VisionFoundationLossConfig(projection=direction, cos_margin=0.2)
-    alignment = small.randomised(VisionFoundationLoss(config, latent_dim=4, feature_dim=6))
+    alignment = small_models.randomised(VisionFoundationLoss(config, latent_dim=4, feature_dim=6))
     path = f"{tmp_path}/model.safetensors"
-    save_released_tokenizer(path, small.tokenizer(), alignment)
+    save_released_tokenizer(path, small_models.tokenizer(), alignment)
     loaded = load_released_alignment(path, cos_margin=0.2, feature_dim=6)
     assert loaded.config == config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in alignment.state_dict().items())
@@ -157,7 +157,7 @@ def test_both_directions_of_the_projection(tmp_path, direction):
 def test_every_discriminator(tmp_path, config):
     discriminator = PatchDiscriminator(config)
     path = f"{tmp_path}/model.pt"
-    save_released_tokenizer(path, small.tokenizer(), discriminator=discriminator)
+    save_released_tokenizer(path, small_models.tokenizer(), discriminator=discriminator)
     overrides = {"norm": config.norm} if config.norm == "sync_batch" else {}  # no tensor tells it from "batch"
     loaded = load_released_discriminator(path, **overrides).eval()
     images = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from support.head import unquoted_interpreter
+from support.ray_head import unquoted_interpreter
+from support.waiting import wait_until
 
 from ray_jobs.runtime.progress_actor import Board
 from vavae.config import load
@@ -67,11 +67,12 @@ class Training:
 
     def wait(self, wanted: Callable[[Saved], bool]) -> Saved:
         """Wait for a checkpoint like this."""
-        end = time.monotonic() + _PATIENCE_SECONDS
-        while not wanted(saved := self.newest()):
-            assert time.monotonic() < end, f"in vain, after {saved}:\n{self.log()[-3000:]}"
-            time.sleep(0.1)
-        return saved
+
+        def found() -> Saved | None:
+            saved = self.newest()
+            return saved if wanted(saved) else None
+
+        return wait_until(found, _PATIENCE_SECONDS, lambda: f"and have {self.newest()}:\n{self.log()[-3000:]}")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import wait_until
 
 from vavae.storage.config import StorageOptions
 from vavae.storage.loopback import S3Server, s3_server
@@ -51,11 +51,12 @@ def start(server: S3Server, place: Path) -> subprocess.Popen[str]:
 def test_pipeline_on_s3_survives_kill_and_leaves_no_key(server: S3Server, place: Path) -> None:
     run = Storage(f"s3://{server.bucket}/runs/tiny", str(place / "cache"), StorageOptions())
     first = start(server, place)
-    deadline = time.monotonic() + SECONDS
-    while not [path for path in run.list("lightningdit", recursive=True) if path.endswith(".json")]:
+
+    def has_trained() -> bool:
         assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline, "stuck"
-        time.sleep(0.2)
+        return any(path.endswith(".json") for path in run.list("lightningdit", recursive=True))
+
+    wait_until(has_trained, SECONDS)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import yaml
 from support.sockets import beyond_loopback
+from support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("s3", "ray", "prometheus", "grafana")
@@ -95,10 +95,7 @@ def test_grafana_finds_prometheus_and_the_boards(folder: Path) -> None:
     assert (Path(environment["GF_PATHS_PROVISIONING"]) / "datasources").is_dir()
     port = environment["VAVAE_PROMETHEUS"].rpartition(":")[2]
     assert f"127.0.0.1:{port}" in process(folder, "prometheus").cmdline()
-    deadline = time.monotonic() + 60
-    while not [*Path(environment["VAVAE_RAY_BOARDS"]).glob("*.json")] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [*Path(environment["VAVAE_RAY_BOARDS"]).glob("*.json")], "Ray makes boards of its own"
+    wait_until(lambda: [*Path(environment["VAVAE_RAY_BOARDS"]).glob("*.json")], why=lambda: "for boards of Ray's own")
 
 
 def test_it_is_not_started_twice(folder: Path, tools: Path) -> None:

@@ -10,7 +10,6 @@ from ray_jobs.runtime.progress_monitor import Watch, told
 from vavae.errors import UserError
 from vavae.progress import Progress
 from vavae.runs.events import Event, EventLog, read_events
-from vavae.storage.storage import Storage
 
 
 class Scripted:
@@ -41,22 +40,17 @@ class Remembering:
 
 
 @pytest.fixture
-def run(tmp_path):
-    return Storage(str(tmp_path))
-
-
-@pytest.fixture
 def exporter():
     return Remembering()
 
 
 @pytest.fixture
-def lines_of(capsys, monkeypatch, run, exporter):
+def lines_of(capsys, monkeypatch, storage, exporter):
     def lines_of(answers, total=None):
         monkeypatch.setattr(_watch, "_MOMENT_SECONDS", 0.01)
         ended = threading.Event()
         board = Scripted([News(*answer) for answer in [*answers, (None, 0, [])]], ended)
-        Watch("sample", board, total, exporter, EventLog(run)).until(ended)
+        Watch("sample", board, total, exporter, EventLog(storage)).until(ended)
         return capsys.readouterr().out.splitlines()
 
     return lines_of
@@ -91,11 +85,11 @@ def test_stages_are_shown_by_their_own_progress(lines_of, exporter):
     assert (exporter.figures["images"], exporter.figures["images_planned"]) == (4, 8)
 
 
-def test_events_of_workers_are_written_down(lines_of, run):
+def test_events_of_workers_are_written_down(lines_of, storage):
     events = [Event("checkpoint", "train_vavae", images) for images in (8, 16, 24)]
     lines_of([(None, 0, events[:2]), (None, 0, []), (None, 0, events[2:])])
-    assert [event["images"] for event in read_events(run)] == [8, 16, 24]
-    assert len(run.list("events")) == 2, "a segment for each look that found something"
+    assert [event["images"] for event in read_events(storage)] == [8, 16, 24]
+    assert len(storage.list("events")) == 2, "a segment for each look that found something"
 
 
 @pytest.mark.parametrize(
@@ -106,12 +100,12 @@ def test_events_of_workers_are_written_down(lines_of, run):
         (KeyboardInterrupt(), "stop", None),
     ],
 )
-def test_how_a_stage_ends_is_told(run, error, kind, told_of_it):
-    with pytest.raises(type(error)), told(EventLog(run), "sample"):
+def test_how_a_stage_ends_is_told(storage, error, kind, told_of_it):
+    with pytest.raises(type(error)), told(EventLog(storage), "sample"):
         raise error
-    with told(EventLog(run), "sample"):
+    with told(EventLog(storage), "sample"):
         pass
-    begun, ended, again, done = read_events(run)
+    begun, ended, again, done = read_events(storage)
     assert (begun["event"], again["event"], done["event"]) == ("stage_begun", "stage_begun", "stage_done")
     assert (ended["event"], ended["stage"], ended.get("error")) == (kind, "sample", told_of_it)
     assert done["seconds"] >= 0

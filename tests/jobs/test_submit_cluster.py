@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.head import Head, ray_head
+from support.ray_head import Head, ray_head
 from support.sockets import beyond_loopback
 
 from vavae.cli.status import Training, run_status

@@ -1,17 +1,19 @@
 """Sweeps under Ray Tune on one local Ray: on jobs that take no time, and once on real ones."""
 
 import csv
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from support.toy_trials import BROKEN, HELD, HOLD, made, toy_sweep_file, toy_works
+from support.toy_trials import BROKEN, HOLD, made, toy_sweep_file, toy_works
+from support.waiting import wait_until
 
 from ray_jobs import tune_vf
 from ray_jobs.runtime.cluster import cluster
@@ -75,11 +77,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Captu
         env={**os.environ, "PYTHONPATH": _PATHS}, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while _states(sweep).get(second) != "running":
-            assert process.poll() is None, "it ended by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: process.poll() is not None or _states(sweep).get(second) == "running", _PATIENCE_SECONDS)
+        assert process.poll() is None, "it ended by itself"
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -226,20 +225,21 @@ def test_how_far_tasks_are_is_shown_and_what_happens_is_written_down(
 ) -> None:
     monkeypatch.setattr(_workshop, "_SHOWN_SECONDS", 0.2)
     sweep, arguments = _sweep(tmp_path, "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [3]}}}}\n")
+    (run,) = sweep.runs(sweep.points()[0])
     (tmp_path / HOLD).touch()
+    shown = f"\n{run.config.name}  train_lightningdit waits\n"
 
     def let_go() -> None:
-        while not (tmp_path / HELD).exists():
-            time.sleep(0.1)
-        time.sleep(2)  # seen by then, if at all
-        (tmp_path / HOLD).unlink()
+        try:
+            wait_until(lambda: shown in output.getvalue(), _PATIENCE_SECONDS)
+        finally:
+            (tmp_path / HOLD).unlink()
 
-    threading.Thread(target=let_go, daemon=True).start()
-    assert _run(tmp_path, arguments) == 0
-    (run,) = sweep.runs(sweep.points()[0])
-    output = capfd.readouterr().out
-    assert f"\n{run.config.name}  train_lightningdit waits\n" in output
-    assert "tensorboard" not in output.lower(), "Tune itself is silent"
+    with redirect_stdout(io.StringIO()) as output:
+        threading.Thread(target=let_go, daemon=True).start()
+        assert _run(tmp_path, arguments) == 0
+    assert shown in output.getvalue()
+    assert "tensorboard" not in (output.getvalue() + capfd.readouterr().out).lower(), "Tune itself is silent"
     told = [(event["event"], event["stage"]) for event in read_events(run.storage)]
     assert told == [(kind, job) for job in _OWN for kind in ("stage_begun", "stage_done")]
 

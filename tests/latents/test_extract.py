@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support import small
+from support import image_shards, small_models
+from support.image_shards import write_image_shards
 
 from vavae.data.image import center_crop_resize
 from vavae.data.pixels import to_float
@@ -21,7 +22,7 @@ from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.storage.storage import Storage
 
 COUNTS = {"train": (5, 3), "validation": (2,)}
-SHAPE = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
+SHAPE = (small_models.TOKENIZER.latent_dim, small_models.GRID, small_models.GRID)
 CONFIG = LatentsConfig(flip=True, batch_size=4)
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ class Recorder:
     """The tokenizer, with the sizes of the batches that it was given."""
 
     def __init__(self):
-        self.model, self.batches = small.tokenizer(), []
+        self.model, self.batches = small_models.tokenizer(), []
         self.config = self.model.config
 
     def encode(self, images):
@@ -50,7 +51,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def manifest(images):
-    return small.write_image_shards(images, COUNTS)
+    return write_image_shards(images, COUNTS)
 
 
 @pytest.fixture
@@ -84,9 +85,9 @@ def contents(tmp_path, folder):
 
 def posteriors(split, count):
     """float32 [N, 4, C, H, W]: mean and deviation of every image and its mirror image, encoded one by one."""
-    model, rows = small.tokenizer(), []
+    model, rows = small_models.tokenizer(), []
     for index in range(count):
-        pixels = to_float(torch.from_numpy(small.image(split, index)).permute(2, 0, 1)[None])
+        pixels = to_float(torch.from_numpy(image_shards.image(split, index)).permute(2, 0, 1)[None])
         parts = [
             part for view in (pixels, pixels.flip(-1)) for part in (model.encode(view).mean, model.encode(view).std)
         ]
@@ -104,11 +105,16 @@ def test_latents_are_the_posteriors_of_the_images(tmp_path, extract, tokenizer):
     encode_all(extract(), tokenizer)
     latents = Storage(str(tmp_path / "latents"))
     manifest = read_latent_manifest(latents)
-    assert (manifest.shape, manifest.flip, manifest.tokenizer, manifest.classes) == (SHAPE, True, "t", small.CLASSES)
+    assert (manifest.shape, manifest.flip, manifest.tokenizer, manifest.classes) == (
+        SHAPE,
+        True,
+        "t",
+        image_shards.CLASSES,
+    )
     for split, sizes in COUNTS.items():
         arrays, labels = read_all(tmp_path, manifest, split)
         np.testing.assert_allclose(arrays, posteriors(split, sum(sizes)), rtol=2e-3, atol=1e-4)
-        assert labels.tolist() == [small.label_of(index) for index in range(sum(sizes))]
+        assert labels.tolist() == [image_shards.label_of(index) for index in range(sum(sizes))]
     assert set(tokenizer.batches) == {CONFIG.batch_size}, "a short batch is padded"
 
 
@@ -232,14 +238,14 @@ def test_finishing_early_is_our_own_mistake(extract, tokenizer):
 
 
 def test_an_image_shard_of_another_length_is_an_error(images, manifest, extract, tokenizer):
-    small.write_image_shards(images, {"train": (2,)})
+    write_image_shards(images, {"train": (2,)})
     with pytest.raises(UserError, match=r"train/000000.tar: \d+ bytes where the manifest says \d+"):
         encode_all(extract(), tokenizer)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"no image"])
 def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tokenizer, garbage):
-    manifest = small.write_image_shards(images, COUNTS, damaged=[("train", 1), ("train", 6)], garbage=garbage)
+    manifest = write_image_shards(images, COUNTS, damaged=[("train", 1), ("train", 6)], garbage=garbage)
     extraction = extract(manifest=manifest)
     encode_all(extraction, tokenizer)
     records = [extraction.record(task) for task in extraction.tasks()]
@@ -249,11 +255,11 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tok
     arrays, labels = read_all(tmp_path, latents, "train")
     kept = [0, 2, 3, 4, 5, 7]
     np.testing.assert_allclose(arrays, posteriors("train", 8)[kept], atol=2e-3, rtol=1e-3)
-    assert labels.tolist() == [small.label_of(index) for index in kept]
+    assert labels.tolist() == [image_shards.label_of(index) for index in kept]
 
 
 def test_a_shard_without_a_readable_image_is_an_error(images, extract, tokenizer):
-    manifest = small.write_image_shards(images, {"train": (2,)}, damaged=[("train", 0), ("train", 1)])
+    manifest = write_image_shards(images, {"train": (2,)}, damaged=[("train", 0), ("train", 1)])
     with pytest.raises(UserError, match=r"train/000000.tar: no readable image in the whole shard"):
         encode_all(extract(manifest=manifest), tokenizer)
 
@@ -273,11 +279,14 @@ def test_a_class_beyond_the_manifest_s_is_an_error(manifest, extract, tokenizer)
 
 
 def test_originals_are_encoded_after_adm_s_crop(tmp_path, images, extract, tokenizer):
-    encode_all(extract(manifest=small.write_image_shards(images, {"train": (2,)}, 35, 20)), tokenizer)
-    pixels = [center_crop_resize(Image.fromarray(small.image("train", index, 35, 20)), small.SIZE) for index in (0, 1)]
+    encode_all(extract(manifest=write_image_shards(images, {"train": (2,)}, 35, 20)), tokenizer)
+    pixels = [
+        center_crop_resize(Image.fromarray(image_shards.image("train", index, 35, 20)), image_shards.SIZE)
+        for index in (0, 1)
+    ]
     batch = to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
     arrays, _ = read_all(tmp_path, read_latent_manifest(Storage(str(tmp_path / "latents"))), "train")
-    np.testing.assert_allclose(arrays[:, 0], small.tokenizer().encode(batch).mean, atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(arrays[:, 0], small_models.tokenizer().encode(batch).mean, atol=2e-3, rtol=1e-3)
 
 
 def test_a_scale_stands_in_for_the_statistics_and_changes_no_latent(tmp_path, extract, tokenizer):

@@ -23,7 +23,7 @@ from vavae.latents.shards import MappedLatents, write_latents
 from vavae.latents.statistics import STATISTICS, LatentStatistics, read_statistics
 from vavae.latents.stream import LatentStream
 from vavae.randomness import numpy_generator
-from vavae.storage.storage import Storage, sha256_of
+from vavae.storage.storage import sha256_of
 
 SHAPE, COUNTS, SEED = (3, 2, 5), (7, 6), 4
 
@@ -34,11 +34,6 @@ def arrays_of(count, views=2, shape=SHAPE):
 
 def labels_of(count):
     return [(7 * index) % 1000 for index in range(count)]
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
 
 
 @pytest.fixture
@@ -214,11 +209,12 @@ def test_statistics_agree_with_drawn_samples():
     np.testing.assert_allclose(statistics.std, samples.std((0, 1, 3, 4)), rtol=0.01)
 
 
-def test_manifest_and_statistics_are_read_back(storage, tmp_path):
+def test_manifest_and_statistics_are_read_back(storage):
     manifest = write_set(storage, flip=True)
     storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
     tensors = {"mean": torch.tensor([1.0, 2.0]).double(), "std": torch.tensor([3.0, 4.0]).double()}
-    save_file(tensors, tmp_path / STATISTICS)
+    with storage.create(STATISTICS) as local:
+        save_file(tensors, local)
     assert read_latent_manifest(storage) == manifest
     assert manifest.record_shape == (4, *SHAPE)
     mean, std = read_statistics(storage)

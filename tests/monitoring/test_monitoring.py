@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.exported import EXPORTED, OF_NODES
+from support.metric_names import EXPORTED, OF_NODES
 
 from ray_jobs.runtime.prometheus import TAGS
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.small import CLASSES
-from support.tiny import BATCH, tiny_config
+from support.image_shards import CLASSES
+from support.training_steps import BATCH, tiny_config
 
 from vavae.cli.main import main
 from vavae.config import load

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.page import HOSTILE, Page
-from support.tiny import tiny_config
+from support.html_page import HOSTILE, Page
+from support.training_steps import tiny_config
 
 from vavae.data.grid import image_grid, png_bytes
 from vavae.evaluation.metric import Metric

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support.page import HOSTILE, Page
+from support.html_page import HOSTILE, Page
 
 from vavae.data.grid import image_grid, png_bytes
 from vavae.evaluation.metric import Metric

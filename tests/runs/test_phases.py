@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from support.tiny import BATCH, tiny_config
+from support.training_steps import BATCH, tiny_config
 
 from vavae.losses.config import TokenizerLossConfig
 from vavae.runs.phases import TokenizerPhaseConfig, resolve

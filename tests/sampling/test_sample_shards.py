@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from support import small
+from support import image_shards, small_models
 
 from vavae.data.image import decode_image
 from vavae.data.shard_reader import gather
@@ -30,9 +30,9 @@ class Recorder:
     batches = Sampler.batches
 
     def __init__(self):
-        channels = small.TOKENIZER.latent_dim
+        channels = small_models.TOKENIZER.latent_dim
         normalizer = LatentNormalizer(torch.zeros(channels), torch.ones(channels))
-        self.generator, self.asked = Sampler(small.tokenizer(), small.lightningdit(), normalizer), []
+        self.generator, self.asked = Sampler(small_models.tokenizer(), small_models.lightningdit(), normalizer), []
 
     def images(self, indices, *rest):
         self.asked.append(indices)
@@ -44,13 +44,8 @@ def generator():
     return Recorder()
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "samples"))
-
-
 def samples(storage, origin="o", config=CONFIG):
-    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin, small.CLASSES)
+    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin, image_shards.CLASSES)
 
 
 def ignore(count):
@@ -75,7 +70,7 @@ def test_image_i_is_of_class_i_modulo_the_classes(storage, generator):
     files, counts = generate_all(samples(storage), generator), []
     assert list(files) == ["000000.tar", "000001.tar", "000002.tar"]
     found = gather(read_samples(storage, files))
-    labels = [index % len(small.CLASSES) for index in range(10)]
+    labels = [index % len(image_shards.CLASSES) for index in range(10)]
     assert found.labels.tolist() == labels
     expected = generator.generator.images(list(range(10)), labels, SEED, GUIDANCE, SOLVER)
     assert (found.images.int() - expected.int()).abs().max() <= 1

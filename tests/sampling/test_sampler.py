@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support import small
-from support.trained import DIGEST, MEAN, STD, trained_run
+from support import image_shards, small_models
+from support.trained_run import DIGEST, MEAN, STD, trained_run
 
 from vavae.data.pixels import to_uint8
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def generator():
-    return Sampler(small.tokenizer(), small.lightningdit(), LatentNormalizer(MEAN, STD))
+    return Sampler(small_models.tokenizer(), small_models.lightningdit(), LatentNormalizer(MEAN, STD))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def images(generator):
 
 def test_images_are_bytes_that_differ(images):
     assert images.dtype == torch.uint8
-    assert images.shape == (5, 3, small.SIZE, small.SIZE)
+    assert images.shape == (5, 3, image_shards.SIZE, image_shards.SIZE)
     assert len({image.numpy().tobytes() for image in images}) == 5
     assert images.float().std() > 1
 
@@ -89,7 +89,7 @@ def test_index_label_seed_and_guidance_matter(generator, images):
 
 def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(generator):
     """Euler in one step from noise: x = noise + velocity(noise, 0), then denormalized and decoded."""
-    shape = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
+    shape = (small_models.TOKENIZER.latent_dim, small_models.GRID, small_models.GRID)
     noise = torch.randn(shape, generator=torch_generator(SEED, "sample", 3))[None]
     velocity = generator.lightningdit(noise, torch.zeros(1), torch.tensor([2]))
     latent = (noise + velocity) * STD.float()[:, None, None] + MEAN.float()[:, None, None]

@@ -1,7 +1,7 @@
 """The samples of a run: what they are made of, and what makes them again."""
 
 import pytest
-from support.trained import DIGEST, trained_run
+from support.trained_run import DIGEST, trained_run
 
 from vavae.errors import UserError
 from vavae.runs.run import Run

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import pytest
-from support import small
+from support import image_shards
 
 from vavae.config import digest, dump, load
 from vavae.data.config import ShardsConfig
@@ -125,7 +125,7 @@ def test_sources_of_images_are_reached_as_the_run_is(s3, tmp_path, monkeypatch):
     options = only_by_profile(s3, tmp_path, monkeypatch)
     storage = Storage(f"s3://{s3.bucket}/{uuid.uuid4().hex}", str(tmp_path / "cache"), options)
     for name in ("a/1.png", "a/2.png", "b/1.png"):
-        storage.write_bytes(f"images/{name}", small.png(small.image("train", 0)))
+        storage.write_bytes(f"images/{name}", image_shards.png(image_shards.image("train", 0)))
     config = ShardsConfig(source=storage.url("images"), validation_fraction=0, image_size=8)
     assert write_shards(storage, "shards", config, lambda done, total: None).count("train") == 3
     assert find_shards(storage, "shards", config) is not None

@@ -18,11 +18,6 @@ ARTIFACT = Artifact(
 )
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
-
-
 def test_round_trip(storage):
     assert read(storage, "runs/a") is None
     commit(storage, "runs/a", ARTIFACT)

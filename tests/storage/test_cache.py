@@ -1,5 +1,6 @@
 """The node's cache: bounded, one fetch for all, nothing half-written, whoever dies in the middle."""
 
+import fcntl
 import mmap
 import multiprocessing
 import os
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support.waiting import wait_until
 
 from vavae.errors import UserError
 from vavae.storage.cache import Cache
+from vavae.storage.local import PARTIAL
 
 FORK = multiprocessing.get_context("fork")
 
@@ -108,12 +111,27 @@ def run_all(target, arguments):
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
-def test_of_processes_that_want_the_same_file_one_fetches_it(tmp_path):
-    log, data, barrier = tmp_path / "log", os.urandom(1000), FORK.Barrier(6)
+@pytest.fixture
+def asked(monkeypatch):
+    """How many times a process or one that it forks has asked for the lock of a file to come, and got it or not."""
+    count, flock = FORK.Value("i", 0), fcntl.flock
+
+    def counted(file, operation):
+        if operation == fcntl.LOCK_EX and file.name.endswith(PARTIAL):
+            with count:
+                count.value += 1
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", counted)
+    return count
+
+
+def test_of_processes_that_want_the_same_file_one_fetches_it(tmp_path, asked):
+    log, data = tmp_path / "log", os.urandom(1000)
 
     def want(key):
-        barrier.wait()
-        path = get(Cache(str(tmp_path / "cache"), 10_000), key, data, log=log, before=lambda: time.sleep(0.1))
+        cache = Cache(str(tmp_path / "cache"), 10_000)
+        path = get(cache, key, data, log=log, before=lambda: wait_until(lambda: asked.value == 6))
         assert path.read_bytes() == data
 
     run_all(want, [("same",)] * 6)
@@ -135,12 +153,12 @@ def killed_half_way(folder, key, data):
     return process
 
 
-def test_a_killed_fetch_is_taken_over_by_one_that_waits(tmp_path):
+def test_a_killed_fetch_is_taken_over_by_one_that_waits(tmp_path, asked):
     data = os.urandom(1000)
     process = killed_half_way(str(tmp_path), "k", data)
     waiting = FORK.Process(target=get, args=(Cache(str(tmp_path), 10_000), "k", data))
     waiting.start()
-    time.sleep(0.1)
+    wait_until(lambda: asked.value == 2)
     assert waiting.is_alive()
     assert sizes(tmp_path) == {"k/.partial": 1000}
     os.kill(process.pid, signal.SIGKILL)
@@ -188,9 +206,12 @@ def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
     def content(number):
         return bytes([number]) * (500 + number)
 
+    reached = FORK.RawArray("i", 6)
+
     def work(seed, turns):
         cache = Cache(str(tmp_path), 3000)
         for turn in range(turns):
+            reached[seed] = turn
             number = (seed * 7 + turn * 5 + turn // 9) % 8
             try:
                 data = get(cache, str(number), content(number), before=lambda: time.sleep(0.002)).read_bytes()
@@ -201,7 +222,7 @@ def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
     processes = [FORK.Process(target=work, args=(seed, 1_000_000 if seed < 3 else 40)) for seed in range(6)]
     for process in processes:
         process.start()
-    time.sleep(0.15)
+    wait_until(lambda: min(reached[:3]) >= 9)
     for process in processes[:3]:
         os.kill(process.pid, signal.SIGKILL)
     for process in processes:

@@ -5,7 +5,7 @@ import time
 import uuid
 
 import pytest
-from support.faults import PASSING, Fault, Plan, faulty
+from support.faulty_proxy import PASSING, Fault, Plan, faulty
 
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions

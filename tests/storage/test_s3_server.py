@@ -5,7 +5,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
+
+from support.waiting import wait_until
 
 from vavae.storage.config import StorageOptions
 from vavae.storage.loopback import SCRIPT, s3_server
@@ -30,15 +31,7 @@ def test_the_server_ends_with_its_parent_and_takes_its_data_along(s3, tmp_path):
     folder = tmp_path / "server"
     line = f"bash {shlex.quote(str(SCRIPT))} {shlex.quote(str(folder))} gone --temporary & wait"
     parent = subprocess.Popen(["bash", "-c", line], env={**os.environ, "PYTHON": sys.executable})
-    _until(lambda: (folder / "environment").exists())
+    wait_until(lambda: (folder / "environment").exists())
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    _until(lambda: not folder.exists())
-
-
-def _until(condition):
-    for _ in range(400):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("waited for 20 s")
+    wait_until(lambda: not folder.exists())

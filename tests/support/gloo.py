@@ -1,7 +1,7 @@
 """Functions run in fresh processes that talk through gloo.
 
-One *nursery* process per test session imports torch and DeepSpeed, which takes seconds, and forks the ranks of each
-call from itself: every call gets new processes and a new process group for a few milliseconds.
+One fork server per test session imports torch and DeepSpeed, which takes seconds, and forks the ranks of each call from
+itself: every call gets new processes and a new process group for a few milliseconds.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _IMPORTS = (
     "vavae.distributed.deepspeed_engine",
     # DeepSpeed imports it late; it compiles at import, for which torch loads its compiler.
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "support.tiny",
+    "support.training_steps",
 )
 
 
@@ -36,14 +36,14 @@ class _Call(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class Nursery:
+class GlooLauncher:
     """Calls importable functions as `function(world, *arguments)` on every rank of a new world."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         # Not a daemon, which could have no children; it ends when the pipe is closed.
-        self._process = context.Process(target=_nursery, args=(theirs,))
+        self._process = context.Process(target=_serve_calls, args=(theirs,))
         self._process.start()
         theirs.close()
 
@@ -57,12 +57,12 @@ class Nursery:
         return results
 
     def close(self) -> None:
-        """End the nursery."""
+        """End the fork server."""
         self._pipe.close()
         self._process.join()
 
 
-def _nursery(pipe: Connection) -> None:
+def _serve_calls(pipe: Connection) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     for module in _IMPORTS:
         importlib.import_module(module)

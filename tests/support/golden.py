@@ -1,10 +1,26 @@
-"""The configurations that fixtures of the public implementation were made with."""
+"""Fixtures made with the public implementation: what is in their files, and the configurations behind them."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from vavae.losses.config import AdversarialLossConfig, TokenizerLossConfig, VisionFoundationLossConfig
 from vavae.models.tokenizer.config import TokenizerConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(name):
+    """Spec and tensors of a fixture; `state.*` is its checkpoint."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        return json.loads(file.metadata()["spec"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def golden_state(tensors):
+    return {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
 
 
 def vavae_configs(spec: Mapping[str, Any]) -> tuple[TokenizerConfig, TokenizerLossConfig]:

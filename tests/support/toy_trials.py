@@ -21,9 +21,9 @@ from vavae.sweep.trial import Task, write_signals
 _SPLITS = ("train", "validation")
 MADE = "made.txt"
 """In the storage's root: a line for each job that was done."""
-HOLD, BROKEN, HELD = "hold", "broken", "held"
+HOLD, BROKEN = "hold", "broken"
 """While there is a file of this name in the root, trainings of LightningDiTs of depth 3 wait, and those of depth 4
-fail; the last one tells that one waits."""
+fail."""
 
 SWEEP = """
 name: toy
@@ -87,7 +87,6 @@ def _work(job: Job, root: str, run: Run) -> None:
     if job == "train_lightningdit":
         while run.config.lightningdit.depth == 3 and os.path.exists(f"{root}/{HOLD}"):
             print(f"{job} waits")
-            Path(root, HELD).touch()
             time.sleep(0.1)
         if run.config.lightningdit.depth == 4 and os.path.exists(f"{root}/{BROKEN}"):
             _note(root, "failed")

@@ -1,9 +1,7 @@
 """Checkpoints that are due stay until they are measured or skipped, and the best of them longer."""
 
-from pathlib import Path
-
 import pytest
-from support.toy import ToyStep, train_toy
+from support.toy_training import ToyStep, train_toy
 
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -11,11 +9,6 @@ from vavae.training.checkpoints.retention import Retention
 
 BATCH, EVERY, NEVER = 4, 10, 10_000
 DUE = [12, 20, 32]
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path))
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import uuid
 
 import pytest
-from support.faults import PASSING, Fault, Plan, faulty
-from support.toy import ToyStep, toy_checkpoints, train_toy
+from support.faulty_proxy import PASSING, Fault, Plan, faulty
+from support.toy_training import ToyStep, toy_checkpoints, train_toy
 
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from support.gloo import Nursery
-from support.parity import TORCH, ZERO
-from support.tiny import LANES, build_step, tiny_config
+from support.engine_parity import TORCH, ZERO
+from support.gloo import GlooLauncher
+from support.training_steps import LANES, build_step, tiny_config
 
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
@@ -32,7 +32,7 @@ def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tu
 
 @pytest.mark.gloo
 @pytest.mark.skipif(" " in torch.__file__, reason="torch gives its compiler paths without quotes")
-def test_compiled_blocks_take_the_same_steps(gloo: Nursery) -> None:
+def test_compiled_blocks_take_the_same_steps(gloo: GlooLauncher) -> None:
     names, figures = gloo.run(1, train_some_steps, TORCH, False)[0]
     compiled_names, compiled = gloo.run(2, train_some_steps, ZERO[2], True)[0]
     assert compiled_names == names

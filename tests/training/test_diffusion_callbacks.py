@@ -3,24 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from support.tiny import CLASSES, Notes, build_step, tiny_config
+from support.training_steps import CLASSES, Notes, build_step, tiny_config
 
 from vavae.data.grid import enlargement, image_grid, png_bytes
 from vavae.distributed.world import World
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.sampling.sampler import Sampler
-from vavae.storage.storage import Storage
 from vavae.training.callbacks.diffusion import SHOWN, SamplePreview
 from vavae.training.initialize import initialized
 
 CONFIG = tiny_config().model_validate(tiny_config().model_dump() | {"solver": {"name": "heun", "num_steps": 2}})
 NAMES = tuple("abc")
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
 
 
 @pytest.fixture

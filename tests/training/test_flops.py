@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from support.tiny import BATCH, build_step, tiny_config
+from support.training_steps import BATCH, build_step, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.gloo import Nursery
+from support.gloo import GlooLauncher
 
 from vavae.config import load
 from vavae.data.shards.write import write_shards
@@ -40,7 +40,7 @@ def train_and_export(world: World, root: Path, engine: list[str]) -> None:
     train_vavae(tokenizer_run(root, engine), LocalSession(), world)
 
 
-def test_the_export_is_that_of_plain_pytorch(gloo: Nursery, tmp_path: Path) -> None:
+def test_the_export_is_that_of_plain_pytorch(gloo: GlooLauncher, tmp_path: Path) -> None:
     exports, seen = [], []
     for name, engine in (("plain", ["backend=torch"]), ("parts", _STAGE_3)):
         run = tokenizer_run(tmp_path / name, engine)

@@ -2,13 +2,12 @@
 
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-from support import small
-from support.gloo import Nursery
-from support.toy import ROUNDS, ToyStep, train_toy
+from support.gloo import GlooLauncher
+from support.image_shards import write_image_shards
+from support.toy_training import ROUNDS, ToyStep, train_toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vavae.data.config import StreamConfig
@@ -59,8 +58,7 @@ class AskingStep(ToyStep):
         return super().__getitem__(key)
 
 
-def test_rows_have_what_was_asked_of_stores_since_the_last(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+def test_rows_have_what_was_asked_of_stores_since_the_last(storage: Storage) -> None:
     train_toy(storage, AskingStep(), images=24, log_images=8)  # two micro-batches of 4 a row
     rows = read_rows(storage.child("log"))
     assert len(rows) == 3
@@ -71,8 +69,7 @@ def test_rows_have_what_was_asked_of_stores_since_the_last(tmp_path: Path) -> No
     assert [scalar.value for scalar in events.Scalars("storage/bytes_read")] == [20, 20, 20]
 
 
-def test_rows_of_local_runs_have_no_zeros(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+def test_rows_of_local_runs_have_no_zeros(storage: Storage) -> None:
     COUNTERS.add(requests=1)  # before the training
     train_toy(storage, images=8)
     for row in read_rows(storage.child("log")):
@@ -91,7 +88,7 @@ def rows_of_rank(world: World) -> list[dict[str, float]]:
     return rows
 
 
-def test_rows_are_of_all_ranks(gloo: Nursery) -> None:
+def test_rows_are_of_all_ranks(gloo: GlooLauncher) -> None:
     for first, second, third in gloo.run(2, rows_of_rank):
         assert not [name for name in first if name.startswith("storage/") or "unreadable" in name]
         for name, count in PER_SLICE._asdict().items():
@@ -116,9 +113,8 @@ class ReadingStep(ToyStep):
         return super().run([torch.ones(4, 3)], images_seen, learning_rate)
 
 
-def test_rows_count_unreadable_images(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    manifest = small.write_image_shards(storage, {"train": (8,)}, damaged=[("train", 3), ("train", 6)])
+def test_rows_count_unreadable_images(storage: Storage) -> None:
+    manifest = write_image_shards(storage, {"train": (8,)}, damaged=[("train", 3), ("train", 6)])
     config = StreamConfig(lanes=len(ROUNDS), crop="center")
     stream = ImageStream(storage, manifest, "train", order_of([8], 0, config), 4, config, 0)
     train_toy(storage, ReadingStep(stream), images=24, log_images=8)

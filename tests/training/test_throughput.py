@@ -1,11 +1,9 @@
 """What a row says of time, memory and checkpoints, and the table of its columns."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from support.gloo import Nursery
-from support.toy import ToyStep, train_toy
+from support.gloo import GlooLauncher
+from support.toy_training import ToyStep, train_toy
 
 from vavae.distributed.world import World
 from vavae.storage.storage import Storage
@@ -62,8 +60,7 @@ def test_rows_on_a_gpu_have_the_peak_of_their_own_interval() -> None:
     assert rows[1]["gpu_memory/reserved_bytes"] >= 1 << 24
 
 
-def test_rows_have_the_shares_of_a_step(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+def test_rows_have_the_shares_of_a_step(storage: Storage) -> None:
     train_toy(storage, images=40, log_images=8)
     for row in read_rows(storage.child("log")):
         shares = [row[name] for name in ("data_wait", "forward", "backward", "optimizer")]
@@ -71,8 +68,7 @@ def test_rows_have_the_shares_of_a_step(tmp_path: Path) -> None:
         assert sum(shares) < 1
 
 
-def test_rows_after_a_checkpoint_say_what_it_took(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+def test_rows_after_a_checkpoint_say_what_it_took(storage: Storage) -> None:
     train_toy(storage, images=24, log_images=8, checkpoint_images=8)
     first, *later = read_rows(storage.child("log"))
     assert not [name for name in first if name.startswith("checkpoint")]
@@ -93,7 +89,7 @@ def saved_of_rank(world: World) -> list[float | None]:
     return found
 
 
-def test_bytes_of_checkpoints_are_of_all_ranks(gloo: Nursery) -> None:
+def test_bytes_of_checkpoints_are_of_all_ranks(gloo: GlooLauncher) -> None:
     assert gloo.run(2, saved_of_rank) == [[None, 21, None]] * 2
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import small
-from support.tiny import Notes, build_step, tiny_config
+from support import image_shards
+from support.image_shards import write_image_shards
+from support.training_steps import Notes, build_step, tiny_config
 
 from vavae.data.grid import enlargement
 from vavae.data.pixels import to_float, to_uint8
@@ -16,20 +17,14 @@ from vavae.distributed.world import World
 from vavae.metrics.latent_probes import LatentProbes
 from vavae.randomness import torch_generator
 from vavae.runs.run import Run
-from vavae.storage.storage import Storage
 from vavae.training.callbacks.tokenizer import SHOWN, LatentProbe, ReconstructionPreview, held_out_images
 
 CONFIG = tiny_config(train_vavae={"ema_decay": None})
 AVERAGED = tiny_config(train_vavae={"ema_decay": 0.9})
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path))
-
-
 def images(count=20):
-    drawn = np.stack([small.image("validation", index, 16, 16) for index in range(count)])
+    drawn = np.stack([image_shards.image("validation", index, 16, 16) for index in range(count)])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2)
 
 
@@ -119,7 +114,7 @@ def test_without_held_out_images_it_is_training_images(tmp_path):
     config = CONFIG.model_copy(update={"storage": CONFIG.storage.model_copy(update={"root": str(tmp_path)})})
     run = Run(config)
     found = [
-        held_out_images(run, small.write_image_shards(run.storage.child("shards"), counts))
+        held_out_images(run, write_image_shards(run.storage.child("shards"), counts))
         for counts in ({"train": (5,), "validation": (4,)}, {"train": (5,), "validation": ()}, {"train": (5,)})
     ]
     assert list(map(len, found)) == [4, 5, 5]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.toy import ToyStep, toy_checkpoints, train_toy
+from support.toy_training import ToyStep, toy_checkpoints, train_toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -19,11 +19,6 @@ from vavae.training.logging.log import MetricsLog, read_rows
 from vavae.training.session import LocalSession
 from vavae.training.step import Step
 from vavae.training.trainer import NonFiniteError
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path))
 
 
 class ScriptedSession(LocalSession):

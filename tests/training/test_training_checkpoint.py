@@ -12,8 +12,8 @@ from threading import Event
 
 import pytest
 import torch
-from support.gloo import Nursery
-from support.toy import FRESH, ToyStep, no_log, toy_checkpoints, train_toy
+from support.gloo import GlooLauncher
+from support.toy_training import FRESH, ToyStep, no_log, toy_checkpoints, train_toy
 from torch import Tensor
 
 from vavae.data.image_stream import MicroBatchKey
@@ -26,11 +26,6 @@ from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.lease import SupersededError
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.step import StepResult
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path))
 
 
 def _saved(storage: Storage) -> list[str]:
@@ -267,7 +262,7 @@ def fail_on_the_last_rank(world: World, folder: Path) -> str:
 
 
 @pytest.mark.gloo
-def test_all_ranks_stop_where_one_cannot_write(gloo: Nursery, tmp_path: Path) -> None:
+def test_all_ranks_stop_where_one_cannot_write(gloo: GlooLauncher, tmp_path: Path) -> None:
     errors = gloo.run(3, fail_on_the_last_rank, tmp_path)
     pattern = re.compile(r"Permission denied: '000000000004/\w+-1/toy/00002.safetensors'")
     assert [pattern.search(error) is not None for error in errors] == [True] * 3

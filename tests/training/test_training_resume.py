@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.gloo import Nursery
-from support.parity import OFFLOADED, TORCH, ZERO
-from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
+from support.engine_parity import OFFLOADED, TORCH, ZERO
+from support.gloo import GlooLauncher
+from support.training_steps import BATCH, JOBS, LANES, build_step, tiny_config
 from torch import Tensor
 
 from vavae.data.sample_order import assign_lanes
@@ -87,7 +87,7 @@ def _interrupted(folder: Path, copy: Path) -> Path:
     ("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3]), (2, OFFLOADED[0])]
 )
 def test_resumed_is_bit_equal_to_uninterrupted(
-    gloo: Nursery, tmp_path: Path, world_size: int, engine: dict[str, Any]
+    gloo: GlooLauncher, tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
     straight = gloo.run(world_size, train_all, tmp_path / "straight", engine)
     resumed = gloo.run(world_size, train_all, _interrupted(tmp_path / "straight", tmp_path / "resumed"), engine)
@@ -101,7 +101,7 @@ def test_resumed_is_bit_equal_to_uninterrupted(
 
 
 @pytest.fixture(scope="module")
-def straight(gloo: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Job, End]]:
+def straight(gloo: GlooLauncher, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Job, End]]:
     """An uninterrupted run of two ranks."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
     return folder, gloo.run(2, train_all, folder, ZERO[1])[0]
@@ -117,14 +117,14 @@ def _assert_alike(ours: dict[Job, End], theirs: dict[Job, End]) -> None:
     ("world_size", "engine"), [(3, ZERO[1]), (4, ZERO[3]), (1, ZERO[2]), (3, TORCH), (3, OFFLOADED[1])]
 )
 def test_any_number_of_ranks_and_any_engine_goes_on(
-    gloo: Nursery, straight: tuple[Path, dict[Job, End]], tmp_path: Path, world_size: int, engine: dict[str, Any]
+    gloo: GlooLauncher, straight: tuple[Path, dict[Job, End]], tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
     resumed = gloo.run(world_size, train_all, _interrupted(straight[0], tmp_path / "resumed"), engine)
     _assert_alike(resumed[0], straight[1])
 
 
 def test_two_three_four_and_one_rank_in_turn(
-    gloo: Nursery, straight: tuple[Path, dict[Job, End]], tmp_path: Path
+    gloo: GlooLauncher, straight: tuple[Path, dict[Job, End]], tmp_path: Path
 ) -> None:
     for turn, (world_size, engine) in enumerate([(2, ZERO[1]), (3, ZERO[2]), (4, ZERO[3]), (1, ZERO[1])]):
         ends = gloo.run(world_size, train_all, tmp_path / "run", engine, (turn + 1) * BATCH)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import tiny_config
+from support.training_steps import tiny_config
 
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig

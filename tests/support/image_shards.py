@@ -1,25 +1,18 @@
-"""The smallest data and models that go the whole way, for tests of what joins them."""
+"""Image shards of a few drawn images."""
 
 import json
 
 import numpy as np
-import torch
 from PIL import Image
 
 from vavae.data.image import encode_image
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import write_tar
-from vavae.models.dit.config import LightningDiTConfig
-from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.models.tokenizer.config import TokenizerConfig
-from vavae.randomness import numpy_generator, torch_generator
+from vavae.randomness import numpy_generator
 from vavae.storage.storage import sha256_of
 
 CLASSES = ("a", "b", "c")
-SIZE, GRID = 8, 4
-TOKENIZER = TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1, 1), res_blocks=1, attention_levels=())
-LIGHTNINGDIT = LightningDiTConfig(size=None, depth=1, width=32, heads=2, classes=len(CLASSES))
+SIZE = 8
 
 
 def image(split, index, height=SIZE, width=SIZE):
@@ -53,19 +46,3 @@ def write_image_shards(storage, counts, height=SIZE, width=SIZE, damaged=(), gar
             first += count
         splits[split] = tuple(infos)
     return Manifest(splits=splits, classes=CLASSES, image_size=SIZE, sources={})
-
-
-def randomised(module, scale=0.2):
-    """A module in evaluation mode with keyed weights, none of them zero."""
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=torch_generator(0, name)) * scale)
-    return module.eval().requires_grad_(False)
-
-
-def tokenizer():
-    return randomised(VAVAE(TOKENIZER))
-
-
-def lightningdit():
-    return randomised(LightningDiT(LIGHTNINGDIT, TOKENIZER.latent_dim, GRID), scale=0.3)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from support.parity import smooth_config, smooth_images, smooth_networks
-from support.tiny import BATCH, LANES, build_step, tiny_config
+from support.engine_parity import smooth_config, smooth_images, smooth_networks
+from support.training_steps import BATCH, LANES, build_step, tiny_config
 
 import vavae.training.checkpoints.checkpoint
 import vavae.training.diffusion_step

@@ -1,27 +1,13 @@
-"""Small models that name and compute things as the public code does, written from its description with layers of
-torch.nn alone; and the files that it writes.
+"""A small LightningDiT that names and computes things as the public code does.
+
+Written from the description of that code, with layers of torch.nn alone.
 """
 
-import json
 import math
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def golden(name):
-    """Spec and tensors of a fixture; `state.*` is its checkpoint."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["spec"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def golden_state(tensors):
-    return {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
 
 
 class RootMeanSquare(nn.Module):

@@ -1,4 +1,4 @@
-"""A run whose models are those of `small`, as its jobs would have left it, without any training."""
+"""A run whose models are those of `small_models`, as its jobs would have left it, without any training."""
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from vavae.runs.files import CONFIG
 from vavae.runs.run import JOBS, Run
 from vavae.storage.artifact import Artifact, commit
 
-from . import small
+from . import image_shards, small_models
 
 DIGEST = "a" * 64
 """Of the tokenizer."""
@@ -29,11 +29,11 @@ def trained_run(root, name="run"):
         "name": name,
         "seed": 7,
         "storage": {"root": str(root)},
-        "shards": {"source": "digits", "image_size": small.SIZE},
+        "shards": {"source": "digits", "image_size": image_shards.SIZE},
         "stream": {"lanes": 2},
-        "tokenizer": small.TOKENIZER.model_dump(mode="json"),
+        "tokenizer": small_models.TOKENIZER.model_dump(mode="json"),
         "train_vavae": training,
-        "lightningdit": small.LIGHTNINGDIT.model_dump(mode="json"),
+        "lightningdit": small_models.LIGHTNINGDIT.model_dump(mode="json"),
         "train_lightningdit": training,
         "guidance": {"scale": 1.5},
         "solver": {"num_steps": 2},
@@ -42,24 +42,24 @@ def trained_run(root, name="run"):
     run = Run(RunConfig.model_validate(document))
     run.storage.write_bytes(CONFIG, dump(run.config).encode())
     tokenizer = TokenizerDescription(
-        tokenizer=small.TOKENIZER,
+        tokenizer=small_models.TOKENIZER,
         teacher=TeacherConfig(),
         vision_foundation=VisionFoundationLossConfig(),
         feature_dim=6,
     )
-    weights = {WEIGHTS: small.tokenizer().state_dict()}
+    weights = {WEIGHTS: small_models.tokenizer().state_dict()}
     _commit(run, "train_vavae", DIGEST, save_export(_folder(run, "train_vavae"), tokenizer, weights))
-    latents, latent_dim = _folder(run, "precompute_latents"), small.TOKENIZER.latent_dim
-    shape = (latent_dim, small.GRID, small.GRID)
-    manifest = LatentManifest(tokenizer=DIGEST, shape=shape, flip=False, classes=small.CLASSES, splits={})
+    latents, latent_dim = _folder(run, "precompute_latents"), small_models.TOKENIZER.latent_dim
+    shape = (latent_dim, small_models.GRID, small_models.GRID)
+    manifest = LatentManifest(tokenizer=DIGEST, shape=shape, flip=False, classes=image_shards.CLASSES, splits={})
     latents.write_json(MANIFEST, manifest.model_dump(mode="json"))
     with latents.create(STATISTICS) as local:
         save_file({"mean": MEAN, "std": STD}, local)
     _commit(run, "precompute_latents", "b" * 64, {})
     lightningdit = LightningDiTDescription(
-        lightningdit=small.LIGHTNINGDIT, latent_dim=latent_dim, grid=small.GRID, tokenizer=DIGEST
+        lightningdit=small_models.LIGHTNINGDIT, latent_dim=latent_dim, grid=small_models.GRID, tokenizer=DIGEST
     )
-    weights = {WEIGHTS: small.lightningdit().state_dict()}
+    weights = {WEIGHTS: small_models.lightningdit().state_dict()}
     _commit(run, "train_lightningdit", "c" * 64, save_export(_folder(run, "train_lightningdit"), lightningdit, weights))
     return run
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
+from support.training_steps import BATCH, JOBS, LANES, build_step, tiny_config
 from torch import Tensor, nn
 
 import vavae.distributed.deepspeed_engine

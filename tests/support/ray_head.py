@@ -6,11 +6,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from support.waiting import wait_until
 
 _START_SECONDS = 180
 _PORTS = ("--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port", "--metrics-export-port")
@@ -67,8 +68,8 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while "Ray runtime started" not in log.read_text():
+    def is_started() -> bool:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+        return "Ray runtime started" in log.read_text()
+
+    wait_until(is_started, _START_SECONDS, log.read_text)
