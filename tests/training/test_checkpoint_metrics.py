@@ -36,25 +36,25 @@ def test_the_first_step_to_reach_a_multiple_is_due(measures: CheckpointMetrics) 
 
 
 def test_they_are_saved_and_wait(storage: Storage, measures: CheckpointMetrics) -> None:
-    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, measures=measures)
+    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, evaluations=measures)
     assert _saved(storage) == [*DUE, 36]
     assert measures.waiting() == DUE
 
 
 def test_those_that_need_not_wait_any_more_go(storage: Storage, measures: CheckpointMetrics) -> None:
-    train_toy(storage, images=28, checkpoint_images=NEVER, keep=1, measures=measures)
+    train_toy(storage, images=28, checkpoint_images=NEVER, keep=1, evaluations=measures)
     measures.write(12, _figures(3.0))
     measures.write(20, {})
-    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, measures=CheckpointMetrics(storage, EVERY, BATCH))
+    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, evaluations=CheckpointMetrics(storage, EVERY, BATCH))
     assert _saved(storage) == [32, 36]
 
 
 def test_the_best_stays(storage: Storage, measures: CheckpointMetrics) -> None:
     best = {"metric": "generation_frechet_distance"}
-    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, keep_best=best, measures=measures)
+    train_toy(storage, images=36, checkpoint_images=NEVER, keep=1, keep_best=best, evaluations=measures)
     for seen, distance in zip(DUE, (3.0, 1.0, 2.0), strict=True):
         measures.write(seen, _figures(distance))
-    train_toy(storage, ToyStep(), images=40, checkpoint_images=NEVER, keep=1, keep_best=best, measures=measures)
+    train_toy(storage, ToyStep(), images=40, checkpoint_images=NEVER, keep=1, keep_best=best, evaluations=measures)
     assert _saved(storage) == [20, 40]
     assert measures.summary() == "3 measured; best generation_frechet_distance 1 after 20 images"
 

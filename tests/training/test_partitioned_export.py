@@ -13,9 +13,10 @@ from vavae.interop.export import load_alignment, load_tokenizer
 from vavae.metrics.latent_probes import LatentProbes
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
+from vavae.runs.training_inputs import begin_training
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
-from vavae.training.train import train_vavae
+from vavae.training.train import train
 
 pytestmark = [pytest.mark.gloo, pytest.mark.jobs]
 
@@ -37,7 +38,7 @@ def tokenizer_run(root: Path, engine: list[str]) -> Run:
 
 
 def train_and_export(world: World, root: Path, engine: list[str]) -> None:
-    train_vavae(tokenizer_run(root, engine), LocalSession(), world)
+    train(begin_training(tokenizer_run(root, engine), "train_vavae", world), LocalSession(), world)
 
 
 def test_the_export_is_that_of_plain_pytorch(gloo: Nursery, tmp_path: Path) -> None:

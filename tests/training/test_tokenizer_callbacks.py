@@ -15,7 +15,6 @@ from vavae.data.pixels import to_float, to_uint8
 from vavae.distributed.world import World
 from vavae.metrics.latent_probes import LatentProbes
 from vavae.randomness import torch_generator
-from vavae.runs.run import Run
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.tokenizer import SHOWN, LatentProbe, ReconstructionPreview, held_out_images
 
@@ -116,10 +115,9 @@ def test_only_the_first_rank_looks(storage):
 
 
 def test_without_held_out_images_it_is_training_images(tmp_path):
-    config = CONFIG.model_copy(update={"storage": CONFIG.storage.model_copy(update={"root": str(tmp_path)})})
-    run = Run(config)
+    shards = Storage(str(tmp_path))
     found = [
-        held_out_images(run, small.write_image_shards(run.storage.child("shards"), counts))
+        held_out_images(shards, small.write_image_shards(shards, counts))
         for counts in ({"train": (5,), "validation": (4,)}, {"train": (5,), "validation": ()}, {"train": (5,)})
     ]
     assert list(map(len, found)) == [4, 5, 5]

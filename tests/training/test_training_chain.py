@@ -29,13 +29,14 @@ from vavae.report.run_report import log_rows
 from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Run
+from vavae.runs.training_inputs import begin_training
 from vavae.sampling.inputs import open_sampler, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.metric_names import METRICS
 from vavae.training.session import LocalSession
-from vavae.training.train import train_lightningdit, train_vavae
+from vavae.training.train import train
 
 pytestmark = pytest.mark.jobs
 
@@ -62,11 +63,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(load(RunConfig, _CONFIG, [f"storage.root={root}", measure, *engines]))
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, _ignore)
     for session in (ImpatientSession(), LocalSession()):
-        train_vavae(run, session, World())
+        train(begin_training(run, "train_vavae", World()), session, World())
         assert (run.artifact("train_vavae") is None) == isinstance(session, ImpatientSession)
     _extract(run)
     for session in (ImpatientSession(), LocalSession()):
-        train_lightningdit(run, session, World())
+        train(begin_training(run, "train_lightningdit", World()), session, World())
         assert (run.artifact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
     _sample(run)
     write_evaluation(run, _ignore)
@@ -128,7 +129,7 @@ def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
 
 
 def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
-    measures = CheckpointMetrics.of(run)
+    measures = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
     assert measures is not None
     assert measures.waiting() == [128, 256]
     evaluate_pending_checkpoints(run)
@@ -294,6 +295,6 @@ def test_a_longer_budget_meets_the_adversary_where_the_shorter_one_did_not(run: 
         extended = Run(config.model_copy(update={"train_vavae": budget}))
         if images == start:
             write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, _ignore)
-        train_vavae(extended, LocalSession(), World())
+        train(begin_training(extended, "train_vavae", World()), LocalSession(), World())
         assert extended.require("train_vavae").images_seen == images
     assert extended.require("train_vavae").digest == run.require("train_vavae").digest

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 from support.gloo import Nursery
 from support.parity import OFFLOADED, TORCH, ZERO
-from support.tiny import BATCH, JOBS, LANES, build_step, tiny_config
+from support.tiny import BATCH, JOBS, build_step, tiny_config
 from torch import Tensor
 
-from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.runs.run import Job
 from vavae.storage.artifact import RECORD, read
@@ -21,7 +20,7 @@ from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog, read_rows
 from vavae.training.logging.metric_names import metric_info
 from vavae.training.session import LocalSession
-from vavae.training.trainer import train
+from vavae.training.trainer import Trainer
 
 pytestmark = pytest.mark.gloo
 
@@ -49,19 +48,8 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
     step, storage = build_step(job, config, world), Storage(str(folder))
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
-    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
-    train(
-        job,
-        step,
-        accumulation_steps,
-        range(images),
-        getattr(config, job),
-        config.stream,
-        checkpoints,
-        log,
-        LocalSession(),
-        world,
-    )
+    trainer = Trainer(job, step, getattr(config, job), config.stream, checkpoints, log, LocalSession(), world)
+    trainer.fit(range(images))
     assert step.ema is not None
     weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}
     for name, trained in step.engines.items():

@@ -112,10 +112,18 @@ class Run:
             "evaluate": "evaluation",
         }[job]
 
+    def folder(self, job: Job) -> Storage:
+        """The folder of a job's artifact, see `prefix`."""
+        return self.storage.child(self.prefix(job))
+
     def training_prefix(self, job: Job) -> str:
         """Folder of a training's checkpoints and log, under the digest of the data that it is trained on."""
         data = self.require(JOBS[job].inputs[0]).digest
         return f"{self.prefix(job).removesuffix('/export')}/{data[:12]}"
+
+    def training_folder(self, job: Job) -> Storage:
+        """The folder of a training's checkpoints and log, see `training_prefix`."""
+        return self.storage.child(self.training_prefix(job))
 
     def identity(self, job: Job) -> dict[str, Any]:
         """The part of the configuration that a job's artifact depends on."""

@@ -14,7 +14,6 @@ from vavae.metrics.latent_probes import probe_latents
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.callback import exported_module, save_preview
 from vavae.training.logging.log import MetricsLog
@@ -78,10 +77,9 @@ class ReconstructionPreview:
         save_preview(self._folder, images_seen, "reconstructions", grid, log)
 
 
-def held_out_images(run: Run, manifest: Manifest) -> Tensor:
-    """The first held-out images of a run, uint8 [N, 3, H, W]; training images where none are held out."""
+def held_out_images(shards: Storage, manifest: Manifest) -> Tensor:
+    """Read the first held-out images, uint8 [N, 3, H, W]; training images where none are held out."""
     split = "validation" if manifest.splits.get("validation") else "train"
-    shards = run.storage.child(run.prefix("prepare_shards"))
     return gather(read_images(shards, manifest, split, PROBED, _BATCH)).images
 
 
