@@ -53,11 +53,11 @@ class ScriptedSession(LocalSession):
         self._steps += 1
         return self._steps == self._stop_at
 
-    def listens(self) -> bool:
+    def save_check_due(self) -> bool:
         return self._steps % 2 == 0
 
     def must_save(self) -> bool:
-        assert self.listens(), "asked when it is time only"
+        assert self.save_check_due(), "asked when it is time only"
         return self._steps == self._notice_at
 
 

@@ -85,7 +85,7 @@ def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCa
             newest.write_bytes(RECORD, b"{")
     with caplog.at_level(logging.WARNING):
         assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 4
-    assert "000000000008 is not whole and is passed over" in caplog.text
+    assert "000000000008 is incomplete and is skipped" in caplog.text
     assert train_toy(storage, images=8).images_seen == 8
     assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 8
 
@@ -126,7 +126,7 @@ def test_an_attempt_that_was_superseded_neither_commits_nor_deletes(storage: Sto
     old.wait_for_pending_save()
     new = toy_checkpoints(storage, keep=1, owner="the new one")
     old.save(step, FRESH.after(8), {}, no_log)
-    with pytest.raises(SupersededError, match=": the new one goes on with this training now"):
+    with pytest.raises(SupersededError, match=": the new one resumes this training now"):
         old.wait_for_pending_save()
     with pytest.raises(SupersededError):
         old.check_lease()

@@ -126,7 +126,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with process_group(run.config.workers.use_gpu):
         job, session = _MODELS[arguments.model], SignaledSession(EventLog(run.storage))
         world = World.current(run.config.workers.use_gpu)
-        with session.listening():
+        with session.handle_signals():
             train(begin_training(run, job, world), session, world)
     if world.is_first and run.plan(job).done and job == "train_lightningdit":
         evaluate_pending_checkpoints(run)

@@ -27,7 +27,7 @@ class TrainingInputs:
 
     @property
     def training(self) -> TrainingConfig:
-        """The training's own section of the configuration."""
+        """Section of the configuration."""
         section: TrainingConfig = getattr(self.config, self.job)
         return section
 
@@ -38,7 +38,7 @@ class TrainingInputs:
 
     @property
     def data_digest(self) -> str:
-        """Digest of what it is trained on."""
+        """Digest of the data that it is trained on."""
         return digest(self.output.draft.inputs)
 
 
@@ -51,7 +51,7 @@ class TokenizerTrainingInputs(TrainingInputs):
 
     @classmethod
     def of(cls, run: Run) -> "TokenizerTrainingInputs":
-        """Resolve those of a run.
+        """Resolve the inputs of a run's training.
 
         Raises:
             UserError: an input is missing.
@@ -79,7 +79,7 @@ class LightningDiTTrainingInputs(TrainingInputs):
 
     @classmethod
     def of(cls, run: Run) -> "LightningDiTTrainingInputs":
-        """Resolve those of a run.
+        """Resolve the inputs of a run's training.
 
         Raises:
             UserError: an input is missing.

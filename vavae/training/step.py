@@ -39,15 +39,15 @@ StepState = Mapping[str, Sequence[float | None]]
 
 
 class Step(Protocol):
-    """One kind of training: its weights, its data and its arithmetic."""
+    """Step object of a training: its weights, its data and its mathematics."""
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """All sets of weights that the step optimizes, by the names of their checkpoint folders."""
+        """Engines of all sets of weights that the step optimizes, by the names of their checkpoint folders."""
 
     @property
     def accumulation_steps(self) -> Sequence[AccumulationStep]:
-        """This rank's share of every step."""
+        """Accumulation steps of this rank in every step."""
 
     @property
     def stopwatch(self) -> Stopwatch:
@@ -55,16 +55,16 @@ class Step(Protocol):
 
     @property
     def ema(self) -> ExponentialMovingAverage | None:
-        """The average of the weights that is exported, if there is one."""
+        """Average of the weights, which is exported, if there is one."""
 
     def source(self) -> MicroBatchSource[Any]:
-        """The source of its micro-batches."""
+        """Return the source of micro-batches."""
 
     def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
         """Run forward and backward for every micro-batch of this rank, then update the weights once."""
 
     def state_dict(self) -> StepState:
-        """State besides weights and optimizers that a checkpoint holds, for the lanes of this rank."""
+        """Return the state besides weights and optimizers that a checkpoint holds, for the lanes of this rank."""
 
     def load_state_dict(self, state: StepState) -> None:
         """Restore the state of all ranks."""

@@ -108,7 +108,7 @@ class TokenizerModel(nn.Module):
 
 
 class TokenizerStep:
-    """Generator first, then the discriminator on the same reconstructions, each with its own engine.
+    """One update of the generator, then one of the discriminator on the same reconstructions, each with its own engine.
 
     Args:
         config: configuration of the run.
@@ -227,7 +227,7 @@ class TokenizerStep:
         return losses
 
     def weights(self) -> StepWeights:
-        """All weights, with which another phase may begin. Every rank calls it."""
+        """Gather all weights, with which another phase may begin. Every rank calls it."""
         engines = {name: engine.weights() for name, engine in self.engines.items()}
         return StepWeights(engines, None if self.ema is None else self.ema.weights())
 
@@ -251,7 +251,7 @@ class TokenizerStep:
 
 
 def _log_name(term: str) -> str:
-    """Name of a term in the log, where the first part groups losses, adaptive weights and the rest."""
+    """Name a term for the log, where the first part groups losses, adaptive weights and the rest."""
     if term.endswith("_weight"):
         return f"adaptive_weight/{term.removesuffix('_weight')}"
     return term if term in ("alignment", "logits_real", "logits_fake") else f"loss/{term}"

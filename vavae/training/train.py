@@ -48,8 +48,8 @@ class _Attempt:
     """One attempt at a training: it alone may write checkpoints and the export until another one begins.
 
     Args:
-        inputs: of the training.
-        session: whoever runs it.
+        inputs: configuration and folders.
+        session: runner of the training.
         world: the ranks; each makes one.
     """
 
@@ -171,7 +171,7 @@ def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, manifest: Manifest, wo
     config, training = inputs.config, inputs.config.train_vavae
     if training.probe_images is None and training.preview_images is None:
         return []
-    images = held_out_images(inputs.shards, manifest) if world.is_first else torch.empty(0)  # only rank 0 looks at any
+    images = held_out_images(inputs.shards, manifest) if world.is_first else torch.empty(0)  # only rank 0 needs them
     callbacks: list[Callback] = []
     if training.probe_images is not None:
         callbacks.append(LatentProbe(config, images, training.probe_images, world))

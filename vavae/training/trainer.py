@@ -47,18 +47,18 @@ class _DivergedError(Exception):
 
 
 class _Signals(NamedTuple):
-    """One step's signals of all ranks."""
+    """Facts about a step that every rank needs."""
 
     stop: bool
     """Some rank was asked to save and leave."""
-    listens: bool
-    """It is time to ask whether a machine is about to go."""
+    check_due: bool
+    """It is time to ask `Session.must_save`."""
     loss: float
     """Mean over the global batch."""
 
 
 def learning_rate(peak: float, config: ScheduleConfig, images_seen: int) -> float:
-    """Linear warm-up to `peak` over `warmup_images`, then constant, or a half cosine down to zero at `decay_images`."""
+    """Learning rate at so many images seen: linear warm-up, then constant or a half cosine down to zero."""
     if images_seen < config.warmup_images:
         return peak * (images_seen + 1) / (config.warmup_images + 1)
     if config.decay_images is None:
@@ -122,7 +122,7 @@ class Trainer:
         return state
 
     def _train_from(self, state: TrainState, until: int) -> TrainState:
-        """Step after step from a state until so many images are seen, or a stop; returns the state then.
+        """Train from a state until so many images are seen or a stop is requested; returns the state then.
 
         Raises:
             _DivergedError: see `_step`; `self._state` is the state then.
@@ -145,7 +145,7 @@ class Trainer:
                 self._run_callbacks(before)
                 done = self._state.images_seen >= until
                 stop = signals.stop or done
-                must_save = signals.listens and self.session.must_save()
+                must_save = signals.check_due and self.session.must_save()
                 self._log_and_checkpoint(before, save=stop or must_save, done=done)
         return self._state
 
@@ -161,7 +161,7 @@ class Trainer:
         )
 
     def _step(self, stream: Iterator[list[Any]]) -> _Signals:
-        """One optimizer step, after which the state is that behind it.
+        """Load, run, and account for one optimizer step.
 
         Raises:
             _DivergedError: like too many before it, it has gradients that are not finite.
@@ -189,12 +189,12 @@ class Trainer:
         return learning_rate(self.config.optimizer.learning_rate, self.config.schedule, images_seen)
 
     def _exchange_signals(self, result: StepResult) -> _Signals:
-        """Tell all ranks what each must know after a step, in one reduction."""
-        flags = {"stop": self.session.stop_requested(), "listens": self.session.listens()}
+        """Share the loss and the session's requests among all ranks, in one reduction."""
+        flags = {"stop": self.session.stop_requested(), "check_due": self.session.save_check_due()}
         total = self.world.sum_terms(
             {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
         )
-        return _Signals(total["stop"] > 0, total["listens"] > 0, total[_LOSS])
+        return _Signals(total["stop"] > 0, total["check_due"] > 0, total[_LOSS])
 
     def _count_skipped(self, result: StepResult, before: int) -> None:
         """Count a step that no engine has applied."""

@@ -1,4 +1,4 @@
-"""The tokenizer during its training, seen through the same few images with the same noise."""
+"""Probes and previews of the tokenizer during its training, on the same few images with the same noise."""
 
 from collections.abc import Iterator
 
@@ -26,12 +26,12 @@ _DIFFERENCE_SCALE = 4
 
 
 class LatentProbe:
-    """Encodes images at intervals, and logs what their latents are like.
+    """Encodes images at intervals, and logs statistics of their latents.
 
     Args:
-        config: of the run.
-        images: see `held_out_images`.
-        every_images: images of the training between two looks.
+        config: configuration of the run.
+        images: uint8 [N, 3, H, W], see `held_out_images`.
+        every_images: images of the training between two calls.
         world: the ranks.
     """
 
@@ -40,7 +40,7 @@ class LatentProbe:
         self._config, self._images, self._world = config, images[:PROBED], world
 
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Callback.observe`."""
+        """See `Callback.on_interval`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
@@ -49,12 +49,12 @@ class LatentProbe:
 
 
 class ReconstructionPreview:
-    """Draws images, their reconstructions, and four times their difference below each other, at intervals.
+    """Reconstructs images at intervals; a picture shows both, and four times their difference.
 
     Args:
-        config: of the run.
-        images: see `held_out_images`.
-        every_images: images of the training between two looks.
+        config: configuration of the run.
+        images: uint8 [N, 3, H, W], see `held_out_images`.
+        every_images: images of the training between two calls.
         folder: where pictures go.
         world: the ranks.
     """
@@ -65,7 +65,7 @@ class ReconstructionPreview:
 
     @torch.inference_mode()
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Callback.observe`."""
+        """See `Callback.on_interval`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
@@ -89,9 +89,9 @@ def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
 
 @torch.inference_mode()
 def _latents(model: VAVAE, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
-    """Samples of the posteriors of images, in batches [b, C, h, w]."""
-    generator = torch_generator(seed, "observed posterior")
+    """Sample the posteriors of images, uint8 [N, 3, H, W], in batches [b, C, h, w]."""
+    rng = torch_generator(seed, "observed posterior")
     for batch in images.split(_BATCH):
         posterior = model.encode(to_float(batch.to(world.device)))
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=rng)
         yield posterior.at(noise.to(world.device))

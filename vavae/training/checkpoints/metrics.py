@@ -36,7 +36,7 @@ class CheckpointMetrics:
 
     @classmethod
     def of(cls, training: Storage, config: LightningDiTTrainingConfig) -> "CheckpointMetrics | None":
-        """Make those of a LightningDiT's training; None where its checkpoints are not evaluated.
+        """Open the metrics of a LightningDiT's training; None where its checkpoints are not evaluated.
 
         Args:
             training: folder of the training.

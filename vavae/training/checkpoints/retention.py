@@ -1,4 +1,4 @@
-"""Which checkpoints of a training stay in storage."""
+"""Retention of a training's checkpoints in storage."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Retention(NamedTuple):
 
     @classmethod
     def of(cls, training: Storage, config: TrainingConfig) -> "Retention":
-        """Make that of a training.
+        """Make the retention of a training.
 
         Args:
             training: folder of the training.

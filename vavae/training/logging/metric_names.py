@@ -1,4 +1,4 @@
-"""The figures of a run: what each column of a row of metrics means, and its name in Prometheus."""
+"""Registry of the metrics in a training's rows: their descriptions and names in Prometheus."""
 
 import re
 from typing import NamedTuple
@@ -7,13 +7,13 @@ from vavae.diffusion.objective import TIMESTEP_BINS
 
 
 class MetricInfo(NamedTuple):
-    """One scalar of a row."""
+    """Description of one metric of a row."""
 
     meaning: str
     adds_up: bool = False
-    """Whether it is what there was since the row before, so that the sum over rows is a total."""
+    """It counts since the row before, so that the sum over rows is a total."""
     of_machine: bool = False
-    """Whether it says how the machine did. All others follow from configuration and data alone."""
+    """It depends on the machine. All others follow from configuration and data alone."""
 
 
 def _share(what: str) -> MetricInfo:
@@ -73,7 +73,7 @@ METRICS: dict[str, MetricInfo] = {
     "storage/requests": MetricInfo("requests to stores of all ranks", True, True),
     "storage/retries": MetricInfo("requests to stores that had to be repeated", True, True),
 }
-"""By name."""
+"""Metrics of a training's rows, by name."""
 
 JOB_METRICS: dict[str, MetricInfo] = {
     "images": MetricInfo("images that the stage is done with"),
@@ -82,14 +82,14 @@ JOB_METRICS: dict[str, MetricInfo] = {
     "restarts": MetricInfo("how often all workers of the training were started again"),
     "saved_timestamp_seconds": MetricInfo("when the last checkpoint was copied, or the workers started"),
 }
-"""What is shown of a running job beside its rows."""
+"""Metrics of a running job besides its rows, by name."""
 
 
 def metric_info(name: str) -> MetricInfo:
-    """The column of this name; one that is not listed is taken for a mean."""
+    """Look up a metric; one that is not listed is taken for a mean."""
     return (METRICS | JOB_METRICS).get(name, MetricInfo(name))
 
 
 def metric_name(name: str) -> str:
-    """The name in Prometheus: `loss/total` → `vavae_loss_total`."""
+    """Name of a metric in Prometheus: `loss/total` → `vavae_loss_total`."""
     return "vavae_" + re.sub(r"\W+", "_", name)
