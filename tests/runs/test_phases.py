@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from support.tiny import BATCH, tiny_config
 
 from vavae.losses.config import TokenizerLossConfig
-from vavae.runs.phases import TokenizerPhaseConfig, resolve
+from vavae.runs.phases import TokenizerPhaseConfig, resolve_phases
 
 _PUBLISHED = [
     {"losses": {"vision_foundation": {"weight": 0.5, "cos_margin": 0.0, "distmat_margin": 0.0}}},
@@ -20,7 +20,7 @@ _PUBLISHED = [
 
 def _resolve(stages: list[dict[str, Any]], images: int) -> list[Any]:
     configs = tuple(TokenizerPhaseConfig.model_validate(stage) for stage in stages)
-    return resolve(configs, TokenizerLossConfig(kl_weight=3.0), (), images)
+    return resolve_phases(configs, TokenizerLossConfig(kl_weight=3.0), (), images)
 
 
 def test_each_stage_goes_on_with_what_the_last_one_had():

@@ -1,4 +1,4 @@
-"""Checkpoints that are due stay until they are measured or skipped, and the best of them longer."""
+"""Checkpoints that are due stay until they are evaluated or skipped, and the best of them longer."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_the_best_stays(storage: Storage, measures: CheckpointMetrics) -> None:
         measures.write(seen, _figures(distance))
     train_toy(storage, ToyStep(), images=40, checkpoint_images=NEVER, keep=1, keep_best=best, evaluations=measures)
     assert _saved(storage) == [20, 40]
-    assert measures.summary() == "3 measured; best generation_frechet_distance 1 after 20 images"
+    assert measures.summary() == "3 evaluated; best generation_frechet_distance 1 after 20 images"
 
 
 def test_one_that_is_not_whole_is_not_measured(storage: Storage, measures: CheckpointMetrics) -> None:

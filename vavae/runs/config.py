@@ -15,7 +15,7 @@ from vavae.latents.config import LatentsConfig
 from vavae.losses.config import TokenizerLossConfig
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
-from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve
+from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve_phases
 from vavae.sampling.config import SampleConfig
 from vavae.storage.config import StorageConfig
 
@@ -147,15 +147,15 @@ class TokenizerTrainingConfig(TrainingConfig):
         return self.discriminator_optimizer or self.optimizer
 
     @model_validator(mode="after")
-    def _stages_rise(self) -> Self:
+    def _phases_rise(self) -> Self:
         before = -1
-        for index, stage in enumerate(self.stages):
-            if stage.from_images <= before or stage.from_images % self.batch_size:
+        for index, phase in enumerate(self.stages):
+            if phase.from_images <= before or phase.from_images % self.batch_size:
                 raise ValueError(
-                    f"stages.{index}.from_images={stage.from_images} must be a multiple of batch_size="
+                    f"stages.{index}.from_images={phase.from_images} must be a multiple of batch_size="
                     f"{self.batch_size}" + (f" above {before}" if index else "")
                 )
-            before = stage.from_images
+            before = phase.from_images
         return self
 
 
@@ -225,25 +225,25 @@ class RunConfig(Config):
     def tokenizer_phases(self, images: int = 0) -> list[TokenizerPhase]:
         """Phases of the tokenizer's training, at least one, up to its budget or to more images than that."""
         training = self.train_vavae
-        return resolve(training.stages, self.losses, training.frozen, max(training.images, images))
+        return resolve_phases(training.stages, self.losses, training.frozen, max(training.images, images))
 
     @property
     def adversarial(self) -> bool:
         """Whether any phase of the tokenizer's training, within the budget or not, has an adversary."""
-        changes = [stage.losses.adversarial.weight for stage in self.train_vavae.stages]
+        changes = [phase.losses.adversarial.weight for phase in self.train_vavae.stages]
         return any([self.losses.adversarial.weight, *changes])
 
     @model_validator(mode="after")
-    def _stages_can_learn(self) -> Self:
-        for stage in self.tokenizer_phases(sys.maxsize):
+    def _phases_can_learn(self) -> Self:
+        for phase in self.tokenizer_phases(sys.maxsize):
             for part, term in (("encoder", "vision_foundation"), ("decoder", "adversarial")):
-                if part in stage.frozen and getattr(stage.losses, term).weight > 0:
+                if part in phase.frozen and getattr(phase.losses, term).weight > 0:
                     raise ValueError(
-                        f"train_vavae: from image {stage.from_images:,} on the {part} is frozen, where the adaptive "
-                        f"weight of losses.{term} is measured; set losses.{term}.weight=0 in that stage"
+                        f"train_vavae: from image {phase.from_images:,} on the {part} is frozen, where the adaptive "
+                        f"weight of losses.{term} is measured; set losses.{term}.weight=0 in that phase"
                     )
-            if {"encoder", "decoder"} <= {*stage.frozen}:
-                raise ValueError(f"train_vavae: from image {stage.from_images:,} on nothing is left to train")
+            if {"encoder", "decoder"} <= {*phase.frozen}:
+                raise ValueError(f"train_vavae: from image {phase.from_images:,} on nothing is left to train")
         return self
 
     @model_validator(mode="after")

@@ -64,7 +64,7 @@ class TokenizerPhase(NamedTuple):
     frozen: tuple[Part, ...]
 
 
-def resolve(
+def resolve_phases(
     phases: tuple[TokenizerPhaseConfig, ...], losses: TokenizerLossConfig, frozen: tuple[Part, ...], images: int
 ) -> list[TokenizerPhase]:
     """Resolve the phases of a budget, in order; those that begin after it are left out.

@@ -66,7 +66,6 @@ IMPORTED = "imported"
 class Plan:
     """Whether a job has work to do now, and why."""
 
-    stage: JobSpec
     done: bool
     why: str
     """In a few words, what there is or what is missing."""
@@ -176,11 +175,9 @@ class Run:
                 same name, or the sources of the images are not what they should be.
         """
         plans: dict[Job, Plan] = {}
-        for job, stage in JOBS.items():
-            missing = next((name for name in reversed(stage.inputs) if not plans[name].done), None)
-            plans[job] = (
-                self._plan(job, sources) if missing is None else Plan(stage, False, f"after {JOBS[missing].makes}")
-            )
+        for job, spec in JOBS.items():
+            missing = next((name for name in reversed(spec.inputs) if not plans[name].done), None)
+            plans[job] = self._plan(job, sources) if missing is None else Plan(False, f"after {JOBS[missing].makes}")
         return plans
 
     def plan(self, job: Job) -> Plan:
@@ -198,28 +195,27 @@ class Run:
         return self._plan(job)
 
     def _plan(self, job: Job, sources: bool = True) -> Plan:
-        stage = JOBS[job]
         if job == "prepare_shards" and not sources:
             record = self.artifact(job)
-            return Plan(stage, record is not None, record.digest[:12] if record else "not there yet")
+            return Plan(record is not None, record.digest[:12] if record else "not there yet")
         if job == "prepare_shards":
             manifest = find_shards(self.storage, self.prefix(job), self.config.shards)
-            return Plan(stage, manifest is not None, manifest.digest[:12] if manifest else "not there yet")
+            return Plan(manifest is not None, manifest.digest[:12] if manifest else "not there yet")
         self._check_claim(job)
         record = self.artifact(job)
         if record is None:
-            return Plan(stage, False, "not there yet")
+            return Plan(False, "not there yet")
         differs = self._differs(job, record)
         if differs and IMPORTED in record.details:
-            raise UserError(f"{self.storage.url()}: the {stage.makes} was imported {differs}; import it again")
+            raise UserError(f"{self.storage.url()}: the {JOBS[job].makes} was imported {differs}; import it again")
         if differs:
-            return Plan(stage, False, f"made {differs}")
+            return Plan(False, f"made {differs}")
         budget = self.budget(job)
         if budget is not None and IMPORTED not in record.details and (record.images_seen or 0) < budget:
-            return Plan(stage, False, f"{record.images_seen:,} of {budget:,} images seen")
+            return Plan(False, f"{record.images_seen:,} of {budget:,} images seen")
         if job == "sample" and self.config.sample.npz and not self.storage.is_file(NPZ):
-            return Plan(stage, False, f"without {NPZ}")
-        return Plan(stage, True, record.digest[:12])
+            return Plan(False, f"without {NPZ}")
+        return Plan(True, record.digest[:12])
 
     def _differs(self, job: Job, record: Artifact) -> str:
         """Difference between an artifact's configuration or inputs and the present ones; empty where there is none."""

@@ -73,7 +73,7 @@ class CheckpointMetrics:
         """Count and best of the evaluated checkpoints, in words."""
         distances = {seen: row[_DISTANCE] for seen, row in self.values().items() if _DISTANCE in row}
         skipped = len(self.found()) - len(distances)
-        words = f"{len(distances)} measured" + (f", {skipped} skipped" if skipped else "")
+        words = f"{len(distances)} evaluated" + (f", {skipped} skipped" if skipped else "")
         if not distances:
             return words
         best = min(distances, key=distances.__getitem__)

@@ -25,7 +25,7 @@ class MetricsLog:
     """Log of one training. It writes one segment per checkpoint, because an object store cannot append.
 
     Args:
-        stage: name of the job; part of every row.
+        job: name of the training; `stage` in every row.
         segments: folder of the segments.
         tensorboard: folder of TensorBoard's files.
         active: whether this process writes (rank 0); elsewhere rows are shown and no more.
@@ -33,9 +33,9 @@ class MetricsLog:
     """
 
     def __init__(
-        self, stage: str, segments: Storage, tensorboard: Storage, active: bool, show: Show = _show_nowhere
+        self, job: str, segments: Storage, tensorboard: Storage, active: bool, show: Show = _show_nowhere
     ) -> None:
-        self._stage, self._segments, self._tensorboard, self._active = stage, segments, tensorboard, active
+        self._job, self._segments, self._tensorboard, self._active = job, segments, tensorboard, active
         self._show = show
         self._rows: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
@@ -63,7 +63,7 @@ class MetricsLog:
             return
         assert self._writer is not None, "rewind opens the log"
         if not self._rows or self._rows[-1]["images"] != images_seen:
-            self._rows.append({"stage": self._stage, "images": images_seen})
+            self._rows.append({"stage": self._job, "images": images_seen})
         self._rows[-1] |= row
         for name, value in row.items():
             self._writer.add_scalar(name, value, images_seen)

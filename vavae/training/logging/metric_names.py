@@ -62,9 +62,9 @@ METRICS: dict[str, MetricInfo] = {
     "forward": _share("in forward passes and losses, adaptive weights included"),
     "backward": _share("in backward passes, with what the engine does to gradients meanwhile"),
     "optimizer": _share("in the exchange of gradients, the update of the weights and of their average"),
-    "observe_wait": _share("in which training stood still to be looked at"),
-    "checkpoint_wait": _share("in which training stood still for a checkpoint"),
-    "checkpoint/stall_seconds": MetricInfo("in which training stood still for checkpoints", True, True),
+    "observe_wait": _share("in which training waited for callbacks"),
+    "checkpoint_wait": _share("in which training waited for a checkpoint"),
+    "checkpoint/stall_seconds": MetricInfo("seconds in which training waited for checkpoints", True, True),
     "checkpoint/bytes": MetricInfo("copied for checkpoints on all ranks", True, True),
     "gpu_memory/peak_bytes": MetricInfo("most that tensors of this rank took", of_machine=True),
     "gpu_memory/reserved_bytes": MetricInfo("taken from the GPU by this rank", of_machine=True),
@@ -76,9 +76,9 @@ METRICS: dict[str, MetricInfo] = {
 """Metrics of a training's rows, by name."""
 
 JOB_METRICS: dict[str, MetricInfo] = {
-    "images": MetricInfo("images that the stage is done with"),
-    "images_planned": MetricInfo("images of the stage"),
-    "stage_running": MetricInfo("1 while the stage is at work, then 0"),
+    "images": MetricInfo("images that the job is done with"),
+    "images_planned": MetricInfo("images of the job"),
+    "stage_running": MetricInfo("1 while the job is at work, then 0"),
     "restarts": MetricInfo("how often all workers of the training were started again"),
     "saved_timestamp_seconds": MetricInfo("when the last checkpoint was copied, or the workers started"),
 }
