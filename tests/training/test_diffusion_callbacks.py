@@ -1,4 +1,4 @@
-"""Previews of a LightningDiT: the first samples of the average, and a training that does not notice."""
+"""Previews of a LightningDiT: the first samples of the average, without an effect on the training."""
 
 import numpy as np
 import pytest

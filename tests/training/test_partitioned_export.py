@@ -1,4 +1,4 @@
-"""A tokenizer that stage 3 has trained in parts is exported whole, and looked at whole on the way."""
+"""A tokenizer that ZeRO stage 3 trains in shards is exported, probed and previewed with full weights."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vavae.training.train import train
 pytestmark = [pytest.mark.gloo, pytest.mark.jobs]
 
 _TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-_STAGE_3 = ["backend=deepspeed", "zero_stage=3", "persistence_threshold=0"]
+_ZERO_STAGE_3 = ["backend=deepspeed", "zero_stage=3", "persistence_threshold=0"]
 
 
 def tokenizer_run(root: Path, engine: list[str]) -> Run:
@@ -43,7 +43,7 @@ def train_and_export(world: World, root: Path, engine: list[str]) -> None:
 
 def test_the_export_is_that_of_plain_pytorch(gloo: Nursery, tmp_path: Path) -> None:
     exports, seen = [], []
-    for name, engine in (("plain", ["backend=torch"]), ("parts", _STAGE_3)):
+    for name, engine in (("plain", ["backend=torch"]), ("parts", _ZERO_STAGE_3)):
         run = tokenizer_run(tmp_path / name, engine)
         write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda *_: None)
         gloo.run(2, train_and_export, tmp_path / name, engine)

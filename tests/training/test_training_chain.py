@@ -1,4 +1,4 @@
-"""From digits to the report in this process, without Ray: every stage reads what the one before has left on storage."""
+"""From digits to the report in this process, without Ray: every job reads what the one before has left on storage."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def _ignore(*_: object) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that has gone through all its stages, the trainings in two attempts each."""
+    """A run whose jobs are all done, the trainings in two attempts each."""
     root = tmp_path_factory.mktemp("runs")
     engines = [f"{job}.engine.backend=torch" for job in ("train_vavae", "train_lightningdit")]
     measure = "train_lightningdit.measure={every_images: 128, images: 40, when: after}"
@@ -103,7 +103,7 @@ def _log(run: Run) -> list[Mapping[str, float | str]]:
     return [json.loads(line) for line in run.storage.read_bytes("metrics.jsonl").decode().splitlines()]
 
 
-def test_every_stage_is_done(run: Run) -> None:
+def test_every_job_is_done(run: Run) -> None:
     plans = run.plans()
     assert plans.keys() == JOBS.keys()
     assert [job for job, plan in plans.items() if not plan.done] == []
@@ -247,7 +247,7 @@ def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:
         assert images == [config.batch_size, *range(config.log_images, config.images + 1, config.log_images)]
 
 
-def test_the_log_tells_every_loss(run: Run) -> None:
+def test_the_log_has_every_loss(run: Run) -> None:
     tokenizer = [row for row in _log(run) if row["stage"] == "train_vavae"]
     diffusion = [row for row in _log(run) if row["stage"] == "train_lightningdit"]
     common = {"learning_rate", "images_per_second", "data_wait", "forward", "backward", "optimizer", "loss/total"}

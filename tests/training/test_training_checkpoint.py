@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, which ones stay, and which are refused."""
+"""Which checkpoint a training resumes from, which ones stay, and which are refused."""
 
 import errno
 import logging
@@ -44,7 +44,7 @@ def _file_of(storage: Storage, name: str) -> str:
     return next(path for path in record.files if "/toy/" in path)
 
 
-def test_restore_gives_back_weights_optimiser_average_and_position(storage: Storage) -> None:
+def test_restore_gives_back_weights_optimizer_average_and_position(storage: Storage) -> None:
     step = ToyStep()
     train_toy(storage, step, images=12)
     other = ToyStep()
@@ -68,7 +68,7 @@ def test_the_last_ones_stay(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no record", "file missing", "file shorter", "a bit flipped", "record unreadable"])
-def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_an_incomplete_checkpoint_is_skipped(storage: Storage, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     train_toy(storage, images=8, checkpoint_images=4)
     newest, file = storage.child("checkpoints/000000000008"), _file_of(storage, "000000000008")
     match damage:
@@ -114,7 +114,7 @@ def test_the_best_stay_besides_the_last(storage: Storage, mode: str, kept: list[
     assert _saved(storage) == [f"{number:012d}" for number in kept]
 
 
-def test_a_metric_that_there_is_not_is_told(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_metric_is_reported(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     train_toy(storage, images=4, keep_best={"metric": "fid"})
     assert "keep_best.metric=fid is not a finite number in any row; there are: " in caplog.text
     assert "loss/total" in caplog.text
@@ -217,7 +217,7 @@ class Watching(ToyStep):
         return super().run(micro_batches, images_seen, learning_rate)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Watching(storage, Slow(monkeypatch), release_at=20)
     train_toy(storage, step, images=24, checkpoint_images=12)
     assert step.committed[:6] == [[]] * 6
@@ -244,7 +244,7 @@ def test_what_cannot_be_written_stops_the_run_at_the_next_one(
     monkeypatch.setattr(Storage, "create", create)
     with pytest.raises(UserError, match=r"no checkpoint could be written: .*No space left on device: '000000000008"):
         train_toy(storage, step, images=24, checkpoint_images=4)
-    assert len(step.rates) == 3, "it goes on until then"
+    assert len(step.rates) == 3, "it continues until then"
     assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 4
 
 

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint, in new processes, is the run that was never interrupted."""
+"""A training that resumes in new processes is bitwise identical to one that was never interrupted."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ class End(NamedTuple):
     weights: dict[str, Tensor]
     """Of all engines, and the average."""
     rows: list[dict[str, float]]
-    """All figures that were logged, but for those of the clock."""
+    """All logged metrics, without those of the clock."""
     checkpoint: str
     """Digest of the last checkpoint, optimizers included."""
 
@@ -74,7 +74,7 @@ def _interrupted(folder: Path, copy: Path) -> Path:
 @pytest.mark.parametrize(
     ("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3]), (2, OFFLOADED[0])]
 )
-def test_resumed_is_bit_equal_to_uninterrupted(
+def test_resumed_is_bitwise_identical_to_uninterrupted(
     gloo: Nursery, tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
     straight = gloo.run(world_size, train_all, tmp_path / "straight", engine)
@@ -104,7 +104,7 @@ def _assert_alike(ours: dict[Job, End], theirs: dict[Job, End]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "engine"), [(3, ZERO[1]), (4, ZERO[3]), (1, ZERO[2]), (3, TORCH), (3, OFFLOADED[1])]
 )
-def test_any_number_of_ranks_and_any_engine_goes_on(
+def test_any_number_of_ranks_and_any_engine_resumes(
     gloo: Nursery, straight: tuple[Path, dict[Job, End]], tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
     resumed = gloo.run(world_size, train_all, _interrupted(straight[0], tmp_path / "resumed"), engine)

@@ -1,4 +1,4 @@
-"""A tokenizer that is trained in stages, stopped wherever, without Ray."""
+"""A tokenizer that is trained in phases and stopped anywhere, without Ray."""
 
 import shutil
 from pathlib import Path
@@ -99,12 +99,12 @@ def test_frozen_parts_alone_do_not_learn(straight: Run) -> None:
     assert _moved(straight, 80, 112) == {"decoder", "post_quant_conv"}
 
 
-def test_each_stage_has_its_losses(straight: Run) -> None:
+def test_each_phase_has_its_losses(straight: Run) -> None:
     rows = read_rows(straight.storage.child(f"{straight.training_prefix('train_vavae')}/log"))
     assert [row["images"] for row in rows] == [*range(_STEP, 112 + 1, _STEP)]
     assert [row["images"] for row in rows if "loss/cosine" in row] == [16, 32, 48, 64, 80]
     weights = {row["images"]: row["adaptive_weight/vf"] for row in rows if "adaptive_weight/vf" in row}
-    # Refreshed every second step, and at the first one of a stage.
+    # Refreshed every second step, and at the first one of a phase.
     assert weights[16] == weights[32] != weights[48]
     assert weights[64] != weights[48] * 2
 
