@@ -10,9 +10,11 @@ from PIL import Image
 from ray_jobs.runtime.preflight import preflight
 from vavae.config import digest, load
 from vavae.data.shards.write import write_shards
+from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Run
+from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import FileInfo, commit
 
 JOBS = list(JOBS)
@@ -225,6 +227,21 @@ def test_a_training_does_not_resume_under_another_configuration(make, job, overr
         assert re.search("set it back or give the run another name$", str(caught.value))
     run.claim(job)
     assert run.plan(job).done == finished
+
+
+@pytest.mark.parametrize("job", TRAININGS)
+def test_the_first_rank_claims_a_training_before_it_begins(make, job):
+    run, other = make(), make(f"{job}.batch_size=4")
+    for before in JOBS[: JOBS.index(job)]:
+        do(run, before)
+    claim = f"{run.training_prefix(job)}/configuration.json"
+    begin_training(run, job, World(rank=1, size=2))
+    assert not run.storage.exists(claim)
+    inputs = begin_training(run, job, World())
+    assert run.storage.read_json(claim) == run.identity(job)
+    assert (inputs.config_digest, inputs.data_digest) == (digest(run.identity(job)), digest(run.inputs(job)))
+    with pytest.raises(UserError, match="set it back"):
+        begin_training(other, job, World())
 
 
 def test_shards_of_another_configuration_are_refused(done, make):
