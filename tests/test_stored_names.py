@@ -17,7 +17,7 @@ from vavae.storage.artifact import RECORD, Artifact, FileInfo
 from vavae.sweep.sweep import SHARED, TRIALS
 from vavae.sweep.trial import IMAGES, Entry
 from vavae.training.callbacks.callback import PREVIEWS
-from vavae.training.checkpoints.metrics import CHECKPOINTS, MEASURES
+from vavae.training.checkpoints.metrics import CHECKPOINTS, EVALUATIONS
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.metric_names import JOB_METRICS, METRICS, metric_name
@@ -46,7 +46,7 @@ stage_done done
 """
 FILES = {
     RECORD: "artefact.json", CONFIG: "config.yaml", HARDWARE: "hardware.json", EVENTS: "events", PREVIEWS: "previews",
-    CHECKPOINTS: "checkpoints", MEASURES: "measures", SHARED: "shared", TRIALS: "trials",
+    CHECKPOINTS: "checkpoints", EVALUATIONS: "measures", SHARED: "shared", TRIALS: "trials",
     WEIGHTS: "model.safetensors", ALIGNMENT: "alignment.safetensors", DESCRIPTION: "model.yaml",
     IMPORTED: "imported", IMAGES: "images_seen", KIND: "shards",
 }  # fmt: skip

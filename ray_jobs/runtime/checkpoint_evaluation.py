@@ -28,7 +28,9 @@ _LOCAL_POLL_SECONDS, _POLL_SECONDS = 2.0, 15.0
 @contextmanager
 def measured(run: Run) -> Iterator[None]:
     """Have the checkpoints measured that the block's training leaves; those of one that is interrupted wait."""
-    measure, measures = run.config.train_lightningdit.measure, CheckpointMetrics.of(run)
+    training = run.config.train_lightningdit
+    measure = training.measure
+    measures = None if measure is None else CheckpointMetrics.of(run.training_folder(JOB), training)
     if measure is None or measures is None:
         yield
         return
@@ -52,7 +54,9 @@ def measured(run: Run) -> Iterator[None]:
 
 def evaluate_pending_checkpoints(run: Run) -> None:
     """Have the checkpoints measured that wait, as an interrupted job leaves them; the block's training has ended."""
-    measure, measures = run.config.train_lightningdit.measure, CheckpointMetrics.of(run)
+    training = run.config.train_lightningdit
+    measure = training.measure
+    measures = None if measure is None else CheckpointMetrics.of(run.training_folder(JOB), training)
     if measure is not None and measures is not None:
         _Measuring(run, measure, measures).rest()
         prune_evaluated_checkpoints(run)

@@ -106,7 +106,7 @@ def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
     """All is to do: what there may be can't be told to be made from images that are not here."""
     first = JOBS["prepare_shards"]
     why = {first.job: "its images are not here"}
-    return {job: Plan(JOBS[job], False, why.get(job, f"after {first.makes}")) for job in jobs}
+    return {job: Plan(False, why.get(job, f"after {first.makes}")) for job in jobs}
 
 
 def _do(run: Run, job: Job, work: Work, events: EventLog) -> None:

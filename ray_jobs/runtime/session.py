@@ -64,8 +64,8 @@ class RaySession:
         self._exporter.refresh()  # here, for every rank comes by at every step
         return self._first and self._board.stop_requested()
 
-    def listens(self) -> bool:
-        """See `Session.listens`."""
+    def save_check_due(self) -> bool:
+        """See `Session.save_check_due`."""
         if not self._first or time.monotonic() - self._asked_at < _NOTICE_SECONDS:
             return False
         self._asked_at = time.monotonic()

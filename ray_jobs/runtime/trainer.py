@@ -17,10 +17,11 @@ from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
 from vavae.runs.run import Job, Run
+from vavae.runs.training_inputs import begin_training
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.checkpoints.lease import SupersededError
 from vavae.training.session import this_process
-from vavae.training.train import TRAININGS
+from vavae.training.train import train
 
 _STALE_SECONDS = "20"
 """How old Ray's view of the cluster may be, by which it sizes elastic workers; it would wait a minute for lost ones."""
@@ -89,7 +90,8 @@ def _worker(settings: dict[str, Any]) -> None:
     configure_torch(run.config.workers)
     owner: str = settings["owner"]
     try:
-        TRAININGS[job](run, RaySession(run, job, board, owner), World.current(run.config.workers.use_gpu))
+        session, world = RaySession(run, job, board, owner), World.current(run.config.workers.use_gpu)
+        train(begin_training(run, job, world), session, world)
     except CommonError as error:
         # All workers end with it, so there is no need for the error that lets Ray end, and then start, the others.
         if not (isinstance(error, SupersededError) and error.owner == owner):

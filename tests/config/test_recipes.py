@@ -16,7 +16,7 @@ from vavae.losses.adversarial import PatchDiscriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.runs.config import RunConfig
-from vavae.runs.phases import resolve
+from vavae.runs.phases import resolve_phases
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "imagenet").glob("*.yaml"))
@@ -140,7 +140,7 @@ STAGED = ["f16d32_dinov2_stages", *(name for name in LIGHTNINGDITS if name.start
 def test_the_released_tokenizer_has_three_stages(name):
     config = recipe(name)
     training = config.train_vavae
-    stages = resolve(training.stages, config.losses, training.frozen, training.images)
+    stages = resolve_phases(training.stages, config.losses, training.frozen, training.images)
     assert [stage.from_images for stage in stages] == [0, 100 * EPOCH, 115 * EPOCH]
     assert [stage.until_images for stage in stages] == [100 * EPOCH, 115 * EPOCH, 130 * EPOCH]
     aligned = [stage.losses.vision_foundation for stage in stages]

@@ -32,7 +32,7 @@ def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tens
     accumulation_steps = assign_lanes(LANES, world.rank, world.size)
     micro_batches, start, seen = load_micro_batches(DrawnImages(), accumulation_steps, 0, workers=0), None, []  # type: ignore[type-var]
     for stage in config.tokenizer_phases():
-        step = TokenizerStep(config, stage, start, DrawnImages(), accumulation_steps, world)  # type: ignore[arg-type]
+        step = TokenizerStep(config, stage, start, DrawnImages(), world)  # type: ignore[arg-type]
         step.run(next(micro_batches), stage.from_images, 1e-3)
         assert step.ema is not None
         step.ema.update()

@@ -92,7 +92,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits(world: World, tmp_path: Path) -> 
     run(straight, range(6))
     run(first, range(3))
     checkpoints = Checkpoints(Storage(str(tmp_path)), fresh, Retention(2), world)
-    checkpoints.save(first, fresh.advanced(3 * LANES), {}, lambda: None)
+    checkpoints.save(first, fresh.after(3 * LANES), {}, lambda: None)
     checkpoints.wait_for_pending_save()
     Checkpoints(Storage(str(tmp_path)), fresh, Retention(2), world).restore(second)
     run(second, range(3, 6))

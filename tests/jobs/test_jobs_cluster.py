@@ -140,7 +140,7 @@ def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(_PATIENCE_SECONDS) == _REFUSED
         assert f"process {other.pid} on" in training.log()
-        assert "goes on with this training now, and this attempt ends" in training.log()
+        assert "resumes this training now, and this attempt ends" in training.log()
 
         other.send_signal(signal.SIGTERM)
         assert other.wait(_PATIENCE_SECONDS) == _INTERRUPTED

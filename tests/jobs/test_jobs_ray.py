@@ -188,7 +188,7 @@ def test_checkpoints_are_measured_beside_training(arguments: list[str]) -> None:
     done = {event["images"]: event["event"] == "measured" for event in happened}
     assert done.keys() == {128, 256}
     assert any(done.values())
-    measures = CheckpointMetrics.of(run)
+    measures = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
     assert measures is not None
     assert {seen: bool(figures) for seen, figures in measures.found().items()} == done
     assert b"measured checkpoints" in run.storage.read_bytes("report.html")

@@ -1,4 +1,4 @@
-"""What happened to a run, in immutable segments."""
+"""Events of a run, in immutable segments."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run has and what is still to do, told from storage alone."""
+"""Plan of a run: what is done and what is still to do, from storage alone."""
 
 import re
 from uuid import uuid4
@@ -10,9 +10,11 @@ from PIL import Image
 from ray_jobs.runtime.preflight import preflight
 from vavae.config import added, digest, load
 from vavae.data.shards.write import write_shards
+from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TokenizerTrainingConfig
 from vavae.runs.run import JOBS, TRAININGS, Run
+from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import FileInfo, commit
 
 JOBS = list(JOBS)
@@ -211,7 +213,7 @@ def test_another_input_makes_stale_what_was_made_from_it(done, make):
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_training_is_not_gone_on_with_under_another_configuration(make, job, override, message, finished):
+def test_a_training_does_not_resume_under_another_configuration(make, job, override, message, finished):
     run, other = make(), make(override)
     for before in JOBS[: JOBS.index(job)]:
         do(run, before)
@@ -227,6 +229,21 @@ def test_a_training_is_not_gone_on_with_under_another_configuration(make, job, o
     assert run.plan(job).done == finished
 
 
+@pytest.mark.parametrize("job", TRAININGS)
+def test_the_first_rank_claims_a_training_before_it_begins(make, job):
+    run, other = make(), make(f"{job}.batch_size=4")
+    for before in JOBS[: JOBS.index(job)]:
+        do(run, before)
+    claim = f"{run.training_prefix(job)}/configuration.json"
+    begin_training(run, job, World(rank=1, size=2))
+    assert not run.storage.exists(claim)
+    inputs = begin_training(run, job, World())
+    assert run.storage.read_json(claim) == run.identity(job)
+    assert (inputs.config_digest, inputs.data_digest) == (digest(run.identity(job)), digest(run.inputs(job)))
+    with pytest.raises(UserError, match="set it back"):
+        begin_training(other, job, World())
+
+
 def test_shards_of_another_configuration_are_refused(done, make):
     with pytest.raises(UserError, match=r"shards made with image_size=8, not 16"):
         make("shards.image_size=16").plans()
@@ -234,7 +251,7 @@ def test_shards_of_another_configuration_are_refused(done, make):
 
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("damage", ["record", "file", "size"])
-def test_a_deleted_artefact_is_to_do(done, job, damage):
+def test_a_deleted_artifact_is_to_do(done, job, damage):
     folder = done.prefix(job)
     file = next(path for path in done.storage.list(folder, recursive=True) if path.endswith((".tar", "made")))
     if damage == "record":
@@ -250,7 +267,7 @@ def test_a_deleted_artefact_is_to_do(done, job, damage):
     assert to_do(done) == {}, "the same work gives the same digest: nothing after it is stale"
 
 
-def test_files_beside_belong_to_the_artefact(done):
+def test_files_beside_belong_to_the_artifact(done):
     done.storage.delete("samples.png")
     assert list(to_do(done)) == [SAMPLES, MEASURES]
 
@@ -273,7 +290,7 @@ def test_the_record_names_what_went_in(done):
     assert (done.require(TOKENIZER).images_seen, record.images_seen) == (104, None)
 
 
-def test_budgets_are_whole_steps(make):
+def test_budgets_are_full_steps(make):
     run = make()
     assert {job: run.budget(job) for job in JOBS if run.budget(job)} == {TOKENIZER: 104, LIGHTNINGDIT: 104}
 

@@ -11,11 +11,12 @@ from vavae.latents.extract import Extraction
 from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
+from vavae.runs.training_inputs import begin_training
 from vavae.sampling.inputs import open_sampler, sample_set
 from vavae.sampling.sample_files import write_sample_files
 from vavae.storage.artifact import commit
 from vavae.training.session import LocalSession
-from vavae.training.train import train_lightningdit, train_vavae
+from vavae.training.train import train
 
 _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -38,11 +39,11 @@ def whole_chain(root: Path, *overrides: str) -> Run:
     run = Run(load(RunConfig, _CONFIG, [f"storage.root={root}", measure, *engines, *overrides]))
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, _ignore)
     for session in (ImpatientSession(), LocalSession()):
-        train_vavae(run, session, World())
+        train(begin_training(run, "train_vavae", World()), session, World())
         assert (run.artifact("train_vavae") is None) == isinstance(session, ImpatientSession)
     _extract(run)
     for session in (ImpatientSession(), LocalSession()):
-        train_lightningdit(run, session, World())
+        train(begin_training(run, "train_lightningdit", World()), session, World())
         assert (run.artifact("train_lightningdit") is None) == isinstance(session, ImpatientSession)
     _sample(run)
     write_evaluation(run, _ignore)

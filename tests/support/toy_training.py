@@ -26,7 +26,7 @@ from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.session import LocalSession, Session
 from vavae.training.step import StepResult, StepState
-from vavae.training.trainer import train
+from vavae.training.trainer import Trainer
 
 ROUNDS = (AccumulationStep(lane=0, weight=1.0),)
 FRESH = TrainState(images_seen=0, config="configuration", data="data")
@@ -40,6 +40,7 @@ class ToyStep:
         self.engine = TorchEngine(self.model, OptimizerConfig(), World(), len(ROUNDS))
         self.engines = {"toy": self.engine}
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
+        self.accumulation_steps = ROUNDS
         self.stopwatch = Stopwatch(World().device)
         self.rates: list[float] = []
         self.remembered: StepState = {}
@@ -63,12 +64,12 @@ class ToyStep:
         return StepResult({"loss/total": loss.detach().double()}, {"gradient_norm/toy": norm})
 
     def state_dict(self) -> StepState:
-        """See `Step.memory`."""
+        """See `Step.state_dict`."""
         return self.remembered
 
-    def load_state_dict(self, memory: StepState) -> None:
-        """See `Step.recall`."""
-        self.remembered = memory
+    def load_state_dict(self, state: StepState) -> None:
+        """See `Step.load_state_dict`."""
+        self.remembered = state
 
 
 def no_log() -> None:
@@ -80,11 +81,11 @@ def toy_checkpoints(
     keep: int = 2,
     fresh: TrainState = FRESH,
     best: BestConfig | None = None,
-    measures: CheckpointMetrics | None = None,
+    evaluations: CheckpointMetrics | None = None,
     owner: str = "a test",
 ) -> Checkpoints:
     """Checkpoints in a folder of the storage."""
-    return Checkpoints(storage, fresh, Retention(keep, best, measures), World(), owner)
+    return Checkpoints(storage, fresh, Retention(keep, best, evaluations), World(), owner)
 
 
 def train_toy(
@@ -93,23 +94,22 @@ def train_toy(
     session: Session | None = None,
     keep: int = 2,
     callbacks: Sequence[Callback] = (),
-    measures: CheckpointMetrics | None = None,
+    evaluations: CheckpointMetrics | None = None,
     **config: Any,
 ) -> TrainState:
     """The training loop on a toy step."""
     session = session or LocalSession()
     log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True, show=session.row)
     training = TrainingConfig(batch_size=4, **config)
-    return train(
+    trainer = Trainer(
         "toy",
         step or ToyStep(),
-        ROUNDS,
-        range(training.images),
         training,
         StreamConfig(),
-        toy_checkpoints(storage, keep, best=training.keep_best, measures=measures),
+        toy_checkpoints(storage, keep, best=training.keep_best, evaluations=evaluations),
         log,
         session,
         World(),
         callbacks,
     )
+    return trainer.fit(range(training.images))

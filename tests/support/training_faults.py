@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from support.engine_parity import smooth_config, smooth_images, smooth_networks
-from support.training_steps import BATCH, LANES, build_step, tiny_config
+from support.training_steps import BATCH, build_step, tiny_config
 
 import vavae.training.checkpoints.checkpoint
 import vavae.training.diffusion_step
 import vavae.training.tokenizer_step
-from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.randomness import torch_generator
 from vavae.runs.run import Job
@@ -29,14 +28,14 @@ from vavae.training.logging.log import MetricsLog, read_rows
 from vavae.training.logging.metric_names import metric_info
 from vavae.training.session import LocalSession
 from vavae.training.step import Step, StepResult
-from vavae.training.trainer import train
+from vavae.training.trainer import Trainer
 
 STEPS, STEPS_PER_CHECKPOINT = 24, 3
 KILLS: dict[str, tuple[Any, str]] = {
     "start-up": (Checkpoints, "_choose"),
-    "conversion": (vavae.training.checkpoints.checkpoint, "load_fragments"),
-    "host copy": (vavae.training.checkpoints.checkpoint, "_copied"),
-    "upload": (vavae.training.checkpoints.checkpoint, "save_fragments"),
+    "conversion": (vavae.training.checkpoints.checkpoint, "load_tensor_shards"),
+    "host copy": (vavae.training.checkpoints.checkpoint, "_copies_on_cpu"),
+    "upload": (vavae.training.checkpoints.checkpoint, "save_tensor_shards"),
     "commit": (vavae.training.checkpoints.checkpoint, "commit"),
 }
 """Where a process may be killed, besides the middle of a step: as it enters a function."""
@@ -173,12 +172,9 @@ def try_training(world: World, attempt: Attempt, folder: Path) -> int:
         stop = _arm(step, trouble, folder)
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
-    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
     training, session = getattr(config, job), _Session(stop)
-    state = train(
-        job, step, accumulation_steps, range(images), training, config.stream, checkpoints, log, session, world
-    )
-    return state.images_seen
+    trainer = Trainer(job, step, training, config.stream, checkpoints, log, session, world)
+    return trainer.fit(range(images)).images_seen
 
 
 class Outcome(NamedTuple):

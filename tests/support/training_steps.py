@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
-from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.latents.stream import LatentMicroBatch
 from vavae.models.tokenizer.normalizer import LatentNormalizer
@@ -71,12 +70,11 @@ class DrawnLatents:
 
 def build_step(job: Job, config: RunConfig, world: World) -> Step:
     """The step object of a training."""
-    accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
     if job == "train_vavae":
-        return TokenizerStep(config, config.tokenizer_phases()[0], None, DrawnImages(), accumulation_steps, world)  # type: ignore[arg-type]
+        return TokenizerStep(config, config.tokenizer_phases()[0], None, DrawnImages(), world)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
-    return DiffusionStep(config, model, DrawnLatents(), normalizer, accumulation_steps, world)  # type: ignore[arg-type]
+    return DiffusionStep(config, model, DrawnLatents(), normalizer, world)  # type: ignore[arg-type]
 
 
 class Notes:

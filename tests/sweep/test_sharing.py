@@ -11,13 +11,14 @@ from vavae.errors import UserError
 from vavae.report.write_report import measure_tokenizer
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job, Run
+from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
 from vavae.sweep.branch import prefix_of
 from vavae.sweep.config import EARLY_MEASURES
 from vavae.sweep.sharing import Sharing, content_key, link_artifact
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
-from vavae.training.train import train_vavae
+from vavae.training.train import train
 
 _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 _BATCH = 8
@@ -63,7 +64,7 @@ class Workshop:
 
     def _train(self, run: Run) -> None:
         self.made.append(run.config.name)
-        train_vavae(run, LocalSession(), World())
+        train(begin_training(run, "train_vavae", World()), LocalSession(), World())
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def root(s3: S3Server) -> str:
     return f"s3://{s3.bucket}/{uuid.uuid4().hex}"
 
 
-def test_uploads_through_faults_are_whole(s3: S3Server, root: str) -> None:
+def test_uploads_through_faults_are_complete(s3: S3Server, root: str) -> None:
     plan, step, restored = Plan(seed=4, kinds=PASSING, rate=0.3, silence_seconds=0.01), ToyStep(), ToyStep()
     with faulty(s3.endpoint, plan) as endpoint:
         train_toy(_reached(endpoint, root), step, images=16, checkpoint_images=4)
@@ -30,7 +30,7 @@ def test_uploads_through_faults_are_whole(s3: S3Server, root: str) -> None:
     assert restored.model.weight.equal(step.model.weight)
 
 
-def test_a_store_that_goes_away_stops_the_run_at_the_next_checkpoint_which_goes_on_later(
+def test_a_store_that_goes_away_stops_the_run_at_the_next_checkpoint_and_it_resumes_later(
     s3: S3Server, root: str
 ) -> None:
     near, straight, again = _reached(s3.endpoint, root), ToyStep(), ToyStep()

@@ -15,7 +15,7 @@ from vavae.distributed.world import World
 
 
 def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tuple[list[str], list[dict[str, float]]]:
-    """Names of the weights, and the figures of each step."""
+    """Names of the weights, and the metrics of each step."""
     config = tiny_config(engine=engine)
     training = config.train_lightningdit.model_copy(update={"compile_blocks": compiles})
     dit = config.lightningdit.model_copy(update={"checkpoint_activations": compiles})
@@ -33,14 +33,14 @@ def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tu
 @pytest.mark.gloo
 @pytest.mark.skipif(" " in torch.__file__, reason="torch gives its compiler paths without quotes")
 def test_compiled_blocks_take_the_same_steps(gloo: GlooLauncher) -> None:
-    names, figures = gloo.run(1, train_some_steps, TORCH, False)[0]
+    names, metrics = gloo.run(1, train_some_steps, TORCH, False)[0]
     compiled_names, compiled = gloo.run(2, train_some_steps, ZERO[2], True)[0]
     assert compiled_names == names
-    for ours, theirs in zip(compiled, figures, strict=True):
+    for ours, theirs in zip(compiled, metrics, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_stage_3_cannot_be_compiled() -> None:
+def test_zero_stage_3_cannot_be_compiled() -> None:
     with pytest.raises(ValidationError, match=r"compile_blocks=true with engine\.zero_stage=3"):
         tiny_config().train_lightningdit.model_validate(
             {"images": 1, "compile_blocks": True, "engine": {"zero_stage": 3}}
@@ -48,7 +48,7 @@ def test_stage_3_cannot_be_compiled() -> None:
 
 
 @pytest.mark.parametrize("engine", [{"backend": "torch"}, {"zero_stage": 0}])
-def test_only_divided_optimisers_are_offloaded(engine: dict[str, Any]) -> None:
+def test_only_sharded_optimizers_are_offloaded(engine: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="offload_optimizer=true with backend="):
         tiny_config(engine={**engine, "offload_optimizer": True})
 

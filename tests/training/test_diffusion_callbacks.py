@@ -1,4 +1,4 @@
-"""Previews of a LightningDiT: the first samples of the average, and a training that does not notice."""
+"""Previews of a LightningDiT: the first samples of the average, without an effect on the training."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def randomise(step):
 def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     step = build_step("train_lightningdit", CONFIG, World())
     randomise(step)
-    step.ema.take(step.engines["lightningdit"].weights())
+    step.ema.load(step.engines["lightningdit"].weights())
     found = preview(storage, step, parts)
     generator = Sampler(parts[0], step.engines["lightningdit"].module.model.eval(), parts[1])
     labels = [index % CLASSES for index in range(SHOWN)]
@@ -49,7 +49,7 @@ def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     assert found == png_bytes(image_grid(images, 8, scale=enlargement(16)))
     randomise(step)  # the average stays
     assert preview(storage, step, parts) == found
-    step.ema.take(step.engines["lightningdit"].weights())
+    step.ema.load(step.engines["lightningdit"].weights())
     assert preview(storage, step, parts) != found
 
 

@@ -58,7 +58,7 @@ def test_buffers_are_averaged_and_counters_are_as_they_are():
     assert weights["num_batches_tracked"].item() == 7
 
 
-def test_a_saved_average_goes_on_where_it_was(tmp_path: Path):
+def test_a_saved_average_continues(tmp_path: Path):
     module = nn.Linear(2, 2)
     average, other = (average_of(module, 0.5) for _ in range(2))
     module.weight.data.add_(1)

@@ -1,4 +1,4 @@
-"""FLOPs per image against closed forms, published figures, and the steps that training really takes."""
+"""FLOPs per image against closed forms, published numbers, and the steps of a training."""
 
 from itertools import pairwise
 
@@ -121,7 +121,7 @@ def test_a_measurement_that_serves_several_steps_is_shared_by_them(monkeypatch):
     assert counts == [8, 5]
 
 
-def test_stages_differ():
+def test_phases_differ():
     stages = "train_vavae.stages=[{from_images: 64, frozen: [encoder], losses: {vision_foundation: {weight: 0}}}]"
     config = load(RunConfig, TINY, ["losses.perceptual.kind=none", stages])
     assert training_flops(config, "train_vavae", 64) < training_flops(config, "train_vavae", 63)

@@ -1,4 +1,4 @@
-"""A tokenizer that stage 3 has trained in parts is exported whole, and looked at whole on the way."""
+"""A tokenizer that ZeRO stage 3 trains in shards is exported, probed and previewed with full weights."""
 
 from pathlib import Path
 
@@ -13,14 +13,15 @@ from vavae.interop.export import load_alignment, load_tokenizer
 from vavae.metrics.latent_probes import LatentProbes
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
+from vavae.runs.training_inputs import begin_training
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
-from vavae.training.train import train_vavae
+from vavae.training.train import train
 
 pytestmark = [pytest.mark.gloo, pytest.mark.jobs]
 
 _TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-_STAGE_3 = ["backend=deepspeed", "zero_stage=3", "persistence_threshold=0"]
+_ZERO_STAGE_3 = ["backend=deepspeed", "zero_stage=3", "persistence_threshold=0"]
 
 
 def tokenizer_run(root: Path, engine: list[str]) -> Run:
@@ -37,12 +38,12 @@ def tokenizer_run(root: Path, engine: list[str]) -> Run:
 
 
 def train_and_export(world: World, root: Path, engine: list[str]) -> None:
-    train_vavae(tokenizer_run(root, engine), LocalSession(), world)
+    train(begin_training(tokenizer_run(root, engine), "train_vavae", world), LocalSession(), world)
 
 
 def test_the_export_is_that_of_plain_pytorch(gloo: GlooLauncher, tmp_path: Path) -> None:
     exports, seen = [], []
-    for name, engine in (("plain", ["backend=torch"]), ("parts", _STAGE_3)):
+    for name, engine in (("plain", ["backend=torch"]), ("parts", _ZERO_STAGE_3)):
         run = tokenizer_run(tmp_path / name, engine)
         write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda *_: None)
         gloo.run(2, train_and_export, tmp_path / name, engine)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vavae.runs.config import ScheduleConfig
-from vavae.training.schedule import learning_rate
+from vavae.training.trainer import learning_rate
 
 PEAK = 2e-4
 schedules = st.tuples(st.integers(0, 10_000), st.integers(1, 10_000)).map(

@@ -15,7 +15,7 @@ def test_mean_and_deviation_are_those_of_the_losses() -> None:
     assert detector.limit() == pytest.approx(5.0 + 3.0 * 2.0, rel=0.1)
 
 
-def test_nothing_is_a_spike_before_there_is_something_to_go_by() -> None:
+def test_nothing_is_a_spike_before_the_horizon() -> None:
     detector = SpikeDetector(1.0, horizon=10)
     assert not any(detector.is_spike(10.0**number) for number in range(10))
 
@@ -29,7 +29,7 @@ def test_a_level_that_stays_ends_being_a_spike() -> None:
     assert not any(found[100:])
 
 
-def test_a_loss_that_is_no_number_is_one_and_leaves_no_trace() -> None:
+def test_a_loss_that_is_not_finite_is_one_and_leaves_no_trace() -> None:
     detector = SpikeDetector(6.0, horizon=1)
     detector.is_spike(1.0)
     assert detector.is_spike(math.nan)

@@ -1,4 +1,4 @@
-"""What a row of metrics says of the stream: what was asked of stores, and how many images could not be read."""
+"""Metrics of the stream in a row: requests to stores, and images that could not be read."""
 
 from contextlib import closing
 from itertools import islice
@@ -58,7 +58,7 @@ class AskingStep(ToyStep):
         return super().__getitem__(key)
 
 
-def test_rows_have_what_was_asked_of_stores_since_the_last(storage: Storage) -> None:
+def test_rows_count_requests_to_stores_since_the_last(storage: Storage) -> None:
     train_toy(storage, AskingStep(), images=24, log_images=8)  # two micro-batches of 4 a row
     rows = read_rows(storage.child("log"))
     assert len(rows) == 3

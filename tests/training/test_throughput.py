@@ -1,4 +1,4 @@
-"""What a row says of time, memory and checkpoints, and the table of its columns."""
+"""Time, memory and checkpoints in a row of metrics, and the registry of metrics."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from vavae.training.step import StepResult
 CPU = torch.device("cpu")
 
 
-def test_a_stopwatch_adds_up_phases_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_adds_up_phases_and_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([0.0, 1.0, 5.0, 7.0, 10.0, 10.5, 20.0, 21.0])
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(moments))
     watch = Stopwatch(CPU)
@@ -93,7 +93,7 @@ def test_bytes_of_checkpoints_are_of_all_ranks(gloo: GlooLauncher) -> None:
     assert gloo.run(2, saved_of_rank) == [[None, 21, None]] * 2
 
 
-def test_columns_have_names_of_their_own_in_prometheus() -> None:
+def test_metrics_have_names_of_their_own_in_prometheus() -> None:
     assert metric_name("loss_at_timestep/0.3") == "vavae_loss_at_timestep_0_3"
     names = [metric_name(name) for name in METRICS]
     assert len({*names}) == len(names)

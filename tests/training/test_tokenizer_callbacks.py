@@ -1,4 +1,4 @@
-"""What is seen of a tokenizer during its training, and that it does not notice."""
+"""Probes and previews of a tokenizer, without an effect on its training."""
 
 import io
 import random
@@ -16,7 +16,7 @@ from vavae.data.pixels import to_float, to_uint8
 from vavae.distributed.world import World
 from vavae.metrics.latent_probes import LatentProbes
 from vavae.randomness import torch_generator
-from vavae.runs.run import Run
+from vavae.storage.storage import Storage
 from vavae.training.callbacks.tokenizer import SHOWN, LatentProbe, ReconstructionPreview, held_out_images
 
 CONFIG = tiny_config(train_vavae={"ema_decay": None})
@@ -56,7 +56,7 @@ def preview(storage, step, config=CONFIG, world=World()):  # noqa: B008
     return np.array([[pixels[y : y + side : scale, x : x + side : scale] for y, x in row] for row in places])
 
 
-def test_a_probe_tells_of_the_present_weights_and_is_the_same_again():
+def test_a_probe_follows_the_present_weights_and_is_reproducible():
     step = build_step("train_vavae", CONFIG, World())
     row = probe(step)
     assert [*row] == [f"latent/{name}" for name in LatentProbes._fields]
@@ -81,7 +81,7 @@ def test_a_preview_shows_images_reconstructions_and_their_difference(storage):
     np.testing.assert_array_equal(difference, np.minimum(4 * abs(restored.astype(int) - originals), 255))
 
 
-def test_the_average_is_looked_at_where_there_is_one(storage):
+def test_the_average_is_probed_where_there_is_one(storage):
     step = build_step("train_vavae", AVERAGED, World())
     row, picture = probe(step, AVERAGED), preview(storage, step, AVERAGED)
     spoil(step)
@@ -103,18 +103,17 @@ def test_nothing_is_drawn_from_a_global_generator_and_nothing_of_the_step_change
     assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
 
 
-def test_only_the_first_rank_looks(storage):
+def test_only_the_first_rank_probes_and_previews(storage):
     step = build_step("train_vavae", CONFIG, World())
     second = World(rank=1, size=2)
     assert probe(step, world=second) is None
     assert preview(storage, step, world=second) is None
 
 
-def test_without_held_out_images_it_is_training_images(tmp_path):
-    config = CONFIG.model_copy(update={"storage": CONFIG.storage.model_copy(update={"root": str(tmp_path)})})
-    run = Run(config)
+def test_without_held_out_images_training_images_are_used(tmp_path):
+    shards = Storage(str(tmp_path))
     found = [
-        held_out_images(run, write_image_shards(run.storage.child("shards"), counts))
+        held_out_images(shards, write_image_shards(shards, counts))
         for counts in ({"train": (5,), "validation": (4,)}, {"train": (5,), "validation": ()}, {"train": (5,)})
     ]
     assert list(map(len, found)) == [4, 5, 5]

@@ -22,7 +22,7 @@ from vavae.training.trainer import NonFiniteError
 
 
 class ScriptedSession(LocalSession):
-    """Asks to stop at one of its steps, learns at another that a machine goes, and remembers what it is told."""
+    """Asks to stop at one of its steps, has a machine preempted at another, and records all calls."""
 
     def __init__(self, stop_at_step: int | None = None, notice_at_step: int | None = None) -> None:
         self._stop_at, self._notice_at, self._steps = stop_at_step, notice_at_step, 0
@@ -48,11 +48,11 @@ class ScriptedSession(LocalSession):
         self._steps += 1
         return self._steps == self._stop_at
 
-    def listens(self) -> bool:
+    def save_check_due(self) -> bool:
         return self._steps % 2 == 0
 
     def must_save(self) -> bool:
-        assert self.listens(), "asked when it is time only"
+        assert self.save_check_due(), "called when it is due only"
         return self._steps == self._notice_at
 
 
@@ -63,8 +63,8 @@ def _rows(storage: Storage) -> list[dict[str, float]]:
     ]
 
 
-class Witness:
-    """Notes when it looked, and how often the average had been updated by then."""
+class UpdateCounter:
+    """Logs when it was called, and how often the average had been updated by then."""
 
     def __init__(self, every_images: int) -> None:
         self.every_images = every_images
@@ -73,8 +73,8 @@ class Witness:
         log.add(images_seen, {"latent/updates": len(step.rates)})  # type: ignore[attr-defined]
 
 
-def test_observers_look_at_their_intervals_after_the_update_and_share_the_row(storage: Storage) -> None:
-    train_toy(storage, callbacks=[Witness(6)], images=24, checkpoint_images=12, log_images=12)
+def test_callbacks_run_at_their_intervals_after_the_update_and_share_the_row(storage: Storage) -> None:
+    train_toy(storage, callbacks=[UpdateCounter(6)], images=24, checkpoint_images=12, log_images=12)
     rows = read_rows(storage.child("log"))
     assert [(row["images"], row.get("latent/updates"), "loss/total" in row) for row in rows] == [
         (8, 2, False),
@@ -105,7 +105,7 @@ def test_a_row_is_the_mean_of_its_steps(tmp_path: Path) -> None:
         assert row["norm"] == pytest.approx((first["norm"] + second["norm"]) / 2)
 
 
-def test_a_stop_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
+def test_a_stop_saves_and_the_next_call_resumes(tmp_path: Path) -> None:
     straight, stopped = Storage(str(tmp_path / "straight")), Storage(str(tmp_path / "stopped"))
     step, again = ToyStep(), ToyStep()
     train_toy(straight, step, images=24, log_images=4)
@@ -124,13 +124,13 @@ def test_a_stop_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     assert _rows(stopped) == _rows(straight)
 
 
-def test_a_machine_that_is_about_to_go_calls_for_a_checkpoint(storage: Storage) -> None:
+def test_a_preemption_notice_calls_for_a_checkpoint(storage: Storage) -> None:
     session = ScriptedSession(notice_at_step=4)
     assert train_toy(storage, session=session, images=24).images_seen == 24
     assert session.checkpoints == [16, 24]
-    unheard = ScriptedSession(notice_at_step=3)
-    train_toy(Storage("memory://nobody-asks"), session=unheard, images=24)
-    assert unheard.checkpoints == [24], "between two times of asking"
+    unnoticed = ScriptedSession(notice_at_step=3)
+    train_toy(Storage("memory://nobody-asks"), session=unnoticed, images=24)
+    assert unnoticed.checkpoints == [24], "between two checks"
 
 
 def test_a_finished_run_does_nothing_until_its_budget_is_raised(storage: Storage) -> None:
@@ -153,7 +153,7 @@ def test_what_an_attempt_logged_beyond_its_last_checkpoint_is_dropped(storage: S
     assert [scalar.step for scalar in events.Scalars("loss/total")] == [4, 8]
 
 
-def test_segments_are_json_lines_of_one_stage(storage: Storage) -> None:
+def test_segments_are_json_lines_of_one_job(storage: Storage) -> None:
     train_toy(storage, images=8, checkpoint_images=4, log_images=4)
     assert storage.list("log") == ["log/000000000004.jsonl", "log/000000000008.jsonl"]
     for name in storage.list("log"):
@@ -168,7 +168,7 @@ def test_the_rate_follows_the_schedule(storage: Storage) -> None:
 
 
 class PoisonedStep(ToyStep):
-    """Meets values that are no numbers in some steps of its stream, and remembers which it was given."""
+    """Meets NaN in some steps of its stream, and records which steps it was given."""
 
     def __init__(self, poisoned: Container[int]) -> None:
         super().__init__()
@@ -181,7 +181,9 @@ class PoisonedStep(ToyStep):
         return batch * torch.nan if key.step in self._poisoned else batch
 
 
-def test_a_step_that_is_no_number_is_skipped(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_with_gradients_that_are_not_finite_is_skipped(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
     step, healthy = PoisonedStep([2]), PoisonedStep([])
     state = train_toy(storage, step, images=24, log_images=8)
     assert (state.images_seen, state.excluded, step.given) == (24, (), [0, 1, 2, 3, 4, 5])
@@ -201,9 +203,7 @@ class ScaledStep(ToyStep):
         return super().__getitem__(key) * (1000**0.5 if key.step == 150 else 1)
 
 
-def test_a_loss_far_above_those_before_it_is_told_and_counted(
-    storage: Storage, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_loss_spike_is_reported_and_counted(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     session = ScriptedSession()
     train_toy(storage, ScaledStep(), session, images=4 * 200, log_images=4)
     assert [(event.event, event.images) for event in session.events][:1] == [("loss_spike", 600)]
@@ -211,10 +211,10 @@ def test_a_loss_far_above_those_before_it_is_told_and_counted(
     assert [row["images"] for row in read_rows(storage.child("log")) if "loss_spikes" in row] == [604]
 
 
-def test_after_too_many_the_run_goes_back_and_on_behind_them(storage: Storage) -> None:
+def test_after_too_many_the_training_is_rolled_back_and_skips_the_data_range(storage: Storage) -> None:
     step, session = PoisonedStep(range(4, 7)), ScriptedSession()
     state = train_toy(storage, step, session, images=32, checkpoint_images=8, log_images=4, skip_limit=1)
-    # Two steps are skipped, so images 8 to 24 are behind it when it starts again at 16 images of 0 to 16.
+    # After two skipped steps the stream is at 24 images; the training resumes from 16, with the stream at 24.
     assert step.given == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert (state.images_seen, state.excluded) == (32, ((16, 24),))
     rows = read_rows(storage.child("log"))
@@ -248,7 +248,7 @@ def test_what_is_excluded_stays_so_after_a_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("poisoned", "limit", "seen"), [(range(100), 3, 8), (range(2, 100), 0, 16), (range(2, 100), 2, 16)]
 )
-def test_it_gives_up_without_a_checkpoint_or_after_going_back_in_vain(
+def test_it_gives_up_without_a_checkpoint_or_after_rolling_back_in_vain(
     storage: Storage, poisoned: range, limit: int, seen: int
 ) -> None:
     step = PoisonedStep(poisoned)

@@ -1,4 +1,4 @@
-"""From digits to the report in this process, without Ray: every stage reads what the one before has left on storage."""
+"""From digits to the report in this process, without Ray: every job reads what the one before has left on storage."""
 
 import json
 import math
@@ -25,10 +25,11 @@ from vavae.evaluation.parts import Part
 from vavae.metrics.config import MetricsConfig
 from vavae.report.run_report import log_rows
 from vavae.runs.run import JOBS, Run
+from vavae.runs.training_inputs import begin_training
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.metric_names import METRICS
 from vavae.training.session import LocalSession
-from vavae.training.train import train_vavae
+from vavae.training.train import train
 
 pytestmark = pytest.mark.jobs
 
@@ -46,7 +47,7 @@ def _log(run: Run) -> list[Mapping[str, float | str]]:
     return [json.loads(line) for line in run.storage.read_bytes("metrics.jsonl").decode().splitlines()]
 
 
-def test_every_stage_is_done(run: Run) -> None:
+def test_every_job_is_done(run: Run) -> None:
     plans = run.plans()
     assert plans.keys() == JOBS.keys()
     assert [job for job, plan in plans.items() if not plan.done] == []
@@ -72,7 +73,7 @@ def test_measures_are_numbers_with_a_protocol(run: Run) -> None:
 
 
 def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
-    measures = CheckpointMetrics.of(run)
+    measures = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
     assert measures is not None
     assert measures.waiting() == [128, 256]
     evaluate_pending_checkpoints(run)
@@ -190,7 +191,7 @@ def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:
         assert images == [config.batch_size, *range(config.log_images, config.images + 1, config.log_images)]
 
 
-def test_the_log_tells_every_loss(run: Run) -> None:
+def test_the_log_has_every_loss(run: Run) -> None:
     tokenizer = [row for row in _log(run) if row["stage"] == "train_vavae"]
     diffusion = [row for row in _log(run) if row["stage"] == "train_lightningdit"]
     common = {"learning_rate", "images_per_second", "data_wait", "forward", "backward", "optimizer", "loss/total"}
@@ -238,6 +239,6 @@ def test_a_longer_budget_meets_the_adversary_where_the_shorter_one_did_not(run: 
         extended = Run(config.model_copy(update={"train_vavae": budget}))
         if images == start:
             write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, _ignore)
-        train_vavae(extended, LocalSession(), World())
+        train(begin_training(extended, "train_vavae", World()), LocalSession(), World())
         assert extended.require("train_vavae").images_seen == images
     assert extended.require("train_vavae").digest == run.require("train_vavae").digest

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, which ones stay, and which are refused."""
+"""Which checkpoint a training resumes from, which ones stay, and which are refused."""
 
 import errno
 import logging
@@ -39,7 +39,7 @@ def _file_of(storage: Storage, name: str) -> str:
     return next(path for path in record.files if "/toy/" in path)
 
 
-def test_restore_gives_back_weights_optimiser_average_and_position(storage: Storage) -> None:
+def test_restore_gives_back_weights_optimizer_average_and_position(storage: Storage) -> None:
     step = ToyStep()
     train_toy(storage, step, images=12)
     other = ToyStep()
@@ -63,7 +63,7 @@ def test_the_last_ones_stay(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no record", "file missing", "file shorter", "a bit flipped", "record unreadable"])
-def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_an_incomplete_checkpoint_is_skipped(storage: Storage, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     train_toy(storage, images=8, checkpoint_images=4)
     newest, file = storage.child("checkpoints/000000000008"), _file_of(storage, "000000000008")
     match damage:
@@ -80,7 +80,7 @@ def test_what_is_not_whole_is_passed_over(storage: Storage, caplog: pytest.LogCa
             newest.write_bytes(RECORD, b"{")
     with caplog.at_level(logging.WARNING):
         assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 4
-    assert "000000000008 is not whole and is passed over" in caplog.text
+    assert "000000000008 is incomplete and is skipped" in caplog.text
     assert train_toy(storage, images=8).images_seen == 8
     assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 8
 
@@ -109,7 +109,7 @@ def test_the_best_stay_besides_the_last(storage: Storage, mode: str, kept: list[
     assert _saved(storage) == [f"{number:012d}" for number in kept]
 
 
-def test_a_metric_that_there_is_not_is_told(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_metric_is_reported(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
     train_toy(storage, images=4, keep_best={"metric": "fid"})
     assert "keep_best.metric=fid is not a finite number in any row; there are: " in caplog.text
     assert "loss/total" in caplog.text
@@ -121,7 +121,7 @@ def test_an_attempt_that_was_superseded_neither_commits_nor_deletes(storage: Sto
     old.wait_for_pending_save()
     new = toy_checkpoints(storage, keep=1, owner="the new one")
     old.save(step, FRESH.after(8), {}, no_log)
-    with pytest.raises(SupersededError, match=": the new one goes on with this training now"):
+    with pytest.raises(SupersededError, match=": the new one resumes this training now"):
         old.wait_for_pending_save()
     with pytest.raises(SupersededError):
         old.check_lease()
@@ -212,7 +212,7 @@ class Watching(ToyStep):
         return super().run(micro_batches, images_seen, learning_rate)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Watching(storage, Slow(monkeypatch), release_at=20)
     train_toy(storage, step, images=24, checkpoint_images=12)
     assert step.committed[:6] == [[]] * 6
@@ -239,7 +239,7 @@ def test_what_cannot_be_written_stops_the_run_at_the_next_one(
     monkeypatch.setattr(Storage, "create", create)
     with pytest.raises(UserError, match=r"no checkpoint could be written: .*No space left on device: '000000000008"):
         train_toy(storage, step, images=24, checkpoint_images=4)
-    assert len(step.rates) == 3, "it goes on until then"
+    assert len(step.rates) == 3, "it continues until then"
     assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 4
 
 

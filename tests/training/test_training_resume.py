@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint, in new processes, is the run that was never interrupted."""
+"""A training that resumes in new processes is bitwise identical to one that was never interrupted."""
 
 import shutil
 from pathlib import Path
@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 from support.engine_parity import OFFLOADED, TORCH, ZERO
 from support.gloo import GlooLauncher
-from support.training_steps import BATCH, JOBS, LANES, build_step, tiny_config
+from support.training_steps import BATCH, JOBS, build_step, tiny_config
 from torch import Tensor
 
-from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.runs.run import Job
 from vavae.storage.artifact import RECORD, read
@@ -21,7 +20,7 @@ from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog, read_rows
 from vavae.training.logging.metric_names import metric_info
 from vavae.training.session import LocalSession
-from vavae.training.trainer import train
+from vavae.training.trainer import Trainer
 
 pytestmark = pytest.mark.gloo
 
@@ -34,7 +33,7 @@ class End(NamedTuple):
     weights: dict[str, Tensor]
     """Of all engines, and the average."""
     rows: list[dict[str, float]]
-    """All figures that were logged, but for those of the clock."""
+    """All logged metrics, without those of the clock."""
     checkpoint: str
     """Digest of the last checkpoint, optimizers included."""
 
@@ -49,19 +48,8 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
     step, storage = build_step(job, config, world), Storage(str(folder))
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
-    accumulation_steps = assign_lanes(LANES, world.rank, world.size)
-    train(
-        job,
-        step,
-        accumulation_steps,
-        range(images),
-        getattr(config, job),
-        config.stream,
-        checkpoints,
-        log,
-        LocalSession(),
-        world,
-    )
+    trainer = Trainer(job, step, getattr(config, job), config.stream, checkpoints, log, LocalSession(), world)
+    trainer.fit(range(images))
     assert step.ema is not None
     weights = {f"ema.{name}": tensor for name, tensor in step.ema.weights().items()}
     for name, trained in step.engines.items():
@@ -86,7 +74,7 @@ def _interrupted(folder: Path, copy: Path) -> Path:
 @pytest.mark.parametrize(
     ("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3]), (2, OFFLOADED[0])]
 )
-def test_resumed_is_bit_equal_to_uninterrupted(
+def test_resumed_is_bitwise_identical_to_uninterrupted(
     gloo: GlooLauncher, tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
     straight = gloo.run(world_size, train_all, tmp_path / "straight", engine)
@@ -116,7 +104,7 @@ def _assert_alike(ours: dict[Job, End], theirs: dict[Job, End]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "engine"), [(3, ZERO[1]), (4, ZERO[3]), (1, ZERO[2]), (3, TORCH), (3, OFFLOADED[1])]
 )
-def test_any_number_of_ranks_and_any_engine_goes_on(
+def test_any_number_of_ranks_and_any_engine_resumes(
     gloo: GlooLauncher, straight: tuple[Path, dict[Job, End]], tmp_path: Path, world_size: int, engine: dict[str, Any]
 ) -> None:
     resumed = gloo.run(world_size, train_all, _interrupted(straight[0], tmp_path / "resumed"), engine)

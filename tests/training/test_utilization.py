@@ -27,8 +27,8 @@ def test_a_share_of_the_peak_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     config = tiny_config()
     peak = RunConfig.model_validate({**config.model_dump(), "workers": {"peak_flops": 5000.0}})
     two = World(0, 2)
-    assert Utilization(config, "train_lightningdit", two).figures(0, 8.0) == {"flops_per_second": 8000.0}
-    assert Utilization(peak, "train_lightningdit", two).figures(0, 8.0) == {
+    assert Utilization(config, "train_lightningdit", two).metrics(0, 8.0) == {"flops_per_second": 8000.0}
+    assert Utilization(peak, "train_lightningdit", two).metrics(0, 8.0) == {
         "flops_per_second": 8000.0,
         "model_flop_utilisation": 0.8,
     }
@@ -38,11 +38,11 @@ def test_it_counts_once_for_each_set_of_networks(monkeypatch: pytest.MonkeyPatch
     places = counted(monkeypatch)
     stages = [{"from_images": 64, "losses": {"adversarial": {"start_images": 100}}}]
     found = Utilization(tiny_config({"stages": stages}), "train_vavae", World())
-    flops = [found.figures(images, 1.0)["flops_per_second"] for images in (0, 63, 64, 99, 100, 800)]
+    flops = [found.metrics(images, 1.0)["flops_per_second"] for images in (0, 63, 64, 99, 100, 800)]
     assert flops == [1000.0, 1000.0, 1064.0, 1064.0, 1100.0, 1100.0]
     assert places == [0, 64, 100]
     constant = Utilization(tiny_config(), "train_lightningdit", World())
-    assert [constant.figures(images, 1.0)["flops_per_second"] for images in (0, 800)] == [1000.0] * 2
+    assert [constant.metrics(images, 1.0)["flops_per_second"] for images in (0, 800)] == [1000.0] * 2
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_peak_is_that_of_the_arithmetic(
     config = RunConfig.model_validate({**config.model_dump(), "workers": {"tf32": tf32}})
     gpu = World(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    figures = Utilization(config, "train_lightningdit", gpu).figures(0, 8.0)
-    assert figures["model_flop_utilisation"] == pytest.approx(8000 / peak)
+    metrics = Utilization(config, "train_lightningdit", gpu).metrics(0, 8.0)
+    assert metrics["model_flop_utilisation"] == pytest.approx(8000 / peak)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unheard of")
-    assert "model_flop_utilisation" not in Utilization(config, "train_lightningdit", gpu).figures(0, 8.0)
+    assert "model_flop_utilisation" not in Utilization(config, "train_lightningdit", gpu).metrics(0, 8.0)

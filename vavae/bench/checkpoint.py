@@ -28,7 +28,7 @@ _FRESH = TrainState(images_seen=0, config="bench", data="bench")
 class _Trained:
     """A model of so many parameters whose optimizer has its moments: as much of a step as a checkpoint asks for."""
 
-    ema = None
+    ema, accumulation_steps = None, ()
 
     def __init__(self, parameters: int) -> None:
         layers = [nn.Linear(_WIDTH, _WIDTH) for _ in range(max(1, parameters // (_WIDTH * _WIDTH)))]

@@ -117,16 +117,17 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.distributed.world import World, process_group
     from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
     from vavae.runs.events import EventLog
+    from vavae.runs.training_inputs import begin_training
     from vavae.training.session import SignaledSession
-    from vavae.training.train import TRAININGS
+    from vavae.training.train import train
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
     configure_torch(run.config.workers)
     with process_group(run.config.workers.use_gpu):
         job, session = _MODELS[arguments.model], SignaledSession(EventLog(run.storage))
         world = World.current(run.config.workers.use_gpu)
-        with session.listening():
-            TRAININGS[job](run, session, world)
+        with session.handle_signals():
+            train(begin_training(run, job, world), session, world)
     if world.is_first and run.plan(job).done and job == "train_lightningdit":
         evaluate_pending_checkpoints(run)
     if session.stop_requested() and not run.plan(job).done:

@@ -33,7 +33,8 @@ def evaluate_checkpoint(run: Run, images_seen: int) -> None:
     Raises:
         UserError: the references can't be had.
     """
-    config, measures, measuring = _as_custom(run), CheckpointMetrics.of(run), Evaluator(run)
+    config, measuring = _as_custom(run), Evaluator(run)
+    measures = CheckpointMetrics.of(_training(run), run.config.train_lightningdit)
     measure = run.config.train_lightningdit.measure
     assert measure is not None, "a run whose checkpoints are measured"
     assert measures is not None, "the same"
@@ -61,7 +62,7 @@ def evaluate_checkpoint(run: Run, images_seen: int) -> None:
 
 def evaluate_pending_checkpoints(run: Run) -> None:
     """Measure one after another the checkpoints that wait for it, and delete those that stayed for nothing else."""
-    measures = CheckpointMetrics.of(run)
+    measures = CheckpointMetrics.of(_training(run), run.config.train_lightningdit)
     for images_seen in measures.waiting() if measures is not None else ():
         evaluate_checkpoint(run, images_seen)
     prune_evaluated_checkpoints(run)
@@ -69,14 +70,15 @@ def evaluate_pending_checkpoints(run: Run) -> None:
 
 def prune_evaluated_checkpoints(run: Run) -> None:
     """Delete the checkpoints of a training that has ended which stayed only because they waited to be measured."""
-    checkpoints = _training(run).child(CHECKPOINTS)
+    training = _training(run)
+    checkpoints = training.child(CHECKPOINTS)
     names = checkpoints.list()
     if names:
-        Retention.of(run, "train_lightningdit").prune(checkpoints, names[-1])
+        Retention.of(training, run.config.train_lightningdit).prune(checkpoints, names[-1])
 
 
 def _training(run: Run) -> Storage:
-    return run.storage.child(run.training_prefix("train_lightningdit"))
+    return run.training_folder("train_lightningdit")
 
 
 def _as_custom(run: Run) -> RunConfig:

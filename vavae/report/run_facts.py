@@ -36,8 +36,10 @@ def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for job, stage in JOBS.items():
         if job in TRAININGS and (mine := [row for row in rows if row["stage"] == job]):
             facts[f"training of the {stage.makes}"] = _training(run, job, mine)
-            if job == "train_lightningdit" and (measures := CheckpointMetrics.of(run)) is not None:
-                facts["measured checkpoints"] = measures.summary()
+            if job == "train_lightningdit":
+                measures = CheckpointMetrics.of(run.training_folder(job), run.config.train_lightningdit)
+                if measures is not None:
+                    facts["measured checkpoints"] = measures.summary()
         record = run.artifact(job)
         if record is not None:
             facts[stage.makes] = record.digest[:12]

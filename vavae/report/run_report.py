@@ -34,11 +34,11 @@ def log_rows(run: Run) -> list[dict[str, Any]]:
     """The rows that the trainings of a run have logged so far, and what was measured of checkpoints."""
     trained = [job for job in TRAININGS if run.artifact(JOBS[job].inputs[0]) is not None]
     rows = {job: read_rows(run.storage.child(f"{run.training_prefix(job)}/log")) for job in trained}
-    measures = CheckpointMetrics.of(run) if "train_lightningdit" in trained else None
-    if measures is not None:
-        found = [
-            {"stage": "train_lightningdit", "images": seen, **values} for seen, values in measures.values().items()
-        ]
+    if "train_lightningdit" in trained:
+        training = run.training_folder("train_lightningdit")
+        measures = CheckpointMetrics.of(training, run.config.train_lightningdit)
+        evaluated = {} if measures is None else measures.values()
+        found = [{"stage": "train_lightningdit", "images": seen, **values} for seen, values in evaluated.items()]
         rows["train_lightningdit"] = sorted([*rows["train_lightningdit"], *found], key=lambda row: row["images"])
     return [row for job in trained for row in rows[job]]
 

@@ -15,13 +15,13 @@ from vavae.latents.config import LatentsConfig
 from vavae.losses.config import TokenizerLossConfig
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
-from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve
+from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve_phases
 from vavae.sampling.config import SampleConfig
 from vavae.storage.config import StorageConfig
 
 
 class ScheduleConfig(Config):
-    """The learning rate over a run; all lengths in images seen."""
+    """Learning rate over a training; all lengths in images seen."""
 
     warmup_images: int = Field(0, ge=0)
     """Linear rise from zero."""
@@ -38,31 +38,31 @@ class ScheduleConfig(Config):
 
 
 class BestConfig(Config):
-    """Which checkpoints stay for what was measured of them."""
+    """Rule by which the best checkpoints stay in storage."""
 
     metric: str = Field(min_length=1)
-    """A figure of the log's rows, such as `loss/total`, or one that `measure` makes."""
+    """A metric of the log's rows, such as `loss/total`, or of the evaluations that `measure` asks for."""
     mode: Literal["min", "max"] = "min"
-    """Whether small or large figures are good."""
+    """Whether small or large values are good."""
     count: int = Field(1, ge=1)
 
 
 class CheckpointEvaluationConfig(Config):
-    """What the LightningDiT generates is measured in the course of its training, as `evaluate` does it at the end.
+    """Evaluation of the LightningDiT's checkpoints during its training, as `evaluate` does it at the end.
 
     The model is what would be exported; guidance, solver and labels are those of the samples. A checkpoint that is due
-    while another one is measured is skipped, and until it has been measured or skipped it stays in storage.
+    while another one is evaluated is skipped, and until it has been evaluated or skipped it stays in storage.
     """
 
     every_images: int = Field(ge=1)
-    """Images of the training between two measures."""
+    """Images of the training between two evaluations."""
     images: int = Field(2000, ge=2)
     """Generated images; distances on fewer are larger, so they compare with each other alone."""
     when: Literal["beside", "after"] = "beside"
     """`beside` training, which takes resources besides the workers'; or one checkpoint after another once training is
     over, which takes none, and room in storage for all of them."""
     cpus: float | None = Field(None, gt=0)
-    """Cores of the task that measures; null takes `workers.cpus`."""
+    """Cores of the task that evaluates; null takes `workers.cpus`."""
     gpus: float | None = Field(None, gt=0)
     """GPUs, where the workers use any; null takes `workers.gpus`."""
     timeout_seconds: float = Field(3600.0, gt=0)
@@ -73,7 +73,7 @@ class TrainingConfig(Config):
     """One training run of one model."""
 
     images: int = runtime(ge=1)
-    """Budget of images; a finished run whose budget is raised goes on."""
+    """Budget of images; a finished training whose budget is raised resumes."""
     batch_size: int = Field(256, ge=1)
     """Global batch: images of one step over all workers."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -90,18 +90,18 @@ class TrainingConfig(Config):
     keep_checkpoints: int = runtime(2, ge=1)
     """Checkpoints that stay in storage, newest first."""
     keep_best: BestConfig | None = runtime(None)
-    """Checkpoints that stay besides the last ones, with the best figures; null keeps none."""
+    """Checkpoints that stay besides the last ones, with the best metrics; null keeps none."""
     preview_images: int | None = runtime(500_000, ge=1)
     """Images between two pictures of what the model makes of the same inputs, in `previews` beside the checkpoints and
     in TensorBoard: held-out images, their reconstructions and four times the difference; or the first samples. Null
     draws none."""
     skip_limit: int = runtime(10, ge=0)
-    """Steps in a row that may be skipped because their gradients are not finite, before the run goes back to its last
-    checkpoint and on behind the images that it has met since."""
+    """Steps in a row that may be skipped because their gradients are not finite, before the training is rolled back to
+    its last checkpoint, skipping the data that it met since."""
     rollback_limit: int = runtime(3, ge=0)
-    """How often it may go back before it gives up."""
+    """Rollbacks before the training gives up."""
     spike_deviations: float | None = runtime(8.0, gt=0)
-    """A step whose loss lies so many standard deviations above those of late is logged in detail; null logs none."""
+    """A step whose loss lies so many standard deviations above recent ones is logged in detail; null logs none."""
     hang_seconds: float | None = runtime(1800.0, gt=0)
     """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
 
@@ -137,25 +137,25 @@ class TokenizerTrainingConfig(TrainingConfig):
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""
     probe_images: int | None = runtime(100_000, ge=1)
-    """Images between two looks at the latents of a few held-out images, logged as `latent/...`; null never looks."""
+    """Images between two probes of the latents of a few held-out images, logged as `latent/...`; null disables them."""
     stages: tuple[TokenizerPhaseConfig, ...] = ()
-    """What changes in the course of the training; each stage begins with the weights of the last and fresh moments."""
+    """Phases of the training; each begins with the weights of the one before and fresh moments."""
 
     @property
     def of_discriminator(self) -> OptimizerConfig:
-        """The optimizer of the discriminator."""
+        """Optimizer of the discriminator."""
         return self.discriminator_optimizer or self.optimizer
 
     @model_validator(mode="after")
-    def _stages_rise(self) -> Self:
+    def _phases_rise(self) -> Self:
         before = -1
-        for index, stage in enumerate(self.stages):
-            if stage.from_images <= before or stage.from_images % self.batch_size:
+        for index, phase in enumerate(self.stages):
+            if phase.from_images <= before or phase.from_images % self.batch_size:
                 raise ValueError(
-                    f"stages.{index}.from_images={stage.from_images} must be a multiple of batch_size="
+                    f"stages.{index}.from_images={phase.from_images} must be a multiple of batch_size="
                     f"{self.batch_size}" + (f" above {before}" if index else "")
                 )
-            before = stage.from_images
+            before = phase.from_images
         return self
 
 
@@ -168,14 +168,14 @@ class LightningDiTTrainingConfig(TrainingConfig):
     preview_images: int | None = runtime(5_000_000, ge=1)
     """As for the tokenizer; rarer, because training stands still while the first worker samples."""
     measure: CheckpointEvaluationConfig | None = runtime(None)
-    """Null measures nothing before the end."""
+    """Null evaluates nothing before the end."""
     compile_blocks: bool = runtime(False)
     """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
 
     @model_validator(mode="after")
     def _measures_the_average(self) -> Self:
         if self.measure is not None and self.ema_decay is None:
-            raise ValueError("measure looks at the average of the weights: give ema_decay, or leave measure out")
+            raise ValueError("measure evaluates the average of the weights: give ema_decay, or leave measure out")
         return self
 
     @model_validator(mode="after")
@@ -189,7 +189,7 @@ class LightningDiTTrainingConfig(TrainingConfig):
 
 
 class RunConfig(Config):
-    """Everything about one run, from images to report; each job reads the sections that concern it."""
+    """Configuration of one run, from images to report; each job reads the sections that concern it."""
 
     name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the run below `storage.root`."""
@@ -223,27 +223,27 @@ class RunConfig(Config):
         return self.shards.image_size // self.tokenizer.downsample
 
     def tokenizer_phases(self, images: int = 0) -> list[TokenizerPhase]:
-        """The stages of the tokenizer's training, at least one, up to its budget or to more images than that."""
+        """Phases of the tokenizer's training, at least one, up to its budget or to more images than that."""
         training = self.train_vavae
-        return resolve(training.stages, self.losses, training.frozen, max(training.images, images))
+        return resolve_phases(training.stages, self.losses, training.frozen, max(training.images, images))
 
     @property
     def adversarial(self) -> bool:
-        """Whether any stage of the tokenizer, within the budget or not, has an adversary."""
-        changes = [stage.losses.adversarial.weight for stage in self.train_vavae.stages]
+        """Whether any phase of the tokenizer's training, within the budget or not, has an adversary."""
+        changes = [phase.losses.adversarial.weight for phase in self.train_vavae.stages]
         return any([self.losses.adversarial.weight, *changes])
 
     @model_validator(mode="after")
-    def _stages_can_learn(self) -> Self:
-        for stage in self.tokenizer_phases(sys.maxsize):
+    def _phases_can_learn(self) -> Self:
+        for phase in self.tokenizer_phases(sys.maxsize):
             for part, term in (("encoder", "vision_foundation"), ("decoder", "adversarial")):
-                if part in stage.frozen and getattr(stage.losses, term).weight > 0:
+                if part in phase.frozen and getattr(phase.losses, term).weight > 0:
                     raise ValueError(
-                        f"train_vavae: from image {stage.from_images:,} on the {part} is frozen, where the adaptive "
-                        f"weight of losses.{term} is measured; set losses.{term}.weight=0 in that stage"
+                        f"train_vavae: from image {phase.from_images:,} on the {part} is frozen, where the adaptive "
+                        f"weight of losses.{term} is measured; set losses.{term}.weight=0 in that phase"
                     )
-            if {"encoder", "decoder"} <= {*stage.frozen}:
-                raise ValueError(f"train_vavae: from image {stage.from_images:,} on nothing is left to train")
+            if {"encoder", "decoder"} <= {*phase.frozen}:
+                raise ValueError(f"train_vavae: from image {phase.from_images:,} on nothing is left to train")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What happened to a run and when, as JSON lines in immutable segments, because an object store cannot append."""
+"""Events of a run, as JSON lines in immutable segments, because an object store cannot append."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ EVENTS = "events"
 Kind = Literal[
     "started",  # a command that has something to do
     "stage_begun",
-    "restored",  # a training goes on from a checkpoint
+    "restored",  # a training resumes from a checkpoint
     "checkpoint",  # is on its way to storage
     "restart",  # of all workers, because one was lost
     "skipped_step",
@@ -28,7 +28,7 @@ Kind = Literal[
     "rollback",
     "measured",  # a checkpoint, for what it generates
     "measure_skipped",
-    "stop",  # asked for; a checkpoint is there to go on from
+    "stop",  # asked for; a checkpoint is there to resume from
     "failed",
     "stage_done",
     "done",  # all that the command had to do
@@ -41,27 +41,27 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened."""
+    """One event of a run."""
 
     event: Kind
     stage: str | None = None
-    """The job, where it concerns one."""
+    """Job, where it concerns one."""
     images: int | None = None
-    """Images seen by then, where that says where."""
+    """Images seen by then, in a training."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else there is to say."""
+    """Further fields of the line."""
     time: str = field(default_factory=_now)
-    """UTC, ISO 8601."""
+    """Moment in UTC, ISO 8601."""
 
     def line(self) -> str:
-        """It as a line of JSON; what is not known is left out."""
+        """The event as a line of JSON, without fields that have no value."""
         known = {name: value for name, value in asdict(self).items() if value not in (None, {})}
         details = known.pop("details", {})
         return json.dumps({"time": known.pop("time"), **known, **details}) + "\n"
 
 
 class EventLog:
-    """Writes events where all runs of a command leave theirs. A store that fails now gets them with the next ones.
+    """Writer of a run's events. A store that fails now gets them with the next ones.
 
     Args:
         run: folder of the run.
@@ -73,7 +73,7 @@ class EventLog:
         self._lock = threading.Lock()
 
     def add(self, *events: Event) -> None:
-        """Write events as one segment; nobody fails because they can't be written."""
+        """Write events as one segment; a store that fails is logged and no error."""
         with self._lock:
             self._unwritten += events
             if not self._unwritten:
@@ -89,10 +89,10 @@ class EventLog:
 
 
 def read_events(run: Storage) -> list[dict[str, Any]]:
-    """All events of a run in the order in which they happened.
+    """Read all events of a run in the order in which they happened.
 
     Args:
-        run: its folder.
+        run: folder of the run.
     """
     segments = run.child(EVENTS)
     lines = [line for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()]

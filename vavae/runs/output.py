@@ -1,4 +1,4 @@
-"""The artifact that a job is about to make: its place, and all of its record that is known before the work."""
+"""The artifact that a job is about to make: its folder, and all of its record that is known before the work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from vavae.storage.storage import Storage
 
 @dataclass(frozen=True)
 class JobOutput:
-    """Where a job puts what it makes, and how it declares it done.
+    """Folder of a job's artifact, and the draft of its record.
 
     Args:
         run: folder of the run.
@@ -25,11 +25,11 @@ class JobOutput:
 
     @property
     def folder(self) -> Storage:
-        """The folder of the artifact."""
+        """Folder of the artifact."""
         return self.run.child(self.prefix)
 
     def discard(self) -> None:
-        """Delete what is there, its record first."""
+        """Delete an artifact that is there, its record first."""
         discard(self.run, self.prefix)
 
     def commit(

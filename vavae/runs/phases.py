@@ -1,4 +1,4 @@
-"""Stages of the tokenizer's training: what changes at which image, without torch."""
+"""Phases of the tokenizer's training: changes of its losses and frozen parts, without torch."""
 
 from typing import Literal, NamedTuple, TypeVar
 
@@ -8,11 +8,11 @@ from vavae.config import Config
 from vavae.losses.config import TokenizerLossConfig
 
 Part = Literal["encoder", "decoder", "projection"]
-"""What can be left as it is: the autoencoder's halves, each with its 1x1 convolution, and the map to the teacher."""
+"""A part that can be frozen: half of the autoencoder with its 1x1 convolution, or the map to the teacher."""
 
 
 class VisionFoundationChange(Config):
-    """Fields of `losses.vision_foundation` that a stage may set; null leaves what the stage before had."""
+    """Fields of `losses.vision_foundation` that a phase may set; null leaves that of the phase before."""
 
     weight: float | None = Field(None, ge=0)
     cos_margin: float | None = Field(None, ge=0, le=2)
@@ -22,20 +22,20 @@ class VisionFoundationChange(Config):
 
 
 class PerceptualChange(Config):
-    """Fields of `losses.perceptual` that a stage may set."""
+    """Fields of `losses.perceptual` that a phase may set."""
 
     weight: float | None = Field(None, gt=0)
 
 
 class AdversarialChange(Config):
-    """Fields of `losses.adversarial` that a stage may set."""
+    """Fields of `losses.adversarial` that a phase may set."""
 
     weight: float | None = Field(None, ge=0)
     start_images: int | None = Field(None, ge=0)
 
 
 class LossChange(Config):
-    """Fields of `losses` that a stage may set."""
+    """Fields of `losses` that a phase may set."""
 
     vision_foundation: VisionFoundationChange = VisionFoundationChange()
     perceptual: PerceptualChange = PerceptualChange()
@@ -49,13 +49,13 @@ class TokenizerPhaseConfig(Config):
     from_images: int = Field(0, ge=0)
     """Images seen at which it begins; it lasts until the next one begins or the budget ends."""
     losses: LossChange = LossChange()
-    """What it sets; everything else is as in the stage before."""
+    """Losses that it sets; all others are as in the phase before."""
     frozen: tuple[Part, ...] | None = None
-    """Parts that do not learn; null leaves it as in the stage before."""
+    """Parts that do not learn; null leaves them as in the phase before."""
 
 
 class TokenizerPhase(NamedTuple):
-    """A stage with everything resolved."""
+    """A phase with all fields resolved."""
 
     from_images: int
     until_images: int
@@ -64,36 +64,36 @@ class TokenizerPhase(NamedTuple):
     frozen: tuple[Part, ...]
 
 
-def resolve(
-    stages: tuple[TokenizerPhaseConfig, ...], losses: TokenizerLossConfig, frozen: tuple[Part, ...], images: int
+def resolve_phases(
+    phases: tuple[TokenizerPhaseConfig, ...], losses: TokenizerLossConfig, frozen: tuple[Part, ...], images: int
 ) -> list[TokenizerPhase]:
-    """The stages of a budget, in order; those that begin after it are left out.
+    """Resolve the phases of a budget, in order; those that begin after it are left out.
 
     Args:
-        stages: as configured, in rising order of `from_images`.
+        phases: as configured, in rising order of `from_images`.
         losses: before the first of them.
         frozen: likewise.
         images: the budget.
     """
-    ends = [*(stage.from_images for stage in stages), images]
+    ends = [*(phase.from_images for phase in phases), images]
     resolved = [TokenizerPhase(0, min(ends[0], images), losses, frozen)]
-    for stage, until in zip(stages, ends[1:], strict=True):
-        losses = _changed(losses, stage.losses)
-        frozen = frozen if stage.frozen is None else stage.frozen
-        resolved.append(TokenizerPhase(stage.from_images, min(until, images), losses, frozen))
-    return [stage for stage in resolved if stage.from_images < stage.until_images]
+    for phase, until in zip(phases, ends[1:], strict=True):
+        losses = _with_changes(losses, phase.losses)
+        frozen = frozen if phase.frozen is None else phase.frozen
+        resolved.append(TokenizerPhase(phase.from_images, min(until, images), losses, frozen))
+    return [phase for phase in resolved if phase.from_images < phase.until_images]
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def _changed(section: ConfigT, change: Config) -> ConfigT:
-    """A section with the fields that a change sets."""
+def _with_changes(section: ConfigT, change: Config) -> ConfigT:
+    """Copy a section with the fields that a change sets."""
     update = {}
     for name in type(change).model_fields:
         value = getattr(change, name)
         if isinstance(value, Config):
-            update[name] = _changed(getattr(section, name), value)
+            update[name] = _with_changes(getattr(section, name), value)
         elif value is not None:
             update[name] = value
     return section.model_copy(update=update)

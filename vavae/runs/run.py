@@ -1,4 +1,4 @@
-"""One run on storage: where its artifacts lie, what each was made from, and what is still to do."""
+"""One run on storage: its artifacts, their inputs, and the jobs that are still to do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Job = Literal["prepare_shards", "train_vavae", "precompute_latents", "train_ligh
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job of a run: what it makes, and what that depends on."""
+    """One job of a run: its artifact, and the configuration and inputs that it depends on."""
 
     job: Job
     makes: str
@@ -29,8 +29,8 @@ class JobSpec:
 
 
 JOBS: dict[Job, JobSpec] = {
-    stage.job: stage
-    for stage in (
+    spec.job: spec
+    for spec in (
         JobSpec("prepare_shards", "image shards", ("shards",), ()),
         JobSpec(
             "train_vavae",
@@ -54,7 +54,7 @@ JOBS: dict[Job, JobSpec] = {
         JobSpec("evaluate", "measures and report", ("seed", "evaluate"), ("prepare_shards", "train_vavae", "sample")),
     )
 }
-"""All stages, in the order in which a run goes through them."""
+"""All jobs by name, in the order in which a run goes through them."""
 
 TRAININGS: tuple[Job, ...] = ("train_vavae", "train_lightningdit")
 
@@ -64,12 +64,11 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job would do now."""
+    """Whether a job has work to do now, and why."""
 
-    stage: JobSpec
     done: bool
     why: str
-    """In a few words: what there is, or what is missing."""
+    """In a few words, what there is or what is missing."""
 
 
 class Run:
@@ -85,7 +84,7 @@ class Run:
 
     @classmethod
     def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":
-        """The run in a folder, with the configuration that its last job was started with.
+        """Open the run in a folder, with the configuration that its last job was started with.
 
         Args:
             folder: path or URL; it may have been moved.
@@ -105,7 +104,7 @@ class Run:
         return cls(config.model_copy(update={"storage": place, "name": name}))
 
     def prefix(self, job: Job) -> str:
-        """Folder of a job's artifact. Latents lie under the digest of the tokenizer that made them."""
+        """Folder of a job's artifact in the run's. Latents lie under the digest of the tokenizer that made them."""
         if job == "precompute_latents":
             return f"latents/{self.require('train_vavae').digest[:12]}"
         return {
@@ -116,10 +115,18 @@ class Run:
             "evaluate": "evaluation",
         }[job]
 
+    def folder(self, job: Job) -> Storage:
+        """Folder of a job's artifact, see `prefix`, as a storage."""
+        return self.storage.child(self.prefix(job))
+
     def training_prefix(self, job: Job) -> str:
         """Folder of a training's checkpoints and log, under the digest of the data that it is trained on."""
         data = self.require(JOBS[job].inputs[0]).digest
         return f"{self.prefix(job).removesuffix('/export')}/{data[:12]}"
+
+    def training_folder(self, job: Job) -> Storage:
+        """Folder of a training's checkpoints and log, see `training_prefix`, as a storage."""
+        return self.storage.child(self.training_prefix(job))
 
     def identity(self, job: Job) -> dict[str, Any]:
         """The part of the configuration that a job's artifact depends on."""
@@ -129,7 +136,7 @@ class Run:
         return {name: getattr(self.config, name) for name in JOBS[job].sections}
 
     def artifact(self, job: Job) -> Artifact | None:
-        """The record of what a job has made, if it is all there."""
+        """Record of a job's artifact, if all its files are there."""
         if job == "precompute_latents" and self.artifact("train_vavae") is None:
             return None
         record = read(self.storage, self.prefix(job))
@@ -143,7 +150,7 @@ class Run:
         return self.storage.size(path) if self.storage.is_file(path) else None
 
     def require(self, job: Job) -> Artifact:
-        """The artifact of a job that another one needs.
+        """Record of an artifact that another job needs.
 
         Raises:
             UserError: there is none yet.
@@ -157,7 +164,7 @@ class Run:
         return record
 
     def inputs(self, job: Job) -> dict[str, str]:
-        """Digests of what a job reads, by the job that made it.
+        """Digests of a job's inputs, by the job that made each.
 
         Raises:
             UserError: an input is missing.
@@ -165,7 +172,7 @@ class Run:
         return {name: self.require(name).digest for name in JOBS[job].inputs}
 
     def plans(self, sources: bool = True) -> dict[Job, Plan]:
-        """What every job would do now, found out without any work.
+        """Plan every job, without any work.
 
         Args:
             sources: compare the sources of the images with those of the shards, too.
@@ -175,18 +182,16 @@ class Run:
                 same name, or the sources of the images are not what they should be.
         """
         plans: dict[Job, Plan] = {}
-        for job, stage in JOBS.items():
-            missing = next((name for name in reversed(stage.inputs) if not plans[name].done), None)
-            plans[job] = (
-                self._plan(job, sources) if missing is None else Plan(stage, False, f"after {JOBS[missing].makes}")
-            )
+        for job, spec in JOBS.items():
+            missing = next((name for name in reversed(spec.inputs) if not plans[name].done), None)
+            plans[job] = self._plan(job, sources) if missing is None else Plan(False, f"after {JOBS[missing].makes}")
         return plans
 
     def plan(self, job: Job) -> Plan:
-        """What one job would do now.
+        """Plan one job.
 
         Raises:
-            UserError: as `plans`; or an input is missing, or was made with another configuration.
+            UserError: as in `plans`; or an input is missing, or was made with another configuration.
         """
         for name in JOBS[job].inputs:
             if self.require(name).config != self._configuration(name):
@@ -197,31 +202,30 @@ class Run:
         return self._plan(job)
 
     def _plan(self, job: Job, sources: bool = True) -> Plan:
-        stage = JOBS[job]
         if job == "prepare_shards" and not sources:
             record = self.artifact(job)
-            return Plan(stage, record is not None, record.digest[:12] if record else "not there yet")
+            return Plan(record is not None, record.digest[:12] if record else "not there yet")
         if job == "prepare_shards":
             manifest = find_shards(self.storage, self.prefix(job), self.config.shards)
-            return Plan(stage, manifest is not None, manifest.digest[:12] if manifest else "not there yet")
+            return Plan(manifest is not None, manifest.digest[:12] if manifest else "not there yet")
         self._check_claim(job)
         record = self.artifact(job)
         if record is None:
-            return Plan(stage, False, "not there yet")
+            return Plan(False, "not there yet")
         differs = self._differs(job, record)
         if differs and IMPORTED in record.details:
-            raise UserError(f"{self.storage.url()}: the {stage.makes} was imported {differs}; import it again")
+            raise UserError(f"{self.storage.url()}: the {JOBS[job].makes} was imported {differs}; import it again")
         if differs:
-            return Plan(stage, False, f"made {differs}")
+            return Plan(False, f"made {differs}")
         budget = self.budget(job)
         if budget is not None and IMPORTED not in record.details and (record.images_seen or 0) < budget:
-            return Plan(stage, False, f"{record.images_seen:,} of {budget:,} images seen")
+            return Plan(False, f"{record.images_seen:,} of {budget:,} images seen")
         if job == "sample" and self.config.sample.npz and not self.storage.is_file(NPZ):
-            return Plan(stage, False, f"without {NPZ}")
-        return Plan(stage, True, record.digest[:12])
+            return Plan(False, f"without {NPZ}")
+        return Plan(True, record.digest[:12])
 
     def _differs(self, job: Job, record: Artifact) -> str:
-        """What an artifact was made with or from that is not so now; empty where all is the same."""
+        """Difference between an artifact's configuration or inputs and the present ones; empty where there is none."""
         if record.config != self._configuration(job):
             return "with another configuration"
         return "from other inputs" if record.inputs != self.inputs(job) else ""
@@ -231,12 +235,12 @@ class Run:
         return digest(self.config.shards) if job == "prepare_shards" else digest(self.identity(job))
 
     def budget(self, job: Job) -> int | None:
-        """Images that a training sees in whole steps; None for jobs that train nothing."""
+        """Images that a training sees in full steps; None for jobs that train nothing."""
         section = getattr(self.config, job, None)
         return section.steps * section.batch_size if isinstance(section, TrainingConfig) else None
 
     def claim(self, job: Job) -> None:
-        """Note under which configuration a training starts, before it has anything to show.
+        """Store the configuration under which a training begins, before its first checkpoint.
 
         Raises:
             UserError: it was started under another one, or its weights were imported.
@@ -251,7 +255,7 @@ class Run:
         self.storage.write_json(self._claim_path(job), self.identity(job))
 
     def _check_claim(self, job: Job) -> None:
-        """Refuse to go on with a training under another configuration, naming the first field that differs."""
+        """Refuse to resume a training under another configuration, naming the first field that differs."""
         if job not in TRAININGS or not self.storage.exists(self._claim_path(job)):
             return
         found = differences(self.storage.read_json(self._claim_path(job)), self._sections(job))
@@ -266,7 +270,7 @@ class Run:
         return f"{self.training_prefix(job)}/configuration.json"
 
     def output(self, job: Job) -> JobOutput:
-        """Where a job puts what it makes, with the part of its record that is known before.
+        """Resolve where a job puts its artifact, with the part of its record that is known before.
 
         Raises:
             UserError: an input is missing.
@@ -282,7 +286,7 @@ class Run:
         return JobOutput(self.storage, self.prefix(job), draft)
 
     def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artifact:
-        """The commit record of what a job has just made.
+        """Make the commit record of an artifact that is just finished.
 
         Args:
             job: the job.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vavae.data.sample_order import AccumulationStep
+from vavae.data.sample_order import assign_lanes
 from vavae.diffusion.guidance import drop_labels
 from vavae.diffusion.objective import TIMESTEP_BINS, FlowMatchingObjective, TimestepBins, bin_by_timestep
 from vavae.diffusion.path import LinearPath
@@ -27,12 +27,16 @@ from vavae.training.step import StepResult, StepState, TermSum
 
 
 class _Inputs(NamedTuple):
-    """The arguments of `FlowMatchingModel.forward`."""
+    """Arguments of `FlowMatchingModel.forward`."""
 
     latents: Tensor
+    """Normalized, [S, C, H, W]."""
     noise: Tensor
+    """[S, C, H, W]."""
     timesteps: Tensor
+    """[S] in [0, 1]."""
     labels: Tensor
+    """int64 [S]."""
 
 
 class FlowMatchingModel(nn.Module):
@@ -45,7 +49,7 @@ class FlowMatchingModel(nn.Module):
     def forward(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The losses of one micro-batch.
+        """Compute the losses of one micro-batch.
 
         Args:
             latents: normalized, [S, C, H, W].
@@ -63,14 +67,13 @@ class FlowMatchingModel(nn.Module):
 
 
 class DiffusionStep:
-    """One update of the LightningDiT from the latents of all rounds.
+    """One update of the LightningDiT from this rank's micro-batches of latents.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         model: sizes of the LightningDiT, with its number of classes.
         stream: micro-batches of latents.
         normalizer: of the latents.
-        accumulation_steps: this rank's share of a step.
         world: the ranks.
     """
 
@@ -80,11 +83,11 @@ class DiffusionStep:
         model: LightningDiTConfig,
         stream: LatentStream,
         normalizer: LatentNormalizer,
-        accumulation_steps: Sequence[AccumulationStep],
         world: World,
     ) -> None:
         training = config.train_lightningdit
-        self._config, self._stream, self._accumulation_steps, self._world = config, stream, accumulation_steps, world
+        self._config, self._stream, self._world = config, stream, world
+        self.accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
         self.stopwatch = Stopwatch(world.device)
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
@@ -102,7 +105,7 @@ class DiffusionStep:
             training.engine,
             training.precision,
             world,
-            len(accumulation_steps),
+            len(self.accumulation_steps),
             micro_batch_size,
         )
         self.engines: dict[str, Engine] = {"lightningdit": self._engine}
@@ -114,16 +117,16 @@ class DiffusionStep:
 
     def run(self, micro_batches: Sequence[LatentMicroBatch], images_seen: int, learning_rate: float) -> StepResult:
         """See `Step.run`."""
-        terms = TermSum(self._accumulation_steps, self._world.size)
+        terms = TermSum(self.accumulation_steps, self._world.size)
         bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
-        for turn, item in zip(self._accumulation_steps, micro_batches, strict=True):
+        for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
                 inputs = self._draw(item, images_seen)
                 loss, values, per_sample = self._engine.forward(*inputs)
             with self.stopwatch("backward"):
-                self._engine.backward(loss * turn.weight)
-            terms.add(turn, values)
-            if turn.weight > 0:
+                self._engine.backward(loss * accumulation_step.weight)
+            terms.add(accumulation_step, values)
+            if accumulation_step.weight > 0:
                 new = bin_by_timestep(per_sample, inputs.timesteps)
                 bins = TimestepBins(bins.total + new.total, bins.samples + new.samples)
         with self.stopwatch("optimizer"):
@@ -133,24 +136,24 @@ class DiffusionStep:
         return StepResult(terms.terms, norms, ratios)
 
     def state_dict(self) -> StepState:
-        """See `Step.memory`: a LightningDiT remembers nothing."""
+        """See `Step.state_dict`: there is no state besides weights and optimizer."""
         return {}
 
-    def load_state_dict(self, memory: StepState) -> None:
-        """See `Step.recall`."""
-        assert not memory, "a checkpoint of another training"
+    def load_state_dict(self, state: StepState) -> None:
+        """See `Step.load_state_dict`."""
+        assert not state, "a checkpoint of another training"
 
     def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
-        """Everything random about a micro-batch: latents from their posteriors, noise, timesteps, dropped labels."""
+        """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels."""
         config, device = self._config, self._world.device
 
-        def generator(purpose: str) -> torch.Generator:
+        def rng(purpose: str) -> torch.Generator:
             return torch_generator(config.seed, purpose, item.lane, item.step, device=device)
 
         mean, std, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.std, item.labels))
-        latents = mean + std * torch.randn(mean.shape, generator=generator("posterior"), device=device)
-        noise = torch.randn(mean.shape, generator=generator("noise"), device=device)
-        timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, generator("timesteps"))
+        latents = mean + std * torch.randn(mean.shape, generator=rng("posterior"), device=device)
+        noise = torch.randn(mean.shape, generator=rng("noise"), device=device)
+        timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, rng("timesteps"))
         null_label = self.model.model.null_label
-        labels = drop_labels(labels, null_label, config.objective.label_dropout, generator("label_dropout"))
+        labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
         return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels)

@@ -11,22 +11,23 @@ from vavae.distributed.world import World
 
 
 class ExponentialMovingAverage:
-    """average ← decay · average + (1 - decay) · weights, once a step, for every floating-point entry of a state dict.
+    """Average of every floating-point entry of a state dict: average ← decay · average + (1 - decay) · weights.
 
-    Each rank averages its own fragments alone, in every engine.
+    It is updated once a step. Each rank averages its own shards alone, in every engine.
 
     Args:
-        engine: whose weights to average.
-        decay: per step.
+        engine: engine whose weights to average.
+        decay: decay per step.
         world: the ranks.
     """
 
     def __init__(self, engine: Engine, decay: float, world: World) -> None:
         self._engine, self._decay, self._world = engine, decay, world
         self.tensor_shards = {name: part._replace(values=part.values.clone()) for name, part in self._present().items()}
-        """This rank's part of the average, fp32, by the names of the module's state dict."""
+        """This rank's shards of the average, fp32, by the names of the module's state dict."""
 
     def _present(self) -> dict[str, TensorShard]:
+        """This rank's shards of the engine's present weights, fp32."""
         parts = self._engine.tensor_shards()
         return {
             name: part._replace(values=part.values.float())
@@ -36,17 +37,17 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the engine's present weights in."""
+        """Update the average with the engine's present weights."""
         present = self._present()
         averages = [part.values for part in self.tensor_shards.values()]
         torch._foreach_lerp_(averages, [present[name].values for name in self.tensor_shards], 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged state dict, whole, on the CPU; entries that have no average are as they are. On every rank."""
+        """Gather the full averaged state dict on the CPU of every rank; entries without average are as they are."""
         return gather_full({**self._engine.tensor_shards(), **self.tensor_shards}, self._world)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from an average that `weights` has told, strictly."""
+        """Load a full average, as `weights` returns it, strictly."""
         for name, (offset, values, shape) in self.tensor_shards.items():
             assert weights[name].shape == shape, f"{name}: the average of another module"
             values.copy_(weights[name].flatten()[offset : offset + len(values)])

@@ -1,4 +1,4 @@
-"""What a training ran on last, in a file beside its checkpoints; records of artifacts hold no place."""
+"""Hardware of a training's last attempt, in a file beside its checkpoints; records of artifacts hold no place."""
 
 from typing import TYPE_CHECKING
 
@@ -13,21 +13,21 @@ HARDWARE = "hardware.json"
 
 
 class Hardware(BaseModel):
-    """The machines of one attempt."""
+    """Hardware of one attempt."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     workers: int
     device: str
-    """Of each worker: the name of its GPU, or of the processor that it shares."""
+    """Name of each worker's GPU, or of the processor that it shares."""
     threads: int
-    """Of torch per worker, on a CPU."""
+    """Threads of torch per worker, on a CPU."""
     torch: str
-    """Version."""
+    """Version of torch."""
 
     @staticmethod
     def of(world: "World") -> "Hardware":
-        """Of the ranks, taken to be like this one."""
+        """Describe the ranks, taken to be like this one."""
         import torch
 
         on_gpu = world.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""How the training loop speaks to whoever runs it: Ray, torchrun, a test."""
+"""Interface of the training loop to its runner: Ray, torchrun, a test."""
 
 import os
 import signal
@@ -15,45 +15,45 @@ from vavae.runs.events import Event, EventLog
 
 
 def this_process() -> str:
-    """This process, in words."""
+    """Describe this process for users."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class Session(Protocol):
-    """The runner's side of a training run."""
+    """Runner of a training: shows its progress and asks it to stop."""
 
     @property
     def owner(self) -> str:
-        """Who runs the training, in words; the same for all attempts that it makes."""
+        """Name of the runner for users; the same for all its attempts at a training."""
 
     def progress(self, progress: Progress) -> None:
-        """Show how far the run is; called by rank 0, cheap enough for every step."""
+        """Show the progress; called by rank 0, cheap enough for every step."""
 
     def row(self, row: Mapping[str, float]) -> None:
         """Show a row of metrics. Called by every rank, with its own times and memory."""
 
     def event(self, event: Event) -> None:
-        """Remember what happened; called by rank 0."""
+        """Record an event; called by rank 0."""
 
     def checkpoint(self, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """A checkpoint is on its way. Called by every rank equally often; may wait for all of them."""
+        """Note that a checkpoint is being saved. Called by every rank equally often; may wait for all of them."""
 
     def stop_requested(self) -> bool:
-        """Whether the run should save and leave. Asked on every rank at every step; one yes is enough."""
+        """Return whether to save and stop. Called on every rank at every step; one yes is enough."""
 
-    def listens(self) -> bool:
-        """Whether it is time to ask `must_save`. Asked on every rank at every step; one yes is enough."""
+    def save_check_due(self) -> bool:
+        """Return whether it is time to call `must_save`. Called on every rank at every step; one yes is enough."""
 
     def must_save(self) -> bool:
-        """Whether a machine is about to go, which calls for a checkpoint now. Every rank is asked; may wait for all."""
+        """Return whether a machine is about to be lost, so that a checkpoint is due. Called on every rank; may wait."""
 
 
 @dataclass
 class LocalSession:
-    """A run in this process: progress goes to standard output, and nothing asks it to stop."""
+    """Session in this process: progress goes to standard output, and nothing asks the training to stop."""
 
     events: EventLog | None = None
-    """Where events go; None forgets them."""
+    """Log of the events; None drops them."""
 
     @property
     def owner(self) -> str:
@@ -79,8 +79,8 @@ class LocalSession:
         """See `Session.stop_requested`."""
         return False
 
-    def listens(self) -> bool:
-        """See `Session.listens`."""
+    def save_check_due(self) -> bool:
+        """See `Session.save_check_due`."""
         return False
 
     def must_save(self) -> bool:
@@ -90,7 +90,7 @@ class LocalSession:
 
 @dataclass
 class SignaledSession(LocalSession):
-    """A run in this process that SIGINT and SIGTERM ask to stop; a second one interrupts at once."""
+    """Session in this process that SIGINT and SIGTERM ask to stop; a second one interrupts at once."""
 
     _stop: bool = field(default=False, init=False)
 
@@ -99,16 +99,16 @@ class SignaledSession(LocalSession):
         return self._stop
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals until the block ends; in the main thread."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    def handle_signals(self) -> Iterator[None]:
+        """Handle the signals until the block ends; in the main thread."""
+        before = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        print("stopping: a checkpoint is saved; the same again leaves at once", file=sys.stderr, flush=True)
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
         self._stop = True
         signal.signal(number, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""What a step object is: the mathematics of one optimizer step, with the order of things left to the loop."""
+"""The step object's interface: the mathematics of one optimizer step. The order of things is the trainer's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,68 +15,72 @@ from vavae.training.logging.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step says of itself."""
+    """Metrics of one step."""
 
     terms: Mapping[str, Tensor]
-    """Scalars of this rank; summed over ranks they are means over the global batch."""
+    """Scalars [] of this rank by name, float64; summed over ranks they are means over the global batch."""
     gradient_norms: Mapping[str, float]
     """Global gradient norm per engine that was updated; equal on all ranks."""
     ratios: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Sums and counts of this rank, whose quotient after summing over ranks and steps is a mean."""
+    """Sums and counts [] of this rank, whose quotient after summing over ranks and steps is a mean."""
 
 
 class StepWeights(NamedTuple):
-    """The weights of a step, whole and on the CPU."""
+    """The full weights of a step, on the CPU."""
 
     engines: Mapping[str, Mapping[str, Tensor]]
     """State dicts by the names of the engines."""
     average: Mapping[str, Tensor] | None
-    """Of the averaged one, if it is averaged."""
+    """State dict of the average, if there is one."""
 
 
 StepState = Mapping[str, Sequence[float | None]]
-"""What a step remembers besides its weights: by lane."""
+"""Values that a step keeps besides its weights, by lane."""
 
 
 class Step(Protocol):
-    """One kind of training: its weights, its data and its arithmetic."""
+    """Step object of a training: its weights, its data and its mathematics."""
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """All sets of weights that the step optimizes, by the names of their checkpoint folders."""
+        """Engines of all sets of weights that the step optimizes, by the names of their checkpoint folders."""
+
+    @property
+    def accumulation_steps(self) -> Sequence[AccumulationStep]:
+        """Accumulation steps of this rank in every step."""
 
     @property
     def stopwatch(self) -> Stopwatch:
-        """The time of its phases: `forward`, `backward` and `optimizer`."""
+        """Clock of its phases: `forward`, `backward` and `optimizer`."""
 
     @property
     def ema(self) -> ExponentialMovingAverage | None:
-        """The average of the weights that is exported, if there is one."""
+        """Average of the weights, which is exported, if there is one."""
 
     def source(self) -> MicroBatchSource[Any]:
-        """Where micro-batches come from."""
+        """Return the source of micro-batches."""
 
     def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
-        """Forward and backward for every micro-batch of this rank, then one update of the weights."""
+        """Run forward and backward for every micro-batch of this rank, then update the weights once."""
 
     def state_dict(self) -> StepState:
-        """What a checkpoint has to hold besides weights and optimizers, for the lanes of this rank."""
+        """Return the state besides weights and optimizers that a checkpoint holds, for the lanes of this rank."""
 
-    def load_state_dict(self, memory: StepState) -> None:
-        """Restore what all ranks remembered."""
+    def load_state_dict(self, state: StepState) -> None:
+        """Restore the state of all ranks."""
 
 
 class TermSum:
-    """Weighted means of the terms of a step's rounds, kept on the device until somebody asks."""
+    """Weighted means of the terms of a step's micro-batches, kept on the device until somebody asks."""
 
     def __init__(self, accumulation_steps: Sequence[AccumulationStep], world_size: int) -> None:
         self._share = 1.0 / (len(accumulation_steps) * world_size)
         self.terms: dict[str, Tensor] = {}
 
-    def add(self, turn: AccumulationStep, terms: Mapping[str, Tensor]) -> None:
-        """Add the terms of one round. A weight-0 round adds nothing, not even its NaN."""
-        if turn.weight == 0:
+    def add(self, accumulation_step: AccumulationStep, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of one micro-batch, scalars []. One of weight 0 adds nothing, not even its NaN."""
+        if accumulation_step.weight == 0:
             return
         for name, value in terms.items():
-            part = value.detach().double() * (turn.weight * self._share)
+            part = value.detach().double() * (accumulation_step.weight * self._share)
             self.terms[name] = self.terms[name] + part if name in self.terms else part

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vavae.data.image_stream import ImageMicroBatch, ImageStream
 from vavae.data.pixels import to_float
-from vavae.data.sample_order import AccumulationStep
+from vavae.data.sample_order import assign_lanes
 from vavae.distributed.build import build_engine
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine
@@ -37,20 +37,20 @@ Discriminator = Callable[[Tensor], Tensor]
 
 
 class TokenizerLosses(NamedTuple):
-    """What comes out of a micro-batch."""
+    """Losses of one micro-batch."""
 
     objective: Tensor
-    """The scalar to differentiate."""
+    """The scalar [] to differentiate."""
     reconstruction: Tensor
     """[S, 3, H, W], detached."""
     terms: dict[str, Tensor]
-    """Detached scalars by name."""
+    """Detached scalars [] by name."""
     adaptive: AdaptiveWeights
-    """The adaptive weights that were used."""
+    """Adaptive weights that were used."""
 
 
 class TokenizerModel(nn.Module):
-    """All that the tokenizer's optimizer trains, with all losses inside one forward.
+    """Autoencoder and alignment, which one optimizer trains, with all losses inside one forward.
 
     The adaptive weights differentiate within this forward, where DeepSpeed's hooks on its outputs can't be hit.
     """
@@ -70,7 +70,7 @@ class TokenizerModel(nn.Module):
         discriminator: Discriminator | None,
         known: AdaptiveWeights,
     ) -> TokenizerLosses:
-        """The losses of one micro-batch.
+        """Compute the losses of one micro-batch.
 
         Args:
             images: [S, 3, H, W] in [-1, 1].
@@ -95,7 +95,7 @@ class TokenizerModel(nn.Module):
         return TokenizerLosses(objective.objective, reconstruction.detach(), objective.terms, objective.adaptive)
 
     def freeze(self, frozen: Sequence[Part]) -> None:
-        """Take parts out of training."""
+        """Exclude parts from training."""
         autoencoder = self.autoencoder
         parts: dict[Part, tuple[nn.Module, ...]] = {
             "encoder": (autoencoder.encoder, autoencoder.quant_conv),
@@ -108,34 +108,27 @@ class TokenizerModel(nn.Module):
 
 
 class TokenizerStep:
-    """Generator first, then the discriminator on the same reconstructions, each with its own engine.
+    """One update of the generator, then one of the discriminator on the same reconstructions, each with its own engine.
 
     Args:
-        config: the run.
-        stage: losses and frozen parts.
-        start: weights to begin with instead of random ones; of a former stage, or of another training.
+        config: configuration of the run.
+        phase: losses and frozen parts.
+        start: weights to begin with instead of random ones; of the phase before, or of another training.
         stream: micro-batches of images.
-        accumulation_steps: this rank's share of a step.
         world: the ranks.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        stage: TokenizerPhase,
+        phase: TokenizerPhase,
         start: StepWeights | None,
         stream: ImageStream,
-        accumulation_steps: Sequence[AccumulationStep],
         world: World,
     ) -> None:
-        training, losses = config.train_vavae, stage.losses
-        self._config, self._losses, self._stream, self._accumulation_steps, self._world = (
-            config,
-            losses,
-            stream,
-            accumulation_steps,
-            world,
-        )
+        training, losses = config.train_vavae, phase.losses
+        self._config, self._losses, self._stream, self._world = config, losses, stream, world
+        self.accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
         self._measured: dict[int, AdaptiveWeights] = {}
         self.stopwatch = Stopwatch(world.device)
         self.teacher = VisionFoundationTeacher(config.teacher).to(world.device)
@@ -145,7 +138,7 @@ class TokenizerStep:
         self.model = initialized(
             config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
         )
-        self.model.freeze(stage.frozen)
+        self.model.freeze(phase.frozen)
         self._generator = self._engine("generator", self.model, training.optimizer, start)
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
@@ -174,7 +167,7 @@ class TokenizerStep:
             training.engine,
             training.precision,
             self._world,
-            len(self._accumulation_steps),
+            len(self.accumulation_steps),
             micro_batch_size,
         )
 
@@ -187,26 +180,26 @@ class TokenizerStep:
         adversarial = self._losses.adversarial
         started = adversarial.weight > 0 and images_seen >= adversarial.start_images
         adversary = self._adversary if started else None
-        terms = TermSum(self._accumulation_steps, self._world.size)
+        terms = TermSum(self.accumulation_steps, self._world.size)
         pairs = []
-        for turn, item in zip(self._accumulation_steps, micro_batches, strict=True):
+        for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
                 images = to_float(item.images.to(self._world.device, non_blocking=True))
                 losses = self._generate(images, item, adversary)
             with self.stopwatch("backward"):
-                self._generator.backward(losses.objective * turn.weight)
-            terms.add(turn, {_log_name(name): value for name, value in losses.terms.items()})
-            pairs.append((turn, images, losses.reconstruction))
+                self._generator.backward(losses.objective * accumulation_step.weight)
+            terms.add(accumulation_step, {_log_name(name): value for name, value in losses.terms.items()})
+            pairs.append((accumulation_step, images, losses.reconstruction))
         with self.stopwatch("optimizer"):
             norms = {"gradient_norm/generator": self._generator.update(learning_rate)}
         if adversary is not None and math.isfinite(norms["gradient_norm/generator"]):
-            for turn, images, reconstruction in pairs:
+            for accumulation_step, images, reconstruction in pairs:
                 with self.stopwatch("forward"):
                     judged = adversary.forward(images, reconstruction)
                 with self.stopwatch("backward"):
-                    adversary.backward(judged.objective * turn.weight)
+                    adversary.backward(judged.objective * accumulation_step.weight)
                 judgement = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
-                terms.add(turn, {_log_name(name): value for name, value in judgement.items()})
+                terms.add(accumulation_step, {_log_name(name): value for name, value in judgement.items()})
             training = self._config.train_vavae
             ratio = training.of_discriminator.learning_rate / training.optimizer.learning_rate
             with self.stopwatch("optimizer"):
@@ -214,11 +207,11 @@ class TokenizerStep:
         return StepResult(terms.terms, norms)
 
     def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
-        """Forward of one micro-batch through the generator and everything that judges it."""
+        """Run one micro-batch, images [S, 3, H, W] in [-1, 1], through the generator and all losses."""
         config = self._config
         shape = (len(images), config.tokenizer.latent_dim, config.grid, config.grid)
-        generator = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
-        noise = torch.randn(shape, generator=generator, device=self._world.device)
+        rng = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
+        noise = torch.randn(shape, generator=rng, device=self._world.device)
         wanted = self._losses.vision_foundation.weight > 0
         teacher = partial(self.teacher, grid=(config.grid, config.grid)) if wanted else None
         measures = item.step % self._losses.adaptive.every == 0
@@ -234,12 +227,12 @@ class TokenizerStep:
         return losses
 
     def weights(self) -> StepWeights:
-        """All that another stage begins with. Every rank calls it."""
+        """Gather all weights, with which another phase may begin. Every rank calls it."""
         engines = {name: engine.weights() for name, engine in self.engines.items()}
         return StepWeights(engines, None if self.ema is None else self.ema.weights())
 
     def state_dict(self) -> StepState:
-        """See `Step.memory`: the adaptive weights by lane, where they are kept for longer than a step."""
+        """See `Step.state_dict`: the adaptive weights by lane, where they are kept for longer than a step."""
         if self._losses.adaptive.every == 1:
             return {}
         return {
@@ -247,18 +240,18 @@ class TokenizerStep:
             for lane, weights in self._measured.items()
         }
 
-    def load_state_dict(self, memory: StepState) -> None:
-        """See `Step.recall`."""
+    def load_state_dict(self, state: StepState) -> None:
+        """See `Step.load_state_dict`."""
         self._measured = {
             int(lane): AdaptiveWeights(
                 *(None if weight is None else torch.tensor(weight, device=self._world.device) for weight in weights)
             )
-            for lane, weights in memory.items()
+            for lane, weights in state.items()
         }
 
 
 def _log_name(term: str) -> str:
-    """Losses, adaptive weights and the rest are grouped by the first part of their names in the log."""
+    """Name a term for the log, where the first part groups losses, adaptive weights and the rest."""
     if term.endswith("_weight"):
         return f"adaptive_weight/{term.removesuffix('_weight')}"
     return term if term in ("alignment", "logits_real", "logits_fake") else f"loss/{term}"

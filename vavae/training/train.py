@@ -1,13 +1,13 @@
 """The two trainings as a whole: data, step, loop, export. The same under Ray, torchrun and in a test."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vavae.config import Config, digest
 from vavae.data.image_stream import ImageStream
-from vavae.data.sample_order import AccumulationStep, assign_lanes, order_of
+from vavae.data.sample_order import order_of
 from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.distributed.world import World
 from vavae.interop.export import (
@@ -24,10 +24,7 @@ from vavae.latents.statistics import read_statistics
 from vavae.latents.stream import LatentStream
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.models.tokenizer.teacher import teacher_geometry
-from vavae.runs.config import TrainingConfig
-from vavae.runs.run import Job, Run
-from vavae.storage.artifact import commit, discard
-from vavae.storage.storage import Storage
+from vavae.runs.training_inputs import LightningDiTTrainingInputs, TokenizerTrainingInputs, TrainingInputs
 from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights
 from vavae.training.callbacks.diffusion import SamplePreview
 from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview, held_out_images
@@ -41,159 +38,144 @@ from vavae.training.logging.utilization import Utilization
 from vavae.training.session import Session
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
-from vavae.training.trainer import train
+from vavae.training.trainer import Trainer
 from vavae.training.warm_start import starting_weights
 
 SPLIT = "train"
 
 
-def train_vavae(run: Run, session: Session, world: World) -> None:
-    """Train the tokenizer on the run's image shards and export it. Every rank calls it."""
-    config, folder = run.config, run.prefix("prepare_shards")
-    manifest = read_manifest(run.storage, folder)
+class _Attempt:
+    """One attempt at a training: it alone may write checkpoints and the export until another one begins.
+
+    Args:
+        inputs: configuration and folders.
+        session: runner of the training.
+        world: the ranks; each makes one.
+    """
+
+    def __init__(self, inputs: TrainingInputs, session: Session, world: World) -> None:
+        self._inputs, self._session, self._world = inputs, session, world
+        fresh = TrainState(images_seen=0, config=inputs.config_digest, data=inputs.data_digest)
+        retention = Retention.of(inputs.folder, inputs.training)
+        self.checkpoints = Checkpoints(inputs.folder, fresh, retention, world, session.owner)
+
+    def fit(self, step: Step, span: range, callbacks: Sequence[Callback]) -> TrainState:
+        """Train a step from the newest checkpoint over a span of images seen; returns the state at the end."""
+        inputs, world = self._inputs, self._world
+        if world.is_first:
+            inputs.folder.write_json(HARDWARE, Hardware.of(world).model_dump())
+        log = MetricsLog(
+            inputs.job,
+            inputs.folder.child("log"),
+            inputs.tensorboard,
+            active=world.is_first,
+            show=self._session.row,
+        )
+        trainer = Trainer(
+            job=inputs.job,
+            step=step,
+            config=inputs.training,
+            stream=inputs.config.stream,
+            checkpoints=self.checkpoints,
+            log=log,
+            session=self._session,
+            world=world,
+            callbacks=callbacks,
+            utilization=Utilization(inputs.config, inputs.job, world) if world.is_first else None,
+        )
+        return trainer.fit(span)
+
+    def export(self, description: Config, weights: Mapping[str, Mapping[str, Tensor]], state: TrainState) -> None:
+        """Write the export and commit it, on rank 0. Every rank calls it."""
+        self.checkpoints.check_lease()
+        if self._world.is_first:
+            output = self._inputs.output
+            output.discard()
+            files = save_export(output.folder, description, weights)
+            content = digest({name: info.sha256 for name, info in files.items()})
+            output.commit(content, files, images_seen=state.images_seen)
+        self._world.barrier()
+
+
+def train(inputs: TokenizerTrainingInputs | LightningDiTTrainingInputs, session: Session, world: World) -> None:
+    """Train the model of these inputs and export it. Every rank calls it."""
+    if isinstance(inputs, TokenizerTrainingInputs):
+        train_vavae(inputs, session, world)
+    else:
+        train_lightningdit(inputs, session, world)
+
+
+def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World) -> None:
+    """Train the tokenizer on image shards and export it. Every rank calls it."""
+    config = inputs.config
+    manifest = read_manifest(inputs.shards)
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
-    stream = ImageStream(run.storage.child(folder), manifest, SPLIT, order, size, config.stream, config.seed)
-    checkpoints = _checkpoints(run, "train_vavae", session, world)
-    seen = checkpoints.images_seen()
+    stream = ImageStream(inputs.shards, manifest, SPLIT, order, size, config.stream, config.seed)
+    attempt = _Attempt(inputs, session, world)
+    seen = attempt.checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
-    callbacks = _tokenizer_callbacks(run, manifest, world)
-    for stage in config.tokenizer_phases(seen):
-        if stage.until_images < seen:
+    callbacks = _tokenizer_callbacks(inputs, manifest, world)
+    for phase in config.tokenizer_phases(seen):
+        if phase.until_images < seen:
             continue
-        if stage.from_images and world.any(session.stop_requested()):
+        if phase.from_images and world.any(session.stop_requested()):
             return
-        step = TokenizerStep(config, stage, start, stream, _accumulation_steps(run, world), world)
-        span = range(stage.from_images, stage.until_images)
-        state = _train(run, "train_vavae", step, span, checkpoints, session, world, callbacks)
-        if state.images_seen < stage.until_images:
+        step = TokenizerStep(config, phase, start, stream, world)
+        state = attempt.fit(step, range(phase.from_images, phase.until_images), callbacks)
+        if state.images_seen < phase.until_images:
             return
         start = step.weights()
-    assert start is not None, "a budget has at least one stage"
+    assert start is not None, "a budget has at least one phase"
     description = TokenizerDescription(
         tokenizer=config.tokenizer,
         teacher=config.teacher,
         vision_foundation=config.losses.vision_foundation,
         feature_dim=step.teacher.feature_dim,
     )
-    whole = start.engines["generator"] if start.average is None else start.average
-    weights = {WEIGHTS: strip_prefix("autoencoder.", whole), ALIGNMENT: strip_prefix("alignment.", whole)}
-    _export(run, "train_vavae", description, weights, state, checkpoints, world)
+    exported = start.engines["generator"] if start.average is None else start.average
+    weights = {WEIGHTS: strip_prefix("autoencoder.", exported), ALIGNMENT: strip_prefix("alignment.", exported)}
+    attempt.export(description, weights, state)
 
 
-def train_lightningdit(run: Run, session: Session, world: World) -> None:
-    """Train the LightningDiT on the run's latents and export it. Every rank calls it."""
-    config = run.config
-    latents = run.storage.child(run.prefix("precompute_latents"))
+def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:
+    """Train the LightningDiT on latents and export it. Every rank calls it."""
+    config, training = inputs.config, inputs.config.train_lightningdit
     shape = (config.tokenizer.latent_dim, config.grid, config.grid)
-    manifest = read_latents_of(latents, run.require("train_vavae").digest, shape)
-    normalizer = LatentNormalizer(*read_statistics(latents))
+    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape)
+    normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     model = config.lightningdit.with_classes(len(manifest.classes))
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
-    size = config.train_lightningdit.batch_size // config.stream.lanes
-    stream = LatentStream(latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
-    step = DiffusionStep(config, model, stream, normalizer, _accumulation_steps(run, world), world)
-    training = config.train_lightningdit
-    checkpoints = _checkpoints(run, "train_lightningdit", session, world)
+    size = training.batch_size // config.stream.lanes
+    stream = LatentStream(inputs.latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
+    step = DiffusionStep(config, model, stream, normalizer, world)
+    attempt = _Attempt(inputs, session, world)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
-        tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
-        folder, classes = _previews(run, "train_lightningdit"), manifest.classes
+        tokenizer, _ = load_tokenizer(inputs.tokenizer)
+        folder, classes = inputs.folder.child(PREVIEWS), manifest.classes
         callbacks.append(
             SamplePreview(config, model, tokenizer, normalizer, classes, training.preview_images, folder, world)
         )
-    state = _train(run, "train_lightningdit", step, range(training.images), checkpoints, session, world, callbacks)
+    state = attempt.fit(step, range(training.images), callbacks)
     if state.images_seen < training.images:
         return
     description = LightningDiTDescription(
         lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
     )
     weights = strip_prefix("model.", exported_weights(step, "lightningdit"))
-    _export(run, "train_lightningdit", description, {WEIGHTS: weights}, state, checkpoints, world)
+    attempt.export(description, {WEIGHTS: weights}, state)
 
 
-TRAININGS: dict[Job, Callable[[Run, Session, World], None]] = {
-    "train_vavae": train_vavae,
-    "train_lightningdit": train_lightningdit,
-}
-"""The trainings by the name of their job."""
-
-
-def _accumulation_steps(run: Run, world: World) -> Sequence[AccumulationStep]:
-    return assign_lanes(run.config.stream.lanes, world.rank, world.size)
-
-
-def _checkpoints(run: Run, job: Job, session: Session, world: World) -> Checkpoints:
-    """The checkpoints of a training, which is claimed for this configuration."""
-    if world.is_first:
-        run.claim(job)
-    fresh = TrainState(images_seen=0, config=digest(run.identity(job)), data=digest(run.inputs(job)))
-    storage = run.storage.child(run.training_prefix(job))
-    return Checkpoints(storage, fresh, Retention.of(run, job), world, session.owner)
-
-
-def _tokenizer_callbacks(run: Run, manifest: Manifest, world: World) -> list[Callback]:
-    """All that looks at the tokenizer while it trains."""
-    training = run.config.train_vavae
+def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, manifest: Manifest, world: World) -> list[Callback]:
+    config, training = inputs.config, inputs.config.train_vavae
     if training.probe_images is None and training.preview_images is None:
         return []
-    images = held_out_images(run, manifest) if world.is_first else torch.empty(0)  # the others look at nothing
+    images = held_out_images(inputs.shards, manifest) if world.is_first else torch.empty(0)  # only rank 0 needs them
     callbacks: list[Callback] = []
     if training.probe_images is not None:
-        callbacks.append(LatentProbe(run.config, images, training.probe_images, world))
+        callbacks.append(LatentProbe(config, images, training.probe_images, world))
     if training.preview_images is not None:
-        folder = _previews(run, "train_vavae")
-        callbacks.append(ReconstructionPreview(run.config, images, training.preview_images, folder, world))
+        folder = inputs.folder.child(PREVIEWS)
+        callbacks.append(ReconstructionPreview(config, images, training.preview_images, folder, world))
     return callbacks
-
-
-def _previews(run: Run, job: Job) -> Storage:
-    return run.storage.child(f"{run.training_prefix(job)}/{PREVIEWS}")
-
-
-def _train(
-    run: Run,
-    job: Job,
-    step: Step,
-    span: range,
-    checkpoints: Checkpoints,
-    session: Session,
-    world: World,
-    callbacks: Sequence[Callback] = (),
-) -> TrainState:
-    """Run the loop on the run's storage; the state at its end."""
-    if world.is_first:
-        run.storage.write_json(f"{run.training_prefix(job)}/{HARDWARE}", Hardware.of(world).model_dump())
-    log = MetricsLog(
-        job,
-        run.storage.child(f"{run.training_prefix(job)}/log"),
-        run.storage.child(f"tensorboard/{job}"),
-        active=world.is_first,
-        show=session.row,
-    )
-    config: TrainingConfig = getattr(run.config, job)
-    accumulation_steps, reading = _accumulation_steps(run, world), run.config.stream
-    utilization = Utilization(run.config, job, world) if world.is_first else None
-    return train(
-        job, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilization
-    )
-
-
-def _export(
-    run: Run,
-    job: Job,
-    description: Config,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    state: TrainState,
-    checkpoints: Checkpoints,
-    world: World,
-) -> None:
-    """Write the export and commit it, on rank 0."""
-    checkpoints.check_lease()
-    if world.is_first:
-        prefix = run.prefix(job)
-        discard(run.storage, prefix)
-        files = save_export(run.storage.child(prefix), description, weights)
-        content = digest({name: info.sha256 for name, info in files.items()})
-        commit(run.storage, prefix, run.record(job, content, files, images_seen=state.images_seen))
-    world.barrier()

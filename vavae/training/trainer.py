@@ -1,4 +1,4 @@
-"""The training loop: the order of things, the same for both models. The mathematics is the step object's."""
+"""The training loop: the order of a step, the same for both models. The mathematics is the step object's."""
 
 import logging
 import math
@@ -15,11 +15,10 @@ import torch
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream
 from vavae.data.loader import load_micro_batches
-from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.world import World
 from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
-from vavae.runs.config import TrainingConfig
+from vavae.runs.config import ScheduleConfig, TrainingConfig
 from vavae.runs.events import Event, Kind
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
@@ -27,7 +26,6 @@ from vavae.training.checkpoints.state import TrainState
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.throughput import ThroughputMeter
 from vavae.training.logging.utilization import Utilization
-from vavae.training.schedule import learning_rate
 from vavae.training.session import Session
 from vavae.training.spikes import SpikeDetector
 from vavae.training.step import Step, StepResult
@@ -37,257 +35,248 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _LOSS = "loss/total"
-_HEADLINE = (_LOSS, "data_wait")
+_PROGRESS_TERMS = (_LOSS, "data_wait")
 
 
 class NonFiniteError(CommonError):
-    """Gradients left the finite numbers again and again, whatever was tried."""
+    """Gradients that are not finite again and again, in spite of every rollback."""
+
+
+class _DivergedError(Exception):
+    """Too many steps in a row with gradients that are not finite."""
 
 
 class _Signals(NamedTuple):
-    """What the ranks tell each other after a step."""
+    """Facts about a step that every rank needs."""
 
     stop: bool
     """Some rank was asked to save and leave."""
-    listens: bool
-    """It is time to ask whether a machine is about to go."""
+    check_due: bool
+    """It is time to ask `Session.must_save`."""
     loss: float
     """Mean over the global batch."""
 
 
-class _DivergedError(Exception):
-    """Too many steps in a row had gradients that are not finite."""
-
-    def __init__(self, state: TrainState) -> None:
-        super().__init__()
-        self.state = state
-
-
-def train(
-    stage: str,
-    step: Step,
-    accumulation_steps: Sequence[AccumulationStep],
-    span: range,
-    config: TrainingConfig,
-    reading: StreamConfig,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    session: Session,
-    world: World,
-    callbacks: Sequence[Callback] = (),
-    utilization: Utilization | None = None,
-) -> TrainState:
-    """Train until enough images are seen or the session asks to stop; returns the state at the end.
-
-    Starts from the newest checkpoint where there is one and leaves one behind. A step whose gradients are not finite is
-    skipped; after too many in a row the run goes back to its checkpoint, and on behind the images that it met since.
-    Every rank calls it.
-
-    Args:
-        stage: name of the job, for logs.
-        step: the model, its data and its losses.
-        accumulation_steps: this rank's share of every step.
-        span: images seen at which to begin, with the weights that the step has got, and at which to end.
-        config: batch, schedule, intervals, and the budget to be shown.
-        reading: how micro-batches are read ahead.
-        checkpoints: where state is kept.
-        log: rows of metrics.
-        session: whoever runs this.
-        world: the ranks.
-        callbacks: look at the model at their intervals.
-        utilization: what rank 0 adds to the rows, if anything.
-
-    Raises:
-        NonFiniteError: there is no checkpoint to go back to, or going back was in vain; every rank raises it.
-        CommonError: a checkpoint could not be written.
-    """
-    loop = _Loop(
-        stage, step, accumulation_steps, span, config, reading, checkpoints, log, session, world, callbacks, utilization
-    )
-    with Watchdog(config.hang_seconds) as watchdog:
-        watchdog.feed()
-        state = checkpoints.restore(step, span.start)
-        if span.start < state.images_seen < span.stop:
-            loop.note("restored", state.images_seen)
-        for rollbacks in count(1):
-            try:
-                state = loop.go_on(state, watchdog)
-                break
-            except _DivergedError as diverged:
-                checkpoints.wait_for_pending_save()
-                state = checkpoints.restore(step, span.start)
-                seen = diverged.state.images_seen
-                if state.images_seen <= span.start or rollbacks > config.rollback_limit:
-                    raise NonFiniteError(
-                        f"{stage}: gradients are not finite after {seen:,} images, as the log says of each step: lower "
-                        f"{stage}.optimizer.learning_rate under another name, or raise {stage}.rollback_limit"
-                    ) from None
-                logger.warning("%s: back from %s to %s images, and on behind them", stage, seen, state.images_seen)
-                loop.note("rollback", seen, back_to=state.images_seen)
-                state = state.skip_past(diverged.state)
-        checkpoints.wait_for_pending_save()
-    log.close()
-    return state
+def learning_rate(peak: float, config: ScheduleConfig, images_seen: int) -> float:
+    """Learning rate at so many images seen: linear warm-up, then constant or a half cosine down to zero."""
+    if images_seen < config.warmup_images:
+        return peak * (images_seen + 1) / (config.warmup_images + 1)
+    if config.decay_images is None:
+        return peak
+    span = config.decay_images - config.warmup_images
+    progress = min(1.0, (images_seen - config.warmup_images) / span)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """What `train` is given."""
+@dataclass
+class Trainer:
+    """Trains one step object from its newest checkpoint to the end of its span. Every rank makes one."""
 
-    stage: str
+    job: str
+    """Name of the training, in logs and events."""
     step: Step
-    accumulation_steps: Sequence[AccumulationStep]
-    span: range
+    """The model, its data and its losses."""
     config: TrainingConfig
-    reading: StreamConfig
+    """Batch, schedule, intervals, and the budget that is shown."""
+    stream: StreamConfig
+    """How micro-batches are read ahead."""
     checkpoints: Checkpoints
     log: MetricsLog
     session: Session
+    """Whoever runs the training."""
     world: World
-    callbacks: Sequence[Callback]
-    utilization: Utilization | None
+    callbacks: Sequence[Callback] = ()
+    """Called at their intervals."""
+    utilization: Utilization | None = None
+    """Further metrics of rank 0's rows."""
 
-    def go_on(self, state: TrainState, watchdog: Watchdog) -> TrainState:
-        """Train from a state on until the end, a stop, or divergence."""
-        if state.images_seen >= self.span.stop:
+    def fit(self, span: range) -> TrainState:
+        """Train until the span is covered or the session asks to stop, and leave a checkpoint. Every rank calls it.
+
+        A step whose gradients are not finite is skipped. After too many in a row the training is rolled back to its
+        last checkpoint, and skips the data that it met since.
+
+        Args:
+            span: images seen at which to begin, with the weights that the step has, and at which to end.
+
+        Returns:
+            The state at the end.
+
+        Raises:
+            NonFiniteError: there is no checkpoint to roll back to, or rolling back was in vain; on every rank.
+            CommonError: a checkpoint could not be written.
+        """
+        with Watchdog(self.config.hang_seconds) as self._watchdog:
+            self._watchdog.feed()
+            state = self.checkpoints.restore(self.step, span.start)
+            if span.start < state.images_seen < span.stop:
+                self._record_event("restored", state.images_seen)
+            for rollbacks in count(1):
+                try:
+                    state = self._train_from(state, span.stop)
+                    break
+                except _DivergedError:
+                    state = self._roll_back(span.start, rollbacks)
+            self.checkpoints.wait_for_pending_save()
+        self.log.close()
+        return state
+
+    def _train_from(self, state: TrainState, until: int) -> TrainState:
+        """Train from a state until so many images are seen or a stop is requested; returns the state then.
+
+        Raises:
+            _DivergedError: see `_step`; `self._state` is the state then.
+        """
+        if state.images_seen >= until:
             return state
         self.log.rewind(state.images_seen)
-        return _Way(self, state).go(watchdog)
-
-    def note(self, kind: Kind, images_seen: int, **details: Any) -> None:
-        """Have rank 0 remember what happened."""
-        if self.world.is_first:
-            self.session.event(Event(kind, self.stage, images_seen, details))
-
-    def report(self, kind: Kind, what: str, result: StepResult, images_seen: int) -> None:
-        """Say what a remarkable step was like. Every rank calls it."""
-        terms = self.world.sum_terms(result.terms)
-        if self.world.is_first:
-            figures = ", ".join(f"{name} {value:g}" for name, value in {**result.gradient_norms, **terms}.items())
-            logger.warning("%s: the step at %s images %s: %s", self.stage, f"{images_seen:,}", what, figures)
-            self.note(kind, images_seen, figures=figures)
-
-    def exchange(self, result: StepResult) -> _Signals:
-        """What all ranks have to know after a step, in one reduction. Every rank calls it."""
-        flags = {"stop": self.session.stop_requested(), "listens": self.session.listens()}
-        total = self.world.sum_terms(
-            {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
-        )
-        return _Signals(total["stop"] > 0, total["listens"] > 0, total[_LOSS])
-
-
-class _Way:
-    """The steps from one state on, and what was counted of them."""
-
-    def __init__(self, loop: _Loop, state: TrainState) -> None:
-        self._loop, self._state, self._source = loop, state, loop.step.source()
+        self._state, self._source = state, self.step.source()
         unreadable = self._source.quarantine.names if isinstance(self._source, ImageStream) else ()
-        self._meter = ThroughputMeter(loop.world, loop.step.stopwatch, unreadable)
-        self._rate, self._spikes = Rate(), SpikeDetector(loop.config.spike_deviations)
+        self._meter = ThroughputMeter(self.world, self.step.stopwatch, unreadable)
+        self._rate, self._spikes = Rate(), SpikeDetector(self.config.spike_deviations)
         self._row: dict[str, float] = {}
-        self._shown, self._skipped = -math.inf, 0
-
-    def go(self, watchdog: Watchdog) -> TrainState:
-        """Step after step; the state behind the last."""
+        self._shown_at, self._skipped_in_a_row = -math.inf, 0
         stop = False
-        with closing(self._micro_batches()) as stream:
+        with closing(self._load_micro_batches()) as stream:
             while not stop:
-                watchdog.feed()
+                self._watchdog.feed()
                 before = self._state.images_seen
                 signals = self._step(stream)
                 self._run_callbacks(before)
-                done = self._state.images_seen >= self._loop.span.stop
+                done = self._state.images_seen >= until
                 stop = signals.stop or done
-                asked = signals.listens and self._loop.session.must_save()
-                self._keep(before, save=stop or asked, done=done)
+                must_save = signals.check_due and self.session.must_save()
+                self._log_and_checkpoint(before, save=stop or must_save, done=done)
         return self._state
 
-    def _micro_batches(self) -> Generator[list[Any], None, None]:
-        """What this rank reads from the state on."""
-        loop = self._loop
+    def _load_micro_batches(self) -> Generator[list[Any], None, None]:
         return load_micro_batches(
             self._source,
-            loop.accumulation_steps,
-            self._state.position // loop.config.batch_size,
-            loop.reading.workers,
-            pin_memory=loop.world.device.type == "cuda",
-            prefetch_bytes=loop.reading.prefetch_bytes,
-            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", loop.world.size)),
+            self.step.accumulation_steps,
+            self._state.position // self.config.batch_size,
+            self.stream.workers,
+            pin_memory=self.world.device.type == "cuda",
+            prefetch_bytes=self.stream.prefetch_bytes,
+            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
         )
 
     def _step(self, stream: Iterator[list[Any]]) -> _Signals:
-        """One step, which moves the state on.
+        """Load, run, and account for one optimizer step.
 
         Raises:
-            _DivergedError: as those before it, it has gradients that are not finite.
+            _DivergedError: like too many before it, it has gradients that are not finite.
         """
-        loop, before = self._loop, self._state.images_seen
+        before = self._state.images_seen
         with self._meter.waiting("data_wait"):
             micro_batches = next(stream)
-        result = loop.step.run(micro_batches, before, self._learning_rate(before))
-        self._state = self._state.after(loop.config.batch_size)
-        signals = loop.exchange(result)
+        result = self.step.run(micro_batches, before, self._learning_rate(before))
+        self._state = self._state.after(self.config.batch_size)
+        signals = self._exchange_signals(result)
         if not all(map(math.isfinite, result.gradient_norms.values())):
-            self._skip(result, before)
+            self._count_skipped(result, before)
             return signals
-        self._skipped = 0
-        self._meter.add(result, loop.config.batch_size)
-        if loop.step.ema is not None:
-            with loop.step.stopwatch("optimizer"):
-                loop.step.ema.update()
+        self._skipped_in_a_row = 0
+        self._meter.add(result, self.config.batch_size)
+        if self.step.ema is not None:
+            with self.step.stopwatch("optimizer"):
+                self.step.ema.update()
         if self._spikes.is_spike(signals.loss):
             self._meter.spike()
-            loop.report("loss_spike", "has a loss far above those before it", result, before)
+            self._report_step("loss_spike", "has a loss far above those before it", result, before)
         return signals
 
     def _learning_rate(self, images_seen: int) -> float:
-        config = self._loop.config
-        return learning_rate(config.optimizer.learning_rate, config.schedule, images_seen)
+        return learning_rate(self.config.optimizer.learning_rate, self.config.schedule, images_seen)
 
-    def _skip(self, result: StepResult, images_seen: int) -> None:
+    def _exchange_signals(self, result: StepResult) -> _Signals:
+        """Share the loss and the session's requests among all ranks, in one reduction."""
+        flags = {"stop": self.session.stop_requested(), "check_due": self.session.save_check_due()}
+        total = self.world.sum_terms(
+            {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
+        )
+        return _Signals(total["stop"] > 0, total["check_due"] > 0, total[_LOSS])
+
+    def _count_skipped(self, result: StepResult, before: int) -> None:
         """Count a step that no engine has applied."""
-        self._skipped += 1
-        self._meter.skip(self._loop.config.batch_size)
-        self._loop.report("skipped_step", "is skipped", result, images_seen)
-        if self._skipped > self._loop.config.skip_limit:
-            raise _DivergedError(self._state)
+        self._skipped_in_a_row += 1
+        self._meter.skip(self.config.batch_size)
+        self._report_step("skipped_step", "is skipped", result, before)
+        if self._skipped_in_a_row > self.config.skip_limit:
+            raise _DivergedError
+
+    def _report_step(self, kind: Kind, what: str, result: StepResult, images_seen: int) -> None:
+        """Log a remarkable step in detail, and record it as an event."""
+        terms = self.world.sum_terms(result.terms)
+        if self.world.is_first:
+            figures = ", ".join(f"{name} {value:g}" for name, value in {**result.gradient_norms, **terms}.items())
+            logger.warning("%s: the step at %s images %s: %s", self.job, f"{images_seen:,}", what, figures)
+            self._record_event(kind, images_seen, figures=figures)
 
     def _run_callbacks(self, before: int) -> None:
-        for callback in self._loop.callbacks:
+        for callback in self.callbacks:
             if _crosses(before, self._state.images_seen, callback.every_images):
                 with self._meter.waiting("observe_wait"):
-                    callback.on_interval(self._loop.step, self._state.images_seen, self._loop.log)
+                    callback.on_interval(self.step, self._state.images_seen, self.log)
 
-    def _keep(self, before: int, save: bool, done: bool) -> None:
-        """Log, show and save what is due after a step.
+    def _log_and_checkpoint(self, before: int, save: bool, done: bool) -> None:
+        """Log a row, show progress and save a checkpoint, each where it is due.
 
         Args:
-            before: images seen before it.
-            save: whether a checkpoint is due whatever the interval says.
-            done: whether it was the last.
+            before: images seen before the step.
+            save: save whatever the interval says.
+            done: the step was the last.
         """
-        loop, seen = self._loop, self._state.images_seen
-        save = save or _crosses(before, seen, loop.config.checkpoint_images) or loop.checkpoints.is_due(seen)
-        if save or _crosses(before, seen, loop.config.log_images):
+        seen = self._state.images_seen
+        save = save or _crosses(before, seen, self.config.checkpoint_images) or self.checkpoints.is_due(seen)
+        if save or _crosses(before, seen, self.config.log_images):
             self._row = self._meter.row() | {"learning_rate": self._learning_rate(before)}
-            if loop.utilization is not None:
-                self._row |= loop.utilization.figures(before, self._row["images_per_second"])
-            loop.log.add(seen, self._row)
-        if loop.world.is_first and (done or time.monotonic() - self._shown > _PROGRESS_SECONDS):
-            self._shown = time.monotonic()
-            terms = {name: self._row[name] for name in _HEADLINE if name in self._row}
-            loop.session.progress(
-                Progress(loop.stage, seen, loop.config.images, rate=self._rate.update(seen), terms=terms)
-            )
+            if self.utilization is not None:
+                self._row |= self.utilization.metrics(before, self._row["images_per_second"])
+            self.log.add(seen, self._row)
+        if self.world.is_first and (done or time.monotonic() - self._shown_at > _PROGRESS_SECONDS):
+            self._shown_at = time.monotonic()
+            terms = {name: self._row[name] for name in _PROGRESS_TERMS if name in self._row}
+            rate = self._rate.update(seen)
+            self.session.progress(Progress(self.job, seen, self.config.images, rate=rate, terms=terms))
         if save:
             with self._meter.waiting("checkpoint_wait"):
-                self._meter.saved(
-                    loop.checkpoints.save(loop.step, self._state, self._row, loop.log.flush_segment(seen))
-                )
-            loop.session.checkpoint(seen, self._row)
-            loop.note("checkpoint", seen)
+                segment = self.log.flush_segment(seen)
+                self._meter.saved(self.checkpoints.save(self.step, self._state, self._row, segment))
+            self.session.checkpoint(seen, self._row)
+            self._record_event("checkpoint", seen)
+
+    def _roll_back(self, begin: int, rollbacks: int) -> TrainState:
+        """Restore the last checkpoint, and skip the data that the training met since.
+
+        Args:
+            begin: images seen at which the span begins.
+            rollbacks: how many there are with this one.
+
+        Raises:
+            NonFiniteError: there is no checkpoint, or there were too many rollbacks.
+        """
+        diverged = self._state
+        self.checkpoints.wait_for_pending_save()
+        state = self.checkpoints.restore(self.step, begin)
+        if state.images_seen <= begin or rollbacks > self.config.rollback_limit:
+            raise NonFiniteError(
+                f"{self.job}: gradients are not finite after {diverged.images_seen:,} images, as the log says of each "
+                f"step: lower {self.job}.optimizer.learning_rate under another name, or raise {self.job}.rollback_limit"
+            ) from None
+        logger.warning(
+            "%s: rolled back to %s images, skipping the data range up to %s",
+            self.job,
+            f"{state.images_seen:,}",
+            f"{diverged.images_seen:,}",
+        )
+        self._record_event("rollback", diverged.images_seen, back_to=state.images_seen)
+        return state.skip_past(diverged)
+
+    def _record_event(self, kind: Kind, images_seen: int, **details: Any) -> None:
+        if self.world.is_first:
+            self.session.event(Event(kind, self.job, images_seen, details))
 
 
 def _crosses(before: int, after: int, interval: int) -> bool:
-    """Whether a multiple of the interval lies in (before, after]."""
+    """Return whether a multiple of the interval lies in (before, after]."""
     return before // interval < after // interval

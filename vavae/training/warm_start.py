@@ -1,4 +1,4 @@
-"""A tokenizer that a training begins with, from another run or a released file."""
+"""Initial weights of a tokenizer, from another run or a released file."""
 
 from collections.abc import Mapping
 
@@ -21,10 +21,10 @@ from vavae.training.step import StepWeights
 
 
 def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
-    """What `train_vavae.start_from` names: the autoencoder, and the projection and the discriminator if it has them.
+    """Load the weights that `train_vavae.start_from` names: autoencoder, and projection and discriminator if there.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         feature_dim: channels of the teacher's features.
 
     Raises:
@@ -40,15 +40,15 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
 
 def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[str, Tensor]]:
     weights, losses = read_weights(url), config.losses
-    generator = _named("autoencoder", convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer."))
+    generator = _with_prefix("autoencoder", convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer."))
     if holds_alignment(weights):
         sizes = {"latent_dim": config.tokenizer.latent_dim, "feature_dim": feature_dim}
         settings = losses.vision_foundation.model_dump() | sizes
-        generator |= _named("alignment", convert_alignment(weights, settings, "losses.vision_foundation."))
+        generator |= _with_prefix("alignment", convert_alignment(weights, settings, "losses.vision_foundation."))
     engines = {"generator": generator}
     if config.adversarial and holds_discriminator(weights):
         discriminator = convert_discriminator(weights, losses.adversarial.model_dump(), "losses.adversarial.")
-        engines["discriminator"] = _named("discriminator", discriminator)
+        engines["discriminator"] = _with_prefix("discriminator", discriminator)
     return engines
 
 
@@ -60,12 +60,12 @@ def _exported(config: RunConfig, export: Storage) -> dict[str, dict[str, Tensor]
         raise UserError(
             f"{export.url()}: made with {field}={theirs}, which is {ours} here: correct it or start elsewhere"
         )
-    generator = _named("autoencoder", autoencoder)
+    generator = _with_prefix("autoencoder", autoencoder)
     if export.is_file(ALIGNMENT):
-        generator |= _named("alignment", load_alignment(export))
+        generator |= _with_prefix("alignment", load_alignment(export))
     return {"generator": generator}
 
 
-def _named(part: str, module: nn.Module) -> dict[str, Tensor]:
+def _with_prefix(part: str, module: nn.Module) -> dict[str, Tensor]:
     state: Mapping[str, Tensor] = module.state_dict()
     return {f"{part}.{name}": tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""A rank that makes no progress ends itself, so that whoever runs it can start the ranks again."""
+"""End of a rank that makes no progress, so that its runner can start the ranks again."""
 
 import faulthandler
 import sys
@@ -6,10 +6,10 @@ from types import TracebackType
 
 
 class Watchdog:
-    """Ends the process, with the stacks of all threads on standard error, when it is not fed in time.
+    """Timer that ends the process, with the stacks of all threads on standard error, when it is not fed in time.
 
-    It waits outside Python, so it also finds a process that holds Python's lock for ever, such as in a collective whose
-    other ranks are gone. One per process.
+    It waits outside Python, so it also finds a process that holds the interpreter's lock for ever, as in a collective
+    whose other ranks are gone. One per process.
 
     Args:
         seconds: that may pass between two feedings; none switches it off.
@@ -22,7 +22,7 @@ class Watchdog:
         return self
 
     def feed(self) -> None:
-        """There is progress; the time starts anew."""
+        """Report progress: restart the timer."""
         if self._seconds is not None:
             assert sys.__stderr__ is not None, "a training has a standard error"
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)

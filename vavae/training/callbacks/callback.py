@@ -1,4 +1,4 @@
-"""Looking at a training from the side. Whoever looks changes nothing of it and draws from no generator of its own."""
+"""Callbacks of a training, which change nothing of it and draw from no random generator of its own."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -17,31 +17,31 @@ from vavae.training.step import Step
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 PREVIEWS = "previews"
-"""Folder of the pictures of a training."""
+"""Folder of a training's preview pictures."""
 
 
 class Callback(Protocol):
-    """Something that looks at the model at intervals."""
+    """An observer of the model at intervals of images seen."""
 
     every_images: int
-    """Images between two looks."""
+    """Images between two calls."""
 
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """Look at the model of a step, and log what is seen. Every rank calls it."""
+        """Inspect the model of a step, and log the findings. Every rank calls it."""
 
 
 def exported_weights(step: Step, engine: str) -> dict[str, Tensor]:
-    """The state dict that would be exported now: the average where there is one. On the CPU; every rank calls it."""
+    """Gather the state dict that would be exported now, the average where there is one, on the CPU of every rank."""
     return step.engines[engine].weights() if step.ema is None else step.ema.weights()
 
 
 def exported_module(step: Step, engine: str, prefix: str, build: Callable[[], ModuleT], world: World) -> ModuleT | None:
-    """The model that would be exported now, in a module of its own on rank 0's device. Every rank calls it.
+    """Build the model that would be exported now, a module of its own on rank 0's device. Every rank calls it.
 
     Args:
-        step: that trains it.
-        engine: that holds its weights.
-        prefix: of its names in them.
+        step: step that trains it.
+        engine: name of the engine that holds its weights.
+        prefix: prefix of its names in them.
         build: makes the module; on the meta device, where nothing is initialized, so nothing is drawn.
         world: the ranks.
     """
@@ -55,6 +55,6 @@ def exported_module(step: Step, engine: str, prefix: str, build: Callable[[], Mo
 
 
 def save_preview(folder: Storage, images_seen: int, name: str, picture: Image, log: MetricsLog) -> None:
-    """Put a picture into the folder, named by the images seen, and show it in TensorBoard."""
+    """Write a picture into the folder, named by the images seen, and into TensorBoard."""
     folder.write_bytes(f"{images_seen:012d}.png", png_bytes(picture))
     log.picture(images_seen, name, picture)

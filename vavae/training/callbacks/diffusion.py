@@ -1,4 +1,4 @@
-"""The LightningDiT during its training, seen through what it makes of the same noise."""
+"""Preview samples of the LightningDiT during its training, always from the same noise."""
 
 import logging
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ from vavae.training.callbacks.callback import exported_module, save_preview
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SHOWN, _COLUMNS = 16, 8
 
 
 class SamplePreview:
-    """Draws the first images of what the `sample` job would make with the present average, at intervals.
+    """Samples the first images that the `sample` job would make with the present average, at intervals.
 
     Rank 0 does it alone, in single precision, with the run's solver and guidance: the other ranks wait.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         model: sizes of the LightningDiT.
-        tokenizer: decodes.
+        tokenizer: decodes the latents.
         normalizer: of the latents.
         classes: names of the classes.
-        every_images: images of the training between two looks.
+        every_images: images of the training between two previews.
         folder: where pictures go.
         world: the ranks.
     """
@@ -59,7 +59,7 @@ class SamplePreview:
         self._labels = [label(index) for index in range(SHOWN)]
 
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Callback.observe`."""
+        """See `Callback.on_interval`."""
         config = self._config
         try:
             model = exported_module(
@@ -73,16 +73,18 @@ class SamplePreview:
                 return
             images = self._generate(model)
         except torch.OutOfMemoryError:
-            _log.warning("no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen)
+            logger.warning(
+                "no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen
+            )
             return
         grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-1]))
         save_preview(self._folder, images_seen, "samples", grid, log)
 
     def _generate(self, model: LightningDiT) -> Tensor:
-        """The images, uint8 [N, 3, H, W]."""
+        """Sample the images, uint8 [N, 3, H, W]."""
         config, device = self._config, self._world.device
-        generator = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device))
-        drawn = generator.batches(
+        sampler = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device))
+        batches = sampler.batches(
             range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size
         )
-        return torch.cat([*drawn])
+        return torch.cat([*batches])

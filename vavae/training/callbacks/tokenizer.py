@@ -1,4 +1,4 @@
-"""The tokenizer during its training, seen through the same few images with the same noise."""
+"""Probes and previews of the tokenizer during its training, on the same few images with the same noise."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,6 @@ from vavae.metrics.latent_probes import probe_latents
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.callback import exported_module, save_preview
 from vavae.training.logging.log import MetricsLog
@@ -27,12 +26,12 @@ _DIFFERENCE_SCALE = 4
 
 
 class LatentProbe:
-    """Encodes images at intervals, and logs what their latents are like.
+    """Encodes images at intervals, and logs statistics of their latents.
 
     Args:
-        config: of the run.
-        images: see `held_out_images`.
-        every_images: images of the training between two looks.
+        config: configuration of the run.
+        images: uint8 [N, 3, H, W], see `held_out_images`.
+        every_images: images of the training between two calls.
         world: the ranks.
     """
 
@@ -41,7 +40,7 @@ class LatentProbe:
         self._config, self._images, self._world = config, images[:PROBED], world
 
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Callback.observe`."""
+        """See `Callback.on_interval`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
@@ -50,12 +49,12 @@ class LatentProbe:
 
 
 class ReconstructionPreview:
-    """Draws images, their reconstructions, and four times their difference below each other, at intervals.
+    """Reconstructs images at intervals; a picture shows both, and four times their difference.
 
     Args:
-        config: of the run.
-        images: see `held_out_images`.
-        every_images: images of the training between two looks.
+        config: configuration of the run.
+        images: uint8 [N, 3, H, W], see `held_out_images`.
+        every_images: images of the training between two calls.
         folder: where pictures go.
         world: the ranks.
     """
@@ -66,7 +65,7 @@ class ReconstructionPreview:
 
     @torch.inference_mode()
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
-        """See `Callback.observe`."""
+        """See `Callback.on_interval`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
@@ -78,10 +77,9 @@ class ReconstructionPreview:
         save_preview(self._folder, images_seen, "reconstructions", grid, log)
 
 
-def held_out_images(run: Run, manifest: Manifest) -> Tensor:
-    """The first held-out images of a run, uint8 [N, 3, H, W]; training images where none are held out."""
+def held_out_images(shards: Storage, manifest: Manifest) -> Tensor:
+    """Read the first held-out images, uint8 [N, 3, H, W]; training images where none are held out."""
     split = "validation" if manifest.splits.get("validation") else "train"
-    shards = run.storage.child(run.prefix("prepare_shards"))
     return gather(read_images(shards, manifest, split, PROBED, _BATCH)).images
 
 
@@ -91,9 +89,9 @@ def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
 
 @torch.inference_mode()
 def _latents(model: VAVAE, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
-    """Samples of the posteriors of images, in batches [b, C, h, w]."""
-    generator = torch_generator(seed, "observed posterior")
+    """Sample the posteriors of images, uint8 [N, 3, H, W], in batches [b, C, h, w]."""
+    rng = torch_generator(seed, "observed posterior")
     for batch in images.split(_BATCH):
         posterior = model.encode(to_float(batch.to(world.device)))
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=rng)
         yield posterior.at(noise.to(world.device))

@@ -1,4 +1,4 @@
-"""A checkpoint on its way to storage, in a thread of its own."""
+"""Checkpoints are written to storage by a thread of their own."""
 
 from collections.abc import Callable
 from threading import Event, Thread
@@ -8,33 +8,33 @@ from vavae.training.checkpoints.lease import SupersededError
 
 
 class BackgroundWrite:
-    """A checkpoint on its way to storage, in a thread that never keeps the process alive.
+    """A pending write of a checkpoint, in a daemon thread that never keeps the process alive.
 
     Args:
-        work: what the thread does; the event that it is given asks it to wait for nobody.
+        work: done by the thread; the event that it is given asks it to wait for no other rank.
     """
 
     def __init__(self, work: Callable[[Event], None]) -> None:
-        self._left = Event()
+        self._abandoned = Event()
         self._error: UserError | None = UserError("the thread that writes it died")
         self._thread = Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
 
     def _run(self, work: Callable[[Event], None]) -> None:
         try:
-            work(self._left)
+            work(self._abandoned)
         except SupersededError as error:
             self._error = error
         except (OSError, UserError) as error:
-            self._error = UserError(str(error))  # those of stores' clients do not survive the way to other ranks
+            self._error = UserError(str(error))  # errors of stores' clients cannot be sent to other ranks
         else:
             self._error = None
 
-    def leave(self) -> None:
-        """Ask the thread to wait for nobody."""
-        self._left.set()
+    def abandon(self) -> None:
+        """Ask the thread to wait for no other rank."""
+        self._abandoned.set()
 
     def result(self) -> UserError | None:
-        """Wait for the end; the error, if there was one."""
+        """Wait for the end; returns the error, if there was one."""
         self._thread.join()
         return self._error

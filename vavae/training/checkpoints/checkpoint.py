@@ -1,7 +1,7 @@
-"""The state of a training run, named in one place, and checkpoints that are whole or absent.
+"""Checkpoints of a training, each complete or absent.
 
 A checkpoint is a folder. The attempt that writes it has a subfolder of its own in it, and every set of weights one in
-that, with one file of each rank, which holds the rank's fragments of weights and optimizer; so has their average. The
+that, with one file of each rank, which holds the rank's shards of weights and optimizer; so has their average. The
 commit record is written last. Whatever the engine and the number of ranks that wrote a checkpoint, any other reads it:
 there is nothing to convert.
 """
@@ -38,15 +38,15 @@ _LOCAL_POLL_SECONDS, _POLL_SECONDS = 0.02, 1.0
 
 
 class _Found(NamedTuple):
-    """A checkpoint that is whole, as local files."""
+    """A complete checkpoint, as local files."""
 
     details: CheckpointDetails
     files: dict[str, list[Path]]
-    """Of each set of weights, the files of the ranks that wrote it."""
+    """Files of the ranks that wrote it, by set of weights."""
 
 
 class Checkpoints:
-    """Checkpoints of one run, written while the training goes on. A checkpoint exists when its commit record does.
+    """Checkpoints of one training, written while it continues. A checkpoint exists when its commit record does.
 
     Making one begins an attempt at the training and ends all others: they can neither commit nor delete any more.
     Every rank makes one.
@@ -75,18 +75,18 @@ class Checkpoints:
         self._writing: BackgroundWrite | None = None
         self._saved: TrainState | None = None
         self._chosen: list[_Found] | None = None
-        """What was found to go on from, which may be nothing; None before anybody looked."""
+        """The checkpoint to resume from, if there is one; None before the first search."""
 
     def is_due(self, images_seen: int) -> bool:
-        """Whether somebody waits for a checkpoint of this moment, to measure it."""
+        """Return whether a checkpoint of this moment is to be evaluated."""
         return self._retention.is_due(images_seen)
 
     def save(self, step: Step, state: TrainState, metrics: Mapping[str, float], put_log: Callable[[], None]) -> int:
-        """Copy the state of all ranks and leave it to a thread to write and commit. Every rank calls it.
+        """Copy the state of all ranks, which a thread writes and commits. Every rank calls it.
 
         Args:
-            step: whose weights, optimizers and memory are saved.
-            state: where the run stands.
+            step: step whose weights, optimizers and state are saved.
+            state: progress of the training.
             metrics: the last row of the log, by which the best are found.
             put_log: writes the log up to here; on rank 0, before it commits.
 
@@ -94,7 +94,7 @@ class Checkpoints:
             Bytes that this rank copied.
 
         Raises:
-            CommonError: as `settle` does, of the checkpoint before.
+            CommonError: the checkpoint before could not be written, see `wait_for_pending_save`.
         """
         self.wait_for_pending_save()
         memories = self._world.gather(step.state_dict())
@@ -110,12 +110,12 @@ class Checkpoints:
         copies = {key: _copies_on_cpu(parts) for key, parts in sets.items()}
         self._saves += 1
         place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
-        self._writing = BackgroundWrite(lambda left: self._write(place, copies, details, put_log, left))
+        self._writing = BackgroundWrite(lambda abandoned: self._write(place, copies, details, put_log, abandoned))
         self._saved, self._chosen = state, None
         return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
 
     def wait_for_pending_save(self) -> None:
-        """Wait until the last checkpoint is there. Every rank calls it.
+        """Wait until the last checkpoint is committed. Every rank calls it.
 
         Raises:
             CommonError: it could not be written, on whatever rank.
@@ -128,7 +128,7 @@ class Checkpoints:
         errors = [error for error in self._world.gather(own) if error is not None]
         if self._world.is_first:
             if errors:
-                writing.leave()
+                writing.abandon()
             own = writing.result()
         error = next(iter(errors), self._world.broadcast(own))
         if isinstance(error, SupersededError):
@@ -158,9 +158,9 @@ class Checkpoints:
         sets: Mapping[str, Mapping[str, TensorShard]],
         details: CheckpointDetails,
         put_log: Callable[[], None],
-        left: Event,
+        abandoned: Event,
     ) -> None:
-        """Put this rank's files; on rank 0 wait for those of all and commit them."""
+        """Write this rank's files; on rank 0 wait for those of all and commit them."""
         files = {}
         for key, parts in sets.items():
             path = f"{key}/{self._world.rank:05d}.safetensors"
@@ -170,12 +170,12 @@ class Checkpoints:
         self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", files)
         if self._world.is_first:
             put_log()
-            self._commit(place, details, left)
+            self._commit(place, details, abandoned)
 
-    def _commit(self, place: "_Place", details: CheckpointDetails, left: Event) -> None:
+    def _commit(self, place: "_Place", details: CheckpointDetails, abandoned: Event) -> None:
         poll_seconds = _LOCAL_POLL_SECONDS if self._storage.is_local else _POLL_SECONDS
         while len(parts := self._storage.list(f"{place.folder}/{_PARTS}")) < self._world.size:
-            if left.wait(poll_seconds):
+            if abandoned.wait(poll_seconds):
                 return
         files = {
             path: FileInfo.model_validate(info)
@@ -196,7 +196,7 @@ class Checkpoints:
         self._retention.prune(self._storage, place.name)
 
     def images_seen(self) -> int:
-        """Images seen at the newest checkpoint that is whole; 0 where there is none. Every rank calls it."""
+        """Images seen at the newest complete checkpoint; 0 where there is none. Every rank calls it."""
         found = self._newest()
         return 0 if found is None else found.details.state.images_seen
 
@@ -204,8 +204,8 @@ class Checkpoints:
         """Load the newest checkpoint into the step; the fresh state where there is none. Every rank calls it.
 
         Args:
-            step: what to load it into; its engines may be others than those that were saved.
-            begin: images seen at which the step's stage begins. A checkpoint of that moment belongs to the stage
+            step: step to load it into; its engines may be others than those that were saved.
+            begin: images seen at which the step's phase begins. A checkpoint of that moment belongs to the phase
                 before: the step has its weights already, and other optimizers.
 
         Raises:
@@ -227,7 +227,7 @@ class Checkpoints:
         return found.details.state
 
     def _newest(self) -> _Found | None:
-        """The newest checkpoint that is whole; others are passed over with a warning. Every rank calls it."""
+        """Find the newest complete checkpoint; others are skipped with a warning. Every rank calls it."""
         if self._chosen is None:
             self._chosen = [found] if (found := self._choose()) is not None else []
         return next(iter(self._chosen), None)
@@ -236,7 +236,7 @@ class Checkpoints:
         for name, record in self._world.broadcast(self._committed() if self._world.is_first else None):
             files = self._local_files(name, record)
             if self._world.any(files is None):
-                self._pass_over(name)
+                self._warn_of_incomplete(name)
                 continue
             assert files is not None, "no rank lacks a file"
             details = self._details(name, record)
@@ -254,26 +254,26 @@ class Checkpoints:
             field = ".".join(map(str, error.errors()[0]["loc"]))
             raise UserError(
                 f"{self._storage.url(name)}: written by another version of this program ({field}): "
-                "go on with that one, or give the run another name"
+                "resume with that one, or give the run another name"
             ) from error
 
     def _committed(self) -> list[tuple[str, Artifact]]:
-        """Names and records of the checkpoints whose files are all there, newest first."""
+        """List names and records of the checkpoints whose files are all there, newest first."""
         found = []
         for name in reversed(self._storage.list()):
             record = read(self._storage, name)
             if record is not None and is_intact(self._storage, name, record):
                 found.append((name, record))
             else:
-                self._pass_over(name)
+                self._warn_of_incomplete(name)
         return found
 
-    def _pass_over(self, name: str) -> None:
+    def _warn_of_incomplete(self, name: str) -> None:
         if self._world.is_first:
-            logger.warning("%s is not whole and is passed over", self._storage.url(name))
+            logger.warning("%s is incomplete and is skipped", self._storage.url(name))
 
     def _local_files(self, name: str, record: Artifact) -> dict[str, list[Path]] | None:
-        """Local files of a checkpoint by set of weights; None where one is damaged. Each rank checks its share."""
+        """Fetch a checkpoint's files by set of weights; None where one is damaged. Each rank checks its share."""
         files: dict[str, list[Path]] = {}
         for index, (path, info) in enumerate(sorted(record.files.items())):
             try:
@@ -289,12 +289,12 @@ class Checkpoints:
 
 
 def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
-    """Fill whole tensors, contiguous ones, with the average in a checkpoint.
+    """Fill full contiguous tensors with the average in a checkpoint.
 
     Args:
-        training: the folder of the training.
-        images_seen: at the checkpoint, which is there.
-        tensors: by their names in the step's module.
+        training: folder of the training.
+        images_seen: at the checkpoint.
+        tensors: tensors by their names in the step's module.
 
     Raises:
         UserError: a file is damaged, or gone.
@@ -309,19 +309,19 @@ def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tens
 
 
 class _Place(NamedTuple):
-    """Where a checkpoint is written."""
+    """Folders of a checkpoint that is being written."""
 
     name: str
-    """Its own folder."""
+    """Folder of the checkpoint."""
     attempt: str
-    """The folder in that of who writes it."""
+    """Folder of the attempt within it."""
 
     @property
     def folder(self) -> str:
-        """Both."""
+        """Folder of the attempt, below that of all checkpoints."""
         return f"{self.name}/{self.attempt}"
 
 
 def _copies_on_cpu(parts: Mapping[str, TensorShard]) -> dict[str, TensorShard]:
-    """Copies on the CPU, which further steps leave alone."""
+    """Copy shards to the CPU, where further steps do not change them."""
     return {name: part._replace(values=part.values.to("cpu", copy=True)) for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""Which of several attempts at one training may write: the last one that began."""
+"""The right to write of the last of several attempts at one training."""
 
 from uuid import uuid4
 
@@ -10,8 +10,8 @@ class SupersededError(CommonError):
     """Another attempt at the same training has begun since.
 
     Args:
-        message: for the user.
-        owner: who runs that attempt.
+        message: text for the user.
+        owner: runner of that attempt.
     """
 
     def __init__(self, message: str, owner: str) -> None:
@@ -23,21 +23,21 @@ class SupersededError(CommonError):
 
 
 class Lease:
-    """The right to write. It has no end of its own: whoever takes it later ends it.
+    """Right to write, which never expires: a later attempt that acquires it ends it.
 
-    So a run that lost its machine is taken up at once, and a machine that was only cut off finds out before it commits,
-    deletes or exports anything.
+    So a training that lost its machine resumes at once, and a machine that was only cut off finds out before it
+    commits, deletes or exports anything.
 
     Args:
-        storage: where the lease lies.
-        path: its file.
-        owner: who asks for it; all attempts of one driver have the same.
+        storage: folder of the training.
+        path: file of the lease.
+        owner: runner of the attempt; all attempts of one driver have the same.
     """
 
     def __init__(self, storage: Storage, path: str, owner: str) -> None:
         self._storage, self._path, self._owner = storage, path, owner
         self.attempt = ""
-        """Name of this attempt, once the lease is taken."""
+        """Name of this attempt, once the lease is acquired."""
 
     def acquire(self) -> str:
         """Begin an attempt; returns its name."""
@@ -46,14 +46,14 @@ class Lease:
         return self.attempt
 
     def check(self) -> None:
-        """Make sure that nobody has taken it since.
+        """Make sure that no other attempt has acquired it since.
 
         Raises:
-            SupersededError: somebody has.
+            SupersededError: another one has.
         """
         holder = self._storage.read_json(self._path)
         if holder["attempt"] != self.attempt:
             raise SupersededError(
-                f"{self._storage.url()}: {holder['owner']} goes on with this training now, and this attempt ends",
+                f"{self._storage.url()}: {holder['owner']} resumes this training now, and this attempt ends",
                 holder["owner"],
             )

@@ -1,11 +1,10 @@
-"""Which checkpoints of a training stay in storage."""
+"""Retention of a training's checkpoints in storage."""
 
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vavae.runs.config import BestConfig, TrainingConfig
-from vavae.runs.run import Job, Run
+from vavae.runs.config import BestConfig, LightningDiTTrainingConfig, TrainingConfig
 from vavae.storage.artifact import Artifact, discard, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -14,31 +13,35 @@ logger = logging.getLogger(__name__)
 
 
 class Retention(NamedTuple):
-    """The last checkpoints stay, the best ones, and those that wait to be measured."""
+    """The checkpoints that stay: the last ones, the best ones, and those that wait to be evaluated."""
 
     keep: int
-    """How many of the last."""
+    """Number of the last ones."""
     best: BestConfig | None = None
-    """Which others."""
-    measures: CheckpointMetrics | None = None
-    """Figures by which the best are found, besides those of the log."""
+    """Rule for the best ones."""
+    evaluations: CheckpointMetrics | None = None
+    """Metrics by which the best are found, besides those of the log."""
 
     @classmethod
-    def of(cls, run: Run, job: Job) -> "Retention":
-        """That of a run's training."""
-        config: TrainingConfig = getattr(run.config, job)
-        measures = CheckpointMetrics.of(run) if job == "train_lightningdit" else None
-        return cls(config.keep_checkpoints, config.keep_best, measures)
-
-    def is_due(self, images_seen: int) -> bool:
-        """Whether a checkpoint of this moment is to be measured."""
-        return self.measures is not None and self.measures.is_due(images_seen)
-
-    def prune(self, checkpoints: Storage, newest: str) -> None:
-        """Delete the others, up to the newest; what lies ahead of it goes, too.
+    def of(cls, training: Storage, config: TrainingConfig) -> "Retention":
+        """Make the retention of a training.
 
         Args:
-            checkpoints: their folder.
+            training: folder of the training.
+            config: its section of the configuration.
+        """
+        evaluations = CheckpointMetrics.of(training, config) if isinstance(config, LightningDiTTrainingConfig) else None
+        return cls(config.keep_checkpoints, config.keep_best, evaluations)
+
+    def is_due(self, images_seen: int) -> bool:
+        """Return whether a checkpoint of this moment is to be evaluated."""
+        return self.evaluations is not None and self.evaluations.is_due(images_seen)
+
+    def prune(self, checkpoints: Storage, newest: str) -> None:
+        """Delete all other checkpoints, and all that lie ahead of the newest.
+
+        Args:
+            checkpoints: folder of the checkpoints.
             newest: name of the one that was committed last.
         """
         records = {name: read(checkpoints, name) for name in checkpoints.list()}
@@ -49,23 +52,23 @@ class Retention(NamedTuple):
                 discard(checkpoints, name)
 
     def _waiting(self, records: Mapping[str, Artifact]) -> list[str]:
-        measures = self.measures
-        return [] if measures is None else [name for name in records if measures.awaits(int(name))]
+        evaluations = self.evaluations
+        return [] if evaluations is None else [name for name in records if evaluations.awaits(int(name))]
 
     def _best_of(self, records: Mapping[str, Artifact]) -> list[str]:
-        """Names of the checkpoints that stay for what was measured of them."""
+        """Names of the checkpoints that stay for their metrics."""
         best = self.best
         if best is None:
             return []
-        rows = {name: self._figures(name, record) for name, record in records.items()}
+        rows = {name: self._metrics(name, record) for name, record in records.items()}
         scores = {name: row[best.metric] for name, row in rows.items() if row.get(best.metric) is not None}
         if rows and not scores and not self._waiting(records):
             known = ", ".join(sorted({key for row in rows.values() for key in row}))
             logger.warning("keep_best.metric=%s is not a finite number in any row; there are: %s", best.metric, known)
         return sorted(scores, key=scores.__getitem__, reverse=best.mode == "max")[: best.count]
 
-    def _figures(self, name: str, record: Artifact) -> dict[str, Any]:
-        """The last row of the log before a checkpoint, and what was measured of it."""
+    def _metrics(self, name: str, record: Artifact) -> dict[str, Any]:
+        """Metrics of a checkpoint: the last row of the log before it, and those of its evaluation."""
         logged: Any = record.details.get("metrics", {})
-        measured = {} if self.measures is None else self.measures.values().get(int(name), {})
-        return {**logged, **measured}
+        evaluated = {} if self.evaluations is None else self.evaluations.values().get(int(name), {})
+        return {**logged, **evaluated}

@@ -22,49 +22,49 @@ from vavae.training.flops.meta_models import (
 
 
 def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompute: bool = False) -> float:
-    """Of one image in a training step: forward and backward of everything that the step runs.
+    """FLOPs of one image in a training step: forward and backward of all that the step runs.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         job: `train_vavae` or `train_lightningdit`.
-        images_seen: position in the training; it decides about the tokenizer's stage and adversary.
-        recompute: count what `checkpoint_activations` computes again too; utilization is told without.
+        images_seen: position in the training; it decides about the tokenizer's phase and adversary.
+        recompute: count what `checkpoint_activations` computes again too; utilization leaves it out.
     """
     if not recompute:
         config = _without_recomputation(config)
     if job == "train_lightningdit":
         return _count(lightningdit_step(config, 1))
     assert job == "train_vavae", f"{job} trains nothing"
-    stages = config.tokenizer_phases(images_seen + 1)
-    stage = next(stage for stage in stages if images_seen < stage.until_images)
-    adversarial, every = stage.losses.adversarial, stage.losses.adaptive.every
+    phases = config.tokenizer_phases(images_seen + 1)
+    phase = next(phase for phase in phases if images_seen < phase.until_images)
+    adversarial, every = phase.losses.adversarial, phase.losses.adaptive.every
     adversary = adversarial.weight > 0 and images_seen >= adversarial.start_images
-    measured = _count(tokenizer_step(config, stage, 1, adversary=adversary, measures=True))
+    measured = _count(tokenizer_step(config, phase, 1, adversary=adversary, measures=True))
     if every == 1:
         return measured
-    known = _count(tokenizer_step(config, stage, 1, adversary=adversary, measures=False))
+    known = _count(tokenizer_step(config, phase, 1, adversary=adversary, measures=False))
     return (measured + known * (every - 1)) / every
 
 
 def encoding_flops(config: RunConfig) -> float:
-    """Of one image through the encoder, without gradients."""
+    """FLOPs of encoding one image, without gradients."""
     model = on_meta(lambda: VAVAE(config.tokenizer))
     return _count(MetaModel(lambda: model.encode(images_of(config, 1)), (model,)))
 
 
 def decoding_flops(config: RunConfig) -> float:
-    """Of one latent through the decoder, without gradients."""
+    """FLOPs of decoding one latent, without gradients."""
     model = on_meta(lambda: VAVAE(config.tokenizer))
     return _count(MetaModel(lambda: model.decode(latents_of(config, 1)), (model,)))
 
 
 def velocity_flops(config: RunConfig) -> float:
-    """Of one evaluation of the LightningDiT for one latent, without gradients."""
+    """FLOPs of one evaluation of the LightningDiT for one latent, without gradients."""
     return _count(velocity(config))
 
 
 def _count(task: MetaModel) -> float:
-    """Of all work; attention as plain matrix products, which the counter knows on every device."""
+    """Count the FLOPs of some work, attention as plain matrix products: the counter knows those on every device."""
     with task.ready() as work, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()

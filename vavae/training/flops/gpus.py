@@ -1,4 +1,4 @@
-"""GPUs by name: what they can do at most, without torch. Figures of NVIDIA's data sheets, without sparsity."""
+"""Peak rates of GPUs by name, from NVIDIA's data sheets without sparsity; without torch."""
 
 import difflib
 import re
@@ -37,7 +37,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of a name in `GPUS`, in capitals or not.
+    """Look up a GPU of `GPUS` by name, in capitals or not.
 
     Raises:
         UserError: there is none of that name.
@@ -50,6 +50,6 @@ def gpu_named(name: str) -> Gpu:
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """The GPU that CUDA calls so, as in `NVIDIA H100 80GB HBM3`; None where it is not in `GPUS`."""
+    """Look up a GPU by its name in CUDA, as in `NVIDIA H100 80GB HBM3`; None where it is not in `GPUS`."""
     words = set(re.split(r"[\s-]+", device_name.upper()))
     return next((gpu for name, gpu in GPUS.items() if set(name.split("-")) <= words), None)

@@ -1,4 +1,4 @@
-"""The networks and steps of a training on tensors that have sizes and no memory, for whoever counts what they take."""
+"""Networks and steps of a training on tensors without memory, to count their FLOPs and activations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,14 +25,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module | None)
 
 
 class MetaModel(NamedTuple):
-    """Some work, and the modules that do it."""
+    """Work to be counted, and the modules that do it."""
 
     work: Callable[[], Any]
     modules: tuple[nn.Module, ...]
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[], Any]]:
-        """The work, to be called within."""
+        """Give fake tensors to the modules; the work is called within."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in self.modules:
                 module.to_empty(device="cpu")
@@ -40,35 +40,35 @@ class MetaModel(NamedTuple):
 
 
 def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
-    """A module with sizes and without memory."""
+    """Build a module with sizes and without memory."""
     with torch.device("meta"):
         return build()
 
 
 def images_of(config: RunConfig, count: int) -> Tensor:
-    """Images [count, 3, H, W], to be made when the work is called."""
+    """Empty images [count, 3, H, W], to be made when the work is called."""
     return torch.empty(count, 3, config.shards.image_size, config.shards.image_size)
 
 
 def latents_of(config: RunConfig, count: int) -> Tensor:
-    """Latents [count, C, h, w], likewise."""
+    """Empty latents [count, C, h, w], to be made when the work is called."""
     return torch.empty(count, config.tokenizer.latent_dim, config.grid, config.grid)
 
 
 def lightningdit_of(config: RunConfig) -> LightningDiT:
-    """The LightningDiT of a run; where the number of classes is not known, with one."""
+    """Build the LightningDiT of a run; where the number of classes is not known, with one class."""
     model = config.lightningdit
     return LightningDiT(model.with_classes(model.classes or 1), config.tokenizer.latent_dim, config.grid)
 
 
 def velocity(config: RunConfig) -> MetaModel:
-    """One evaluation of the LightningDiT for one latent."""
+    """Evaluation of the LightningDiT for one latent."""
     model = on_meta(lambda: lightningdit_of(config))
     return MetaModel(lambda: model(latents_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64)), (model,))
 
 
 def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
-    """One micro-batch of so many images, forward and backward."""
+    """LightningDiT on one micro-batch, forward and backward."""
     model = on_meta(lambda: FlowMatchingModel(lightningdit_of(config), FlowMatchingObjective(config.objective)))
 
     def step() -> None:
@@ -80,22 +80,22 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
 
 
 def tokenizer_step(
-    config: RunConfig, stage: TokenizerPhase, images: int, *, adversary: bool, measures: bool
+    config: RunConfig, phase: TokenizerPhase, images: int, *, adversary: bool, measures: bool
 ) -> MetaModel:
-    """One micro-batch of so many images through the generator and all that judges it, then through the discriminator.
+    """Tokenizer on one micro-batch: the generator with all its losses, then the discriminator.
 
     Args:
-        config: the run.
-        stage: losses and frozen parts.
-        images: in the micro-batch.
-        adversary: whether it has joined.
-        measures: whether the adaptive weights are measured in this step.
+        config: configuration of the run.
+        phase: losses and frozen parts.
+        images: images in the micro-batch.
+        adversary: the discriminator has started.
+        measures: the adaptive weights are measured in this step.
     """
-    losses, grid = stage.losses, (config.grid, config.grid)
+    losses, grid = phase.losses, (config.grid, config.grid)
     teacher = on_meta(lambda: VisionFoundationTeacher(config.teacher, meta_backbone))
     perceptual = on_meta(lambda: build_perceptual(losses.perceptual, teacher.early_features, meta_backbone))
     model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim))
-    model.freeze(stage.frozen)
+    model.freeze(phase.frozen)
     judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial))
 
     def step() -> None:
@@ -120,5 +120,5 @@ def tokenizer_step(
 
 
 def _beyond(leaf: Tensor) -> Tensor:
-    """The same values; torch's counter of FLOPs takes no leaf that enters a module and is differentiated for itself."""
+    """Copy a leaf: the counter of FLOPs takes no leaf that enters a module and is differentiated for itself."""
     return leaf * 1

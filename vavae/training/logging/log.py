@@ -17,30 +17,32 @@ if TYPE_CHECKING:  # who only reads rows, as `vavae status`, needs no torch, whi
 Show = Callable[[Mapping[str, float]], None]
 
 
-def _unseen(row: Mapping[str, float]) -> None:
-    """Nobody else looks at a row."""
+def _show_nowhere(row: Mapping[str, float]) -> None:
+    """Show a row nowhere else."""
 
 
 class MetricsLog:
-    """The rows of one training run. One segment per checkpoint, because an object store cannot append.
+    """Log of one training. It writes one segment per checkpoint, because an object store cannot append.
 
     Args:
-        stage: name of the job; part of every row.
-        segments: where the segments go.
-        tensorboard: where TensorBoard's files go.
+        job: name of the training; `stage` in every row.
+        segments: folder of the segments.
+        tensorboard: folder of TensorBoard's files.
         active: whether this process writes (rank 0); elsewhere rows are shown and no more.
-        show: gets every row of this rank too.
+        show: called with every row of this rank.
     """
 
-    def __init__(self, stage: str, segments: Storage, tensorboard: Storage, active: bool, show: Show = _unseen) -> None:
-        self._stage, self._segments, self._tensorboard, self._active = stage, segments, tensorboard, active
+    def __init__(
+        self, job: str, segments: Storage, tensorboard: Storage, active: bool, show: Show = _show_nowhere
+    ) -> None:
+        self._job, self._segments, self._tensorboard, self._active = job, segments, tensorboard, active
         self._show = show
         self._rows: list[dict[str, Any]] = []
         self._writer: SummaryWriter | None = None
         self._scratch = None if tensorboard.is_local else tempfile.TemporaryDirectory(prefix="vavae-")
 
     def rewind(self, images_seen: int) -> None:
-        """Drop what was logged after the checkpoint that the run goes on from, by whatever attempt; opens the log."""
+        """Open the log, dropping all rows after the checkpoint from which the training resumes."""
         if not self._active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -55,28 +57,28 @@ class MetricsLog:
         self._writer = SummaryWriter(folder, purge_step=images_seen + 1)
 
     def add(self, images_seen: int, row: Mapping[str, float]) -> None:
-        """Keep one row, or more of the last one where it is of the same images."""
+        """Add a row, or further metrics to the last row where it has the same images seen."""
         self._show(row)
         if not self._active:
             return
         assert self._writer is not None, "rewind opens the log"
         if not self._rows or self._rows[-1]["images"] != images_seen:
-            self._rows.append({"stage": self._stage, "images": images_seen})
+            self._rows.append({"stage": self._job, "images": images_seen})
         self._rows[-1] |= row
         for name, value in row.items():
             self._writer.add_scalar(name, value, images_seen)
 
     def picture(self, images_seen: int, name: str, picture: Image) -> None:
-        """Show a picture in TensorBoard."""
+        """Add a picture to TensorBoard."""
         if not self._active:
             return
         assert self._writer is not None, "rewind opens the log"
         self._writer.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
 
     def flush_segment(self, images_seen: int) -> Callable[[], None]:
-        """Make one segment of the rows since the last; what is returned writes it, in whatever thread."""
+        """Make a segment of the rows since the last; returns a function that writes it, in whatever thread."""
         if not self._active:
-            return _nothing
+            return _write_nothing
         assert self._writer is not None, "rewind opens the log"
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         self._rows = []
@@ -90,36 +92,36 @@ class MetricsLog:
                 self._tensorboard.put_file(file, file.name)
 
     def close(self) -> None:
-        """End it; rows that were not sealed are lost."""
+        """Close the log; rows that were not flushed are lost."""
         if self._writer is not None:
             self._writer.close()
         if self._scratch:
             self._scratch.cleanup()
 
 
-def _nothing() -> None:
-    """Other ranks have nothing to write."""
+def _write_nothing() -> None:
+    """Write nothing, on all ranks but rank 0."""
 
 
-def show_checkpoint_metrics(tensorboard: Storage, images_seen: int, figures: Mapping[str, float]) -> None:
-    """Add figures of one checkpoint to TensorBoard; each has a file of its own, for who measures is not who trains."""
+def show_checkpoint_metrics(tensorboard: Storage, images_seen: int, metrics: Mapping[str, float]) -> None:
+    """Add metrics of one checkpoint to TensorBoard, in a file of its own: another process trains meanwhile."""
     from torch.utils.tensorboard import SummaryWriter
 
     with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
         with SummaryWriter(scratch) as writer:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 writer.add_scalar(name, value, images_seen)
         for file in Path(scratch).iterdir():
             tensorboard.put_file(file, file.name)
 
 
 def read_rows(segments: Storage) -> list[dict[str, Any]]:
-    """All rows of a training run, in order."""
+    """Read all rows of a training, in order."""
     return [json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()]
 
 
 def latest_row(segments: Storage) -> dict[str, Any]:
-    """The last row of a training run, without reading those before it; empty where there is none."""
+    """Read the last row of a training without those before it; empty where there is none."""
     for name in reversed(segments.list()):
         lines = segments.read_bytes(name).decode().splitlines()
         if lines:

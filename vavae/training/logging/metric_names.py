@@ -1,4 +1,4 @@
-"""The figures of a run: what each column of a row of metrics means, and its name in Prometheus."""
+"""Registry of the metrics in a training's rows: their descriptions and names in Prometheus."""
 
 import re
 from typing import NamedTuple
@@ -7,13 +7,13 @@ from vavae.diffusion.objective import TIMESTEP_BINS
 
 
 class MetricInfo(NamedTuple):
-    """One scalar of a row."""
+    """Description of one metric of a row."""
 
     meaning: str
     adds_up: bool = False
-    """Whether it is what there was since the row before, so that the sum over rows is a total."""
+    """It counts since the row before, so that the sum over rows is a total."""
     of_machine: bool = False
-    """Whether it says how the machine did. All others follow from configuration and data alone."""
+    """It depends on the machine. All others follow from configuration and data alone."""
 
 
 def _share(what: str) -> MetricInfo:
@@ -62,9 +62,9 @@ METRICS: dict[str, MetricInfo] = {
     "forward": _share("in forward passes and losses, adaptive weights included"),
     "backward": _share("in backward passes, with what the engine does to gradients meanwhile"),
     "optimizer": _share("in the exchange of gradients, the update of the weights and of their average"),
-    "observe_wait": _share("in which training stood still to be looked at"),
-    "checkpoint_wait": _share("in which training stood still for a checkpoint"),
-    "checkpoint/stall_seconds": MetricInfo("in which training stood still for checkpoints", True, True),
+    "observe_wait": _share("in which training waited for callbacks"),
+    "checkpoint_wait": _share("in which training waited for a checkpoint"),
+    "checkpoint/stall_seconds": MetricInfo("seconds in which training waited for checkpoints", True, True),
     "checkpoint/bytes": MetricInfo("copied for checkpoints on all ranks", True, True),
     "gpu_memory/peak_bytes": MetricInfo("most that tensors of this rank took", of_machine=True),
     "gpu_memory/reserved_bytes": MetricInfo("taken from the GPU by this rank", of_machine=True),
@@ -73,23 +73,23 @@ METRICS: dict[str, MetricInfo] = {
     "storage/requests": MetricInfo("requests to stores of all ranks", True, True),
     "storage/retries": MetricInfo("requests to stores that had to be repeated", True, True),
 }
-"""By name."""
+"""Metrics of a training's rows, by name."""
 
 JOB_METRICS: dict[str, MetricInfo] = {
-    "images": MetricInfo("images that the stage is done with"),
-    "images_planned": MetricInfo("images of the stage"),
-    "stage_running": MetricInfo("1 while the stage is at work, then 0"),
+    "images": MetricInfo("images that the job is done with"),
+    "images_planned": MetricInfo("images of the job"),
+    "stage_running": MetricInfo("1 while the job is at work, then 0"),
     "restarts": MetricInfo("how often all workers of the training were started again"),
     "saved_timestamp_seconds": MetricInfo("when the last checkpoint was copied, or the workers started"),
 }
-"""What is shown of a running job beside its rows."""
+"""Metrics of a running job besides its rows, by name."""
 
 
 def metric_info(name: str) -> MetricInfo:
-    """The column of this name; one that is not listed is taken for a mean."""
+    """Look up a metric; one that is not listed is taken for a mean."""
     return (METRICS | JOB_METRICS).get(name, MetricInfo(name))
 
 
 def metric_name(name: str) -> str:
-    """The name in Prometheus: `loss/total` → `vavae_loss_total`."""
+    """Name of a metric in Prometheus: `loss/total` → `vavae_loss_total`."""
     return "vavae_" + re.sub(r"\W+", "_", name)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without making a GPU wait."""
+"""Time of a step by phase, without making a GPU wait."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 Mark = float | torch.cuda.Event
-"""A moment: of the host's clock in seconds, or in the GPU's queue of work."""
+"""A moment of the host's clock, seconds, or in the GPU's queue of work."""
 
 
 class _Span(NamedTuple):
@@ -18,13 +18,13 @@ class _Span(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds spent in the phases of steps since they were last read.
+    """Clock of the phases of steps, seconds since it was last read.
 
     On a GPU a phase lasts from when the GPU comes to its first kernel until it is done with the last: both ends are
     events in the stream, read long after. On a CPU it is the host's time.
 
     Args:
-        device: where the work is done.
+        device: device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,13 +33,13 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count what is done inside under this name."""
+        """Count the time inside under the name of a phase."""
         start = self._mark()
         yield
         self._spans.append(_Span(phase, start, self._mark()))
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase, and a new beginning. On a GPU it waits for the last phase."""
+        """Read the seconds by phase and reset them. On a GPU it waits for the last phase."""
         spans, self._spans = self._spans, []
         seconds: dict[str, float] = {}
         for phase, start, end in spans:

@@ -1,4 +1,4 @@
-"""Where the time, the terms and the bytes of an interval went: one row of metrics of all ranks."""
+"""Terms, time and bytes of an interval of steps, as one row of metrics of all ranks."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -18,11 +18,11 @@ _SAVED_BYTES = "checkpoint/bytes"
 
 
 class ThroughputMeter:
-    """Means of the terms since the last row, where time and memory went, and what was asked of stores.
+    """Means of the terms since the last row, shares of time, memory, and requests to stores.
 
     Args:
         world: the ranks.
-        stopwatch: keeps the time of the step's phases.
+        stopwatch: measures the time of the step's phases.
         unreadable: names of the unreadable images that this rank has met, as they become known.
     """
 
@@ -61,7 +61,7 @@ class ThroughputMeter:
         self._spikes += 1
 
     def add(self, result: StepResult, images: int) -> None:
-        """Take one step in."""
+        """Add the result of a step of so many images."""
         self._images += images
         for name, value in result.terms.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -73,7 +73,7 @@ class ThroughputMeter:
             self._norms.setdefault(name, []).append(norm)
 
     def row(self) -> dict[str, float]:
-        """The means since the last row, over all ranks; every rank calls it."""
+        """Make the row of the steps since the last one, over all ranks, and reset. Every rank calls it."""
         sums = self._world.sum_terms({**self._sums, **self._ratios, **self._counts_so_far()})
         spent = {**self._waited, **self._stopwatch.read()}
         seconds = time.perf_counter() - self._start
@@ -92,7 +92,7 @@ class ThroughputMeter:
             row["skipped_steps"] = self._skipped
         if self._spikes:
             row["loss_spikes"] = self._spikes
-        row |= self._asked_of_stores(sums)
+        row |= self._store_counts(sums)
         if sums[_UNREADABLE]:
             # In another epoch another rank meets the same image.
             row[_UNREADABLE] = len({name for names in self._world.gather(sorted(self._unreadable)) for name in names})
@@ -100,13 +100,13 @@ class ThroughputMeter:
         return row
 
     def _counts_so_far(self) -> dict[str, Tensor]:
-        """What this rank has counted since the beginning, but for what it saved, which is since the last row."""
+        """Counts of this rank since the beginning; bytes of checkpoints since the last row."""
         counts = [now - before for now, before in zip(COUNTERS.read(), self._counted_before, strict=True)]
         counts += [len(self._unreadable), self._saved_bytes]
         return dict(zip((*_COUNTS, _UNREADABLE, _SAVED_BYTES), torch.tensor(counts, dtype=torch.float64), strict=True))
 
-    def _asked_of_stores(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What all ranks counted since the last row; nothing until there is something, as on local disks."""
+    def _store_counts(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Counts of all ranks since the last row; empty until there is one, as on local disks."""
         before, self._counts_of_world = self._counts_of_world, {name: sums[name] for name in _COUNTS}
         if not any(self._counts_of_world.values()):
             return {}
@@ -114,7 +114,7 @@ class ThroughputMeter:
 
 
 def _gpu_memory(device: torch.device) -> dict[str, float]:
-    """What this process takes of its GPU, and took at most since it was last asked; nothing on a CPU."""
+    """Memory of the GPU that this process has taken, and its peak since the last call, bytes; empty on a CPU."""
     if device.type != "cuda":
         return {}
     memory = {

@@ -1,4 +1,4 @@
-"""How much of what its devices can do a training uses."""
+"""FLOP/s of a training, and their share of the devices' peak."""
 
 import torch
 
@@ -15,8 +15,8 @@ class Utilization:
     What is computed twice to save memory counts once.
 
     Args:
-        config: the run.
-        job: the training.
+        config: configuration of the run.
+        job: name of the training.
         world: the ranks; all devices are taken to be like this one.
     """
 
@@ -25,37 +25,37 @@ class Utilization:
         self._peak = config.workers.peak_flops or _peak(config, job, world.device)
         self._flops: dict[int, float] = {}
 
-    def figures(self, images_seen: int, images_per_second: float) -> dict[str, float]:
-        """The columns of a row.
+    def metrics(self, images_seen: int, images_per_second: float) -> dict[str, float]:
+        """Metrics of a row of the log, by name.
 
         Args:
             images_seen: at the beginning of a step within the row.
             images_per_second: of all ranks.
         """
         per_second = self._flops_per_image(images_seen) * images_per_second
-        figures = {"flops_per_second": per_second}
+        metrics = {"flops_per_second": per_second}
         if self._peak is not None:
-            figures["model_flop_utilisation"] = per_second / (self._peak * self._ranks)
-        return figures
+            metrics["model_flop_utilisation"] = per_second / (self._peak * self._ranks)
+        return metrics
 
     def _flops_per_image(self, images_seen: int) -> float:
-        """Counted once for each part of the training with networks of its own, as that takes a second or two."""
+        """FLOPs of one image, counted once for each part of the training with networks of its own."""
         part = max((start for start in self._starts() if start <= images_seen), default=0)
         if part not in self._flops:
             self._flops[part] = training_flops(self._config, self._job, part)
         return self._flops[part]
 
     def _starts(self) -> list[int]:
-        """Images seen at which the networks of a step change."""
+        """Images seen at which the networks of a step change, from 0 on."""
         if self._job != "train_vavae":
             return [0]
-        stages = self._config.tokenizer_phases()
-        adversaries = [stage.losses.adversarial.start_images for stage in stages]
-        return [*(stage.from_images for stage in stages), *adversaries]
+        phases = self._config.tokenizer_phases()
+        adversaries = [phase.losses.adversarial.start_images for phase in phases]
+        return [*(phase.from_images for phase in phases), *adversaries]
 
 
 def _peak(config: RunConfig, job: Job, device: torch.device) -> float | None:
-    """FLOP/s of a device in the arithmetic of a training; None where it is not a GPU that we know."""
+    """FLOP/s of a device in the precision of a training; None where it is not a GPU of `GPUS`."""
     gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is None:
         return None

@@ -1,4 +1,4 @@
-"""A tokenizer that is trained in stages, stopped wherever, without Ray."""
+"""A tokenizer that is trained in phases and stopped anywhere, without Ray."""
 
 import shutil
 from pathlib import Path
@@ -17,10 +17,11 @@ from vavae.interop.released_tokenizer import save_released_tokenizer
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
+from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
-from vavae.training.train import train_vavae
+from vavae.training.train import train
 
 pytestmark = pytest.mark.jobs
 
@@ -70,7 +71,7 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("straight") / "runs"
     shutil.copytree(shards, root)
     run = _run(root, f"train_vavae.checkpoint_images={_STEP}")
-    train_vavae(run, LocalSession(), World())
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
     return run
 
 
@@ -98,12 +99,12 @@ def test_frozen_parts_alone_do_not_learn(straight: Run) -> None:
     assert _moved(straight, 80, 112) == {"decoder", "post_quant_conv"}
 
 
-def test_each_stage_has_its_losses(straight: Run) -> None:
+def test_each_phase_has_its_losses(straight: Run) -> None:
     rows = read_rows(straight.storage.child(f"{straight.training_prefix('train_vavae')}/log"))
     assert [row["images"] for row in rows] == [*range(_STEP, 112 + 1, _STEP)]
     assert [row["images"] for row in rows if "loss/cosine" in row] == [16, 32, 48, 64, 80]
     weights = {row["images"]: row["adaptive_weight/vf"] for row in rows if "adaptive_weight/vf" in row}
-    # Refreshed every second step, and at the first one of a stage.
+    # Refreshed every second step, and at the first one of a phase.
     assert weights[16] == weights[32] != weights[48]
     assert weights[64] != weights[48] * 2
 
@@ -113,9 +114,9 @@ def test_stopped_anywhere_it_ends_up_the_same(shards: Path, straight: Run, tmp_p
     shutil.copytree(shards, tmp_path / "runs")
     run = _run(tmp_path / "runs", "train_vavae.checkpoint_images=1_000_000")
     for steps in stops:
-        train_vavae(run, StoppingSession(steps), World())
+        train(begin_training(run, "train_vavae", World()), StoppingSession(steps), World())
         assert run.artifact("train_vavae") is None
-    train_vavae(run, LocalSession(), World())
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
     ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
     assert ours is not None
     assert theirs is not None
@@ -129,7 +130,7 @@ def test_a_smaller_budget_afterwards_exports_what_there_is(straight: Run, tmp_pa
     run = _run(tmp_path / "runs", "train_vavae.images=32")
     before = load_file(run.storage.local_file("tokenizer/export/model.safetensors"))
     shutil.rmtree(run.storage.url("tokenizer/export"))
-    train_vavae(run, LocalSession(), World())
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
     after = load_file(run.storage.local_file("tokenizer/export/model.safetensors"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -141,7 +142,7 @@ def _started(shards: Path, root: Path, start: str, *overrides: str) -> Run:
     """A training that begins with given weights and does not move them."""
     shutil.copytree(shards, root)
     run = _run(root, *_STILL, "train_vavae.discriminator_optimizer=null", f"train_vavae.start_from={start}", *overrides)
-    train_vavae(run, LocalSession(), World())
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
     return run
 
 
