@@ -71,7 +71,7 @@ def test_crops_and_flips_are_keyed_by_the_slice_and_not_by_the_reader(storage):
 class OneImage:
     """An order of one record."""
 
-    def slice(self, lane, step, size):
+    def micro_batch(self, lane, step, size):
         return [Location(0, 0)] * size
 
 

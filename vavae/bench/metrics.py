@@ -5,6 +5,7 @@ the end; ours are running sums. Every turn over a set has a process to itself.
 """
 
 import importlib.util
+import resource
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +24,10 @@ from vavae.randomness import torch_generator
 _BATCH, _CHECKED = 64, 1_000
 _SHIFT = 0.1
 """Of one of two sets."""
+
+
+_PAGE_MEBIBYTES = resource.getpagesize() / 2**20
+"""The least growth that the system tells: a ratio needs more than nothing."""
 
 
 class _Cost(NamedTuple):
@@ -76,7 +81,7 @@ def _cost(take: Callable[[int, int], Gaussian], images: int, dimensions: int) ->
     take(_BATCH, 2)  # imports, and what libraries set up at their first call
     before = most_mebibytes()
     seconds = _processor_seconds(lambda: take(images, dimensions))
-    return _Cost(seconds, most_mebibytes() - before)
+    return _Cost(seconds, max(most_mebibytes() - before, _PAGE_MEBIBYTES))
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
