@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from ray_jobs import tune_vf
-from ray_jobs.pipeline import WORKS
+from ray_jobs.pipeline import JOB_FUNCTIONS
 from ray_jobs.runtime.cluster import cluster
 from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, machine, run_interleaved, table_head, table_line
 from vavae.runs.run import JOBS, Run
@@ -71,7 +71,7 @@ def _bare_trials(root: Path) -> list[Run]:
             if job == "prepare_shards" and run is not runs[0]:
                 link_artifact(runs[0], run, job)
             else:
-                WORKS[job](run)
+                JOB_FUNCTIONS[job](run)
     return runs
 
 

@@ -1,4 +1,4 @@
-"""Everything that can be checked before a worker starts."""
+"""Checks before any worker starts: inputs, storage access, pretrained weights, image sources."""
 
 import importlib.util
 import os
@@ -22,10 +22,14 @@ from vavae.sampling.labels import label_law
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
-    """Check what the jobs need of each other, storage access, and pretrained weights.
+    """Check the inputs of jobs, storage access, and pretrained weights.
+
+    Args:
+        run: the run.
+        jobs: the jobs that are to do.
 
     Returns:
-        One line for each pretrained network whose weights can't be had from here, with where to get them.
+        One line for each pretrained network whose weights are missing here, with where to get them.
 
     Raises:
         UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
@@ -59,11 +63,11 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             check_weights(backbone)
         except UserError as error:
             missing.append(f"{section}: {error}")
-    return missing + (_missing_measures(run) if "evaluate" in jobs else [])
+    return missing + (_missing_evaluation_files(run) if "evaluate" in jobs else [])
 
 
 def check_cache(run: Run, job: Job) -> None:
-    """Refuse a cache that can't hold the shards of a store that the lanes of one machine draw from at a time.
+    """Refuse a cache that can't hold the shards that the lanes of one machine read from a store at a time.
 
     Shards that are not there pass. Of a cluster it is not known which workers share a machine: one alone counts.
 
@@ -92,7 +96,7 @@ def check_cache(run: Run, job: Job) -> None:
 
 
 def missing_sources(run: Run) -> list[str]:
-    """One line for each source of images that can't be opened from here."""
+    """List the image sources that can't be opened from here, one line each."""
     missing = []
     for source in _sources(run):
         try:
@@ -103,7 +107,7 @@ def missing_sources(run: Run) -> list[str]:
 
 
 def check_sources(run: Run) -> None:
-    """Open the sources of images; UserError where that can't be done from here."""
+    """Open the image sources; raises UserError for one that can't be opened from here."""
     for source in _sources(run):
         open_source(source, run.storage)
 
@@ -114,7 +118,7 @@ def _sources(run: Run) -> list[str]:
 
 
 def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:
-    """The pretrained networks of jobs, by the section of the configuration that asks for them."""
+    """Pretrained networks of jobs, by the section of the configuration that names them."""
     backbones: dict[str, BackboneConfig] = {}
     if "train_vavae" in jobs or "evaluate" in jobs:
         backbones["teacher"] = config.teacher.backbone
@@ -130,8 +134,8 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     return backbones
 
 
-def _missing_measures(run: Run) -> list[str]:
-    """One line for each of Inception and the reference file that is asked for and can't be had from here."""
+def _missing_evaluation_files(run: Run) -> list[str]:
+    """List which of Inception and the reference file are needed and missing here, one line each."""
     evaluate, missing = run.config.evaluate, []
     try:
         if "inception" in evaluate.metrics.extractors:

@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 from support.head import unquoted_interpreter
 
-from ray_jobs.runtime.progress_actor import Board
+from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.runs.config import RunConfig
@@ -152,8 +152,8 @@ def test_what_a_driver_needs_is_on_its_own_node(cluster: Cluster) -> None:
 
     ray.init(address=cluster.address, logging_level="warning")
     try:
-        boards = [Board() for _ in range(8)]
-        nodes = ray.get([board._actor.__ray_call__.remote(node) for board in boards])
+        actors = [ProgressActor() for _ in range(8)]
+        nodes = ray.get([actor._actor.__ray_call__.remote(node) for actor in actors])
         assert set(nodes) == {node(None)}
     finally:
         ray.shutdown()

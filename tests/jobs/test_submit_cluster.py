@@ -85,7 +85,7 @@ def stopped_in_training(head: Head, *submit: str) -> Training:
     status, text = said("jobs", head=head)
     assert re.search(rf"^{name} +stopped +\w+ +tiny ", text, re.MULTILINE), text
     status, text = said("logs", name, head=head)
-    assert "stopping: the workers save a checkpoint and leave" in text
+    assert "stopping after a checkpoint; press Ctrl-C again to exit now" in text
     assert text.rstrip().endswith("interrupted")
     assert head.token not in text
     (root,) = (word.partition("=")[2] for word in submit if word.startswith("storage.root="))

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.toy_trials import BROKEN, HELD, HOLD, made, toy_sweep_file, toy_works
+from support.toy_trials import BROKEN, HOLD, made, toy_functions, toy_sweep_file
 
 from ray_jobs import tune_vf
 from ray_jobs.runtime.cluster import cluster
-from ray_jobs.tune import shared_tasks as _workshop
+from ray_jobs.tune import shared_tasks
 from vavae.config import load
+from vavae.progress import Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
 from vavae.runs.run import Run
@@ -48,7 +49,7 @@ def _sweep(root: Path, text: str, *overrides: str) -> tuple[Sweep, list[str]]:
 
 
 def _run(root: Path, arguments: list[str]) -> int:
-    return tune_vf.main(arguments, toy_works(root))
+    return tune_vf.main(arguments, toy_functions(root))
 
 
 def _states(sweep: Sweep) -> dict[str, str]:
@@ -66,7 +67,7 @@ max_concurrent: 1
 """
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_sweep_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sweep, arguments = _sweep(tmp_path, _FOUR)
     first, second, *_ = map(name_of_trial, sweep.points())
     (tmp_path / HOLD).touch()
@@ -104,7 +105,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Captu
     assert made(tmp_path) == after
 
 
-def test_a_trial_that_fails_is_tried_again_then_marked_and_ends_nothing(
+def test_a_failed_trial_is_retried_then_marked_failed_and_the_sweep_continues(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [4, 2, 3]}}}}\n"
@@ -124,7 +125,7 @@ def test_a_trial_that_fails_is_tried_again_then_marked_and_ends_nothing(
     assert [line.split()[0] for line in made(tmp_path)[len(before) :]] == ["train_lightningdit", "sample", "evaluate"]
 
 
-def test_optuna_is_told_of_former_points_and_goes_on_from_them(tmp_path: Path) -> None:
+def test_optuna_resumes_from_former_points(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     text = """
 name: toy
@@ -157,7 +158,7 @@ def test_asha_ends_what_is_worse_at_a_rung(tmp_path: Path) -> None:
         "rungs=[64, 128]",
     )
     assert _run(tmp_path, arguments) == 0
-    # The toy's distances at the first rung, in order: 31, 21, 62, 42; of two, the better goes on.
+    # The toy's distances at the first rung, in order: 31, 21, 62, 42; of two, the better continues.
     states = _states(sweep)
     assert [states[name_of_trial(point)] for point in sweep.points()] == ["finished", "finished", "stopped", "stopped"]
     assert {entry.why for entry in read_ledger(sweep).values()} == {"", "by asha"}
@@ -175,27 +176,33 @@ def test_more_trials_at_once_than_there_is_room_for_are_refused(
     assert error.count("\n") == 1
 
 
-def test_how_far_tasks_are_is_shown_and_what_happens_is_written_down(
+def test_progress_of_tasks_is_shown_and_their_events_are_written_down(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_workshop, "_SHOWN_SECONDS", 0.2)
+    monkeypatch.setattr(shared_tasks, "_SHOW_SECONDS", 0.2)
     sweep, arguments = _sweep(tmp_path, "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [3]}}}}\n")
     (tmp_path / HOLD).touch()
 
-    def let_go() -> None:
-        while not (tmp_path / HELD).exists():
+    (run,) = sweep.runs(sweep.points()[0])
+    line = f"\n{run.config.name}  {Progress('train_lightningdit', 64, 256).line()}\n"
+    shown: list[str] = []
+
+    def release_when_shown() -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while line not in "".join(shown) and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(2)  # seen by then, if at all
+            shown.append(capfd.readouterr().out)
         (tmp_path / HOLD).unlink()
 
-    threading.Thread(target=let_go, daemon=True).start()
+    thread = threading.Thread(target=release_when_shown, daemon=True)
+    thread.start()
     assert _run(tmp_path, arguments) == 0
-    (run,) = sweep.runs(sweep.points()[0])
-    output = capfd.readouterr().out
-    assert f"\n{run.config.name}  train_lightningdit waits\n" in output
+    thread.join()
+    output = "".join([*shown, capfd.readouterr().out])
+    assert line in output
     assert "tensorboard" not in output.lower(), "Tune itself is silent"
-    told = [(event["event"], event["stage"]) for event in read_events(run.storage)]
-    assert told == [(kind, job) for job in _OWN for kind in ("stage_begun", "stage_done")]
+    events = [(event["event"], event["stage"]) for event in read_events(run.storage)]
+    assert events == [(kind, job) for job in _OWN for kind in ("stage_begun", "stage_done")]
 
 
 def test_the_plan_says_what_is_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
