@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import ray
 from rich import filesize
@@ -18,7 +19,7 @@ from vavae.config.load import dump, load
 from vavae.errors import UserError
 from vavae.planning.estimate import bytes_to_write
 from vavae.progress import clock
-from vavae.runs.config import RunConfig
+from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.files import CONFIG, REPORT
 from vavae.runs.run import JOBS, Job, Plan, Run
@@ -68,7 +69,7 @@ def _main(
     to_do = [job for job, found in plans.items() if not found.done]
     if to_do:
         if "prepare_shards" in to_do:
-            check_sources(run)
+            check_sources(config.shards, run.storage)
         missing = preflight(run, to_do)
         if missing:
             raise UserError(missing[0])
@@ -91,7 +92,7 @@ def _main(
 
 def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], jobs: Collection[Job]) -> None:
     """Print the plan, and what has to be fetched before it can be carried out; refuse a cluster that is too small."""
-    missing = missing_sources(run) if "prepare_shards" in jobs else []
+    missing = missing_sources(run.config.shards, run.storage) if "prepare_shards" in jobs else []
     plans = _plans_without_images(jobs) if missing else plan(run)
     missing += preflight(run, [job for job, found in plans.items() if not found.done])
     _print_plan(run, plans)
@@ -115,18 +116,19 @@ def _run_job(run: Run, job: Job, function: JobFunction, events: EventLog) -> Non
         return
     start = time.monotonic()
     try:
-        with log_job_events(events, job):
-            unwrap_worker_errors(function, run)
+        with log_job_events(events, job), unwrap_worker_errors():
+            function(run)
     except StorageUnavailableError as error:
         raise UserError(f"{job}: {error}; the same command resumes from what is there") from error
     digest = run.require(job).digest[:12]
     print(f"{job:<18} made  {digest}  in {clock(time.monotonic() - start)}", flush=True)
 
 
-def unwrap_worker_errors(function: JobFunction, run: Run) -> None:
-    """Run a job; an error of a pooled worker that takes one line is raised as if it had occurred here."""
+@contextmanager
+def unwrap_worker_errors() -> Iterator[None]:
+    """Raise an error of a pooled worker that takes one line as if it had occurred in the block."""
     try:
-        function(run)
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | StorageUnavailableError):
             raise error.cause from None
@@ -140,26 +142,22 @@ def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
         table.add_column(column)
     for job, found in plans.items():
         state = f"done {found.why}" if found.done else f"to do: {found.why}"
-        table.add_row(job, JOBS[job].makes, state, _effort(run, job), _bytes(run, job, found))
+        if found.done:
+            size = filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
+        else:
+            estimate = bytes_to_write(run, job)
+            size = "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
+        table.add_row(job, JOBS[job].makes, state, _effort(run.config, job), size)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     console.print(table)
 
 
-def _bytes(run: Run, job: Job, plan: Plan) -> str:
-    """Size of an artifact in storage; of one to be made an upper limit."""
-    if plan.done:
-        return filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
-    estimate = bytes_to_write(run, job)
-    return "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
-
-
-def _effort(run: Run, job: Job) -> str:
+def _effort(config: RunConfig, job: Job) -> str:
     """Images, steps and workers of a job, in words."""
-    config = run.config
-    budget = run.budget(job)
-    if budget is not None:
-        section = getattr(config, job)
-        return f"{budget:,} images, {section.steps:,} steps of {section.batch_size}, {config.workers.count} workers"
+    training = getattr(config, job, None)
+    if isinstance(training, TrainingConfig):
+        steps, batch_size = training.steps, training.batch_size
+        return f"{steps * batch_size:,} images, {steps:,} steps of {batch_size}, {config.workers.count} workers"
     return {
         "prepare_shards": f"{config.shards.source} at {config.shards.image_size} px",
         "precompute_latents": f"{config.tokenizer.latent_dim} x {config.grid} x {config.grid} float16 mean and std",

@@ -4,12 +4,14 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+from vavae.data.config import ShardsConfig
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
 from vavae.data.shards.plan import TRAIN
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import find_reference
 from vavae.latents.manifest import read_latent_manifest
 from vavae.models.backbones.config import BackboneConfig
@@ -19,6 +21,7 @@ from vavae.models.tokenizer.teacher import check_teacher
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.sampling.labels import label_law
+from vavae.storage.storage import Storage
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
@@ -40,7 +43,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
         for field in ("class_agreement", "latent_space"):
             if getattr(config.evaluate, field) and importlib.util.find_spec("sklearn") is None:
-                raise UserError(f"evaluate.{field} needs scikit-learn: pip install 'vavae[metrics]'")
+                raise UserError(f"evaluate.{field} needs scikit-learn: pip install -e '.[metrics]'")
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")
@@ -63,7 +66,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             check_weights(backbone)
         except UserError as error:
             missing.append(f"{section}: {error}")
-    return missing + (_missing_evaluation_files(run) if "evaluate" in jobs else [])
+    return missing + (_missing_evaluation_files(config.evaluate, run.storage) if "evaluate" in jobs else [])
 
 
 def check_cache(run: Run, job: Job) -> None:
@@ -95,25 +98,24 @@ def check_cache(run: Run, job: Job) -> None:
         )
 
 
-def missing_sources(run: Run) -> list[str]:
+def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
     """List the image sources that can't be opened from here, one line each."""
     missing = []
-    for source in _sources(run):
+    for source in _sources(shards):
         try:
-            open_source(source, run.storage)
+            open_source(source, storage)
         except UserError as error:
             missing.append(f"shards: {error}")
     return missing
 
 
-def check_sources(run: Run) -> None:
+def check_sources(shards: ShardsConfig, storage: Storage) -> None:
     """Open the image sources; raises UserError for one that can't be opened from here."""
-    for source in _sources(run):
-        open_source(source, run.storage)
+    for source in _sources(shards):
+        open_source(source, storage)
 
 
-def _sources(run: Run) -> list[str]:
-    shards = run.config.shards
+def _sources(shards: ShardsConfig) -> list[str]:
     return [source for source in (shards.source, shards.validation_source) if source is not None]
 
 
@@ -134,9 +136,9 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     return backbones
 
 
-def _missing_evaluation_files(run: Run) -> list[str]:
+def _missing_evaluation_files(evaluate: EvaluateConfig, storage: Storage) -> list[str]:
     """List which of Inception and the reference file are needed and missing here, one line each."""
-    evaluate, missing = run.config.evaluate, []
+    missing = []
     try:
         if "inception" in evaluate.metrics.extractors:
             check_inception(evaluate.metrics.inception)
@@ -144,7 +146,7 @@ def _missing_evaluation_files(run: Run) -> list[str]:
         missing.append(f"evaluate.metrics: {error}")
     try:
         if evaluate.reference_file is not None:
-            find_reference(run.storage, evaluate.reference_file)
+            find_reference(storage, evaluate.reference_file)
     except UserError as error:
         missing.append(str(error))
     return missing

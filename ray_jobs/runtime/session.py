@@ -9,7 +9,7 @@ from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.runtime.prometheus import Exporter
 from vavae.progress import Progress
 from vavae.runs.events import Event
-from vavae.runs.run import Job, Run
+from vavae.runs.run import Job
 
 _NOTICE_SECONDS = 5.0
 
@@ -18,18 +18,18 @@ class RaySession:
     """A `Session` that reports to the driver's progress actor, to Ray Train, and to Prometheus.
 
     Args:
-        run: the run of the training.
+        run: name of the run.
         job: the training.
         progress: the driver's actor.
         owner: the driver, in words.
     """
 
-    def __init__(self, run: Run, job: Job, progress: ProgressActor, owner: str) -> None:
+    def __init__(self, run: str, job: Job, progress: ProgressActor, owner: str) -> None:
         self._progress, self._owner = progress, owner
         rank = ray.train.get_context().get_world_rank()
         self._first = rank == 0
         self._asked_at, self._preempted_nodes = time.monotonic(), set[str]()
-        self._exporter = Exporter(run.config.name, job, str(rank))
+        self._exporter = Exporter(run, job, str(rank))
         if self._first:
             starts = progress.count_start()
             self._exporter.show({"restarts": starts - 1, "saved_timestamp_seconds": time.time()})

@@ -37,7 +37,7 @@ def fit(run: Run, job: Job) -> None:
         UserError: the configuration or the artifacts don't allow it.
         KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint to resume from.
     """
-    workers, progress = run.config.workers, ProgressActor()
+    workers, storage, progress = run.config.workers, run.storage, ProgressActor()
     if workers.min_count is not None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _STALE_SECONDS)
     trainer = TorchTrainer(
@@ -52,7 +52,8 @@ def fit(run: Run, job: Job) -> None:
         ),
         run_config=RunConfig(
             name=f"{run.config.name}-{job}",
-            storage_path=_ray_folder(run),
+            # Local, for Ray's own clients of object stores know none of our options.
+            storage_path=storage.url("ray") if storage.is_local else str(Path(storage.cache).expanduser() / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -72,12 +73,6 @@ def fit(run: Run, job: Job) -> None:
         raise KeyboardInterrupt
 
 
-def _ray_folder(run: Run) -> str:
-    """A folder for Ray's own files; a local one, for its clients of object stores know none of our options."""
-    storage = run.storage
-    return storage.url("ray") if storage.is_local else str(Path(storage.cache).expanduser() / "ray")
-
-
 def _train_on_worker(settings: dict[str, Any]) -> None:
     """Train as one rank; Ray Train calls it in every worker."""
     run: Run = settings["run"]
@@ -88,7 +83,9 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     configure_torch(run.config.workers)
     owner: str = settings["owner"]
     try:
-        TRAININGS[job](run, RaySession(run, job, progress, owner), World.current(run.config.workers.use_gpu))
+        TRAININGS[job](
+            run, RaySession(run.config.name, job, progress, owner), World.current(run.config.workers.use_gpu)
+        )
     except CommonError as error:
         # All ranks raise it, so none has to fail for Ray to stop the others, and then restart them.
         if not (isinstance(error, SupersededError) and error.owner == owner):

@@ -99,7 +99,7 @@ class Cluster:
             unseen(text)
 
     def stop(self, name: str) -> bool:
-        """Ask a job to save a checkpoint and stop, and wait for it; returns whether it stopped by itself in its time."""
+        """Ask a job to save a checkpoint and stop, and wait for it; returns whether it stopped in time by itself."""
         grace = int((self.job(name).runtime_env or {}).get("env_vars", {}).get(GRACE, 3))
         start = time.monotonic()
         with _user_errors():

@@ -43,7 +43,9 @@ def add_commands(commands: Any) -> None:
     jobs.set_defaults(act=_jobs, overrides=None)
     logs = commands.add_parser("logs", help="show what a job has printed")
     logs.set_defaults(act=_logs, overrides=None)
-    logs.add_argument("--follow", action="store_true", help="follow the log until the job ends, and end with its status")
+    logs.add_argument(
+        "--follow", action="store_true", help="follow the log until the job ends, and end with its status"
+    )
     stop = commands.add_parser("stop", help="let a job save a checkpoint and stop")
     stop.set_defaults(act=_stop, overrides=None)
     for command in (logs, stop):
@@ -98,7 +100,8 @@ def _follow(cluster: "Cluster", name: str) -> int:
         job = cluster.follow(name, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(
-            f"\n{name} keeps running: vavae logs {name} --follow shows it again, vavae stop {name} stops it", file=sys.stderr
+            f"\n{name} keeps running: vavae logs {name} --follow shows it again, vavae stop {name} stops it",
+            file=sys.stderr,
         )
         raise
     print(f"{name}: {job.status.value.lower()}")

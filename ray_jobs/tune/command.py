@@ -5,7 +5,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from ray import tune
 from rich.console import Console
 from rich.table import Table
 
@@ -17,10 +16,10 @@ from ray_jobs.tune.shared_tasks import SharedTasks, TaskFunctions
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.yaml_source import to_text
 from vavae.errors import UserError
+from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Run
 from vavae.sweep.results import FRONTIER, write_sweep
 from vavae.sweep.sharing import SHARED_JOBS, Sharing
-from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, as_written, describe, name_of_trial
 from vavae.sweep.trial import read_ledger
 
@@ -47,14 +46,14 @@ def _main(functions: TaskFunctions, argv: Sequence[str] | None) -> int:
         print(to_text(as_written(sweep)), end="")
         return 0
     run, sharing = sweep.runs(sweep.space.examples()[0])[0], Sharing.of(sweep.shared, sweep.config.sweep)
-    missing = _missing(sweep, run)
+    missing = _missing(sweep, run.config)
     if arguments.dry_run:
-        _print_plan(sweep, run, sharing)
+        _print_plan(sweep, run.config, sharing)
         for line in missing:
             print(f"still needed: {line}")
         return 0
     if sharing.run(run.config, "prepare_shards").artifact("prepare_shards") is None:
-        check_sources(run)
+        check_sources(run.config.shards, run.storage)
     if missing:
         raise UserError(missing[0])
     callbacks = tune_callbacks(sweep)
@@ -64,32 +63,10 @@ def _main(functions: TaskFunctions, argv: Sequence[str] | None) -> int:
         peak = search.peak_resources(run.config)
         with cluster(run.config, cpus=peak.cpus * (sweep.config.max_concurrent or 1)):
             concurrent = search.concurrent_trials(sweep, peak)
-            _run_trials(sweep, SharedTasks.start(sharing, functions), points, concurrent, callbacks)
+            shared_tasks = SharedTasks.start(sharing, functions)
+            with shared_tasks.show_progress():
+                search.tuner(sweep, shared_tasks, points, concurrent, callbacks).fit()
     return _finish(sweep)
-
-
-def _run_trials(
-    sweep: Sweep,
-    shared_tasks: SharedTasks,
-    points: Sequence[Point],
-    concurrent: int,
-    callbacks: list[tune.Callback],
-) -> None:
-    """Run the trials of points, and of those that Optuna suggests."""
-    tuner = tune.Tuner(
-        search.trainable(sweep, shared_tasks),
-        param_space=search.param_space(sweep, points),
-        tune_config=search.tune_config(sweep, points, concurrent),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=search.tune_folder(sweep),
-            failure_config=tune.FailureConfig(max_failures=sweep.config.retries),
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    )
-    with shared_tasks.show_progress():
-        tuner.fit()
 
 
 def _finish(sweep: Sweep) -> int:
@@ -104,17 +81,17 @@ def _finish(sweep: Sweep) -> int:
     return 1 if states["failed"] else 0
 
 
-def _missing(sweep: Sweep, run: Run) -> list[str]:
-    """List what has to be fetched before every point can run; each is checked as if it were the same run."""
-    at_home = {"name": run.config.name, "storage": run.config.storage}
+def _missing(sweep: Sweep, config: RunConfig) -> list[str]:
+    """List what has to be fetched before every point can run; all are checked in the folder of one trial's run."""
+    at_home = {"name": config.name, "storage": config.storage}
     runs = [Run(sweep.full_config(point).model_copy(update=at_home)) for point in sweep.space.examples()]
     return list(dict.fromkeys(line for run in runs for line in preflight(run, list(JOBS))))
 
 
-def _print_plan(sweep: Sweep, run: Run, sharing: Sharing) -> None:
+def _print_plan(sweep: Sweep, config: RunConfig, sharing: Sharing) -> None:
     """Print the points, what their trials share, and the resources of a trial."""
-    config, ledger = sweep.config, read_ledger(sweep)
-    table = Table(title=f"sweep {config.name} in {sweep.storage.url()}", title_justify="left")
+    ledger = read_ledger(sweep)
+    table = Table(title=f"sweep {sweep.config.name} in {sweep.storage.url()}", title_justify="left")
     for column in ("trial", "state", "sets"):
         table.add_column(column)
     points = sweep.points() or [entry.point for entry in ledger.values()]
@@ -130,5 +107,5 @@ def _print_plan(sweep: Sweep, run: Run, sharing: Sharing) -> None:
     if prefixes:
         made = {sharing.run(prefix, "train_vavae").config.name for prefix in prefixes}
         print(f"tokenizer up to the phase that varies: made {len(made)} times")
-    peak = search.peak_resources(run.config)
+    peak = search.peak_resources(config)
     print(f"a trial takes up to {peak.cpus:g} CPUs and {peak.gpus:g} GPUs at once")

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
@@ -28,9 +29,43 @@ _TRIAL_RESOURCES: dict[str, float] = {"memory": 1}
 """A byte: a trial must take something, and a part of a CPU would be missing to the workers of its jobs."""
 
 
-def trainable(sweep: Sweep, shared_tasks: SharedTasks) -> Any:
-    """The function that Tune runs as a trial, with its resources."""
-    return tune.with_resources(tune.with_parameters(_trial, sweep=sweep, shared_tasks=shared_tasks), _TRIAL_RESOURCES)
+def tuner(
+    sweep: Sweep, shared_tasks: SharedTasks, points: Sequence[Point], max_concurrent: int, callbacks: list[Callback]
+) -> tune.Tuner:
+    """The tuner that runs the trials of points, and of those that Optuna suggests.
+
+    Args:
+        sweep: the sweep.
+        shared_tasks: runs the tasks of the trials.
+        points: to run; for Optuna those whose results it has to know again.
+        max_concurrent: trials at once.
+        callbacks: of the trials.
+    """
+    optuna, storage = sweep.config.search.method == "optuna", sweep.storage
+    trial = tune.with_parameters(_trial, sweep=sweep, shared_tasks=shared_tasks)
+    return tune.Tuner(
+        tune.with_resources(trial, _TRIAL_RESOURCES),
+        param_space={} if optuna else {POINT: tune.grid_search(list(points))},
+        tune_config=tune.TuneConfig(
+            search_alg=_optuna(sweep, points) if optuna else None,
+            scheduler=_scheduler(sweep),
+            num_samples=sweep.config.search.trials or 1 if optuna else 1,
+            max_concurrent_trials=max_concurrent,
+            reuse_actors=True,
+            trial_name_creator=name_of,
+            trial_dirname_creator=name_of,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            # Local, for Tune's own clients of object stores know none of our options.
+            storage_path=(
+                storage.url() if storage.is_local else str(Path(storage.cache).expanduser() / "ray" / sweep.config.name)
+            ),
+            failure_config=tune.FailureConfig(max_failures=sweep.config.retries),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
 
 
 def _trial(settings: dict[str, Any], sweep: Sweep, shared_tasks: SharedTasks) -> None:
@@ -61,25 +96,6 @@ def points_to_run(sweep: Sweep) -> list[Point]:
     return [point for point in sweep.points() if name_of_trial(point) not in settled]
 
 
-def tune_config(sweep: Sweep, points: Sequence[Point], max_concurrent: int) -> tune.TuneConfig:
-    """Tune's search algorithm and scheduler, and the names of its trials."""
-    optuna = sweep.config.search.method == "optuna"
-    return tune.TuneConfig(
-        search_alg=_optuna(sweep, points) if optuna else None,
-        scheduler=_scheduler(sweep),
-        num_samples=sweep.config.search.trials or 1 if optuna else 1,
-        max_concurrent_trials=max_concurrent,
-        reuse_actors=True,
-        trial_name_creator=name_of,
-        trial_dirname_creator=name_of,
-    )
-
-
-def param_space(sweep: Sweep, points: Sequence[Point]) -> dict[str, Any]:
-    """The space from which Tune takes the points of trials; empty where Optuna suggests them."""
-    return {} if sweep.config.search.method == "optuna" else {POINT: tune.grid_search(list(points))}
-
-
 def name_of(trial: Trial) -> str:
     """The name of a trial of Tune, which is that of its point."""
     return name_of_trial(trial.config[POINT])
@@ -92,7 +108,7 @@ def _mode(better: str) -> str:
 def _optuna(sweep: Sweep, points: Sequence[Point]) -> Searcher | SearchAlgorithm:
     """Optuna's search, which begins with the points of a former attempt, whose results are reported again."""
     if importlib.util.find_spec("optuna") is None:
-        raise UserError("search.method=optuna needs Optuna: pip install 'vavae[sweep]'")
+        raise UserError("search.method=optuna needs Optuna: pip install -e '.[sweep]'")
     from ray.tune.search.optuna import OptunaSearch
 
     objectives = sweep.config.objectives
@@ -131,12 +147,6 @@ def _scheduler(sweep: Sweep) -> TrialScheduler | None:
     if config.rule == "median":
         return MedianStoppingRule(**terms, grace_period=grace)
     return AsyncHyperBandScheduler(**terms, max_t=budget, grace_period=grace, reduction_factor=config.reduction_factor)
-
-
-def tune_folder(sweep: Sweep) -> str:
-    """A folder for Tune's own files; a local one, for its clients of object stores know none of our options."""
-    storage = sweep.storage
-    return storage.url() if storage.is_local else str(Path(storage.cache).expanduser() / "ray" / sweep.config.name)
 
 
 def peak_resources(config: RunConfig) -> Resources:

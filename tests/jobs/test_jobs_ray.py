@@ -395,8 +395,5 @@ def test_an_outage_of_the_store_in_a_worker_is_that_of_the_job() -> None:
     def meet_an_outage() -> None:
         raise StorageUnavailableError("s3://bucket/file: no answer")
 
-    def work(run: object) -> None:
+    with pytest.raises(StorageUnavailableError, match="no answer"), command.unwrap_worker_errors():
         ray.get(meet_an_outage.remote())
-
-    with pytest.raises(StorageUnavailableError, match="no answer"):
-        command.unwrap_worker_errors(work, None)

@@ -10,6 +10,7 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Job, Run
 from vavae.storage.artifact import RECORD
+from vavae.storage.storage import Storage
 from vavae.sweep.branch import branch, prefix_of
 
 SHARED_JOBS: tuple[Job, ...] = ("prepare_shards", "train_vavae", "precompute_latents")
@@ -87,18 +88,18 @@ def content_key(config: RunConfig, job: Job) -> str:
     return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})
 
 
-def link_files(owner: Run, run: Run, folder: str) -> None:
+def link_files(owner: Storage, target: Storage, folder: str) -> None:
     """Link into a run the files of another one's folder that it lacks.
 
     Args:
-        owner: the run with the files.
-        run: the run that lacks some.
-        folder: their path in both.
+        owner: folder of the run with the files.
+        target: folder of the run that lacks some.
+        folder: path of the files in both.
     """
-    held = run.storage.sizes(folder)
-    for path in owner.storage.list(folder, recursive=True):
+    held = target.sizes(folder)
+    for path in owner.list(folder, recursive=True):
         if path not in held:
-            run.storage.copy_from(owner.storage, path)
+            target.copy_from(owner, path)
 
 
 def link_artifact(owner: Run, run: Run, job: Job) -> None:

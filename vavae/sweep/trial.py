@@ -80,7 +80,11 @@ def run_trial(sweep: Sweep, point: Point, request: TaskRequest, report: Callable
         write_entry(sweep, Entry(point, "stopped", broken))
         return
     for images in [*sweep.config.rungs, None]:
-        rows = [row for run in runs if (row := _metrics_at_budget(_with_budget(run, images), request)) is not None]
+        rows = [
+            row
+            for run in runs
+            if (row := _metrics_at_budget(Run(_with_budget(run.config, images)), request)) is not None
+        ]
         if len(rows) == len(runs):
             means = _means(sweep, rows)
             if images is None:
@@ -114,14 +118,13 @@ def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(row[name] for row in rows) for name in shared}
 
 
-def _with_budget(run: Run, images: int | None) -> Run:
-    """The run with the budget of its LightningDiT lowered to a rung; None keeps it."""
-    config = run.config
+def _with_budget(config: RunConfig, images: int | None) -> RunConfig:
+    """The configuration with the budget of its LightningDiT lowered to a rung; None keeps it."""
     budget = config.train_lightningdit.images
     if images is None or images >= budget:
-        return run
+        return config
     shorter = config.train_lightningdit.model_copy(update={"images": images})
-    return Run(config.model_copy(update={"train_lightningdit": shorter}))
+    return config.model_copy(update={"train_lightningdit": shorter})
 
 
 def _metrics_at_budget(run: Run, request: TaskRequest) -> dict[str, float] | None:
@@ -146,10 +149,10 @@ def _metrics_at_budget(run: Run, request: TaskRequest) -> dict[str, float] | Non
 
 def _evaluate(run: Run, request: TaskRequest, task: Task) -> None:
     """Have a run evaluated, against references that are made once for all runs with the same shards."""
-    shards = request(run.config, "prepare_shards")
-    link_files(shards, run, _REFERENCES)
+    shards = request(run.config, "prepare_shards").storage
+    link_files(shards, run.storage, _REFERENCES)
     request(run.config, task)
-    link_files(run, shards, _REFERENCES)
+    link_files(run.storage, shards, _REFERENCES)
 
 
 def _link_shared_artifacts(run: Run, request: TaskRequest, last: Job) -> None:
