@@ -102,8 +102,8 @@ def test_a_dry_run_refuses_what_the_cluster_cannot_hold(training: Training) -> N
     measure = "train_lightningdit.measure={every_images: 64}"
     process = training.start("ray_jobs.pipeline", "--dry-run", measure, "workers.count=2")
     assert process.wait(_PATIENCE_SECONDS) == _REFUSED
-    told = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
-    assert f"{told} train_lightningdit.measure.when=after, add nodes" in training.log()
+    refusal = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
+    assert f"{refusal} train_lightningdit.measure.when=after, add nodes" in training.log()
 
 
 def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training: Training) -> None:

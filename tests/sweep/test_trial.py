@@ -100,7 +100,7 @@ def test_a_trial_is_finished_before_its_last_report(root: Path, reports) -> None
         sweep, point, InProcess(sweep, root).request,
         lambda row: states.append(read_ledger(sweep)[name_of_trial(point)].state),
     )  # fmt: skip
-    assert states == ["running", "finished"], "who is told of the last may end it"
+    assert states == ["running", "finished"], "the callback of the last report may end it"
 
 
 def test_an_unknown_objective_and_a_lowered_budget_are_named(root: Path, reports, tmp_path: Path) -> None:

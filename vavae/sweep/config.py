@@ -107,7 +107,7 @@ class ObjectiveConfig(Config):
         if given not in KNOWN_METRICS:
             near = get_close_matches(given, KNOWN_METRICS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(KNOWN_METRICS)};"
-            raise ValueError(f"no such metric; {hint} for another say {{measure: {given}, better: lower or higher}}")
+            raise ValueError(f"no such metric; {hint} For another say {{measure: {given}, better: lower or higher}}")
         return {"measure": given, "better": KNOWN_METRICS[given]}
 
 

@@ -85,7 +85,7 @@ def metric_curve(one: TrialResult, metric: str) -> dict[int, SeedMean]:
 
 def is_aligned(sweep: Sweep, one: TrialResult) -> bool:
     """Return whether a trial's tokenizer learns from the teacher in any phase."""
-    return any(stage.losses.vision_foundation.weight > 0 for stage in _config(sweep, one).tokenizer_phases())
+    return any(phase.losses.vision_foundation.weight > 0 for phase in _config(sweep, one).tokenizer_phases())
 
 
 def twins(sweep: Sweep, results: Sequence[TrialResult]) -> list[tuple[TrialResult, TrialResult]]:
