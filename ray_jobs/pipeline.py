@@ -1,13 +1,13 @@
-"""Every stage in a row, skipping what is there: ``python -m ray_jobs.pipeline --config FILE``."""
+"""Every job in a row, skipping what is there: ``python -m ray_jobs.pipeline --config FILE``."""
 
 import sys
 from collections.abc import Mapping
 
 from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
-from ray_jobs.runtime.command import Work, pipeline
+from ray_jobs.runtime.command import JobFunction, pipeline
 from vavae.runs.run import Job
 
-WORKS: Mapping[Job, Work] = {
+JOB_FUNCTIONS: Mapping[Job, JobFunction] = {
     "prepare_shards": prepare_shards.work,
     "train_vavae": train_vavae.work,
     "precompute_latents": precompute_latents.work,
@@ -17,4 +17,4 @@ WORKS: Mapping[Job, Work] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(pipeline("Run all stages of a configuration, from images to report.", WORKS))
+    sys.exit(pipeline("Run all jobs of a configuration, from images to report.", JOB_FUNCTIONS))

@@ -2,7 +2,7 @@
 
 import sys
 
-from ray_jobs.runtime.actor_pool import Advance, Share, Work, work_through
+from ray_jobs.runtime.actor_pool import Advance, Resources, Work, work_through
 from ray_jobs.runtime.command import main
 from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
@@ -17,8 +17,8 @@ def work(run: Run) -> None:
     extraction = _extraction(run)
     tasks = extraction.tasks()
     config, latents = run.config, run.config.latents
-    share = Share.of(run, latents.cpus, latents.gpus)
-    work_through(run, "precompute_latents", _make_work, tasks, extraction.images, latents.actors, share)
+    resources = Resources.of(config.workers, latents.cpus, latents.gpus)
+    work_through(run, "precompute_latents", _make_work, tasks, extraction.images, latents.actors, resources)
     content, files = extraction.finish((config.tokenizer.latent_dim, config.grid, config.grid))
     commit(run.storage, run.prefix("precompute_latents"), run.record("precompute_latents", content, files))
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from ray_jobs.runtime.actor_pool import Advance, Share, Work, work_through
+from ray_jobs.runtime.actor_pool import Advance, Resources, Work, work_through
 from ray_jobs.runtime.command import main
 from vavae.data.shards.plan import PlannedShard, plan_shards
 from vavae.data.shards.write import claim, finish, write_shard
@@ -15,8 +15,8 @@ def work(run: Run) -> None:
     plan = plan_shards(run.config.shards, run.storage)
     claim(run.storage, prefix, run.config.shards, plan.sources)
     if plan.shards:
-        actors, share = run.config.workers.count, Share.of(run, gpus=0)
-        work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, actors, share)
+        actors, resources = run.config.workers.count, Resources.of(run.config.workers, gpus=0)
+        work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, actors, resources)
     manifest = finish(run.storage, prefix, plan)
     if manifest.skipped_count:
         print(f"{manifest.skipped_count} unreadable images left out, such as {manifest.skipped[0]}", flush=True)

@@ -2,7 +2,7 @@
 
 import sys
 
-from ray_jobs.runtime.checkpoint_evaluation import measured
+from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
 from ray_jobs.runtime.command import main
 from ray_jobs.runtime.trainer import fit
 from vavae.report.write_report import write_log
@@ -11,7 +11,7 @@ from vavae.runs.run import Run
 
 def work(run: Run) -> None:
     """Train the LightningDiT on latents and export it."""
-    with measured(run):
+    with evaluate_checkpoints_beside(run):
         fit(run, "train_lightningdit")
     write_log(run)
 

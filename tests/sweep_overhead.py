@@ -3,7 +3,7 @@
     python tests/sweep_overhead.py --rounds 3
 
 One side is `tune_vf`; the other does the same jobs of the same trials in a row, with their shards made once. Both must
-come to the same measures, to the last bit. Meant for an otherwise idle machine, of two cores or more.
+come to bitwise identical metrics. Meant for an otherwise idle machine, of two cores or more.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from ray_jobs import tune_vf
-from ray_jobs.pipeline import WORKS
+from ray_jobs.pipeline import JOB_FUNCTIONS
 from ray_jobs.runtime.cluster import cluster
 from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, machine, run_interleaved, table_head, table_line
 from vavae.runs.run import JOBS, Run
@@ -24,16 +24,16 @@ from vavae.sweep.sharing import link_artifact
 from vavae.sweep.sweep import Sweep
 
 _FILE = Path(__file__).parents[1] / "configs" / "sweeps" / "tiny.yaml"
-# Rungs and thresholds would have trials measured more often than a run by itself is.
+# Rungs and thresholds would have trials evaluated more often than a run by itself is.
 _ALIKE = ("rungs=[]", "thresholds={}", "max_concurrent=1")
 
-Measures = list[str]
-"""Digests of what was measured of each trial."""
+Metrics = list[str]
+"""Digests of the evaluation of each trial."""
 
 
-def sweep_contest(folder: Path) -> Benchmark:
+def sweep_benchmark(folder: Path) -> Benchmark:
     """Seconds that a sweep takes for all its trials, against those of its bare trials."""
-    bare: list[Measures] = []
+    bare: list[Metrics] = []
 
     def alone() -> float:
         seconds, found = _timed(folder, _bare_trials)
@@ -42,15 +42,15 @@ def sweep_contest(folder: Path) -> Benchmark:
 
     def vavae_side() -> float:
         seconds, found = _timed(folder, _sweep)
-        assert found == bare[-1], "both sides measure the same"
+        assert found == bare[-1], "both sides come to the same metrics"
         return seconds
 
     sides = {"its bare trials": alone, VAVAE_SIDE: vavae_side}
     return Benchmark(f"sweep of {len(_load(folder).points())} trials", "s on the wall", sides, less_is_better=True)
 
 
-def _timed(folder: Path, go: Callable[[Path], list[Run]]) -> tuple[float, Measures]:
-    """Do all trials in a folder of their own; what that took, and what was measured of each."""
+def _timed(folder: Path, go: Callable[[Path], list[Run]]) -> tuple[float, Metrics]:
+    """Do all trials in a folder of their own; what that took, and the digests of their evaluations."""
     with tempfile.TemporaryDirectory(dir=folder) as root, open(os.devnull, "w") as nowhere:
         start = time.perf_counter()
         with redirect_stdout(nowhere):
@@ -71,7 +71,7 @@ def _bare_trials(root: Path) -> list[Run]:
             if job == "prepare_shards" and run is not runs[0]:
                 link_artifact(runs[0], run, job)
             else:
-                WORKS[job](run)
+                JOB_FUNCTIONS[job](run)
     return runs
 
 
@@ -95,7 +95,7 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     print(f"{machine('ray')}\n\n{table_head()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder, cluster(_runs(Path(folder))[0].config):
-        for row in run_interleaved(sweep_contest(Path(folder)), rounds):
+        for row in run_interleaved(sweep_benchmark(Path(folder)), rounds):
             print(table_line(row), flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""A pool of actors that each load what they need once and then take one item after another."""
+"""A pool of actors that each load their models once and then process one item after another."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -6,51 +6,61 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 from ray.util import ActorPool
 
-from ray_jobs.runtime.progress_actor import Board
-from ray_jobs.runtime.progress_monitor import watched
+from ray_jobs.runtime.progress_actor import ProgressActor
+from ray_jobs.runtime.progress_monitor import monitor_progress
+from vavae.distributed.config import WorkersConfig
 from vavae.distributed.torch_settings import configure_torch
 from vavae.errors import UserError
+from vavae.runs.config import RunConfig
 from vavae.runs.run import Job, Run
 
 ItemT = TypeVar("ItemT")
 Advance = Callable[[int], None]
+"""Takes the number of images done since the last call."""
 Work = Callable[[Any, Advance], None]
-"""Does one item; tells how many images it has done since the last time."""
+"""Processes one item."""
 
 
-class Share(NamedTuple):
-    """What one actor takes of a cluster."""
+class Resources(NamedTuple):
+    """What one actor, worker or task takes of a cluster."""
 
     cpus: float
     gpus: float
 
     @staticmethod
-    def of(run: Run, cpus: float | None = None, gpus: float | None = None) -> "Share":
-        """What a worker of the training takes unless told otherwise; GPUs only where the run uses them."""
-        workers = run.config.workers
+    def of(workers: WorkersConfig, cpus: float | None = None, gpus: float | None = None) -> "Resources":
+        """Those of a training's worker unless given otherwise; no GPUs where the workers use none."""
         gpus = workers.gpus if gpus is None else gpus
-        return Share(workers.cpus if cpus is None else cpus, gpus if workers.use_gpu else 0)
+        return Resources(workers.cpus if cpus is None else cpus, gpus if workers.use_gpu else 0)
 
     @staticmethod
-    def beside(run: Run) -> "Share":
-        """What measuring checkpoints takes besides the workers; nothing where it is done after them, or not at all."""
-        measure = run.config.train_lightningdit.measure
-        if measure is None or measure.when == "after":
-            return NOTHING
-        return Share.of(run, measure.cpus, measure.gpus)
+    def for_checkpoint_evaluation(config: RunConfig) -> "Resources":
+        """What evaluating checkpoints takes beside the workers; none where it is done after the training, or never."""
+        evaluation = config.train_lightningdit.measure
+        if evaluation is None or evaluation.when == "after":
+            return NO_RESOURCES
+        return Resources.of(config.workers, evaluation.cpus, evaluation.gpus)
 
 
-NOTHING = Share(0, 0)
-"""The share of who does not work."""
+NO_RESOURCES = Resources(0, 0)
 
 
-class _Worker:
-    def __init__(self, make_work: Callable[[Run], Work], run: Run, board: Board) -> None:
+class Worker:
+    """One actor of a pool.
+
+    Args:
+        make_work: loads models and opens storage.
+        run: the run of the job.
+        progress: takes the images done.
+    """
+
+    def __init__(self, make_work: Callable[[Run], Work], run: Run, progress: ProgressActor) -> None:
         configure_torch(run.config.workers)
-        self._work, self._board = make_work(run), board
+        self._work, self._progress = make_work(run), progress
 
     def do(self, item: Any) -> None:
-        self._work(item, self._board.advance)
+        """Process one item."""
+        self._work(item, self._progress.advance)
 
 
 def work_through(
@@ -60,47 +70,51 @@ def work_through(
     items: Sequence[ItemT],
     images: int,
     actors: int,
-    share: Share | None = None,
+    resources: Resources | None = None,
 ) -> None:
-    """Do all items with at most `actors` at a time, showing progress in images.
+    """Process all items with at most `actors` at a time, showing progress in images.
 
     Args:
         run: handed to `make_work`.
-        job: name for the progress.
+        job: name of the job in its progress.
         make_work: called once in every actor, to load models and open storage.
-        items: what is to be done, each on its own; done ones return at once.
-        images: how many images all items have together.
-        actors: how many work at the same time, where the cluster has room for so many.
-        share: what each of them takes; None is what a worker of the training takes.
+        items: independent of each other; processing one that is done already must return at once.
+        images: total over all items.
+        actors: upper limit; fewer where the cluster does not hold so many.
+        resources: of each actor; None takes those of a training's worker.
 
     Raises:
-        UserError: the cluster has no room for a single one.
+        UserError: the cluster can't hold a single actor.
     """
-    share = Share.of(run) if share is None else share
-    workers, board = run.config.workers, Board()
-    actors = min(actors, len(items), len(items) if workers.wait_for_nodes else _room(job, share))
-    # A lost actor comes back and does its item again; items that are done return at once.
+    workers, progress = run.config.workers, ProgressActor()
+    resources = Resources.of(workers) if resources is None else resources
+    actors = min(actors, len(items), len(items) if workers.wait_for_nodes else max_actors(job, resources))
+    # A lost actor is restarted and processes its item again.
     actor = ray.remote(
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
         max_restarts=workers.max_failures,
         max_task_retries=workers.max_failures,
-    )(_Worker)
-    with watched(run, job, board, images):
-        pool = ActorPool([actor.remote(make_work, run, board) for _ in range(actors)])
+    )(Worker)
+    with monitor_progress(run, job, progress, images):
+        pool = ActorPool([actor.remote(make_work, run, progress) for _ in range(actors)])
         for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
             pass
 
 
-def _room(job: Job, share: Share) -> int:
-    """Actors that the cluster holds at once: one more would be given an item, and wait with it for ever."""
-    wanted = {kind: amount for kind, amount in (("CPU", share.cpus), ("GPU", share.gpus)) if amount}
+def max_actors(job: Job, resources: Resources) -> int:
+    """Number of actors that the cluster holds at once: one more would be given an item, and wait with it forever.
+
+    Raises:
+        UserError: not a single one.
+    """
+    wanted = {kind: amount for kind, amount in (("CPU", resources.cpus), ("GPU", resources.gpus)) if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(kind, 0) / amount) for kind, amount in wanted.items()) for node in nodes)
-    if not room:
+    count = sum(min(int(node.get(kind, 0) / amount) for kind, amount in wanted.items()) for node in nodes)
+    if not count:
         needs = " and ".join(f"{amount:g} {kind}s" for kind, amount in wanted.items())
         raise UserError(
             f"{job}: an actor needs {needs} of one node and none has so many; lower them, add nodes, or set "
             "workers.wait_for_nodes=true"
         )
-    return room
+    return count

@@ -1,4 +1,4 @@
-"""Checkpoints of the LightningDiT are measured by a task of their own, beside its training or when that has ended."""
+"""Evaluation of the LightningDiT's checkpoints, by a Ray task beside its training or after it."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from ray_jobs.runtime.actor_pool import Share
+from ray_jobs.runtime.actor_pool import Resources
 from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
 from vavae.runs.config import CheckpointEvaluationConfig
@@ -26,17 +26,15 @@ _LOCAL_POLL_SECONDS, _POLL_SECONDS = 2.0, 15.0
 
 
 @contextmanager
-def measured(run: Run) -> Iterator[None]:
-    """Have the checkpoints measured that the block's training leaves; those of one that is interrupted wait."""
-    training = run.config.train_lightningdit
-    measure = training.measure
-    measures = None if measure is None else CheckpointMetrics.of(run.training_folder(JOB), training)
-    if measure is None or measures is None:
+def evaluate_checkpoints_beside(run: Run) -> Iterator[None]:
+    """Evaluate the checkpoints that the training in the block leaves; those of an interrupted one stay pending."""
+    config, metrics = run.config.train_lightningdit.measure, _checkpoint_metrics(run)
+    if config is None or metrics is None:
         yield
         return
-    ended, measuring = threading.Event(), _Measuring(run, measure, measures)
-    thread = threading.Thread(target=measuring.until, args=(ended,), daemon=True)
-    if measure.when == "beside":
+    ended, evaluation = threading.Event(), _CheckpointEvaluation(run, config, metrics)
+    thread = threading.Thread(target=evaluation.poll_until, args=(ended,), daemon=True)
+    if config.when == "beside":
         thread.start()
     done = False
     try:
@@ -47,75 +45,83 @@ def measured(run: Run) -> Iterator[None]:
         if thread.is_alive():
             thread.join()
         if not done:
-            measuring.leave()
-    measuring.rest()
+            evaluation.cancel()
+    evaluation.evaluate_pending()
     prune_evaluated_checkpoints(run)
 
 
 def evaluate_pending_checkpoints(run: Run) -> None:
-    """Have the checkpoints measured that wait, as an interrupted job leaves them; the block's training has ended."""
-    training = run.config.train_lightningdit
-    measure = training.measure
-    measures = None if measure is None else CheckpointMetrics.of(run.training_folder(JOB), training)
-    if measure is not None and measures is not None:
-        _Measuring(run, measure, measures).rest()
+    """Evaluate the checkpoints that an interrupted job has left pending; for a training that has ended."""
+    config, metrics = run.config.train_lightningdit.measure, _checkpoint_metrics(run)
+    if config is not None and metrics is not None:
+        _CheckpointEvaluation(run, config, metrics).evaluate_pending()
         prune_evaluated_checkpoints(run)
 
 
-class _Measuring:
-    """One task at a time, and what becomes of the checkpoints that come meanwhile.
+def _checkpoint_metrics(run: Run) -> CheckpointMetrics | None:
+    """Metrics of the checkpoints of a run's LightningDiT; None where they are not evaluated."""
+    config = run.config.train_lightningdit
+    return None if config.measure is None else CheckpointMetrics.of(run.training_folder(JOB), config)
+
+
+class _CheckpointEvaluation:
+    """Evaluates one checkpoint at a time, and skips those that come meanwhile.
 
     Args:
-        run: whose LightningDiT is trained.
-        measure: how.
-        measures: what is due, and what came out.
+        run: the run whose LightningDiT is trained.
+        config: resources and time of an evaluation.
+        metrics: the checkpoints that are due, and the metrics of those evaluated.
     """
 
-    def __init__(self, run: Run, measure: CheckpointEvaluationConfig, measures: CheckpointMetrics) -> None:
-        self._run, self._measures, self._events = run, measures, EventLog(run.storage)
-        self._timeout_seconds = measure.timeout_seconds
-        share = Share.of(run, measure.cpus, measure.gpus)
-        self._task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)(_measure)
+    def __init__(self, run: Run, config: CheckpointEvaluationConfig, metrics: CheckpointMetrics) -> None:
+        self._run, self._metrics, self._events = run, metrics, EventLog(run.storage)
+        self._timeout_seconds = config.timeout_seconds
+        resources = Resources.of(run.config.workers, config.cpus, config.gpus)
+        self._task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(_evaluate)
         self._running: tuple[int, Any] | None = None
         self._ends_at = math.inf
 
-    def until(self, ended: threading.Event) -> None:
-        """Measure what comes until the training has ended."""
+    def poll_until(self, ended: threading.Event) -> None:
+        """Evaluate checkpoints as they come until the training has ended."""
         seconds = _LOCAL_POLL_SECONDS if self._run.storage.is_local else _POLL_SECONDS
         while not ended.wait(seconds):
             try:
-                self._look()
+                self._poll()
             except OSError as error:
-                logger.warning("nothing is measured for now: %s", error)
+                logger.warning("checkpoints are not evaluated for now: %s", error)
 
-    def leave(self) -> None:
-        """End the task; its checkpoint goes on waiting."""
+    def cancel(self) -> None:
+        """Cancel the task; its checkpoint stays pending."""
         if self._running is not None:
             ray.cancel(self._running[1], force=True)
 
-    def rest(self) -> None:
-        """Measure all that still waits."""
+    def evaluate_pending(self) -> None:
+        """Evaluate all pending checkpoints, one after another."""
         self._finish(wait=True)
-        for images_seen in self._measures.waiting():
-            print(f"{JOB:<18} measures its checkpoint at {images_seen:,} images", flush=True)
+        for images_seen in self._metrics.waiting():
+            print(f"{JOB:<18} evaluates its checkpoint at {images_seen:,} images", flush=True)
             self._start(images_seen)
             self._finish(wait=True)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         self._finish(wait=False)
-        waiting = self._measures.waiting()
-        if self._running is None and waiting:
-            self._start(waiting.pop())
-        for images_seen in waiting:
+        pending = self._metrics.waiting()
+        if self._running is None and pending:
+            self._start(pending.pop())
+        for images_seen in pending:
             if self._running is not None and images_seen != self._running[0]:
-                self._skip(images_seen, "another one was being measured")
+                self._skip(images_seen, "another one was being evaluated")
 
     def _start(self, images_seen: int) -> None:
         self._running = (images_seen, self._task.remote(self._run, images_seen))
         self._ends_at = time.monotonic() + self._timeout_seconds
 
     def _finish(self, wait: bool) -> None:
-        """Take note of a task that has ended, or has had its time."""
+        """Record how the task came out, if it has ended or timed out.
+
+        Args:
+            wait: wait for that.
+        """
         if self._running is None:
             return
         images_seen, task = self._running
@@ -129,17 +135,16 @@ class _Measuring:
         except RayError as error:
             self._skip(images_seen, str(error).strip().rpartition("\n")[2])
         else:
-            figures = self._measures.values()[images_seen]
-            self._events.add(Event("measured", JOB, images_seen, figures))
+            self._events.add(Event("measured", JOB, images_seen, self._metrics.values()[images_seen]))
             self._running = None
 
     def _skip(self, images_seen: int, why: str) -> None:
-        self._measures.write(images_seen, {})
+        self._metrics.write(images_seen, {})
         self._events.add(Event("measure_skipped", JOB, images_seen, {"why": why}))
         if self._running is not None and self._running[0] == images_seen:
             self._running = None
 
 
-def _measure(run: Run, images_seen: int) -> None:
+def _evaluate(run: Run, images_seen: int) -> None:
     configure_torch(run.config.workers)
     evaluate_checkpoint(run, images_seen)

@@ -1,55 +1,57 @@
-"""What all jobs have in common: the command line, the dry run, and finding out that there is nothing to do."""
+"""The command line of every job: dry run, plan, preflight, and running what is missing."""
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import ray
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.runtime.actor_pool import Share
+from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.cluster import check_cluster, cluster
 from ray_jobs.runtime.preflight import check_sources, missing_sources, preflight
-from ray_jobs.runtime.progress_monitor import told
+from ray_jobs.runtime.progress_monitor import log_job_events
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import written_path
 from vavae.errors import UserError
 from vavae.planning.estimate import bytes_to_write
 from vavae.progress import clock
-from vavae.runs.config import RunConfig
+from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.files import CONFIG, REPORT
 from vavae.runs.run import JOBS, Job, Plan, Run
 from vavae.storage.retry import StorageUnavailableError
 
-Work = Callable[[Run], None]
+JobFunction = Callable[[Run], None]
+"""Runs one job, with Ray running."""
 
 
-def main(job: Job, description: str, work: Work, argv: Sequence[str] | None = None) -> int:
-    """The command line of one job; returns its exit status.
+def main(job: Job, description: str, function: JobFunction, argv: Sequence[str] | None = None) -> int:
+    """Run the command line of one job; returns its exit status.
 
     Args:
-        job: its name.
-        description: its help text.
-        work: does it, with Ray running.
-        argv: the arguments, `sys.argv` by default.
+        job: name of the job.
+        description: help text.
+        function: runs the job.
+        argv: arguments; None takes `sys.argv`.
     """
-    return run_command(lambda: _main(job, description, lambda run: {job: run.plan(job)}, {job: work}, argv))
+    return run_command(lambda: _main(job, description, lambda run: {job: run.plan(job)}, {job: function}, argv))
 
 
-def pipeline(description: str, works: Mapping[Job, Work], argv: Sequence[str] | None = None) -> int:
-    """The command line of all jobs in a row; returns its exit status."""
-    return run_command(lambda: _main("pipeline", description, Run.plans, works, argv))
+def pipeline(description: str, functions: Mapping[Job, JobFunction], argv: Sequence[str] | None = None) -> int:
+    """Run the command line of all jobs in a row; returns its exit status."""
+    return run_command(lambda: _main("pipeline", description, Run.plans, functions, argv))
 
 
 def _main(
     name: str,
     description: str,
     plan: Callable[[Run], dict[Job, Plan]],
-    works: Mapping[Job, Work],
+    functions: Mapping[Job, JobFunction],
     argv: Sequence[str] | None,
 ) -> int:
     arguments = parse_arguments(f"python -m ray_jobs.{name}", description, argv)
@@ -59,7 +61,7 @@ def _main(
         return 0
     run = Run(config)
     if arguments.dry_run:
-        _dry_run(run, plan, works)
+        _dry_run(run, plan, functions)
         return 0
     try:
         plans = plan(run)
@@ -70,7 +72,7 @@ def _main(
     to_do = [job for job, found in plans.items() if not found.done]
     if to_do:
         if "prepare_shards" in to_do:
-            check_sources(run)
+            check_sources(config.shards, run.storage)
         missing = preflight(run, to_do)
         if missing:
             raise UserError(missing[0])
@@ -78,9 +80,9 @@ def _main(
         run.storage.write_bytes(CONFIG, dump(config).encode())
         events = EventLog(run.storage)
         events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count}))
-        with cluster(config, beside=Share.beside(run)):
+        with cluster(config, evaluation=Resources.for_checkpoint_evaluation(config)):
             for job in to_do:
-                _do(run, job, works[job], events)
+                _run_job(run, job, functions[job], events)
         events.add(Event("done"))
     for job, found in plans.items():
         if found.done:
@@ -91,44 +93,45 @@ def _main(
     return 0
 
 
-def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], works: Mapping[Job, Work]) -> None:
+def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], jobs: Collection[Job]) -> None:
     """Print the plan, and what has to be fetched before it can be carried out; refuse a cluster that is too small."""
-    missing = missing_sources(run) if "prepare_shards" in works else []
-    plans = _plans_without_images(works) if missing else plan(run)
+    missing = missing_sources(run.config.shards, run.storage) if "prepare_shards" in jobs else []
+    plans = _plans_without_images(jobs) if missing else plan(run)
     missing += preflight(run, [job for job, found in plans.items() if not found.done])
     _print_plan(run, plans)
     for line in missing:
         print(f"still needed: {line}")
-    check_cluster(run.config, Share.beside(run))
+    check_cluster(run.config, Resources.for_checkpoint_evaluation(run.config))
 
 
 def _plans_without_images(jobs: Iterable[Job]) -> dict[Job, Plan]:
-    """All is to do: what there may be can't be told to be made from images that are not here."""
+    """Plans where everything is to do: whether artifacts belong to images that are not here can't be told."""
     first = JOBS["prepare_shards"]
     why = {first.job: "its images are not here"}
     return {job: Plan(False, why.get(job, f"after {first.makes}")) for job in jobs}
 
 
-def _do(run: Run, job: Job, work: Work, events: EventLog) -> None:
-    """Do one job, unless the jobs before it have turned out to leave its artifact as it was."""
+def _run_job(run: Run, job: Job, function: JobFunction, events: EventLog) -> None:
+    """Run one job, unless the jobs before it have left its artifact up to date."""
     found = run.plan(job)
     if found.done:
         print(f"{job:<18} done  {found.why}", flush=True)
         return
     start = time.monotonic()
     try:
-        with told(events, job):
-            _in_one_line(work, run)
+        with log_job_events(events, job), unwrap_worker_errors():
+            function(run)
     except StorageUnavailableError as error:
-        raise UserError(f"{job}: {error}; the same command goes on from what is there") from error
+        raise UserError(f"{job}: {error}; the same command resumes from what is there") from error
     digest = run.require(job).digest[:12]
     print(f"{job:<18} made  {digest}  in {clock(time.monotonic() - start)}", flush=True)
 
 
-def _in_one_line(work: Work, run: Run) -> None:
-    """Do some work; what a pooled worker met is raised as if it had been met here, where it has a line of its own."""
+@contextmanager
+def unwrap_worker_errors() -> Iterator[None]:
+    """Raise an error of a pooled worker that takes one line as if it had occurred in the block."""
     try:
-        work(run)
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | StorageUnavailableError):
             raise error.cause from None
@@ -136,32 +139,28 @@ def _in_one_line(work: Work, run: Run) -> None:
 
 
 def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
-    """The stages, their artifacts, and what each would take."""
+    """Print the jobs, their artifacts, and the effort and bytes of each."""
     table = Table(title=f"run {run.config.name} in {run.storage.url()}", title_justify="left")
     for column in ("job", "makes", "state", "work", "bytes"):
         table.add_column(column)
     for job, found in plans.items():
         state = f"done {found.why}" if found.done else f"to do: {found.why}"
-        table.add_row(job, JOBS[job].makes, state, _effort(run, job), _bytes(run, job, found))
+        if found.done:
+            size = filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
+        else:
+            estimate = bytes_to_write(run, job)
+            size = "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
+        table.add_row(job, JOBS[job].makes, state, _effort(run.config, job), size)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     console.print(table)
 
 
-def _bytes(run: Run, job: Job, plan: Plan) -> str:
-    """What an artifact takes in storage, or will take at most."""
-    if plan.done:
-        return filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
-    estimate = bytes_to_write(run, job)
-    return "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
-
-
-def _effort(run: Run, job: Job) -> str:
+def _effort(config: RunConfig, job: Job) -> str:
     """Images, steps and workers of a job, in words."""
-    config = run.config
-    budget = run.budget(job)
-    if budget is not None:
-        section = getattr(config, job)
-        return f"{budget:,} images, {section.steps:,} steps of {section.batch_size}, {config.workers.count} workers"
+    training = getattr(config, job, None)
+    if isinstance(training, TrainingConfig):
+        steps, batch_size = training.steps, training.batch_size
+        return f"{steps * batch_size:,} images, {steps:,} steps of {batch_size}, {config.workers.count} workers"
     return {
         "prepare_shards": f"{written_path(config.shards.source)} at {config.shards.image_size} px",
         "precompute_latents": f"{config.tokenizer.latent_dim} x {config.grid} x {config.grid} float16 mean and std",

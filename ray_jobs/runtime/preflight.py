@@ -1,16 +1,18 @@
-"""Everything that can be checked before a worker starts."""
+"""Checks before any worker starts: inputs, storage access, pretrained weights, image sources."""
 
 import importlib.util
 import os
 from collections.abc import Sequence
 
 from vavae.config import written_path
+from vavae.data.config import ShardsConfig
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
 from vavae.data.shards.plan import TRAIN
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
+from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import find_reference
 from vavae.latents.manifest import read_latent_manifest
 from vavae.models.backbones.config import BackboneConfig
@@ -20,13 +22,18 @@ from vavae.models.tokenizer.teacher import check_teacher
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.sampling.labels import label_law
+from vavae.storage.storage import Storage
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
-    """Check what the jobs need of each other, storage access, and pretrained weights.
+    """Check the inputs of jobs, storage access, and pretrained weights.
+
+    Args:
+        run: the run.
+        jobs: the jobs that are to do.
 
     Returns:
-        One line for each pretrained network whose weights can't be had from here, with where to get them.
+        One line for each pretrained network whose weights are missing here, with where to get them.
 
     Raises:
         UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
@@ -37,7 +44,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
         for field in ("class_agreement", "latent_space"):
             if getattr(config.evaluate, field) and importlib.util.find_spec("sklearn") is None:
-                raise UserError(f"evaluate.{field} needs scikit-learn: pip install 'vavae[metrics]'")
+                raise UserError(f"evaluate.{field} needs scikit-learn: pip install -e '.[metrics]'")
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")
@@ -62,11 +69,11 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             check_weights(backbone)
         except UserError as error:
             missing.append(f"{section}: {error}")
-    return missing + (_missing_measures(run) if "evaluate" in jobs else [])
+    return missing + (_missing_evaluation_files(config.evaluate, run.storage) if "evaluate" in jobs else [])
 
 
 def check_cache(run: Run, job: Job) -> None:
-    """Refuse a cache that can't hold the shards of a store that the lanes of one machine draw from at a time.
+    """Refuse a cache that can't hold the shards that the lanes of one machine read from a store at a time.
 
     Shards that are not there pass. Of a cluster it is not known which workers share a machine: one alone counts.
 
@@ -94,30 +101,29 @@ def check_cache(run: Run, job: Job) -> None:
         )
 
 
-def missing_sources(run: Run) -> list[str]:
-    """One line for each source of images that can't be opened from here."""
+def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
+    """List the image sources that can't be opened from here, one line each."""
     missing = []
-    for source in _sources(run):
+    for source in _sources(shards):
         try:
-            open_source(source, run.storage)
+            open_source(source, storage)
         except UserError as error:
             missing.append(f"shards: {error}")
     return missing
 
 
-def check_sources(run: Run) -> None:
-    """Open the sources of images; UserError where that can't be done from here."""
-    for source in _sources(run):
-        open_source(source, run.storage)
+def check_sources(shards: ShardsConfig, storage: Storage) -> None:
+    """Open the image sources; raises UserError for one that can't be opened from here."""
+    for source in _sources(shards):
+        open_source(source, storage)
 
 
-def _sources(run: Run) -> list[str]:
-    shards = run.config.shards
+def _sources(shards: ShardsConfig) -> list[str]:
     return [source for source in (shards.source, shards.validation_source) if source is not None]
 
 
 def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:
-    """The pretrained networks of jobs, by the section of the configuration that asks for them."""
+    """Pretrained networks of jobs, by the section of the configuration that names them."""
     backbones: dict[str, BackboneConfig] = {}
     if "train_vavae" in jobs or "evaluate" in jobs:
         backbones["teacher"] = config.teacher.backbone
@@ -133,9 +139,9 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     return backbones
 
 
-def _missing_measures(run: Run) -> list[str]:
-    """One line for each of Inception and the reference file that is asked for and can't be had from here."""
-    evaluate, missing = run.config.evaluate, []
+def _missing_evaluation_files(evaluate: EvaluateConfig, storage: Storage) -> list[str]:
+    """List which of Inception and the reference file are needed and missing here, one line each."""
+    missing = []
     try:
         if "inception" in evaluate.metrics.extractors:
             check_inception(evaluate.metrics.inception)
@@ -143,7 +149,7 @@ def _missing_measures(run: Run) -> list[str]:
         missing.append(f"evaluate.metrics: {error}")
     try:
         if evaluate.reference_file is not None:
-            find_reference(run.storage, evaluate.reference_file)
+            find_reference(storage, evaluate.reference_file)
     except UserError as error:
         missing.append(str(error))
     return missing

@@ -1,4 +1,4 @@
-"""The board: where workers post how far they are and what happened, and the driver reads it."""
+"""The progress actor: workers report progress and events to it, and the driver reads them."""
 
 import signal
 import sys
@@ -16,45 +16,45 @@ from vavae.progress import Progress
 from vavae.runs.events import Event
 
 
-class News(NamedTuple):
-    """What the driver finds on the board."""
+class ProgressUpdate(NamedTuple):
+    """What the workers have reported, as the driver reads it."""
 
     progress: Progress | None
-    """The latest one that was posted."""
+    """The latest progress of a training; None for pooled tasks, which advance."""
     advanced: int
-    """The sum of all advances."""
+    """Images that all pooled tasks have done together."""
     events: list[Event]
-    """What happened since it looked last."""
+    """Events since the last read."""
 
 
-class _BoardActor:
-    """Holds the latest progress, what happened, and the messages that go the other way."""
+class _ProgressActor:
+    """Holds the latest progress, the events, the errors of workers, and the request to stop."""
 
     def __init__(self) -> None:
         self._latest: Progress | None = None
         self._advanced = 0
         self._events: list[Event] = []
-        self._begun = 0
+        self._starts = 0
         self._stop = False
         self._error: str | None = None
         self._outage: str | None = None
 
-    def post(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         self._latest = progress
 
-    def advance(self, amount: int) -> None:
-        self._advanced += amount
+    def advance(self, images: int) -> None:
+        self._advanced += images
 
     def record(self, event: Event) -> None:
         self._events.append(event)
 
-    def begin(self) -> int:
-        self._begun += 1
-        return self._begun
+    def count_start(self) -> int:
+        self._starts += 1
+        return self._starts
 
-    def read(self) -> News:
+    def read(self) -> ProgressUpdate:
         events, self._events = self._events, []
-        return News(self._latest, self._advanced, events)
+        return ProgressUpdate(self._latest, self._advanced, events)
 
     def request_stop(self) -> None:
         self._stop = True
@@ -62,105 +62,104 @@ class _BoardActor:
     def stop_requested(self) -> bool:
         return self._stop
 
-    def fail(self, error: str) -> None:
+    def report_error(self, error: str) -> None:
         self._error = error
 
     def error(self) -> str | None:
         return self._error
 
-    def lament(self, outage: str) -> None:
+    def report_outage(self, outage: str) -> None:
         self._outage = outage
 
     def outage(self) -> str | None:
         return self._outage
 
 
-class Board:
-    """A handle to the board, for driver and workers alike; the process that makes it keeps the board alive.
+class ProgressActor:
+    """A handle to a progress actor, for driver and workers; the actor lives as long as the process that made it.
 
     Args:
-        name: of a board that there is already; None makes one.
+        name: of an existing actor; None makes one.
     """
 
     def __init__(self, name: str | None = None) -> None:
-        self._name = name or f"board-{uuid.uuid4().hex}"
-        self._actor: Any = ray.get_actor(self._name) if name else on_this_node(_BoardActor, name=self._name).remote()
-        self._asked: Any = None
+        self._name = name or f"progress-{uuid.uuid4().hex}"
+        self._actor: Any = ray.get_actor(self._name) if name else on_this_node(_ProgressActor, name=self._name).remote()
+        self._stop_query: Any = None
 
-    def __reduce__(self) -> tuple[type["Board"], tuple[str]]:
+    def __reduce__(self) -> tuple[type["ProgressActor"], tuple[str]]:
         # By name: an actor that got a handle as an argument could not be restarted.
-        return Board, (self._name,)
+        return ProgressActor, (self._name,)
 
-    def post(self, progress: Progress) -> None:
-        """Say how far a stage is."""
-        self._actor.post.remote(progress)
+    def report(self, progress: Progress) -> None:
+        """Report the progress of a training."""
+        self._actor.report.remote(progress)
 
-    def advance(self, amount: int) -> None:
-        """Add to what pooled tasks have done together."""
-        self._actor.advance.remote(amount)
+    def advance(self, images: int) -> None:
+        """Add images that a pooled task has done."""
+        self._actor.advance.remote(images)
 
     def record(self, event: Event) -> None:
-        """Leave what happened for the driver to write down."""
+        """Hand an event to the driver, which writes it down."""
         self._actor.record.remote(event)
 
-    def begin(self) -> int:
-        """Say that the workers have started; how often they have by now."""
-        return ray.get(self._actor.begin.remote())
+    def count_start(self) -> int:
+        """Count a start of the workers; returns the number of starts so far."""
+        return ray.get(self._actor.count_start.remote())
 
-    def read(self) -> News:
-        """What there is; of events, those since it was read last."""
+    def read(self) -> ProgressUpdate:
+        """Read the progress so far, and the events since the last read."""
         return ray.get(self._actor.read.remote())
 
     def request_stop(self) -> None:
-        """Ask the workers to save and leave."""
+        """Ask the workers to save a checkpoint and stop."""
         self._actor.request_stop.remote()
 
     def stop_requested(self) -> bool:
-        """Whether somebody asked. Never waits: the answer is the one to the previous question."""
+        """Return whether a stop was requested. Never waits: the answer is to the previous call's query."""
         answer = False
-        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
-            answer, self._asked = ray.get(self._asked), None
-        if self._asked is None:
-            self._asked = self._actor.stop_requested.remote()
+        if self._stop_query is not None and ray.wait([self._stop_query], timeout=0)[0]:
+            answer, self._stop_query = ray.get(self._stop_query), None
+        if self._stop_query is None:
+            self._stop_query = self._actor.stop_requested.remote()
         return answer
 
-    def fail(self, error: str) -> None:
-        """Leave a user's error for the driver."""
-        ray.get(self._actor.fail.remote(error))
+    def report_error(self, error: str) -> None:
+        """Report a user's error, which a restart can't mend."""
+        ray.get(self._actor.report_error.remote(error))
 
     def error(self) -> str | None:
-        """The user's error that a worker left."""
+        """The user's error that a worker reported."""
         return ray.get(self._actor.error.remote())
 
-    def lament(self, outage: str) -> None:
-        """Tell the driver of what another try may find mended."""
-        ray.get(self._actor.lament.remote(outage))
+    def report_outage(self, outage: str) -> None:
+        """Report an error that another attempt may not meet."""
+        ray.get(self._actor.report_outage.remote(outage))
 
     def outage(self) -> str | None:
-        """What a worker lamented last."""
+        """The outage that a worker reported last."""
         return ray.get(self._actor.outage.remote())
 
 
 def on_this_node(actor: type, **options: Any) -> Any:
-    """An actor class without resources whose actors stay with their driver: no other node takes them away."""
+    """Make a class a Ray actor without resources that stays on the driver's node, whatever happens to other nodes."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(actor).options(scheduling_strategy=here, **options)
 
 
 @contextmanager
-def stopped_by_signals(board: Board) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a polite request; a second one interrupts at once."""
+def stop_on_signals(progress: ProgressActor) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM in the block into a request to stop; a second one interrupts at once."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        text = "stopping: the workers save a checkpoint and leave; the same again leaves at once"
-        print(text, file=sys.stderr, flush=True)
-        board.request_stop()
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
+        progress.request_stop()
         signal.signal(number, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

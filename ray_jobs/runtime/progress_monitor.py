@@ -1,77 +1,98 @@
-"""What the driver does while workers work: show how far they are, and write down what happens."""
+"""The driver's side of progress: what workers report is shown, exported as metrics, and written down as events."""
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
-from ray_jobs.runtime.progress_actor import Board, News
+from ray_jobs.runtime.progress_actor import ProgressActor, ProgressUpdate
 from ray_jobs.runtime.prometheus import Exporter
 from vavae.errors import UserError
 from vavae.progress import Progress, Rate, clock, display
 from vavae.runs.events import Event, EventLog
 from vavae.runs.run import Job, Run
 
-_MOMENT_SECONDS = 1.5
+_POLL_SECONDS = 1.5
+
+Show = Callable[[Progress | str], None]
+"""Takes each moment of a job: its progress, or a word where there is none."""
+
+_receiver: ContextVar[Show | None] = ContextVar("receiver", default=None)
 
 
 @contextmanager
-def watched(run: Run, job: Job, board: Board, images: int | None = None) -> Iterator[None]:
-    """Show a stage until the block ends: on the terminal, among Ray's metrics, and as events in the run's folder.
-
-    Args:
-        run: what it belongs to.
-        job: the stage.
-        board: where the workers post.
-        images: for pooled tasks that `advance`: how many there are.
-    """
-    ended = threading.Event()
-    watch = Watch(job, board, images, Exporter(run.config.name, job, "driver"), EventLog(run.storage))
-    watcher = threading.Thread(target=watch.until, args=(ended,), daemon=True)
-    watcher.start()
+def redirect_progress(receive: Show) -> Iterator[None]:
+    """Give the progress of the jobs in the block to a function, in place of the terminal."""
+    token = _receiver.set(receive)
     try:
         yield
     finally:
-        ended.set()
-        watcher.join()
+        _receiver.reset(token)
 
 
-class Watch:
-    """Looks at a board every moment.
+@contextmanager
+def monitor_progress(run: Run, job: Job, actor: ProgressActor, images: int | None = None) -> Iterator[None]:
+    """Show the progress of a job until the block ends, export it as Ray metrics, and write its events down.
 
     Args:
-        stage: name of the job.
-        board: to look at.
-        images: how many there are, for pooled tasks.
-        exporter: of the stage.
-        events: where events go.
+        run: the run of the job.
+        job: the job.
+        actor: the one that the workers report to.
+        images: total of pooled tasks, which only report how far they advance.
+    """
+    ended, receiver = threading.Event(), _receiver.get()
+    exporter, events = Exporter(run.config.name, job, "driver"), EventLog(run.storage)
+    with display(job) if receiver is None else nullcontext(receiver) as show:
+        monitor = ProgressMonitor(job, actor, images, show, exporter, events)
+        thread = threading.Thread(target=monitor.poll_until, args=(ended,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+class ProgressMonitor:
+    """Polls a progress actor, and passes on what it finds.
+
+    Args:
+        job: the job.
+        actor: the actor to poll.
+        images: total of pooled tasks.
+        show: takes each moment of the job.
+        exporter: of the job's metrics.
+        events: of the run.
     """
 
-    def __init__(self, stage: Job, board: Board, images: int | None, exporter: Exporter, events: EventLog) -> None:
-        self._stage, self._board, self._images, self._exporter, self._events = stage, board, images, exporter, events
+    def __init__(
+        self, job: Job, actor: ProgressActor, images: int | None, show: Show, exporter: Exporter, events: EventLog
+    ) -> None:
+        self._job, self._actor, self._images = job, actor, images
+        self._show, self._exporter, self._events = show, exporter, events
         self._start, self._rate = time.monotonic(), Rate()
         self._last: Progress | None = None
 
-    def until(self, ended: threading.Event) -> None:
-        """Watch until the stage has ended."""
+    def poll_until(self, ended: threading.Event) -> None:
+        """Poll until the job has ended, and once more for its last events."""
         self._exporter.show({"stage_running": 1, "images": 0})
-        with display(self._stage) as show:
-            while not ended.wait(_MOMENT_SECONDS):
-                show(self._moment(self._look()))
-        self._look()
+        while not ended.wait(_POLL_SECONDS):
+            self._show(self._moment(self._poll()))
+        self._poll()
         self._exporter.show({"stage_running": 0})
 
-    def _look(self) -> News:
+    def _poll(self) -> ProgressUpdate:
         self._exporter.refresh()
-        news = self._board.read()
-        self._events.add(*news.events)
-        return news
+        update = self._actor.read()
+        self._events.add(*update.events)
+        return update
 
-    def _moment(self, news: News) -> Progress | str:
-        """How far the stage is; a word where that says too little."""
-        progress = news.progress
-        if news.advanced:
-            progress = Progress(self._stage, news.advanced, self._images, rate=self._rate.update(news.advanced))
+    def _moment(self, update: ProgressUpdate) -> Progress | str:
+        """The progress of the job, exported; a word while it starts and finishes."""
+        progress = update.progress
+        if update.advanced:
+            progress = Progress(self._job, update.advanced, self._images, rate=self._rate.update(update.advanced))
         before, self._last = self._last, progress
         elapsed = clock(time.monotonic() - self._start)
         if progress is None:
@@ -85,8 +106,8 @@ class Watch:
 
 
 @contextmanager
-def told(events: EventLog, job: Job) -> Iterator[None]:
-    """Write down how a stage begins and ends."""
+def log_job_events(events: EventLog, job: Job) -> Iterator[None]:
+    """Write down how the job of the block begins and ends."""
     start = time.monotonic()
     events.add(Event("stage_begun", job))
     try:
@@ -95,11 +116,7 @@ def told(events: EventLog, job: Job) -> Iterator[None]:
         events.add(Event("stop", job))
         raise
     except Exception as error:
-        events.add(Event("failed", job, details={"error": _line(error)}))
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".partition("\n")[0]
+        events.add(Event("failed", job, details={"error": text}))
         raise
     events.add(Event("stage_done", job, details={"seconds": round(time.monotonic() - start, 3)}))
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error; all of it where that is ours."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".partition("\n")[0]

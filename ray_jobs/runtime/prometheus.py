@@ -1,4 +1,4 @@
-"""Figures of a run among Ray's own metrics, where Prometheus finds them."""
+"""Metrics of a run among Ray's own, where Prometheus scrapes them."""
 
 import time
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ _REFRESH_SECONDS = 5.0
 
 
 class Exporter:
-    """Shows figures under the names of `metric_name`, as `ray_vavae_…`; what adds up becomes a counter.
+    """Exports metrics as `ray_vavae_…`, by the names of `metric_name`; what adds up becomes a counter.
 
     Args:
         run: name of the run.
         stage: name of the job.
-        rank: of this process, or what else it is.
+        rank: of this process; `driver` for the driver.
     """
 
     def __init__(self, run: str, stage: str, rank: str) -> None:
@@ -26,9 +26,9 @@ class Exporter:
         self._shown: dict[str, float] = {}
         self._refreshed = time.monotonic()
 
-    def show(self, figures: Mapping[str, float]) -> None:
-        """Show the figures of a row, or others of `METRICS`."""
-        for name, value in figures.items():
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Export the metrics of a row of the log, or of `JOB_METRICS`."""
+        for name, value in metrics.items():
             metric = _metric(name)
             if isinstance(metric, Gauge):
                 self._shown[name] = value
@@ -37,7 +37,7 @@ class Exporter:
                 metric.inc(value, self._tags)
 
     def refresh(self) -> None:
-        """Show the last figures again, if it is time: Ray drops a gauge that was not set for two reports, or 20 s."""
+        """Set all gauges again every few seconds: Ray drops one that was not set for two reports, or 20 s."""
         if time.monotonic() - self._refreshed >= _REFRESH_SECONDS:
             self._refreshed = time.monotonic()
             self.show(self._shown)
@@ -45,7 +45,7 @@ class Exporter:
 
 @cache
 def _metric(name: str) -> Gauge | Counter:
-    """One for the whole process, whatever its tags."""
+    """The metric of this process with a name; Ray allows one, whatever its tags."""
     found = metric_info(name)
     kind = Counter if found.adds_up else Gauge
     return kind(metric_name(name), found.meaning, TAGS)

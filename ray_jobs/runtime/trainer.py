@@ -10,8 +10,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ray_jobs.runtime.progress_actor import Board, stopped_by_signals
-from ray_jobs.runtime.progress_monitor import watched
+from ray_jobs.runtime.progress_actor import ProgressActor, stop_on_signals
+from ray_jobs.runtime.progress_monitor import monitor_progress
 from ray_jobs.runtime.session import RaySession
 from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
@@ -24,81 +24,75 @@ from vavae.training.session import this_process
 from vavae.training.train import train
 
 _STALE_SECONDS = "20"
-"""How old Ray's view of the cluster may be, by which it sizes elastic workers; it would wait a minute for lost ones."""
+"""Age up to which Ray's view of the cluster sizes elastic workers; by default it waits a minute for lost ones."""
 
 
 def fit(run: Run, job: Job) -> None:
-    """Train one model on the workers that the configuration asks for, until its export is committed.
+    """Train one model on the configured workers until its export is committed.
+
+    Args:
+        run: the run of the training.
+        job: the training.
 
     Raises:
         UserError: the configuration or the artifacts don't allow it.
-        KeyboardInterrupt: the run was asked to stop; its checkpoint is there to go on from.
+        KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint to resume from.
     """
-    workers, board = run.config.workers, Board()
+    workers, storage, progress = run.config.workers, run.storage, ProgressActor()
     if workers.min_count is not None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _STALE_SECONDS)
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"run": run, "job": job, "board": board, "owner": this_process()},
+        _train_on_worker,
+        train_loop_config={"run": run, "job": job, "progress": progress, "owner": this_process()},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
             use_gpu=workers.use_gpu,
-            resources_per_worker=_resources(run),
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.use_gpu else {})},
             elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
         run_config=RunConfig(
             name=f"{run.config.name}-{job}",
-            storage_path=_ray_folder(run),
+            # Local, for Ray's own clients of object stores know none of our options.
+            storage_path=storage.url("ray") if storage.is_local else str(Path(storage.cache).expanduser() / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
     # In the main thread Ray Train would answer an interrupt itself, by ending the workers where they are.
-    with watched(run, job, board), stopped_by_signals(board), ThreadPool(1) as thread:
+    with monitor_progress(run, job, progress), stop_on_signals(progress), ThreadPool(1) as thread:
         try:
             thread.apply(trainer.fit)
         except TrainingFailedError:
-            error = board.error() or board.outage()
+            error = progress.error() or progress.outage()
             if error is not None:
                 raise UserError(error) from None
             raise
-    error = board.error()
+    error = progress.error()
     if error is not None:
         raise UserError(error)
     if not run.plan(job).done:
         raise KeyboardInterrupt
 
 
-def _ray_folder(run: Run) -> str:
-    """Where Ray may leave a mark; a local folder, for its own clients of stores know none of our options."""
-    storage = run.storage
-    return storage.url("ray") if storage.is_local else str(Path(storage.cache).expanduser() / "ray")
-
-
-def _resources(run: Run) -> dict[str, float]:
-    workers = run.config.workers
-    return {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.use_gpu else {})}
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    """One rank of the training; Ray Train calls it in every worker."""
+def _train_on_worker(settings: dict[str, Any]) -> None:
+    """Train as one rank; Ray Train calls it in every worker."""
     run: Run = settings["run"]
     job: Job = settings["job"]
-    board: Board = settings["board"]
-    if board.error() is not None:
+    progress: ProgressActor = settings["progress"]
+    if progress.error() is not None:
         return  # restarted after an error that a restart can't mend
     configure_torch(run.config.workers)
     owner: str = settings["owner"]
     try:
-        session, world = RaySession(run, job, board, owner), World.current(run.config.workers.use_gpu)
+        session, world = RaySession(run.config.name, job, progress, owner), World.current(run.config.workers.use_gpu)
         train(begin_training(run, job, world), session, world)
     except CommonError as error:
-        # All workers end with it, so there is no need for the error that lets Ray end, and then start, the others.
+        # All ranks raise it, so none has to fail for Ray to stop the others, and then restart them.
         if not (isinstance(error, SupersededError) and error.owner == owner):
-            board.fail(str(error))
+            progress.report_error(str(error))
     except UserError as error:
-        board.fail(str(error))
+        progress.report_error(str(error))
         raise
     except StorageUnavailableError as error:
-        board.lament(f"{job}: {error}; the same command goes on from the last checkpoint")
+        progress.report_outage(f"{job}: {error}; the same command resumes from the last checkpoint")
         raise

@@ -1,4 +1,4 @@
-"""Speaking to the cluster: its jobs, their logs, and stopping them."""
+"""Client of a cluster: its jobs, their logs, and stopping them."""
 
 import asyncio
 import logging
@@ -28,10 +28,10 @@ class Cluster:
     The token comes from `RAY_AUTH_TOKEN`, the file `RAY_AUTH_TOKEN_PATH`, or Ray's own file.
 
     Args:
-        client: speaks to it; None makes one.
+        client: of Ray Jobs; None connects one.
 
     Raises:
-        UserError: nobody answers there, the token is another, or others can read its file.
+        UserError: nothing answers there, the token is refused, or others can read its file.
     """
 
     def __init__(self, client: JobSubmissionClient | None = None) -> None:
@@ -39,12 +39,12 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """Of its dashboard."""
+        """Address of the dashboard."""
         return self._client.get_address()
 
     def submit(self, submission: Submission, working_dir: Path) -> None:
         """Upload the working directory, unless the cluster has it, and start the job."""
-        with _in_one_line():
+        with _user_errors():
             self._client.submit_job(
                 submission_id=submission.id,
                 entrypoint=submission.entrypoint,
@@ -53,27 +53,31 @@ class Cluster:
             )
 
     def jobs(self) -> list[JobDetails]:
-        """All that was submitted, the oldest first."""
-        with _in_one_line():
+        """All submitted jobs, oldest first."""
+        with _user_errors():
             found = [job for job in self._client.list_jobs() if job.type == JobType.SUBMISSION]
         return sorted(found, key=lambda job: job.start_time or 0)
 
     def job(self, name: str) -> JobDetails:
-        """What is known of a job; UserError where there is none of this name."""
-        with _in_one_line(f"{name}: no such job; vavae jobs lists them"):
+        """Details of a job; raises UserError where there is none of this name."""
+        with _user_errors(f"{name}: no such job; vavae jobs lists them"):
             return self._client.get_job_info(name)
 
     def log(self, name: str) -> str:
-        """What a job has printed so far."""
+        """Log of a job so far."""
         self.job(name)
-        with _in_one_line():
+        with _user_errors():
             return self._client.get_job_logs(name)
 
     def follow(self, name: str, show: Callable[[str], None]) -> JobDetails:
-        """Show what a job prints until it has ended, through broken connections.
+        """Show the log of a job until it has ended, through broken connections.
+
+        Args:
+            name: of the job.
+            show: takes each new part of the log.
 
         Raises:
-            UserError: the cluster is gone for minutes.
+            UserError: the cluster could not be reached for minutes.
         """
         unseen, lost_at = _Unseen(show), None
         while True:
@@ -95,10 +99,10 @@ class Cluster:
             unseen(text)
 
     def stop(self, name: str) -> bool:
-        """Ask a job to save and leave, and wait until it has; whether it left by itself in the time that it has."""
+        """Ask a job to save a checkpoint and stop, and wait for it; returns whether it stopped in time by itself."""
         grace = int((self.job(name).runtime_env or {}).get("env_vars", {}).get(GRACE, 3))
         start = time.monotonic()
-        with _in_one_line():
+        with _user_errors():
             self._client.stop_job(name)
         while not self.job(name).status.is_terminal():
             time.sleep(_POLL_SECONDS)
@@ -106,17 +110,17 @@ class Cluster:
 
 
 class _Unseen:
-    """Shows what is new of a log that is told from its beginning every time.
+    """Shows the new part of a log that every connection sends from its beginning.
 
     Args:
-        show: what shows it.
+        show: takes the new text.
     """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show, self._shown, self._at = show, 0, 0
 
     def begin(self) -> None:
-        """The log is told anew."""
+        """Begin a connection."""
         self._at = 0
 
     def __call__(self, text: str) -> None:
@@ -128,7 +132,7 @@ class _Unseen:
 
 
 def exit_status(job: JobDetails) -> int:
-    """What a command that waited for a job ends with."""
+    """Exit status of a command that has waited for a job."""
     if job.status == JobStatus.SUCCEEDED:
         return 0
     return INTERRUPTED if job.status == JobStatus.STOPPED else job.driver_exit_code or 1
@@ -138,12 +142,12 @@ def _connect() -> JobSubmissionClient:
     _check_token_file()
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)  # of packages and ignored files, one by one
-    with _in_one_line():
+    with _user_errors():
         return JobSubmissionClient()
 
 
 def _check_token_file() -> None:
-    """Refuse a token that everybody on this machine can read, as ssh refuses such keys."""
+    """Refuse a token that others on this machine can read, as ssh refuses such keys."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", TOKEN)).expanduser()
     asked = "RAY_AUTH_TOKEN" not in os.environ and os.environ.get("RAY_AUTH_MODE") != "disabled"
     if asked and path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -151,8 +155,12 @@ def _check_token_file() -> None:
 
 
 @contextmanager
-def _in_one_line(otherwise: str | None = None) -> Iterator[None]:
-    """What Ray's client raises, as the user's error; `otherwise` where the cluster says that there is no such thing."""
+def _user_errors(otherwise: str | None = None) -> Iterator[None]:
+    """Turn errors of Ray's client into a UserError.
+
+    Args:
+        otherwise: its text where the cluster answers that there is no such job.
+    """
     named = [f"{name}={os.environ[name]}" for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ]
     place = named[0] if named else "no RAY_ADDRESS is set, and on this machine"
     try:
@@ -166,5 +174,5 @@ def _in_one_line(otherwise: str | None = None) -> Iterator[None]:
 
 
 def _in_short(error: Exception) -> str:
-    """The first sentence."""
+    """The first sentence of an error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]

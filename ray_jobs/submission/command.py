@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    """Add what speaks to a cluster to the commands of ``vavae``; ``act`` of the arguments returns the exit status."""
+    """Add the commands that need a cluster to ``vavae``; ``act`` of their arguments returns the exit status."""
     submit = commands.add_parser("submit", help="run a job on the cluster that RAY_ADDRESS names")
     submit.set_defaults(act=_submit)
     submit.add_argument("job", choices=SUBMITTABLE, metavar="JOB", help=", ".join(SUBMITTABLE))
@@ -44,8 +44,10 @@ def add_commands(commands: Any) -> None:
     jobs.set_defaults(act=_jobs, overrides=None)
     logs = commands.add_parser("logs", help="show what a job has printed")
     logs.set_defaults(act=_logs, overrides=None)
-    logs.add_argument("--follow", action="store_true", help="go on until the job ends, and end with its status")
-    stop = commands.add_parser("stop", help="let a job save a checkpoint and leave")
+    logs.add_argument(
+        "--follow", action="store_true", help="follow the log until the job ends, and end with its status"
+    )
+    stop = commands.add_parser("stop", help="let a job save a checkpoint and stop")
     stop.set_defaults(act=_stop, overrides=None)
     for command in (logs, stop):
         command.add_argument("name", metavar="NAME", help="as vavae submit and vavae jobs say it")
@@ -64,7 +66,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _checked(arguments: argparse.Namespace) -> Submission:
-    """What to submit, printed, once the job has said what it would do."""
+    """Describe and print the submission, after a dry run of the job."""
     subject = Subject.load(arguments.job, arguments.config, arguments.overrides)
     storage, root = Storage.of(subject.storage), f"{subject.root_key}={written_path(subject.storage.root)}"
     if storage.is_local and not os.path.isabs(written_path(subject.storage.root)):
@@ -99,7 +101,8 @@ def _follow(cluster: "Cluster", name: str) -> int:
         job = cluster.follow(name, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(
-            f"\n{name} goes on: vavae logs {name} --follow shows it again, vavae stop {name} ends it", file=sys.stderr
+            f"\n{name} keeps running: vavae logs {name} --follow shows it again, vavae stop {name} stops it",
+            file=sys.stderr,
         )
         raise
     print(f"{name}: {job.status.value.lower()}")
@@ -148,8 +151,8 @@ def _stop(arguments: argparse.Namespace) -> int:
     if job.status.is_terminal():
         print(f"{name} has ended before: {job.status.value.lower()}")
         return 0
-    print(f"{name}: saving a checkpoint and leaving", flush=True)
-    left = cluster.stop(name)
-    how = "has left" if left else "did not leave in time and was killed, so the checkpoint before counts"
-    print(f"{name} {how}; submitted again, the job goes on from its checkpoint")
+    print(f"{name}: stopping after a checkpoint", flush=True)
+    stopped = cluster.stop(name)
+    how = "has stopped" if stopped else "did not stop in time and was killed, so its last checkpoint counts"
+    print(f"{name} {how}; submitted again, the job resumes from its checkpoint")
     return 0

@@ -1,4 +1,4 @@
-"""What is submitted: a readable name, the command, what the dashboard shows of it, and its environment."""
+"""A submission to Ray Jobs: its readable name, command, metadata for the dashboard, and environment."""
 
 import json
 import re
@@ -27,7 +27,7 @@ SUBMITTABLE = (*JOBS, "pipeline", SWEEP)
 """Modules of `ray_jobs` with a command line."""
 
 GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Variable of a job: seconds that it has for its last checkpoint when it is stopped, before it is killed."""
+"""Environment variable of a job: seconds between stopping and killing it, for its last checkpoint."""
 _GRACE_SECONDS = 600
 _SECRET_NAME = re.compile(
     r"(^|_)(secrets?|tokens?|passw(or)?d|passphrase|credentials?|(api|access|private)?key(_id)?)(_(?!file|path)|$)",
@@ -39,18 +39,18 @@ _SECRET_CHARACTERS = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """What a job works on: a run or a sweep."""
+    """The run or sweep of a job."""
 
     name: str
     storage: StorageConfig
     root_key: str
     """Key of `storage.root` in the configuration."""
     digest: str
-    """Of the configuration."""
+    """Digest of the configuration."""
 
     @staticmethod
     def load(job: str, path: str, overrides: Sequence[str]) -> "Subject":
-        """Read the configuration of a job; UserError where it is none."""
+        """Read the configuration of a job; raises UserError where it is not valid."""
         if job == SWEEP:
             sweep = Sweep.load(path, overrides)
             return Subject(sweep.config.name, sweep.storage_config, "run.storage.root", digest(as_written(sweep)))
@@ -60,7 +60,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Submission:
-    """One job, as Ray Jobs is given it. All of it can be read by whoever sees the dashboard."""
+    """One job for Ray Jobs. Whoever sees the dashboard can read all of it."""
 
     id: str
     entrypoint: str
@@ -77,11 +77,11 @@ def describe(
     pip: Sequence[str],
     now: datetime,
 ) -> Submission:
-    """What to submit for a job.
+    """Make the submission of a job.
 
     Args:
-        job: its name.
-        subject: what its arguments amount to.
+        job: name of the job.
+        subject: the run or sweep that its arguments name.
         arguments: of the job's command line, as the job will see them in the working directory.
         working_dir: the folder that is uploaded.
         variables: environment of the job and its workers.
@@ -105,10 +105,14 @@ def describe(
 
 
 def variables_of(asked: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a job from `NAME=value`, or `NAME` for the value that it has here.
+    """Parse the variables of a job: `NAME=value`, or `NAME` for its value here.
+
+    Args:
+        asked: the items of `--env`.
+        environment: of this process.
 
     Raises:
-        UserError: one isn't set here, is a secret by its name, or belongs to the job itself.
+        UserError: one is not set here, is a secret by its name, or is set by the job itself.
     """
     variables = {}
     for item in asked:
@@ -127,14 +131,14 @@ def variables_of(asked: Sequence[str], environment: Mapping[str, str]) -> dict[s
 
 
 def refuse_secrets(submission: Submission, environment: Mapping[str, str]) -> None:
-    """Refuse to show the dashboard a URL with credentials, or the value of a variable that is named like a secret.
+    """Refuse a submission with a URL with credentials, or the value of a variable that is named like a secret.
 
     Args:
-        submission: what would be sent.
+        submission: to be sent.
         environment: of this process.
 
     Raises:
-        UserError: it would; the message names the variable and doesn't repeat the value.
+        UserError: it holds one; the message names the variable and does not repeat the value.
     """
     words = [*shlex.split(submission.entrypoint), *submission.metadata.values()]
     words += [*submission.runtime_env["env_vars"].values(), *submission.runtime_env.get("pip", ())]

@@ -1,4 +1,4 @@
-"""What is uploaded with a job: the working directory without what `.gitignore` and `.rayignore` name."""
+"""The upload of a job: the working directory without what `.gitignore` and `.rayignore` name."""
 
 import logging
 import os
@@ -18,17 +18,17 @@ from vavae.errors import UserError
 
 
 class Upload(NamedTuple):
-    """The files of a working directory that Ray will take along, as they will lie on the cluster."""
+    """The files of a working directory that Ray uploads, as they will lie on the cluster."""
 
     folder: Path
     files: int
     bytes: int
-    """Of the package."""
+    """Size of the package."""
 
 
 @contextmanager
 def unpacked(working_dir: Path) -> Iterator[Upload]:
-    """A copy of what will be uploaded, for the length of the block."""
+    """Copy what will be uploaded, for the length of the block."""
     quiet = logging.getLogger(f"{__name__}.ray")
     quiet.setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
@@ -46,7 +46,7 @@ def config_inside(config: str, working_dir: Path) -> str:
     """The path of a configuration file as the job will see it.
 
     Raises:
-        UserError: it lies outside of what is uploaded.
+        UserError: it lies outside of the upload.
     """
     path = Path(os.path.relpath(Path(config).resolve(), working_dir.resolve()))
     if path.parts[:1] == ("..",):
@@ -55,10 +55,10 @@ def config_inside(config: str, working_dir: Path) -> str:
 
 
 def dry_run(upload: Upload, job: str, arguments: Sequence[str]) -> None:
-    """Let a job say what it would do, in a copy of what it will find on the cluster.
+    """Run the dry run of a job in a copy of what it will find on the cluster.
 
     Raises:
-        UserError: it would refuse; it has said why.
+        UserError: the dry run failed; it has printed why.
     """
     # The copy's own modules, whatever is installed here.
     environment = {**os.environ, "PYTHONPATH": str(upload.folder)}

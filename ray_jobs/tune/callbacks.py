@@ -1,4 +1,4 @@
-"""Who hears of the trials of a sweep: its ledger, standard output, and the trackers that the sweep file names."""
+"""Callbacks of Ray Tune: the ledger of a sweep, standard output, and the trackers that the sweep file names."""
 
 import importlib.util
 import math
@@ -19,8 +19,8 @@ from vavae.sweep.trial import IMAGES, Entry, read_ledger, write_entry
 _WRITE_SECONDS = 60.0
 
 
-class Watch(Callback):
-    """Keeps the ledger and the results, and says on standard output what happens.
+class LedgerCallback(Callback):
+    """Keeps the ledger and the results up to date, and prints a line for whatever happens to a trial.
 
     Args:
         sweep: the sweep.
@@ -37,8 +37,8 @@ class Watch(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """See `tune.Callback`."""
-        figures = [f"{one.measure} {result[one.measure]:.4g}" for one in self._sweep.config.objectives]
-        print(f"{name_of(trial)}  {result[IMAGES]:,.0f} images  {'  '.join(figures)}", flush=True)
+        metrics = [f"{one.measure} {result[one.measure]:.4g}" for one in self._sweep.config.objectives]
+        print(f"{name_of(trial)}  {result[IMAGES]:,.0f} images  {'  '.join(metrics)}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `tune.Callback`."""
@@ -69,24 +69,28 @@ class Watch(Callback):
         return entry.why if entry and entry.why else f"its process was lost: {last_line(str(trial.get_error()))}"
 
     def _write(self) -> None:
-        """Write the results so far, unless that was done a moment ago: in a store it takes many requests."""
+        """Write the results so far, unless that was done within the last minute: in a store it takes many requests."""
         if time.monotonic() - self._written > _WRITE_SECONDS:
             write_sweep(self._sweep)
             self._written = time.monotonic()
 
 
-def callbacks(sweep: Sweep) -> list[Callback]:
-    """Who is told of results: besides Tune's own TensorBoard, JSON and CSV, those that the sweep file asks for."""
-    told: list[Callback] = [Watch(sweep)]
+def tune_callbacks(sweep: Sweep) -> list[Callback]:
+    """The callbacks of a sweep, besides Tune's own for TensorBoard, JSON and CSV.
+
+    Raises:
+        UserError: a tracker of the sweep file is not installed.
+    """
+    callbacks: list[Callback] = [LedgerCallback(sweep)]
     for tool in sweep.config.tracking:
         if importlib.util.find_spec(tool) is None:
             raise UserError(f"tracking: {tool} is not installed: pip install {tool}")
         if tool == "mlflow":
             from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-            told.append(MLflowLoggerCallback(experiment_name=sweep.config.name))
+            callbacks.append(MLflowLoggerCallback(experiment_name=sweep.config.name))
         else:
             from ray.air.integrations.wandb import WandbLoggerCallback
 
-            told.append(WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", sweep.config.name)))
-    return told
+            callbacks.append(WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", sweep.config.name)))
+    return callbacks

@@ -281,7 +281,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def run(path, *arguments):
-    return command.pipeline("test", pipeline.WORKS, ["--config", str(path), *arguments])
+    return command.pipeline("test", pipeline.JOB_FUNCTIONS, ["--config", str(path), *arguments])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

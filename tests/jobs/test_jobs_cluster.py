@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from support.ray_head import unquoted_interpreter
 from support.waiting import wait_until
 
-from ray_jobs.runtime.progress_actor import Board
+from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.runs.config import RunConfig
@@ -103,8 +103,8 @@ def test_a_dry_run_refuses_what_the_cluster_cannot_hold(training: Training) -> N
     measure = "train_lightningdit.measure={every_images: 64}"
     process = training.start("ray_jobs.pipeline", "--dry-run", measure, "workers.count=2")
     assert process.wait(_PATIENCE_SECONDS) == _REFUSED
-    told = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
-    assert f"{told} train_lightningdit.measure.when=after, add nodes" in training.log()
+    refusal = "error: workers.count=2 needs 2 CPUs, train_lightningdit.measure beside them 1 and the cluster has 2; set"
+    assert f"{refusal} train_lightningdit.measure.when=after, add nodes" in training.log()
 
 
 def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training: Training) -> None:
@@ -153,8 +153,8 @@ def test_what_a_driver_needs_is_on_its_own_node(cluster: Cluster) -> None:
 
     ray.init(address=cluster.address, logging_level="warning")
     try:
-        boards = [Board() for _ in range(8)]
-        nodes = ray.get([board._actor.__ray_call__.remote(node) for board in boards])
+        actors = [ProgressActor() for _ in range(8)]
+        nodes = ray.get([actor._actor.__ray_call__.remote(node) for actor in actors])
         assert set(nodes) == {node(None)}
     finally:
         ray.shutdown()

@@ -28,8 +28,8 @@ from support.waiting import wait_until
 
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
 from ray_jobs.runtime import command
-from ray_jobs.runtime.actor_pool import Share
-from ray_jobs.runtime.checkpoint_evaluation import measured
+from ray_jobs.runtime.actor_pool import Resources
+from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
 from ray_jobs.runtime.cluster import cluster
 from ray_jobs.runtime.prometheus import Exporter
 from vavae import progress
@@ -37,7 +37,7 @@ from vavae.cli.status import run_status
 from vavae.config import load
 from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
-from vavae.runs.run import Run
+from vavae.runs.run import JOBS, Run
 from vavae.sampling.inputs import open_sampler
 from vavae.storage.artifact import RECORD
 from vavae.storage.retry import StorageUnavailableError
@@ -70,7 +70,7 @@ def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         config = load(RunConfig, CONFIG, arguments_of(tmp_path_factory.getbasetemp(), "any")[2:])
-        with cluster(config, beside=Share.beside(Run(config))):
+        with cluster(config, evaluation=Resources.for_checkpoint_evaluation(config)):
             yield
 
 
@@ -114,7 +114,7 @@ def scraper(_ray: None) -> Iterator[Scraper]:
 
 
 def run_pipeline(arguments: list[str], *overrides: str) -> int:
-    return command.pipeline(DESCRIPTION, pipeline.WORKS, [*arguments, *overrides])
+    return command.pipeline(DESCRIPTION, pipeline.JOB_FUNCTIONS, [*arguments, *overrides])
 
 
 class Finished(NamedTuple):
@@ -173,32 +173,36 @@ def test_pipeline_makes_everything(finished: Finished) -> None:
 def test_events_of_the_pipeline_are_in_its_folder(arguments: list[str]) -> None:
     run = Run(load(RunConfig, CONFIG, arguments[2:]))
     events = read_events(run.storage)
-    assert (events[0]["event"], events[0]["jobs"], events[-1]["event"]) == ("started", [*pipeline.WORKS], "done")
+    assert (events[0]["event"], events[0]["jobs"], events[-1]["event"]) == (
+        "started",
+        [*JOBS],
+        "done",
+    )
     stages = [(event["event"], event["stage"]) for event in events if event["event"].startswith("stage_")]
-    assert stages == [(f"stage_{what}", job) for job in pipeline.WORKS for what in ("begun", "done")]
+    assert stages == [(f"stage_{what}", job) for job in JOBS for what in ("begun", "done")]
     checkpoints = [(event["stage"], event["images"]) for event in events if event["event"] == "checkpoint"]
     assert checkpoints == [("train_vavae", images) for images in (64, 128)] + [
         ("train_lightningdit", images) for images in (128, 256)
     ]
 
 
-def test_checkpoints_are_measured_beside_training(arguments: list[str]) -> None:
+def test_checkpoints_are_evaluated_beside_training(arguments: list[str]) -> None:
     run = Run(load(RunConfig, CONFIG, arguments[2:]))
     happened = [event for event in read_events(run.storage) if event["event"] in ("measured", "measure_skipped")]
     done = {event["images"]: event["event"] == "measured" for event in happened}
     assert done.keys() == {128, 256}
     assert any(done.values())
-    measures = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
-    assert measures is not None
-    assert {seen: bool(figures) for seen, figures in measures.found().items()} == done
+    metrics = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
+    assert metrics is not None
+    assert {seen: bool(found) for seen, found in metrics.found().items()} == done
     assert b"measured checkpoints" in run.storage.read_bytes("report.html")
 
 
-def test_a_measure_that_takes_too_long_is_skipped(arguments: list[str]) -> None:
+def test_an_evaluation_that_takes_too_long_is_skipped(arguments: list[str]) -> None:
     run = Run(load(RunConfig, CONFIG, [*arguments[2:], "train_lightningdit.measure.timeout_seconds=0.01"]))
     place = f"{run.training_prefix('train_lightningdit')}/measures/000000000256.json"
     run.storage.delete(place)
-    with measured(run):
+    with evaluate_checkpoints_beside(run):
         pass
     assert run.storage.read_json(place) == {}
     last = read_events(run.storage)[-1]
@@ -206,7 +210,7 @@ def test_a_measure_that_takes_too_long_is_skipped(arguments: list[str]) -> None:
     assert "train_lightningdit.measure.timeout_seconds" in last["why"]
 
 
-def test_evaluate_measures_what_an_interrupted_training_left(arguments: list[str]) -> None:
+def test_evaluate_takes_the_checkpoints_that_an_interrupted_training_left(arguments: list[str]) -> None:
     run = Run(load(RunConfig, CONFIG, arguments[2:]))
     place = f"{run.training_prefix('train_lightningdit')}/measures/000000000256.json"
     run.storage.delete(place)
@@ -214,14 +218,14 @@ def test_evaluate_measures_what_an_interrupted_training_left(arguments: list[str
     assert run.storage.read_json(place)["generation_frechet_distance"]["value"] > 0
 
 
-def test_prometheus_finds_every_rank_and_every_figure(finished: Finished, scraper: Scraper) -> None:
+def test_prometheus_finds_every_rank_and_every_metric(finished: Finished, scraper: Scraper) -> None:
     expected = EXPORTED - WITHOUT
     wait_until(lambda: scraper.names_of(FINISHED) >= expected, why=lambda: expected - scraper.names_of(FINISHED))
     assert scraper.names_of(FINISHED) == expected
     for stage, rank in itertools.product(("train_vavae", "train_lightningdit"), "01"):
         labels = (f'run="{FINISHED}"', f'stage="{stage}"', f'rank="{rank}"')
         assert any(all(label in found for label in labels) for found in scraper.seen["ray_vavae_loss_total"])
-    for job in pipeline.WORKS:
+    for job in JOBS:
         labels = (f'run="{FINISHED}"', f'stage="{job}"', 'rank="driver"')
         assert any(all(label in found for label in labels) for found in scraper.seen["ray_vavae_images"])
     wait_until(lambda: scraper.seen.keys() >= OF_NODES)
@@ -236,19 +240,17 @@ def test_prometheus_finds_what_other_runs_would_have(scraper: Scraper) -> None:
 def test_finished_pipeline_needs_no_ray(arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_pipeline(arguments) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:6]] == [[job, "done"] for job in pipeline.WORKS]
+    assert [line.split()[:2] for line in lines[:6]] == [[job, "done"] for job in JOBS]
 
 
 def test_deleted_samples_alone_are_made_again(arguments: list[str], folder: Path) -> None:
     run = Run(load(RunConfig, CONFIG, arguments[2:]))
-    before = {job: run.require(job).digest for job in pipeline.WORKS}
-    stamps = {job: (folder / run.prefix(job) / "artefact.json").stat().st_mtime_ns for job in pipeline.WORKS}
+    before = {job: run.require(job).digest for job in JOBS}
+    stamps = {job: (folder / run.prefix(job) / "artefact.json").stat().st_mtime_ns for job in JOBS}
     run.storage.delete(run.prefix("sample"))
     assert run_pipeline(arguments, "sample.actors=50") == 0, "more than there is room for is no reason to wait"
-    assert {job: run.require(job).digest for job in pipeline.WORKS} == before
-    changed = [
-        job for job in pipeline.WORKS if (folder / run.prefix(job) / "artefact.json").stat().st_mtime_ns != stamps[job]
-    ]
+    assert {job: run.require(job).digest for job in JOBS} == before
+    changed = [job for job in JOBS if (folder / run.prefix(job) / "artefact.json").stat().st_mtime_ns != stamps[job]]
     assert changed == ["sample"]
 
 
@@ -316,7 +318,7 @@ def test_latents_survive_a_killed_actor_whatever_their_number(arguments: list[st
     storage = Run(load(RunConfig, CONFIG, arguments[2:])).storage
     before = {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)}
     storage.delete("latents")
-    with one_killed("ray::_Worker.do"):
+    with one_killed("ray::Worker.do"):
         assert run_pipeline(arguments, "latents.actors=1") == 0
     assert {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)} == before
 
@@ -329,7 +331,7 @@ def test_samples_survive_a_killed_actor_and_come_as_one_array(tmp_path: Path) ->
     def a_shard_is_done() -> bool:
         return run.storage.exists("samples/000000.json")
 
-    with one_killed("ray::_Worker.do", a_shard_is_done):
+    with one_killed("ray::Worker.do", a_shard_is_done):
         job = ["--config", str(config), *settings, "sample.actors=1", "sample.npz=true"]
         assert command.main("sample", DESCRIPTION, sample.work, job) == 0
     with np.load(tmp_path / "runs" / "trained" / "samples.npz") as array:
@@ -423,8 +425,5 @@ def test_an_outage_of_the_store_in_a_worker_is_that_of_the_job() -> None:
     def meet_an_outage() -> None:
         raise StorageUnavailableError("s3://bucket/file: no answer")
 
-    def work(run: object) -> None:
+    with pytest.raises(StorageUnavailableError, match="no answer"), command.unwrap_worker_errors():
         ray.get(meet_an_outage.remote())
-
-    with pytest.raises(StorageUnavailableError, match="no answer"):
-        command._in_one_line(work, None)

@@ -16,7 +16,7 @@ def test_a_store_that_does_not_answer_is_one_line(
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
     arguments = ["--config", "configs/tiny.yaml", "storage.root=s3://nowhere/runs", f"storage.endpoint={endpoint}"]
-    assert command.pipeline("test", pipeline.WORKS, [*arguments, "storage.attempts=2"]) == 2
+    assert command.pipeline("test", pipeline.JOB_FUNCTIONS, [*arguments, "storage.attempts=2"]) == 2
     error = capfd.readouterr().err
     assert error.startswith(
         "error: storage.root=s3://nowhere/runs: s3://nowhere/runs/tiny/shards/artefact.json: gave up"

@@ -78,14 +78,14 @@ def stopped_in_training(head: Head, *submit: str) -> Training:
     text = "".join([*shown, rest])
     assert follower.returncode == 130, text
     (name,) = re.findall(r"^submitted to http://\S+: (tiny-\w+-\d+-\d+)$", text, re.MULTILINE)
-    assert f"{name} goes on: vavae logs {name} --follow shows it again, vavae stop {name} ends it" in rest
+    assert f"{name} keeps running: vavae logs {name} --follow shows it again, vavae stop {name} stops it" in rest
 
     status, text = said("stop", name, head=head)
-    assert (status, f"{name} has left; submitted again" in text) == (0, True), text
+    assert (status, f"{name} has stopped; submitted again" in text) == (0, True), text
     status, text = said("jobs", head=head)
     assert re.search(rf"^{name} +stopped +\w+ +tiny ", text, re.MULTILINE), text
     status, text = said("logs", name, head=head)
-    assert "stopping: the workers save a checkpoint and leave" in text
+    assert "stopping after a checkpoint; press Ctrl-C again to exit now" in text
     assert text.rstrip().endswith("interrupted")
     assert head.token not in text
     (root,) = (word.partition("=")[2] for word in submit if word.startswith("storage.root="))
@@ -100,7 +100,7 @@ def run_of(root: Path, name: str) -> Run:
     return Run(load(RunConfig, CONFIG, [f"storage.root={root}", f"name={name}"]))
 
 
-def test_a_stopped_job_goes_on_as_if_nothing_had_happened(head: Head, tmp_path: Path) -> None:
+def test_a_stopped_job_resumes_as_if_nothing_had_happened(head: Head, tmp_path: Path) -> None:
     root = tmp_path / "all runs"
     run = run_of(root, "tiny")
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda done, total: None)

@@ -1,4 +1,4 @@
-"""What Ray Tune is told of a sweep, without a cluster."""
+"""Settings of Ray Tune for a sweep, without a cluster."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import pytest
 from support.toy_trials import SWEEP, toy_sweep_file
 
-from ray_jobs.tune import callbacks as _hearers
-from ray_jobs.tune import search as _trials
+from ray_jobs.runtime.actor_pool import Resources
+from ray_jobs.tune import callbacks, search
 from vavae.config import load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, write_entry
 
@@ -26,6 +25,10 @@ def sweep_of(tmp_path: Path):
     return sweep_of
 
 
+def _peak(sweep: Sweep) -> Resources:
+    return search.peak_resources(sweep.run_config(sweep.points()[0], 0))
+
+
 @pytest.mark.parametrize(
     ("overrides", "cpus", "gpus"),
     [
@@ -38,30 +41,30 @@ def sweep_of(tmp_path: Path):
 )
 def test_a_trial_counts_with_the_most_that_any_of_its_jobs_takes(overrides: list[str], cpus: float, gpus: float):
     config = load(RunConfig, _BASE, ["latents.actors=1", *overrides])
-    assert _trials.peak(Run(config)) == (cpus, gpus)
+    assert search.peak_resources(config) == (cpus, gpus)
 
 
 @pytest.mark.parametrize(
     ("there", "wanted", "expected"), [({"CPU": 2}, None, 1), ({"CPU": 7}, None, 3), ({"CPU": 7}, 2, 2), ({}, None, 1)]
 )
 def test_as_many_trials_as_fit_go_on_at_once(sweep_of, monkeypatch, there, wanted, expected):
-    monkeypatch.setattr(_trials.ray, "cluster_resources", lambda: there)
-    share = _trials.peak(sweep_of().runs(sweep_of().points()[0])[0])
-    assert share == (2, 0), "two actors sample in the tiny configuration"
-    assert _trials.concurrent_trials(sweep_of(f"max_concurrent={wanted or ''}"), share) == expected
+    monkeypatch.setattr(search.ray, "cluster_resources", lambda: there)
+    peak = _peak(sweep_of())
+    assert peak == (2, 0), "two actors sample in the tiny configuration"
+    assert search.concurrent_trials(sweep_of(f"max_concurrent={wanted or ''}"), peak) == expected
 
 
 def test_three_trials_of_the_dilemma_share_one_gpu():
     sweep = Sweep.load(_BASE.parent / "sweeps" / "dilemma_cifar10_gpu.yaml")
     assert sweep.config.max_concurrent is not None
-    assert _trials.peak(sweep.runs(sweep.points()[0])[0]).gpus * sweep.config.max_concurrent <= 1
+    assert _peak(sweep).gpus * sweep.config.max_concurrent <= 1
 
 
 def test_more_than_fit_are_refused(sweep_of, monkeypatch):
-    monkeypatch.setattr(_trials.ray, "cluster_resources", lambda: {"CPU": 3})
+    monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 3})
     sweep = sweep_of("max_concurrent=2")
     with pytest.raises(UserError, match="max_concurrent=2: a trial takes up to 2 CPUs and 0 GPUs, of which"):
-        _trials.concurrent_trials(sweep, _trials.peak(sweep.runs(sweep.points()[0])[0]))
+        search.concurrent_trials(sweep, _peak(sweep))
 
 
 def test_a_worker_with_a_share_of_a_gpu_is_alone(sweep_of):
@@ -74,26 +77,26 @@ def test_settled_points_are_left_out_unless_others_are_judged_by_them(sweep_of):
     points = sweep.points()
     for point, state in zip(points, ("finished", "stopped", "failed", "running"), strict=True):
         write_entry(sweep, Entry(point, state))
-    assert _trials.points_to_run(sweep) == points[2:]
+    assert search.points_to_run(sweep) == points[2:]
     judged = sweep_of("objectives=[generation_frechet_distance]", "early_stopping={rule: median}")
-    assert _trials.points_to_run(judged) == points
+    assert search.points_to_run(judged) == points
 
 
 def test_trackers_are_looked_for_before_anything_starts(sweep_of, monkeypatch):
-    monkeypatch.setattr(_hearers.importlib.util, "find_spec", lambda name: None)
-    assert len(_hearers.callbacks(sweep_of())) == 1
+    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: None)
+    assert len(callbacks.tune_callbacks(sweep_of())) == 1
     for tool in ("mlflow", "wandb"):
         with pytest.raises(UserError, match=f"{tool} is not installed: pip install {tool}"):
-            _hearers.callbacks(sweep_of(f"tracking=[{tool}]"))
+            callbacks.tune_callbacks(sweep_of(f"tracking=[{tool}]"))
 
 
-def test_trackers_hear_through_rays_own_callbacks(sweep_of, monkeypatch):
-    monkeypatch.setattr(_hearers.importlib.util, "find_spec", lambda name: object())
+def test_trackers_are_rays_own_callbacks(sweep_of, monkeypatch):
+    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for tool, name in (("mlflow", "MLflowLoggerCallback"), ("wandb", "WandbLoggerCallback")):
         monkeypatch.setattr(f"ray.air.integrations.{tool}.{name}", lambda **settings: settings)
-    told = _hearers.callbacks(sweep_of("tracking=[mlflow, wandb]"))
-    assert told[1:] == [{"experiment_name": "toy"}, {"project": "toy"}]
+    found = callbacks.tune_callbacks(sweep_of("tracking=[mlflow, wandb]"))
+    assert found[1:] == [{"experiment_name": "toy"}, {"project": "toy"}]
 
 
 def test_optuna_chooses_in_the_space_and_sees_conditions(sweep_of):
@@ -109,13 +112,13 @@ def test_optuna_chooses_in_the_space_and_sees_conditions(sweep_of):
             return low
 
     sweep = SimpleNamespace(space=sweep_of().space)
-    _trials._suggest(sweep, Choosing())
+    search._suggest(sweep, Choosing())
     assert asked == [("point/tokenizer.latent_dim", ["4", "8"]), ("point/lightningdit.depth", ["2", "3"])]
 
 
 def test_trials_are_named_after_their_points(sweep_of):
     point = sweep_of().points()[0]
-    assert _trials.name_of(SimpleNamespace(config={"point": point})) == name_of_trial(point)
+    assert search.name_of(SimpleNamespace(config={"point": point})) == name_of_trial(point)
 
 
 @pytest.mark.parametrize(
@@ -127,4 +130,4 @@ def test_trials_are_named_after_their_points(sweep_of):
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_line(error, reason):
-    assert _trials._reason(error) == reason
+    assert search._reason(error) == reason

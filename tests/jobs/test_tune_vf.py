@@ -12,13 +12,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from support.toy_trials import BROKEN, HOLD, made, toy_sweep_file, toy_works
+from support.toy_trials import BROKEN, HOLD, made, toy_functions, toy_sweep_file
 from support.waiting import wait_until
 
 from ray_jobs import tune_vf
 from ray_jobs.runtime.cluster import cluster
-from ray_jobs.tune import shared_tasks as _workshop
+from ray_jobs.tune import shared_tasks
 from vavae.config import load
+from vavae.progress import Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
 from vavae.runs.run import Run
@@ -50,7 +51,7 @@ def _sweep(root: Path, text: str, *overrides: str) -> tuple[Sweep, list[str]]:
 
 
 def _run(root: Path, arguments: list[str]) -> int:
-    return tune_vf.main(arguments, toy_works(root))
+    return tune_vf.main(arguments, toy_functions(root))
 
 
 def _states(sweep: Sweep) -> dict[str, str]:
@@ -68,7 +69,7 @@ max_concurrent: 1
 """
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_sweep_resumes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sweep, arguments = _sweep(tmp_path, _FOUR)
     first, second, *_ = map(name_of_trial, sweep.points())
     (tmp_path / HOLD).touch()
@@ -103,7 +104,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, capfd: pytest.Captu
     assert made(tmp_path) == after
 
 
-def test_a_trial_that_fails_is_tried_again_then_marked_and_ends_nothing(
+def test_a_failed_trial_is_retried_then_marked_failed_and_the_sweep_continues(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [4, 2, 3]}}}}\n"
@@ -169,7 +170,7 @@ search: {{method: optuna, trials: 1}}
     assert tune_vf.main([*arguments, "--dry-run"]) == 0
 
 
-def test_optuna_is_told_of_former_points_and_goes_on_from_them(tmp_path: Path) -> None:
+def test_optuna_resumes_from_former_points(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     text = """
 name: toy
@@ -202,7 +203,7 @@ def test_asha_ends_what_is_worse_at_a_rung(tmp_path: Path) -> None:
         "rungs=[64, 128]",
     )
     assert _run(tmp_path, arguments) == 0
-    # The toy's distances at the first rung, in order: 31, 21, 62, 42; of two, the better goes on.
+    # The toy's distances at the first rung, in order: 31, 21, 62, 42; of two, the better continues.
     states = _states(sweep)
     assert [states[name_of_trial(point)] for point in sweep.points()] == ["finished", "finished", "stopped", "stopped"]
     assert {entry.why for entry in read_ledger(sweep).values()} == {"", "by asha"}
@@ -220,28 +221,29 @@ def test_more_trials_at_once_than_there_is_room_for_are_refused(
     assert error.count("\n") == 1
 
 
-def test_how_far_tasks_are_is_shown_and_what_happens_is_written_down(
+def test_progress_of_tasks_is_shown_and_their_events_are_written_down(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_workshop, "_SHOWN_SECONDS", 0.2)
+    monkeypatch.setattr(shared_tasks, "_SHOW_SECONDS", 0.2)
     sweep, arguments = _sweep(tmp_path, "name: toy\nbase: {base}\nsweep: {{lightningdit.depth: {{grid: [3]}}}}\n")
     (run,) = sweep.runs(sweep.points()[0])
     (tmp_path / HOLD).touch()
-    shown = f"\n{run.config.name}  train_lightningdit waits\n"
 
-    def let_go() -> None:
+    line = f"\n{run.config.name}  {Progress('train_lightningdit', 64, 256).line()}\n"
+
+    def release_when_shown() -> None:
         try:
-            wait_until(lambda: shown in output.getvalue(), _PATIENCE_SECONDS)
+            wait_until(lambda: line in output.getvalue(), _PATIENCE_SECONDS)
         finally:
             (tmp_path / HOLD).unlink()
 
     with redirect_stdout(io.StringIO()) as output:
-        threading.Thread(target=let_go, daemon=True).start()
+        threading.Thread(target=release_when_shown, daemon=True).start()
         assert _run(tmp_path, arguments) == 0
-    assert shown in output.getvalue()
+    assert line in output.getvalue()
     assert "tensorboard" not in (output.getvalue() + capfd.readouterr().out).lower(), "Tune itself is silent"
-    told = [(event["event"], event["stage"]) for event in read_events(run.storage)]
-    assert told == [(kind, job) for job in _OWN for kind in ("stage_begun", "stage_done")]
+    events = [(event["event"], event["stage"]) for event in read_events(run.storage)]
+    assert events == [(kind, job) for job in _OWN for kind in ("stage_begun", "stage_done")]
 
 
 def test_the_plan_says_what_is_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

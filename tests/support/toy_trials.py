@@ -1,4 +1,4 @@
-"""Jobs of a sweep that take no time: they leave records, and measures that are a formula of the configuration."""
+"""Tasks of a sweep that take no time: they leave records, and metrics that are a formula of the configuration."""
 
 import os
 import sys
@@ -10,13 +10,14 @@ from pathlib import Path
 from vavae.config import digest
 from vavae.data.shards.manifest import Manifest, ShardInfo, write_manifest
 from vavae.evaluation.metric import Metric, metrics_json
+from vavae.progress import Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.files import METRICS
-from vavae.runs.run import JOBS, TRAININGS, Job, Run
+from vavae.runs.run import JOBS, Job, Run
 from vavae.storage.artifact import Artifact, commit
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep
-from vavae.sweep.trial import Task, write_signals
+from vavae.sweep.trial import Task, write_tokenizer_metrics
 
 _SPLITS = ("train", "validation")
 MADE = "made.txt"
@@ -57,24 +58,36 @@ def generation(config: RunConfig, images: int) -> float:
     return 1000 * config.tokenizer.latent_dim / images / config.lightningdit.depth + config.seed
 
 
-def toy_works(root: Path) -> dict[Task, Callable[[Run], None]]:
-    """What does each task."""
-    works: dict[Task, Callable[[Run], None]] = {job: partial(_work, job, str(root)) for job in JOBS}
-    return {**works, "measure_tokenizer": partial(_signal, str(root))}
+def toy_functions(root: Path) -> dict[Task, Callable[[Run], None]]:
+    """The function that runs each task."""
+    functions: dict[Task, Callable[[Run], None]] = {job: partial(_run_job, job, str(root)) for job in JOBS}
+    return {**functions, "evaluate_tokenizer": partial(_evaluate_tokenizer, str(root))}
 
 
 class InProcess:
-    """Has tasks done in this process, as the workshop would on Ray."""
+    """Runs tasks in this process, as `SharedTasks` does on Ray."""
 
     def __init__(self, sweep: Sweep, root: Path) -> None:
         self._sharing = Sharing.of(sweep.shared, sweep.config.sweep)
-        self._works = toy_works(root)
+        self._functions = toy_functions(root)
 
-    def order(self, config: RunConfig, task: Task) -> Run:
+    def request(self, config: RunConfig, task: Task) -> Run:
         if task in ("prepare_shards", "train_vavae", "precompute_latents"):
-            return self._sharing.make(config, task, self._works[task], self.order)
-        self._works[task](Run(config))
+            return self._sharing.make(config, task, self._functions[task], self.request)
+        self._functions[task](Run(config))
         return Run(config)
+
+
+def _hold(job: Job, root: str, run: Run) -> None:
+    """Report the same progress as long as trainings are held."""
+    from ray_jobs.runtime.progress_actor import ProgressActor
+    from ray_jobs.runtime.progress_monitor import monitor_progress
+
+    progress = ProgressActor()
+    with monitor_progress(run, job, progress):
+        while os.path.exists(f"{root}/{HOLD}"):
+            progress.report(Progress(job, 64, 256))
+            time.sleep(0.1)
 
 
 def _note(root: str, line: str) -> None:
@@ -82,12 +95,11 @@ def _note(root: str, line: str) -> None:
         file.write(f"{line}\n")
 
 
-def _work(job: Job, root: str, run: Run) -> None:
+def _run_job(job: Job, root: str, run: Run) -> None:
     budget = run.budget(job)
     if job == "train_lightningdit":
-        while run.config.lightningdit.depth == 3 and os.path.exists(f"{root}/{HOLD}"):
-            print(f"{job} waits")
-            time.sleep(0.1)
+        if run.config.lightningdit.depth == 3 and os.path.exists(f"{root}/{HOLD}"):
+            _hold(job, root, run)
         if run.config.lightningdit.depth == 4 and os.path.exists(f"{root}/{BROKEN}"):
             _note(root, "failed")
             raise RuntimeError("the toy broke")
@@ -95,25 +107,26 @@ def _work(job: Job, root: str, run: Run) -> None:
         assert budget is None
         trained = run.require("train_lightningdit").images_seen
         assert trained is not None
-        measures = {
+        metrics = {
             "reconstruction_frechet_distance": reconstruction(run.config),
             "generation_frechet_distance": generation(run.config, trained),
         }
-        run.storage.write_json(METRICS, metrics_json([Metric(name, value) for name, value in measures.items()]))
+        run.storage.write_json(METRICS, metrics_json([Metric(name, value) for name, value in metrics.items()]))
     content = digest({"job": job, "budget": budget, **run.identity(job), "inputs": run.inputs(job)})
-    record = run.record(job, content, {}, **({"images_seen": budget} if job in TRAININGS else {}))
     if job == "prepare_shards":
         splits = {split: (ShardInfo(name="000000.tar", count=100, bytes=1, sha256="0" * 64),) for split in _SPLITS}
         manifest = Manifest(splits=splits, classes=("a", "b"), image_size=run.config.shards.image_size, sources={})
         write_manifest(run.storage, run.prefix(job), manifest)
-        record = Artifact(kind=record.kind, digest=content, config=digest(run.config.shards))
-    commit(run.storage, run.prefix(job), record)
+        record = Artifact(kind=JOBS[job].makes, digest=content, config=digest(run.config.shards))
+        commit(run.storage, run.prefix(job), record)
+    else:
+        run.output(job).commit(content, {}, images_seen=budget)
     _note(root, f"{job} {run.config.name}" + (f" {budget}" if budget else ""))
 
 
-def _signal(root: str, run: Run) -> None:
-    write_signals(run, {"psnr": float(run.config.tokenizer.latent_dim)})
-    _note(root, f"measure_tokenizer {run.config.name}")
+def _evaluate_tokenizer(root: str, run: Run) -> None:
+    write_tokenizer_metrics(run, {"psnr": float(run.config.tokenizer.latent_dim)})
+    _note(root, f"evaluate_tokenizer {run.config.name}")
 
 
 if __name__ == "__main__":
@@ -121,4 +134,4 @@ if __name__ == "__main__":
 
     from ray_jobs.tune_vf import main
 
-    sys.exit(main(sys.argv[2:], toy_trials.toy_works(Path(sys.argv[1]))))
+    sys.exit(main(sys.argv[2:], toy_trials.toy_functions(Path(sys.argv[1]))))

@@ -1,4 +1,4 @@
-"""What trials share is made once: the tokenizer up to the last stage, of which four trials branch, without Ray."""
+"""What trials share is made once: the tokenizer up to the last phase, of which four trials branch, without Ray."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
 from vavae.sweep.branch import prefix_of
-from vavae.sweep.config import EARLY_MEASURES
+from vavae.sweep.config import TOKENIZER_METRICS
 from vavae.sweep.sharing import Sharing, content_key, link_artifact
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
@@ -45,18 +45,17 @@ def _with_margin(root: Path, margin: float) -> RunConfig:
     return _config(root, f"train_vavae.stages.1.losses.vision_foundation.cos_margin={margin}")
 
 
-class Workshop:
-    """Makes what is asked for in this process, and remembers the order."""
+class InProcess:
+    """Runs the jobs that are requested in this process, and remembers their order."""
 
     def __init__(self, sharing: Sharing) -> None:
         self.sharing = sharing
         self.made: list[str] = []
 
-    def obtain(self, config: RunConfig, job: Job) -> Run:
-        return self.sharing.make(config, job, self._works()[job], self.obtain)
-
-    def _works(self):
-        return {"prepare_shards": self._shard, "train_vavae": self._train}
+    def request(self, config: RunConfig, job: Job) -> Run:
+        return self.sharing.make(
+            config, job, {"prepare_shards": self._shard, "train_vavae": self._train}[job], self.request
+        )
 
     def _shard(self, run: Run) -> None:
         self.made.append(run.config.name)
@@ -68,31 +67,31 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """One that has made the tokenizers of four margins."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
+    """The tokenizers of four margins are made."""
     root = tmp_path_factory.mktemp("sweep")
     paths = ["train_vavae.stages.1.losses.vision_foundation.cos_margin", "losses.kl_weight"]
-    workshop = Workshop(Sharing.of(str(root), paths))
+    shared = InProcess(Sharing.of(str(root), paths))
     for margin in _MARGINS:
-        workshop.obtain(_with_margin(root, margin), "train_vavae")
-    return workshop
+        shared.request(_with_margin(root, margin), "train_vavae")
+    return shared
 
 
 @pytest.fixture(scope="module")
-def branches(workshop: Workshop) -> list[Run]:
-    return [workshop.obtain(_with_margin(Path(workshop.sharing.root), margin), "train_vavae") for margin in _MARGINS]
+def branches(shared: InProcess) -> list[Run]:
+    return [shared.request(_with_margin(Path(shared.sharing.root), margin), "train_vavae") for margin in _MARGINS]
 
 
 @pytest.mark.jobs
-def test_four_margins_are_four_short_branches_of_one_tokenizer(workshop: Workshop, branches: list[Run]) -> None:
+def test_four_margins_are_four_short_branches_of_one_tokenizer(shared: InProcess, branches: list[Run]) -> None:
     records = {}
-    for folder in sorted(Path(workshop.sharing.root).iterdir()):
+    for folder in sorted(Path(shared.sharing.root).iterdir()):
         run = Run(load(RunConfig, folder / "config.yaml"))
         if (record := run.artifact("train_vavae")) is not None:
             records[folder.name] = record
     assert sorted(record.images_seen for record in records.values()) == [_BOUNDARY, *[_BUDGET] * len(_MARGINS)]
     assert len({record.digest for record in records.values()}) == len(records), "each is another tokenizer"
-    assert len(workshop.made) == 1 + len(records), "shards once, the prefix once, every branch once"
+    assert len(shared.made) == 1 + len(records), "shards once, the prefix once, every branch once"
     (prefix,) = (name for name, record in records.items() if record.images_seen == _BOUNDARY)
     for run in branches:
         log = run.storage.child(f"{run.training_prefix('train_vavae')}/log")
@@ -104,41 +103,41 @@ def test_four_margins_are_four_short_branches_of_one_tokenizer(workshop: Worksho
 
 @pytest.mark.jobs
 def test_a_branch_is_the_tokenizer_that_a_whole_training_makes(
-    workshop: Workshop, branches: list[Run], tmp_path: Path
+    shared: InProcess, branches: list[Run], tmp_path: Path
 ) -> None:
-    whole = Workshop(Sharing(str(tmp_path))).obtain(_with_margin(tmp_path, _MARGINS[2]), "train_vavae")
+    whole = InProcess(Sharing(str(tmp_path))).request(_with_margin(tmp_path, _MARGINS[2]), "train_vavae")
     assert whole.require("train_vavae") == branches[2].require("train_vavae")
 
 
 @pytest.mark.jobs
-def test_what_is_made_is_not_made_again(workshop: Workshop, branches: list[Run]) -> None:
-    before = list(workshop.made)
+def test_what_is_made_is_not_made_again(shared: InProcess, branches: list[Run]) -> None:
+    before = list(shared.made)
     for margin in _MARGINS:
-        workshop.obtain(_with_margin(Path(workshop.sharing.root), margin), "train_vavae")
-    assert workshop.made == before
+        shared.request(_with_margin(Path(shared.sharing.root), margin), "train_vavae")
+    assert shared.made == before
 
 
 @pytest.mark.jobs
-def test_a_lent_tokenizer_is_the_borrowers_own(workshop: Workshop, branches: list[Run]) -> None:
-    config = _with_margin(Path(workshop.sharing.root), _MARGINS[0]).model_copy(update={"name": "borrower"})
-    borrower = Run(config)
-    link_artifact(workshop.obtain(config, "prepare_shards"), borrower, "prepare_shards")
-    link_artifact(branches[0], borrower, "train_vavae")
-    plans = borrower.plans()
+def test_a_linked_tokenizer_is_the_runs_own(shared: InProcess, branches: list[Run]) -> None:
+    config = _with_margin(Path(shared.sharing.root), _MARGINS[0]).model_copy(update={"name": "other"})
+    other = Run(config)
+    link_artifact(shared.request(config, "prepare_shards"), other, "prepare_shards")
+    link_artifact(branches[0], other, "train_vavae")
+    plans = other.plans()
     assert [plans[job].done for job in ("prepare_shards", "train_vavae", "precompute_latents")] == [True, True, False]
-    assert read(borrower.storage, borrower.prefix("train_vavae")) == branches[0].require("train_vavae")
+    assert read(other.storage, other.prefix("train_vavae")) == branches[0].require("train_vavae")
     with pytest.raises(UserError, match="its tokenizer is another than this sweep makes now"):
-        link_artifact(branches[1], borrower, "train_vavae")
+        link_artifact(branches[1], other, "train_vavae")
 
 
 @pytest.mark.jobs
-def test_a_tokenizer_is_measured_before_there_are_latents(branches: list[Run]) -> None:
+def test_a_tokenizer_is_evaluated_before_there_are_latents(branches: list[Run]) -> None:
     seen: list[int] = []
-    measures = {metric.name: metric for metric in measure_tokenizer(branches[0], seen.append)}
-    assert measures.keys() <= EARLY_MEASURES.keys()
-    assert all(EARLY_MEASURES[name] == metric.better for name, metric in measures.items())
-    assert measures["psnr"].value > 0
-    assert measures["reconstruction_frechet_distance"].value > 0
+    metrics = {metric.name: metric for metric in measure_tokenizer(branches[0], seen.append)}
+    assert metrics.keys() <= TOKENIZER_METRICS.keys()
+    assert all(TOKENIZER_METRICS[name] == metric.better for name, metric in metrics.items())
+    assert metrics["psnr"].value > 0
+    assert metrics["reconstruction_frechet_distance"].value > 0
     assert sum(seen) == 2 * branches[0].config.evaluate.images, "the images and their reconstructions"
 
 
@@ -157,18 +156,18 @@ def test_keys_name_what_decides_and_nothing_else(tmp_path: Path) -> None:
     assert not changed("train_vavae", "latents.flip=false")
 
 
-def test_a_prefix_ends_where_its_stage_begins_and_needs_the_same_adversary(tmp_path: Path) -> None:
+def test_a_prefix_ends_where_its_phase_begins_and_needs_the_same_adversary(tmp_path: Path) -> None:
     config = _config(tmp_path)
     prefix = prefix_of(config, 1)
     assert prefix is not None
     assert (prefix.train_vavae.images, len(prefix.train_vavae.stages)) == (_BOUNDARY, 1)
-    assert prefix_of(config, 0) is None, "nothing comes before the first stage"
-    assert prefix_of(config, 2) is None, "there is no such stage"
-    assert prefix_of(_config(tmp_path, f"train_vavae.images={_BOUNDARY}"), 1) is None, "its stage is never reached"
+    assert prefix_of(config, 0) is None, "nothing comes before the first phase"
+    assert prefix_of(config, 2) is None, "there is no such phase"
+    assert prefix_of(_config(tmp_path, f"train_vavae.images={_BOUNDARY}"), 1) is None, "its phase is never reached"
     late = ["losses.adversarial.weight=0", "train_vavae.stages.1.losses.adversarial.weight=0.1"]
     assert prefix_of(_config(tmp_path, *late), 1) is None, "the adversary's weights are drawn before the first step"
 
 
-def test_the_stages_that_a_sweep_varies_are_read_from_its_keys() -> None:
+def test_the_phases_that_a_sweep_varies_are_read_from_its_keys() -> None:
     paths = ["train_vavae.stages.2.losses", "tokenizer.latent_dim", "train_vavae.stages.1.from_images"]
-    assert Sharing.of("root", paths).stages == (1, 2)
+    assert Sharing.of("root", paths).phases == (1, 2)

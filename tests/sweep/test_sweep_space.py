@@ -105,7 +105,7 @@ _SETTINGS = {
     "a number that is counted": ("search: {trials: 3}", "leave trials out"),
     "a number that is missing": ("search: {method: random}", "needs a number of trials"),
     "a grid for Optuna": ("search: {method: optuna, trials: 3}", "write choice"),
-    "a misspelt measure": ("objectives: [generation_frechet_distanse]", "did you mean generation_frechet_distance?"),
+    "a misspelt metric": ("objectives: [generation_frechet_distanse]", "did you mean generation_frechet_distance?"),
     "one rule for two objectives": ("early_stopping: {rule: asha}", "compares one objective"),
     "a threshold that comes too late": ("thresholds: {generation_frechet_distance: {max: 1}}", "is not known before"),
     "a seed twice": ("seeds: [1, 1]", "repeats one"),

@@ -12,10 +12,10 @@ from vavae.config import load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
-from vavae.sweep.outcomes import collect, front, speed_ups, twins
 from vavae.sweep.results import write_sweep
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, Task, read_ledger, run_trial, write_entry
+from vavae.sweep.trial_results import collect, front, speed_ups, twins
 
 _BASE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -29,7 +29,7 @@ def _run_all(sweep: Sweep, root: Path) -> list[list[dict[str, float]]]:
     reports: list[list[dict[str, float]]] = []
     for point in sweep.points():
         reports.append([])
-        run_trial(sweep, point, InProcess(sweep, root).order, reports[-1].append)
+        run_trial(sweep, point, InProcess(sweep, root).request, reports[-1].append)
     return reports
 
 
@@ -88,7 +88,7 @@ def test_a_deleted_rung_is_made_again_without_the_ones_before(root: Path, report
     (run,) = sweep.runs(point)
     run.storage.delete("rungs/000000000128.json")
     found: list[dict[str, float]] = []
-    run_trial(sweep, point, InProcess(sweep, copy).order, found.append)
+    run_trial(sweep, point, InProcess(sweep, copy).request, found.append)
     assert [row["images_seen"] for row in found] == [256], "the run is further already than its first rung"
     assert made(copy) == made(root)
 
@@ -97,21 +97,21 @@ def test_a_trial_is_finished_before_its_last_report(root: Path, reports) -> None
     sweep = _sweep(root, "seeds=[0, 1]")
     point, states = sweep.points()[0], []
     run_trial(
-        sweep, point, InProcess(sweep, root).order,
+        sweep, point, InProcess(sweep, root).request,
         lambda row: states.append(read_ledger(sweep)[name_of_trial(point)].state),
     )  # fmt: skip
-    assert states == ["running", "finished"], "who is told of the last may end it"
+    assert states == ["running", "finished"], "the callback of the last report may end it"
 
 
-def test_an_objective_that_nothing_measures_and_a_lowered_budget_are_named(root: Path, reports, tmp_path: Path) -> None:
+def test_an_unknown_objective_and_a_lowered_budget_are_named(root: Path, reports, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     other = _sweep(copy, "objectives=[{measure: beauty, better: higher}]")
-    with pytest.raises(UserError, match=r"a run measures generation_frechet_distance, .*, and no beauty"):
-        run_trial(other, other.points()[0], InProcess(other, copy).order, lambda row: None)
+    with pytest.raises(UserError, match=r"the metrics of a run are generation_frechet_distance, .*, and not beauty"):
+        run_trial(other, other.points()[0], InProcess(other, copy).request, lambda row: None)
     lower = _sweep(copy, "run.train_lightningdit.images=192")
     with pytest.raises(UserError, match=r"has seen more than train_lightningdit\.images"):
-        run_trial(lower, lower.points()[0], InProcess(lower, copy).order, lambda row: None)
+        run_trial(lower, lower.points()[0], InProcess(lower, copy).request, lambda row: None)
 
 
 def test_the_table_has_every_trial_and_rung(root: Path, reports) -> None:
@@ -162,16 +162,16 @@ def test_references_are_made_once_for_all_runs(tmp_path: Path) -> None:
     worker = InProcess(sweep, tmp_path)
     there: list[bool] = []
 
-    def order(config: RunConfig, task: Task) -> Run:
+    def request(config: RunConfig, task: Task) -> Run:
         if task == "evaluate":
             storage = Run(config).storage
             there.append(storage.exists("references/held_out"))
             if not there[-1]:
                 storage.write_bytes("references/held_out", b"features")
-        return worker.order(config, task)
+        return worker.request(config, task)
 
     for point in sweep.points():
-        run_trial(sweep, point, order, lambda report: None)
+        run_trial(sweep, point, request, lambda report: None)
     assert there == [False] + [True] * 7
     assert len({path.stat().st_ino for path in (tmp_path / "toy").glob("*/*/references/held_out")}) == 1
 
@@ -185,9 +185,9 @@ def test_a_threshold_ends_a_trial_before_its_latents(tmp_path: Path) -> None:
     assert entries[name_of_trial(sweep.points()[0])].why == "psnr is 4, and should be at least 5"
     lines = made(tmp_path)
     assert sum(line.startswith("precompute") for line in lines) == 1
-    assert sum(line.startswith("measure_tokenizer") for line in lines) == 4
+    assert sum(line.startswith("evaluate_tokenizer") for line in lines) == 4
     _run_all(sweep, tmp_path)
-    assert made(tmp_path) == lines, "the measures of the tokenizers are remembered"
+    assert made(tmp_path) == lines, "the metrics of the tokenizers are stored"
 
 
 def test_arrows_lead_to_what_differs_by_the_alignment_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep file says."""
+"""Configuration of a sweep: the content of a sweep file."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -12,17 +12,17 @@ from vavae.config.explain import show
 
 Better = Literal["higher", "lower"]
 
-EARLY_MEASURES: dict[str, Better] = {
+TOKENIZER_METRICS: dict[str, Better] = {
     "psnr": "higher",
     "ssim": "higher",
     "lpips": "lower",
     "reconstruction_frechet_distance": "lower",
     "alignment_cosine": "higher",
 }
-"""Measures of a tokenizer alone, known before its latents are made, and which way is better."""
+"""Metrics of a tokenizer alone, known before its latents are made, and which way is better."""
 
-MEASURES: dict[str, Better] = {
-    **EARLY_MEASURES,
+KNOWN_METRICS: dict[str, Better] = {
+    **TOKENIZER_METRICS,
     "generation_frechet_distance": "lower",
     "generation_kernel_distance": "lower",
     "generation_precision": "higher",
@@ -35,21 +35,21 @@ MEASURES: dict[str, Better] = {
     "density_gini": "lower",
     "density_entropy": "higher",
 }
-"""The measures whose better end is known here; an objective may name any other that a run measures."""
+"""Metrics and which way is better; an objective that names another metric of a run must say so."""
 
 
 class DomainConfig(Config):
-    """What one key is tried with: exactly one of `grid`, `choice`, `uniform` and `loguniform`."""
+    """Values of one key: exactly one of `grid`, `choice`, `uniform` and `loguniform`."""
 
     grid: list[Any] | dict[str, Any] | None = None
     """Every value, with everything else: a list, or values by names that tables and pictures shall show. A value may be
     a whole section, of which only what it names is set."""
     choice: list[Any] | dict[str, Any] | None = None
-    """One of these values, as `grid` has them, drawn or chosen; in a grid search every one."""
+    """One of these values, written as in `grid`, drawn or chosen; in a grid search every one."""
     uniform: tuple[float, float] | None = None
-    """A number between two."""
+    """A number between these two."""
     loguniform: tuple[float, float] | None = None
-    """A number between two positive ones, with equally likely logarithms."""
+    """A number between these two positive ones, its logarithm uniform."""
     when: dict[str, Any] = Field(default_factory=dict)
     """The key is set only where each of these keys, which must stand before it, has the value or one of the values
     given here (or their names); elsewhere it is left as it was."""
@@ -86,40 +86,41 @@ class DomainConfig(Config):
 
 
 def name_of(value: Any) -> str:
-    """How a value is called that was given no name."""
+    """Name of a value that was given none."""
     return value if isinstance(value, str) else show(value)
 
 
 class ObjectiveConfig(Config):
-    """One measure that a search improves."""
+    """A metric that a search improves."""
 
     measure: str
-    """Its name, as in `metrics.json`."""
+    """Name of the metric, as in `metrics.json`."""
     better: Better
-    """Which way is better."""
+    """Direction of better values."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_by_name(cls, given: Any) -> Any:
-        """A bare name, of a measure whose better end is known."""
+        """Accept a bare name of one of `KNOWN_METRICS`."""
         if not isinstance(given, str):
             return given
-        if given not in MEASURES:
-            near = get_close_matches(given, MEASURES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MEASURES)};"
-            raise ValueError(f"no such measure; {hint} Of another say {{measure: {given}, better: lower or higher}}")
-        return {"measure": given, "better": MEASURES[given]}
+        if given not in KNOWN_METRICS:
+            near = get_close_matches(given, KNOWN_METRICS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(KNOWN_METRICS)};"
+            raise ValueError(f"no such metric; {hint} For another say {{measure: {given}, better: lower or higher}}")
+        return {"measure": given, "better": KNOWN_METRICS[given]}
 
 
 class SearchConfig(Config):
-    """How points of the space are chosen."""
+    """Choice of the points of the space that are tried."""
 
     method: Literal["grid", "random", "optuna"] = "grid"
-    """All of them; drawn ones; or by Optuna from what came out so far (TPE; with several objectives their front)."""
+    """All points; random ones; or those that Optuna suggests from the results so far (TPE; of several objectives the
+    front)."""
     trials: int | None = Field(None, ge=1)
-    """Points in all; of `random`, points for every combination of the `grid` domains. Not for `grid`."""
+    """Number of points; with `random`, for every combination of the `grid` domains. Not for `grid`."""
     seed: int = Field(0, ge=0)
-    """Keys the draws."""
+    """Seed of the draws."""
 
     @model_validator(mode="after")
     def _trials_are_counted(self) -> Self:
@@ -130,22 +131,22 @@ class SearchConfig(Config):
 
 
 class EarlyStoppingConfig(Config):
-    """Trials that end before their budget because others did better at the same number of images; one objective."""
+    """Early stopping of trials that are worse than others at the same number of images; for one objective."""
 
     rule: Literal["none", "asha", "median"] = "none"
-    """`asha` keeps the best of every rung; `median` ends what is worse than the median of the others so far."""
+    """`asha` keeps the best at every rung; `median` stops a trial below the median of the others so far."""
     reduction_factor: int = Field(2, ge=2)
-    """Of ASHA: one of so many goes on at a rung."""
+    """Of ASHA: one trial of this many continues at a rung."""
 
 
 class ThresholdConfig(Config):
-    """What a measure of the tokenizer must reach for its trial to go on to latents and diffusion."""
+    """Limits of a tokenizer's metric beyond which its trial stops before latents and diffusion."""
 
     min: float | None = None
     max: float | None = None
 
     def broken_by(self, value: float) -> str | None:
-        """In words the limit that a value breaks; None where it breaks none."""
+        """The limit that a value breaks, in words; None where it breaks none."""
         if self.min is not None and not value >= self.min:
             return f"at least {self.min:g}"
         return f"at most {self.max:g}" if self.max is not None and not value <= self.max else None
@@ -171,17 +172,17 @@ class SweepConfig(Config):
         ObjectiveConfig(measure="reconstruction_frechet_distance", better="lower"),
         ObjectiveConfig(measure="generation_frechet_distance", better="lower"),
     )
-    """Measures by name, or {measure, better}; of several the Pareto front is looked for."""
+    """Metrics by name, or {measure, better}; several are searched for their Pareto front."""
     rungs: tuple[int, ...] = ()
-    """Images seen by the LightningDiT, besides its budget, at which a trial samples and is measured."""
+    """Images seen by the LightningDiT, besides its budget, at which a trial samples and is evaluated."""
     thresholds: dict[str, ThresholdConfig] = Field(default_factory=dict)
-    """What ends a trial before its latents are made: measures of the tokenizer alone, or scalars of its log's last row
-    by their names there, such as `loss/total`."""
+    """Limits that stop a trial before its latents are made, by name: metrics of the tokenizer alone, or scalars of the
+    last row of its log, such as `loss/total`."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     max_concurrent: int | None = runtime(None, ge=1)
-    """Trials at the same time; null takes as many as the cluster holds."""
+    """Trials that run at once; null takes as many as the cluster holds."""
     retries: int = runtime(1, ge=0)
-    """How often a trial that failed is tried again, before it is marked and the others go on."""
+    """Number of times that a failed trial is retried; then it is marked failed, and the sweep continues."""
     tracking: tuple[Literal["mlflow", "wandb"], ...] = runtime(())
     """Also report to MLflow or Weights & Biases, which find their server and project in the environment."""
 
@@ -200,11 +201,11 @@ class SweepConfig(Config):
     @field_validator("thresholds")
     @classmethod
     def _are_early(cls, thresholds: dict[str, ThresholdConfig]) -> dict[str, ThresholdConfig]:
-        for measure in thresholds:
-            if measure not in EARLY_MEASURES and "/" not in measure:
+        for metric in thresholds:
+            if metric not in TOKENIZER_METRICS and "/" not in metric:
                 raise ValueError(
-                    f"{measure} is not known before the diffusion training; take one of {', '.join(EARLY_MEASURES)} or "
-                    "a scalar of the tokenizer's log, such as loss/total"
+                    f"{metric} is not known before the diffusion training; take one of {', '.join(TOKENIZER_METRICS)} "
+                    "or a scalar of the tokenizer's log, such as loss/total"
                 )
         return thresholds
 
@@ -229,7 +230,7 @@ class SweepConfig(Config):
 
 
 def _check_condition(path: str, other: str, wanted: Any, domains: Mapping[str, DomainConfig]) -> None:
-    """Refuse a condition on a key that does not stand before, is no choice, or never has a value like that."""
+    """Refuse a condition on a key that does not stand before, is a range, or never has such a value."""
     if other not in list(domains)[: list(domains).index(path)]:
         near = get_close_matches(other, domains, 1)
         hint = f"; did you mean {near[0]}?" if near and near[0] != other else ""
@@ -243,5 +244,5 @@ def _check_condition(path: str, other: str, wanted: Any, domains: Mapping[str, D
 
 
 def conditions(wanted: Any) -> list[str]:
-    """Names of the values, one or a list of them, that a condition asks for."""
+    """Names of the values, one or a list, for which a condition holds."""
     return [name_of(value) for value in (wanted if isinstance(wanted, list) else [wanted])]

@@ -1,4 +1,4 @@
-"""Which trials no other one beats, and how much sooner one arrives where another ends."""
+"""Pareto front of points, and speed-up of one training over another."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,44 +8,44 @@ import numpy as np
 
 
 def pareto_front(values: Sequence[Sequence[float]]) -> list[bool]:
-    """Whether each point is on the front: no other is at least as low everywhere and lower somewhere.
+    """Tell of each point whether it is on the Pareto front: no other is as low everywhere and lower somewhere.
 
-    Equal points are on it together; a point with a value that is no number is not.
+    Equal points are on it together; a point with a value that is not a number is not.
 
     Args:
-        values: [N, M], of M objectives that are to be low.
+        values: [N, M]: N points, M objectives; lower is better.
     """
     if not values:
         return []
     found = np.array(values, dtype=float)
     known = np.isfinite(found).all(1)
-    # [N, N]: whether the point of the column is dominated by that of the row.
+    # [N, N]: [i, j] compares point i with point j
     no_worse = (found[:, None] <= found[None]).all(2)
     better = (found[:, None] < found[None]).any(2)
-    beaten = (no_worse & better & known[:, None]).any(0)
-    return [bool(on) for on in known & ~beaten]
+    dominated = (no_worse & better & known[:, None]).any(0)
+    return [bool(on) for on in known & ~dominated]
 
 
 class SpeedUp(NamedTuple):
-    """How much sooner a fast training reaches the last value of a slow one."""
+    """Speed-up of a fast training in reaching the last value of a slow one."""
 
     ratio: float
-    """Images of the slow one over images of the fast one."""
+    """Images seen by the slow one over images seen by the fast one."""
     at_least: bool
-    """Whether the fast one was there at its first measurement already."""
+    """True where the fast one is as good at its first rung already."""
 
 
 def speed_up(slow: Mapping[int, float], fast: Mapping[int, float]) -> SpeedUp | None:
-    """Compare two curves of a measure that falls, by the last value of the slow one.
+    """Compare two curves of a falling metric by the last value of the slow one.
 
-    Between two measurements the value is taken to be linear in the logarithm of the images.
+    Between two rungs the metric is interpolated linearly in the logarithm of the images.
 
     Args:
-        slow: value by images seen.
-        fast: likewise.
+        slow: metric by images seen.
+        fast: metric by images seen.
 
     Returns:
-        The ratio, below 1 where the fast one is in truth slower; None where it never arrives.
+        The speed-up, below 1 where the fast one is slower in truth; None where it never reaches that value.
     """
     end = max(slow)
     goal, curve = slow[end], sorted(fast.items())

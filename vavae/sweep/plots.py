@@ -1,4 +1,4 @@
-"""The pictures of a sweep, as PNG: the frontier, quality against images seen, and what each hyperparameter does."""
+"""Pictures of a sweep, as PNG: the frontier, generation against images seen, and objectives against each key."""
 
 import io
 from collections.abc import Sequence
@@ -6,27 +6,27 @@ from statistics import fmean
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 
 from vavae.sweep.config import DomainConfig, ObjectiveConfig
-from vavae.sweep.outcomes import GENERATION, RECONSTRUCTION, Outcome, curve_of, is_aligned, twins
 from vavae.sweep.pareto import pareto_front
 from vavae.sweep.sweep import Sweep
+from vavae.sweep.trial_results import GENERATION, RECONSTRUCTION, TrialResult, is_aligned, metric_curve, twins
 
 _DPI = 130
 _ALIGNED, _UNALIGNED, _FRONT = "#3f87d9", "#d9733f", "#7a7a7a"
 _LABEL_CHARACTERS = 40
 _LEVEL_NAMES = 3
-"""Names of more options than this are turned, or they would run into each other."""
+"""Names of more options than this are rotated, or they would overlap."""
 
 
-def frontier_png(sweep: Sweep, outcomes: Sequence[Outcome]) -> bytes | None:
-    """Reconstruction against generation with error bars, the front, and arrows from unaligned trials to their twins."""
-    shown = [one for one in outcomes if {RECONSTRUCTION, GENERATION} <= one.last.keys()]
+def frontier_png(sweep: Sweep, results: Sequence[TrialResult]) -> bytes | None:
+    """Plot reconstruction against generation with error bars, the front, and arrows from unaligned trials to twins."""
+    shown = [one for one in results if {RECONSTRUCTION, GENERATION} <= one.last.keys()]
     if not shown:
         return None
-    canvas = Canvas(figsize=(8, 5.5), dpi=_DPI, layout="constrained")
-    axes = canvas.add_subplot()
+    figure = Figure(figsize=(8, 5.5), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
     for one in shown:
         x, y = one.last[RECONSTRUCTION], one.last[GENERATION]
         aligned = is_aligned(sweep, one)
@@ -42,21 +42,21 @@ def frontier_png(sweep: Sweep, outcomes: Sequence[Outcome]) -> bytes | None:
     axes.set_xlabel("reconstruction: Fréchet distance (lower is better)")
     axes.set_ylabel("generation: Fréchet distance (lower is better)")
     axes.margins(0.15)
-    return _png(canvas)
+    return _png(figure)
 
 
-def curves_png(sweep: Sweep, outcomes: Sequence[Outcome]) -> bytes | None:
-    """The distance of generated images against the images that the LightningDiT has seen."""
-    shown = [(one, curve) for one in outcomes if len(curve := curve_of(one, GENERATION)) > 1]
+def curves_png(sweep: Sweep, results: Sequence[TrialResult]) -> bytes | None:
+    """Plot the distance of generated images against images seen by the LightningDiT."""
+    shown = [(one, curve) for one in results if len(curve := metric_curve(one, GENERATION)) > 1]
     if not shown:
         return None
-    canvas = Canvas(figsize=(8, 5), dpi=_DPI, layout="constrained")
-    axes = canvas.add_subplot()
-    colours = matplotlib.colormaps["tab10"]
+    figure = Figure(figsize=(8, 5), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    colors = matplotlib.colormaps["tab10"]
     for place, (one, curve) in enumerate(shown):
         axes.errorbar(
-            list(curve), [figure.mean for figure in curve.values()],
-            yerr=[figure.deviation or 0 for figure in curve.values()], capsize=3, marker="o", color=colours(place % 10),
+            list(curve), [metric.mean for metric in curve.values()],
+            yerr=[metric.deviation or 0 for metric in curve.values()], capsize=3, marker="o", color=colors(place % 10),
             linestyle="-" if is_aligned(sweep, one) else "--", label=label(one),
         )  # fmt: skip
     axes.set_xscale("log")
@@ -66,40 +66,40 @@ def curves_png(sweep: Sweep, outcomes: Sequence[Outcome]) -> bytes | None:
     axes.set_xlabel("images seen by the LightningDiT")
     axes.set_ylabel("generation: Fréchet distance (lower is better)")
     axes.legend(fontsize=7)
-    return _png(canvas)
+    return _png(figure)
 
 
 def sensitivity_png(
-    path: str, domain: DomainConfig, outcomes: Sequence[Outcome], objectives: Sequence[ObjectiveConfig]
+    path: str, domain: DomainConfig, results: Sequence[TrialResult], objectives: Sequence[ObjectiveConfig]
 ) -> bytes | None:
-    """Each objective against one key: every finished trial that sets it, and the mean of each option."""
-    shown = [one for one in outcomes if path in one.point and one.last]
+    """Plot each objective against one key: every finished trial that sets it, and the mean of each option."""
+    shown = [one for one in results if path in one.point and one.last]
     if not shown:
         return None
-    canvas = Canvas(figsize=(4 * len(objectives), 3), dpi=_DPI, layout="constrained")
-    for axes, objective in zip(canvas.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
+    figure = Figure(figsize=(4 * len(objectives), 3), dpi=_DPI, layout="constrained")
+    for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
         points = [(one.point[path], one.last[objective.measure].mean) for one in shown if objective.measure in one.last]
         _draw_values(axes, domain, points)
         axes.set_xlabel(path, fontsize=8)
         axes.set_ylabel(f"{objective.measure}\n({objective.better} is better)", fontsize=8)
-    return _png(canvas)
+    return _png(figure)
 
 
-def label(one: Outcome) -> str:
-    """A trial in a few words: the values that it sets."""
+def label(one: TrialResult) -> str:
+    """Label of a trial: the values that it sets, shortened."""
     words = " ".join(value if isinstance(value, str) else f"{value:.3g}" for value in one.point.values())
     return words if len(words) <= _LABEL_CHARACTERS else f"{words[: _LABEL_CHARACTERS - 1]}…"
 
 
-def _draw_front(axes: Axes, shown: Sequence[Outcome]) -> None:
-    """A staircase under which no trial lies."""
+def _draw_front(axes: Axes, shown: Sequence[TrialResult]) -> None:
+    """Draw the Pareto front as a staircase."""
     points = [(one.last[RECONSTRUCTION].mean, one.last[GENERATION].mean) for one in shown]
     front = sorted(point for point, on in zip(points, pareto_front(points), strict=True) if on)
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=_FRONT, linewidth=1, linestyle=":", zorder=0)
 
 
 def _draw_values(axes: Axes, domain: DomainConfig, points: Sequence[tuple[str | float, float]]) -> None:
-    """Values of an objective over those of a key; options stand side by side, with their means."""
+    """Draw values of an objective over those of a key; options stand side by side, with their means."""
     if domain.range is not None:
         axes.plot(*zip(*points, strict=True), "o", color=_ALIGNED, markersize=4)
         axes.set_xscale("linear" if domain.loguniform is None else "log")
@@ -113,7 +113,7 @@ def _draw_values(axes: Axes, domain: DomainConfig, points: Sequence[tuple[str | 
     axes.margins(x=0.15)
 
 
-def _png(canvas: Canvas) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The results of a sweep, beside its trials: the table, the best configurations, and the page that shows them."""
+"""The results of a sweep as files: the table, the best configurations, the picture of the frontier, and the page."""
 
 import csv
 import io
@@ -9,65 +9,65 @@ from html import escape
 from vavae.config.load import dump
 from vavae.config.yaml_source import to_text
 from vavae.report.html import Picture, Section, facts_table, page, picture, yaml_text
-from vavae.sweep.outcomes import (
+from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
+from vavae.sweep.sweep import Sweep, as_written, describe
+from vavae.sweep.trial_results import (
     GENERATION,
     RECONSTRUCTION,
-    Figure,
-    Outcome,
+    SeedMean,
+    TrialResult,
     collect,
     front,
     speed_ups,
 )
-from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
-from vavae.sweep.sweep import Sweep, as_written, describe
 
 FRONTIER, _PICTURE, _TABLE, _BEST = "frontier.html", "frontier.png", "trials.csv", "best"
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Write what is known of a sweep so far: table, best configurations, picture and page."""
-    outcomes = collect(sweep)
-    files = {_TABLE: table_csv(sweep, outcomes).encode()}
-    best = _write_best(sweep, outcomes)
-    frontier = frontier_png(sweep, outcomes)
+    """Write the results of a sweep so far: table, best configurations, picture and page."""
+    results = collect(sweep)
+    files = {_TABLE: table_csv(sweep, results).encode()}
+    best = _write_best(sweep, results)
+    frontier = frontier_png(sweep, results)
     if frontier is not None:
         files[_PICTURE] = frontier
-    files[FRONTIER] = _page(sweep, outcomes, frontier, best).encode()
+    files[FRONTIER] = _page(sweep, results, frontier, best).encode()
     for name, data in files.items():
         sweep.storage.write_bytes(name, data)
 
 
-def table_csv(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
-    """A row for each trial and rung: what it sets, means and deviations of all measures, whether it is on the front."""
-    measures = list(dict.fromkeys(name for one in outcomes for row in one.curve.values() for name in row))
-    best = [one.name for one in front(outcomes, sweep.config.objectives)]
+def table_csv(sweep: Sweep, results: Sequence[TrialResult]) -> str:
+    """Table as CSV: a row for each trial and rung with its point, all metrics, and whether it is on the front."""
+    metrics = list(dict.fromkeys(name for one in results for row in one.curve.values() for name in row))
+    best = [one.name for one in front(results, sweep.config.objectives)]
     columns = ["trial", "state", "why", *sweep.config.sweep, "seeds", "images_seen", "on_front"]
-    columns += [name for measure in measures for name in (measure, f"{measure}_deviation")]
+    columns += [name for metric in metrics for name in (metric, f"{metric}_deviation")]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for one in outcomes:
+    for one in results:
         known = {"trial": one.name, "state": one.state, "why": one.why, "seeds": len(sweep.config.seeds), **one.point}
         for images, row in one.curve.items() or [("", {})]:
             ends = one.state == "finished" and images == max(one.curve)
-            figures = {
+            values = {
                 name: value
-                for measure, figure in row.items()
-                for name, value in ((measure, figure.mean), (f"{measure}_deviation", figure.deviation))
+                for metric, found in row.items()
+                for name, value in ((metric, found.mean), (f"{metric}_deviation", found.deviation))
             }
-            writer.writerow({**known, "images_seen": images, "on_front": ends and one.name in best, **figures})
+            writer.writerow({**known, "images_seen": images, "on_front": ends and one.name in best, **values})
     return text.getvalue()
 
 
-def _write_best(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[str]:
-    """Write a configuration at full size for every trial on the front: `best.yaml`, or `best/<trial>.yaml` of several.
+def _write_best(sweep: Sweep, results: Sequence[TrialResult]) -> list[str]:
+    """Write a configuration at full size for every trial on the front: `best.yaml`, or `best/<trial>.yaml` each.
 
     Returns:
         The names of the files.
     """
     chosen = {
         f"{_BEST}.yaml" if len(sweep.config.objectives) == 1 else f"{_BEST}/{one.name}.yaml": one
-        for one in front(outcomes, sweep.config.objectives)
+        for one in front(results, sweep.config.objectives)
     }
     for old in sweep.storage.list(_BEST):
         if old not in chosen:
@@ -77,9 +77,9 @@ def _write_best(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[str]:
     return list(chosen)
 
 
-def _page(sweep: Sweep, outcomes: Sequence[Outcome], frontier: bytes | None, best: Sequence[str]) -> str:
-    """The page of a sweep, as HTML."""
-    states = [one.state for one in outcomes]
+def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, best: Sequence[str]) -> str:
+    """Page of a sweep, as HTML."""
+    states = [one.state for one in results]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     facts = {
         "storage": sweep.storage.url(),
@@ -91,28 +91,28 @@ def _page(sweep: Sweep, outcomes: Sequence[Outcome], frontier: bytes | None, bes
         sweep.config.name,
         f"A sweep; trials: {summary}" if states else "A sweep that has not begun",
         [
-            Section("Pictures", "".join(map(picture, _pictures(sweep, outcomes, frontier)))),
-            Section("Trials", _trials(outcomes)),
-            Section("Speed-up by alignment", _speed_ups(sweep, outcomes)),
+            Section("Pictures", "".join(map(picture, _pictures(sweep, results, frontier)))),
+            Section("Trials", _trials(results)),
+            Section("Speed-up by alignment", _speed_ups(sweep, results)),
             Section("Sweep", facts_table(facts)),
             Section("Configuration", yaml_text(to_text(as_written(sweep)))),
         ],
     )
 
 
-def _trials(outcomes: Sequence[Outcome]) -> str:
-    """All trials with their last measures; of those that did not finish, why."""
-    measures = list(dict.fromkeys(name for one in outcomes for name in one.last))
+def _trials(results: Sequence[TrialResult]) -> str:
+    """Table of all trials with their last metrics; of those that did not finish, why."""
+    metrics = list(dict.fromkeys(name for one in results for name in one.last))
     rows = [
-        [describe(one.point), " ".join([one.state, one.why]), *(_text(one.last.get(name)) for name in measures)]
-        for one in outcomes
+        [describe(one.point), " ".join([one.state, one.why]), *(_text(one.last.get(name)) for name in metrics)]
+        for one in results
     ]
-    return _table(["trial", "state", *measures], rows, "Means over the seeds ± their standard deviation.")
+    return _table(["trial", "state", *metrics], rows, "Means over the seeds ± their standard deviation.")
 
 
-def _speed_ups(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
+def _speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> str:
     rows = []
-    for before, after, found in speed_ups(sweep, outcomes):
+    for before, after, found in speed_ups(sweep, results):
         ratio = "never arrives" if found is None else f"{'at least ' if found.at_least else ''}{found.ratio:.2f} times"
         rows.append([describe(before.point), describe(after.point), ratio])
     note = f"How much sooner the aligned trial reaches the {GENERATION} at which its unaligned twin ends."
@@ -128,29 +128,29 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> 
     return f'<div class="scroll">{table}</div><p class="note">{escape(note)}</p>'
 
 
-def _pictures(sweep: Sweep, outcomes: Sequence[Outcome], frontier: bytes | None) -> list[Picture]:
+def _pictures(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None) -> list[Picture]:
     drawn = [
         Picture(
             "Frontier",
             "Filled: aligned with the teacher; open: not. An arrow leads to a trial that differs by the weight of the "
             "alignment alone. Bars are deviations between seeds; dotted is the front.",
             frontier or b"",
-            f"{GENERATION} over {RECONSTRUCTION} of {len(outcomes)} trials",
+            f"{GENERATION} over {RECONSTRUCTION} of {len(results)} trials",
         ),
         Picture(
             "Generation against images seen",
             "Dashed: not aligned. Bars are deviations between seeds.",
-            curves_png(sweep, outcomes) or b"",
+            curves_png(sweep, results) or b"",
             f"{GENERATION} of each trial over the images that its LightningDiT has seen",
         ),
     ]
     for path, domain in sweep.config.sweep.items():
-        png = sensitivity_png(path, domain, outcomes, sweep.config.objectives)
+        png = sensitivity_png(path, domain, results, sweep.config.objectives)
         drawn.append(Picture(path, "Finished trials; the line joins means.", png or b"", f"Objectives over {path}"))
     return [replace(one, smooth=True) for one in drawn if one.png]
 
 
-def _text(figure: Figure | None) -> str:
-    if figure is None:
+def _text(metric: SeedMean | None) -> str:
+    if metric is None:
         return ""
-    return f"{figure.mean:.4g}" if figure.deviation is None else f"{figure.mean:.4g} ± {figure.deviation:.2g}"
+    return f"{metric.mean:.4g}" if metric.deviation is None else f"{metric.mean:.4g} ± {metric.deviation:.2g}"

@@ -1,4 +1,4 @@
-"""What trials share is made once, in runs of its own below the sweep's folder, and lent to all that need it."""
+"""Artifacts that trials share: each is made once, in a run of its own, and linked into the runs that need it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Job, Run
 from vavae.storage.artifact import RECORD
+from vavae.storage.storage import Storage
 from vavae.sweep.branch import branch, prefix_of
 
 SHARED_JOBS: tuple[Job, ...] = ("prepare_shards", "train_vavae", "precompute_latents")
@@ -21,10 +22,10 @@ _FOLDERS: dict[Job, tuple[str, ...]] = {
     "precompute_latents": ("latents",),
 }
 _SOURCES = ("source", "validation_source", "validation_labels")
-_STAGE_PATH = "train_vavae.stages."
+_PHASES = "train_vavae.stages."
 
-Obtain = Callable[[RunConfig, Job], Run]
-"""Gives the run that holds what a job makes of a configuration, once it is there."""
+JobRequest = Callable[[RunConfig, Job], Run]
+"""Has a job run, once for all that request the same, and returns the run that holds its artifact."""
 
 
 @dataclass(frozen=True)
@@ -33,53 +34,53 @@ class Sharing:
 
     Args:
         root: `storage.root` of the runs that hold them.
-        stages: stages of the tokenizer's training that the sweep varies, and therefore begins with a common prefix.
+        phases: indices of the tokenizer's training phases that the sweep varies; each begins after a common prefix.
     """
 
     root: str
-    stages: tuple[int, ...] = ()
+    phases: tuple[int, ...] = ()
 
     @staticmethod
     def of(root: str, paths: Iterable[str]) -> "Sharing":
-        """The sharing of a sweep over some keys."""
-        varied = {path.removeprefix(_STAGE_PATH).partition(".")[0] for path in paths if path.startswith(_STAGE_PATH)}
-        return Sharing(root, tuple(sorted(int(stage) for stage in varied if stage.isdecimal())))
+        """The sharing of a sweep over keys of the configuration, given by their dotted paths."""
+        varied = {path.removeprefix(_PHASES).partition(".")[0] for path in paths if path.startswith(_PHASES)}
+        return Sharing(root, tuple(sorted(int(phase) for phase in varied if phase.isdecimal())))
 
     def run(self, config: RunConfig, job: Job) -> Run:
-        """The run that holds what a job makes of a configuration; the same for all that make the same."""
+        """The run that holds a job's artifact for a configuration; the same for all with the same content."""
         storage = config.storage.model_copy(update={"root": self.root})
         name = f"{JOBS[job].makes.replace(' ', '-')}-{content_key(config, job)[:12]}"
         return Run(config.model_copy(update={"name": name, "storage": storage}))
 
-    def make(self, config: RunConfig, job: Job, work: Callable[[Run], None], obtain: Obtain) -> Run:
-        """Make what a job makes of a configuration, or go on with it, unless it is there; returns the run that has it.
+    def make(self, config: RunConfig, job: Job, function: Callable[[Run], None], request: JobRequest) -> Run:
+        """Run or resume a job for a configuration, unless its artifact exists; returns the run that holds it.
 
         Args:
             config: of a trial.
             job: one of `SHARED_JOBS`.
-            work: does the job in a run.
-            obtain: what the job needs, which others may need too.
+            function: runs the job in a run.
+            request: has the jobs run whose artifacts this one needs.
         """
         run = self.run(config, job)
         if run.artifact(job) is not None:
             return run
         for needed in JOBS[job].inputs:
-            link_artifact(obtain(config, needed), run, needed)
+            link_artifact(request(config, needed), run, needed)
         run.storage.write_bytes("config.yaml", dump(run.config).encode())
         prefix = self.prefix(config) if job == "train_vavae" else None
         if prefix is not None:
-            branch(obtain(prefix, job), run)
-        work(run)
+            branch(request(prefix, job), run)
+        function(run)
         return run
 
     def prefix(self, config: RunConfig) -> RunConfig | None:
-        """The longest common part of a tokenizer's training with those that differ from some stage on."""
-        prefixes = [prefix_of(config, stage) for stage in self.stages]
+        """The longest part of a tokenizer's training that is common to trials which differ from some phase on."""
+        prefixes = [prefix_of(config, phase) for phase in self.phases]
         return next((prefix for prefix in reversed(prefixes) if prefix is not None), None)
 
 
 def content_key(config: RunConfig, job: Job) -> str:
-    """A digest of everything that decides what a job makes: its own settings, its budget, and those of its inputs."""
+    """Digest of all that decides the content of a job's artifact: its settings and budget, and those of its inputs."""
     run = Run(config)
     parts: dict[str, Any] = {"job": job, "identity": run.identity(job), "budget": run.budget(job)}
     if job == "prepare_shards":
@@ -87,19 +88,30 @@ def content_key(config: RunConfig, job: Job) -> str:
     return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})
 
 
-def link_files(owner: Run, run: Run, folder: str) -> None:
-    """Give a run the files of a folder that it lacks."""
-    held = run.storage.sizes(folder)
-    for path in owner.storage.list(folder, recursive=True):
+def link_files(owner: Storage, target: Storage, folder: str) -> None:
+    """Link into a run the files of another one's folder that it lacks.
+
+    Args:
+        owner: folder of the run with the files.
+        target: folder of the run that lacks some.
+        folder: path of the files in both.
+    """
+    held = target.sizes(folder)
+    for path in owner.list(folder, recursive=True):
         if path not in held:
-            run.storage.copy_from(owner.storage, path)
+            target.copy_from(owner, path)
 
 
 def link_artifact(owner: Run, run: Run, job: Job) -> None:
-    """Give a run an artifact of another one, as if it had been made there; no bytes are copied on a local disk.
+    """Link an artifact of one run into another, as if it had been made there; on a local disk no bytes are copied.
+
+    Args:
+        owner: the run with the artifact.
+        run: the run that lacks it.
+        job: the job that makes it.
 
     Raises:
-        UserError: it has another one already.
+        UserError: `run` has another one already.
     """
     record, held = owner.require(job), run.artifact(job)
     if held is not None and held.digest == record.digest:

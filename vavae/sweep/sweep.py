@@ -1,4 +1,4 @@
-"""A sweep with its base: which run belongs to a point and a seed, and the check of all of it before anything starts."""
+"""A sweep with its base: the runs of its points and seeds, all checked before anything starts."""
 
 import os
 import re
@@ -31,13 +31,17 @@ class Sweep:
     tree: Located
     """The sweep file."""
     base: Located
-    """The configuration of the run that is varied, with `run` laid over it."""
+    """The configuration of the run that is varied, merged with `run`."""
     folder: str
-    """What relative paths are relative to: trials run elsewhere."""
+    """The folder that relative paths are relative to; trials run elsewhere."""
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> "Sweep":
         """Read a sweep file and its base, and check every domain by building configurations with it.
+
+        Args:
+            path: the sweep file.
+            overrides: `key.path=value`, as on the command line.
 
         Raises:
             UserError: one line with the key, where it was written and what is wrong with it.
@@ -54,11 +58,11 @@ class Sweep:
 
     @property
     def space(self) -> Space:
-        """The space that is searched."""
+        """The space of the search."""
         return Space(self.config.sweep)
 
     def points(self) -> list[Point]:
-        """The points that are known before the search begins; Optuna chooses while it goes on."""
+        """The points known before the search begins; none with Optuna, which suggests them in its course."""
         search = self.config.search
         if search.method == "grid":
             return self.space.points()
@@ -67,7 +71,7 @@ class Sweep:
         return []
 
     def run_config(self, point: Point, seed: int) -> RunConfig:
-        """The configuration of a trial's run; UserError where there is no such run."""
+        """The configuration of a trial's run; raises UserError where the point makes none."""
         reduced = self.tree.value.get("reduced")
         config = self._check(self.base if reduced is None else merge(self.base, reduced), point, seed)
         storage = config.storage.model_copy(
@@ -76,7 +80,7 @@ class Sweep:
         return config.model_copy(update={"name": f"{name_of_trial(point)}-seed-{seed}", "storage": storage})
 
     def full_config(self, point: Point) -> RunConfig:
-        """The configuration of a point at the size of the base, ready to run; UserError where there is none."""
+        """The configuration of a point at the size of the base, ready to run; raises UserError where there is none."""
         config = self._check(self.base, point, self.config.seeds[0])
         return config.model_copy(update={"name": f"{self.config.name}-{name_of_trial(point)}"})
 
@@ -85,7 +89,7 @@ class Sweep:
         return [Run(self.run_config(point, seed)) for seed in self.config.seeds]
 
     def refusal(self, point: Point) -> str | None:
-        """Why a point makes no runs, as a search may find that chooses points while it goes on; None where it does."""
+        """Reason why a point makes no runs, as a search that chooses points on its way may find; None where it does."""
         try:
             self.runs(point)
         except UserError as error:
@@ -94,7 +98,7 @@ class Sweep:
 
     @property
     def storage_config(self) -> StorageConfig:
-        """Where the sweep has its folder."""
+        """The storage of the sweep."""
         return self._check(self.base, self.space.examples()[0], self.config.seeds[0]).storage
 
     @property
@@ -104,11 +108,11 @@ class Sweep:
 
     @property
     def shared(self) -> str:
-        """The root of the storage of what trials share."""
+        """The `storage.root` of the runs with shared artifacts."""
         return self.storage.child(SHARED).root
 
     def _check(self, tree: Located, point: Point, seed: int) -> RunConfig:
-        """The configuration that a point makes of a tree."""
+        """Merge a point into a tree and check the configuration."""
         tree = merge(tree, _located({"name": self.config.name, "seed": seed}, "the sweep"))
         for path, value in self.space.values(point).items():
             tree = assign(tree, path, _located(value, self.tree.value["sweep"].value[path].place))
@@ -119,14 +123,14 @@ class Sweep:
 
 
 def name_of_trial(point: Point) -> str:
-    """A name for a folder: what is set, in short, and a digest that tells it from every other point."""
+    """Name of a trial's folder: the values of its point, shortened, and a digest of the point."""
     words = "-".join(f"{path.rpartition('.')[2]}-{_text(value)}" for path, value in point.items())
     words = re.sub(r"[^A-Za-z0-9._]+", "-", words)[:_NAME_CHARACTERS].strip("-._")
     return f"{words}-{digest(point)[:8]}"
 
 
 def describe(point: Mapping[str, str | float]) -> str:
-    """A point in words."""
+    """A point in words: `key=value, ...`."""
     return ", ".join(f"{path}={_text(value)}" for path, value in point.items())
 
 
@@ -135,13 +139,13 @@ def _text(value: str | float) -> str:
 
 
 def _beside(name: Located) -> Path:
-    """A file that another one names, relative to that; to the working directory where the command line names it."""
+    """Path of a file named in another one, relative to that; on the command line, to the working directory."""
     file, colon, _ = name.place.rpartition(":")
     return Path(file).parent / name.value if colon else Path(name.value)
 
 
 def _located(value: Any, place: str) -> Located:
-    """A plain value as if it had been written at one place."""
+    """Attach a place to a plain value and all within it."""
     if isinstance(value, Mapping):
         return Located({str(key): _located(item, place) for key, item in value.items()}, place)
     if isinstance(value, (list, tuple)):
@@ -150,5 +154,5 @@ def _located(value: Any, place: str) -> Located:
 
 
 def as_written(sweep: Sweep) -> Any:
-    """The sweep file with all that it inherits and all overrides, as plain values."""
+    """The sweep file with defaults and overrides, as plain values."""
     return plain(sweep.tree)

@@ -1,0 +1,118 @@
+"""The results of a sweep's trials, read from storage, and their comparison."""
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from vavae.config import differences
+from vavae.runs.config import RunConfig
+from vavae.sweep.config import ObjectiveConfig
+from vavae.sweep.pareto import SpeedUp, pareto_front, speed_up
+from vavae.sweep.space import Point
+from vavae.sweep.sweep import Sweep
+from vavae.sweep.trial import State, metrics_by_rung, read_ledger
+
+RECONSTRUCTION, GENERATION = "reconstruction_frechet_distance", "generation_frechet_distance"
+ALIGNMENT = "losses.vision_foundation.weight"
+
+
+class SeedMean(NamedTuple):
+    """Mean of a metric over the seeds."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation between seeds; None of one seed."""
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "SeedMean":
+        """The mean of the values of the seeds."""
+        return SeedMean(fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+class TrialResult(NamedTuple):
+    """State and metrics of one trial."""
+
+    name: str
+    point: Point
+    state: State
+    why: str
+    curve: dict[int, dict[str, SeedMean]]
+    """Metrics by images seen by the LightningDiT, in rising order."""
+
+    @property
+    def last(self) -> dict[str, SeedMean]:
+        """Metrics at the end of a finished trial; empty for others, which must not be compared with it."""
+        return self.curve[max(self.curve)] if self.state == "finished" and self.curve else {}
+
+
+def collect(sweep: Sweep) -> list[TrialResult]:
+    """Read the results of all trials so far, in the order of the space where it has one."""
+    ledger = read_ledger(sweep)
+    order = {tuple(point.items()): place for place, point in enumerate(sweep.points())}
+    entries = sorted(ledger.items(), key=lambda item: (order.get(tuple(item[1].point.items()), len(order)), item[0]))
+    return [TrialResult(name, *entry, curve=_curve(sweep, entry.point)) for name, entry in entries]
+
+
+def _curve(sweep: Sweep, point: Point) -> dict[int, dict[str, SeedMean]]:
+    """The rungs that all seeds have, with the metrics that all have."""
+    if sweep.refusal(point) is not None:
+        return {}
+    found = [metrics_by_rung(run) for run in sweep.runs(point)]
+    shared = sorted(set.intersection(*map(set, found)))
+    curve = {}
+    for images in shared:
+        rows = [rungs[images] for rungs in found]
+        names = [name for name in rows[0] if all(name in row for row in rows)]
+        curve[images] = {name: SeedMean.of([row[name] for row in rows]) for name in names}
+    return curve
+
+
+def front(results: Sequence[TrialResult], objectives: Sequence[ObjectiveConfig]) -> list[TrialResult]:
+    """Select the finished trials on the Pareto front of the objectives."""
+    finished = [one for one in results if all(objective.measure in one.last for objective in objectives)]
+    costs = [[_cost(one, objective) for objective in objectives] for one in finished]
+    return [one for one, on in zip(finished, pareto_front(costs), strict=True) if on]
+
+
+def _cost(one: TrialResult, objective: ObjectiveConfig) -> float:
+    """The value of an objective, negated where higher is better."""
+    value = one.last[objective.measure].mean
+    return -value if objective.better == "higher" else value
+
+
+def metric_curve(one: TrialResult, metric: str) -> dict[int, SeedMean]:
+    """One metric by images seen by the LightningDiT."""
+    return {images: row[metric] for images, row in one.curve.items() if metric in row}
+
+
+def is_aligned(sweep: Sweep, one: TrialResult) -> bool:
+    """Return whether a trial's tokenizer learns from the teacher in any phase."""
+    return any(phase.losses.vision_foundation.weight > 0 for phase in _config(sweep, one).tokenizer_phases())
+
+
+def twins(sweep: Sweep, results: Sequence[TrialResult]) -> list[tuple[TrialResult, TrialResult]]:
+    """Pair every unaligned trial with each aligned one that differs from it by the weight of the alignment alone."""
+    configs = [_config(sweep, one) for one in results]
+    return [
+        (before, after)
+        for before, mine in zip(results, configs, strict=True)
+        if not is_aligned(sweep, before)
+        for after, theirs in zip(results, configs, strict=True)
+        if [path for path, *_ in differences(mine, theirs)] == [ALIGNMENT]
+    ]
+
+
+def speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[tuple[TrialResult, TrialResult, SpeedUp | None]]:
+    """Speed-ups of aligned twins in generating as well as the unaligned ones do at the end."""
+    found = []
+    for before, after in twins(sweep, [one for one in results if one.last]):
+        slow, fast = (
+            {images: metric.mean for images, metric in metric_curve(one, GENERATION).items()} for one in (before, after)
+        )
+        if len(slow) > 1 and len(fast) > 1:
+            found.append((before, after, speed_up(slow, fast)))
+    return found
+
+
+def _config(sweep: Sweep, one: TrialResult) -> RunConfig:
+    return sweep.run_config(one.point, sweep.config.seeds[0])
