@@ -19,7 +19,8 @@ from ray_jobs.tune.shared_tasks import Works, Workshop
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.yaml_source import to_text
 from vavae.errors import UserError
-from vavae.report import write_report as results
+from vavae.evaluation import evaluate as evaluation
+from vavae.runs.evaluation_inputs import EvaluationInputs
 from vavae.runs.run import JOBS, Run
 from vavae.sweep.results import FRONTIER, write_sweep
 from vavae.sweep.sharing import SHARED_JOBS, Sharing
@@ -40,7 +41,8 @@ def measure_tokenizer(run: Run) -> None:
 
 def _make_signals(run: Run) -> Work:
     def do(item: Run, advance: Advance) -> None:
-        write_signals(item, {metric.name: metric.value for metric in results.measure_tokenizer(item, advance)})
+        metrics = evaluation.evaluate_tokenizer(EvaluationInputs.of(item), advance)
+        write_signals(item, {metric.name: metric.value for metric in metrics})
 
     return do
 

@@ -15,6 +15,7 @@ from ray_jobs.runtime.actor_pool import Share
 from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
 from vavae.runs.config import CheckpointEvaluationConfig
+from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.runs.events import Event, EventLog
 from vavae.runs.run import Job, Run
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -49,7 +50,7 @@ def measured(run: Run) -> Iterator[None]:
         if not done:
             measuring.leave()
     measuring.rest()
-    prune_evaluated_checkpoints(run)
+    prune_evaluated_checkpoints(run.training_folder(JOB), run.config.train_lightningdit)
 
 
 def evaluate_pending_checkpoints(run: Run) -> None:
@@ -59,7 +60,7 @@ def evaluate_pending_checkpoints(run: Run) -> None:
     measures = None if measure is None else CheckpointMetrics.of(run.training_folder(JOB), training)
     if measure is not None and measures is not None:
         _Measuring(run, measure, measures).rest()
-        prune_evaluated_checkpoints(run)
+        prune_evaluated_checkpoints(run.training_folder(JOB), run.config.train_lightningdit)
 
 
 class _Measuring:
@@ -142,4 +143,4 @@ class _Measuring:
 
 def _measure(run: Run, images_seen: int) -> None:
     configure_torch(run.config.workers)
-    evaluate_checkpoint(run, images_seen)
+    evaluate_checkpoint(CheckpointEvaluationInputs.of(run), images_seen)

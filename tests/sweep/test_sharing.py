@@ -8,8 +8,9 @@ from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.report.write_report import measure_tokenizer
+from vavae.evaluation.evaluate import evaluate_tokenizer
 from vavae.runs.config import RunConfig
+from vavae.runs.evaluation_inputs import EvaluationInputs
 from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
@@ -134,7 +135,7 @@ def test_a_lent_tokenizer_is_the_borrowers_own(workshop: Workshop, branches: lis
 @pytest.mark.jobs
 def test_a_tokenizer_is_measured_before_there_are_latents(branches: list[Run]) -> None:
     seen: list[int] = []
-    measures = {metric.name: metric for metric in measure_tokenizer(branches[0], seen.append)}
+    measures = {metric.name: metric for metric in evaluate_tokenizer(EvaluationInputs.of(branches[0]), seen.append)}
     assert measures.keys() <= EARLY_MEASURES.keys()
     assert all(EARLY_MEASURES[name] == metric.better for name, metric in measures.items())
     assert measures["psnr"].value > 0
