@@ -2,7 +2,7 @@
 
 import sys
 
-from ray_jobs.runtime.actor_pool import Advance, Resources, Work, work_through
+from ray_jobs.runtime.actor_pool import Advance, Resources, work_through
 from ray_jobs.runtime.command import main
 from vavae.data.shards.plan import PlannedShard, plan_shards
 from vavae.data.shards.write import claim, finish, write_shard
@@ -11,24 +11,19 @@ from vavae.runs.run import Run
 
 def work(run: Run) -> None:
     """Write the missing shards, unless others made them, then the manifest."""
-    prefix = run.prefix("prepare_shards")
-    plan = plan_shards(run.config.shards, run.storage)
-    claim(run.storage, prefix, run.config.shards, plan.sources)
+    storage, prefix = run.storage, run.prefix("prepare_shards")
+    plan = plan_shards(run.config.shards, storage)
+    claim(storage, prefix, run.config.shards, plan.sources)
     if plan.shards:
         actors, resources = run.config.workers.count, Resources.of(run.config.workers, gpus=0)
-        work_through(run, "prepare_shards", _make_work, plan.shards, plan.images, actors, resources)
-    manifest = finish(run.storage, prefix, plan)
+
+        def write(shard: PlannedShard, advance: Advance) -> None:
+            write_shard(storage, prefix, shard, advance)
+
+        work_through(run, "prepare_shards", lambda: write, plan.shards, plan.images, actors, resources)
+    manifest = finish(storage, prefix, plan)
     if manifest.skipped_count:
         print(f"{manifest.skipped_count} unreadable images left out, such as {manifest.skipped[0]}", flush=True)
-
-
-def _make_work(run: Run) -> Work:
-    prefix = run.prefix("prepare_shards")
-
-    def do(shard: PlannedShard, advance: Advance) -> None:
-        write_shard(run.storage, prefix, shard, advance)
-
-    return do
 
 
 if __name__ == "__main__":

@@ -1,33 +1,35 @@
 """Both exports → generated images: ``python -m ray_jobs.sample --config FILE``."""
 
 import sys
+from functools import partial
 
 from ray_jobs.runtime.actor_pool import Advance, Work, work_through
 from ray_jobs.runtime.command import main
 from vavae.config import digest
 from vavae.distributed.world import World
 from vavae.runs.run import Run
-from vavae.sampling.inputs import open_sampler, sample_set
-from vavae.sampling.sample_files import write_sample_files
-from vavae.storage.artifact import commit
+from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.sampling.files import write_sample_files
+from vavae.sampling.sample_shards import SampleSet
+from vavae.sampling.sampler import Sampler
 
 
 def work(run: Run) -> None:
-    """Generate every shard of images that is missing, then the files beside them."""
-    samples, config = sample_set(run), run.config.sample
-    work_through(run, "sample", _make_work, samples.shards(), config.images, config.actors)
+    """Generate every shard of samples that is missing, then the files beside them."""
+    inputs, config = SamplingInputs.of(run), run.config.sample
+    samples = SampleSet.of(inputs)
+    work_through(run, "sample", partial(_make_work, inputs), samples.shards(), config.images, config.actors)
     files = samples.files()
     content = digest({name: info.sha256 for name, info in files.items()})
-    beside = write_sample_files(run)
-    commit(run.storage, run.prefix("sample"), run.record("sample", content, files, beside=beside))
+    inputs.output.commit(content, files, beside={**write_sample_files(samples, run.storage)})
 
 
-def _make_work(run: Run) -> Work:
-    samples = sample_set(run)
-    generator = open_sampler(run, World.current(run.config.workers.use_gpu).device)
+def _make_work(inputs: SamplingInputs) -> Work:
+    samples = SampleSet.of(inputs)
+    sampler = Sampler.load(inputs, World.current(inputs.config.workers.use_gpu).device)
 
     def do(shard: int, advance: Advance) -> None:
-        samples.generate(shard, generator, advance)
+        samples.generate(shard, sampler, advance)
 
     return do
 

@@ -4,24 +4,24 @@ import sys
 from collections.abc import Sequence
 
 from ray_jobs.pipeline import JOB_FUNCTIONS
-from ray_jobs.runtime.actor_pool import Advance, Work, work_through
+from ray_jobs.runtime.actor_pool import Advance, work_through
 from ray_jobs.tune import command
 from ray_jobs.tune.shared_tasks import TaskFunctions
-from vavae.report.write_report import measure_tokenizer
+from vavae.evaluation import evaluate as evaluation
+from vavae.runs.evaluation_inputs import EvaluationInputs
 from vavae.runs.run import JOBS, Run
 from vavae.sweep.trial import write_tokenizer_metrics
 
 
 def evaluate_tokenizer(run: Run) -> None:
     """Evaluate the tokenizer of a run by itself, in one actor."""
-    work_through(run, "evaluate", _make_work, [run], run.config.evaluate.images, actors=1)
+    inputs = EvaluationInputs.of(run)
 
+    def evaluate_and_keep(run: Run, advance: Advance) -> None:
+        metrics = evaluation.evaluate_tokenizer(inputs, advance)
+        write_tokenizer_metrics(run, {metric.name: metric.value for metric in metrics})
 
-def _make_work(run: Run) -> Work:
-    def do(item: Run, advance: Advance) -> None:
-        write_tokenizer_metrics(item, {metric.name: metric.value for metric in measure_tokenizer(item, advance)})
-
-    return do
+    work_through(run, "evaluate", lambda: evaluate_and_keep, [run], run.config.evaluate.images, actors=1)
 
 
 TASK_FUNCTIONS: TaskFunctions = {

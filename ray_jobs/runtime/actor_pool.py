@@ -50,13 +50,13 @@ class Worker:
 
     Args:
         make_work: loads models and opens storage.
-        run: the run of the job.
+        workers: settings of torch.
         progress: takes the images done.
     """
 
-    def __init__(self, make_work: Callable[[Run], Work], run: Run, progress: ProgressActor) -> None:
-        configure_torch(run.config.workers)
-        self._work, self._progress = make_work(run), progress
+    def __init__(self, make_work: Callable[[], Work], workers: WorkersConfig, progress: ProgressActor) -> None:
+        configure_torch(workers)
+        self._work, self._progress = make_work(), progress
 
     def do(self, item: Any) -> None:
         """Process one item."""
@@ -66,7 +66,7 @@ class Worker:
 def work_through(
     run: Run,
     job: Job,
-    make_work: Callable[[Run], Work],
+    make_work: Callable[[], Work],
     items: Sequence[ItemT],
     images: int,
     actors: int,
@@ -75,7 +75,7 @@ def work_through(
     """Process all items with at most `actors` at a time, showing progress in images.
 
     Args:
-        run: handed to `make_work`.
+        run: shown and recorded as that of the job.
         job: name of the job in its progress.
         make_work: called once in every actor, to load models and open storage.
         items: independent of each other; processing one that is done already must return at once.
@@ -97,7 +97,7 @@ def work_through(
         max_task_retries=workers.max_failures,
     )(Worker)
     with monitor_progress(run, job, progress, images):
-        pool = ActorPool([actor.remote(make_work, run, progress) for _ in range(actors)])
+        pool = ActorPool([actor.remote(make_work, workers, progress) for _ in range(actors)])
         for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
             pass
 

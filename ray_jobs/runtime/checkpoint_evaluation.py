@@ -15,6 +15,7 @@ from ray_jobs.runtime.actor_pool import Resources
 from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
 from vavae.runs.config import CheckpointEvaluationConfig
+from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.runs.events import Event, EventLog
 from vavae.runs.run import Job, Run
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -47,7 +48,7 @@ def evaluate_checkpoints_beside(run: Run) -> Iterator[None]:
         if not done:
             evaluation.cancel()
     evaluation.evaluate_pending()
-    prune_evaluated_checkpoints(run)
+    prune_evaluated_checkpoints(run.training_folder(JOB), run.config.train_lightningdit)
 
 
 def evaluate_pending_checkpoints(run: Run) -> None:
@@ -55,7 +56,7 @@ def evaluate_pending_checkpoints(run: Run) -> None:
     config, metrics = run.config.train_lightningdit.measure, _checkpoint_metrics(run)
     if config is not None and metrics is not None:
         _CheckpointEvaluation(run, config, metrics).evaluate_pending()
-        prune_evaluated_checkpoints(run)
+        prune_evaluated_checkpoints(run.training_folder(JOB), run.config.train_lightningdit)
 
 
 def _checkpoint_metrics(run: Run) -> CheckpointMetrics | None:
@@ -147,4 +148,4 @@ class _CheckpointEvaluation:
 
 def _evaluate(run: Run, images_seen: int) -> None:
     configure_torch(run.config.workers)
-    evaluate_checkpoint(run, images_seen)
+    evaluate_checkpoint(CheckpointEvaluationInputs.of(run), images_seen)

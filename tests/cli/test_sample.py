@@ -13,7 +13,9 @@ from support.trained_run import trained_run
 
 from vavae.cli.main import main
 from vavae.diffusion.config import GuidanceConfig
-from vavae.sampling.inputs import open_sampler, sample_set
+from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.sampling.sample_shards import SampleSet
+from vavae.sampling.sampler import Sampler
 
 README = Path(__file__).parents[2] / "README.md"
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def expected(run):
 
 def images(run, guidance=None):
     config = run.config
-    return open_sampler(run, CPU).images(
+    return Sampler.load(SamplingInputs.of(run), CPU).images(
         [0, 1, 2] * 2, [0] * 3 + [2] * 3, config.seed, guidance or config.guidance, config.solver
     )
 
@@ -86,9 +88,10 @@ def test_guidance_and_every_other_key_can_be_set(sample, run, tmp_path, words):
 
 
 def test_seed_and_class_of_an_image_of_the_runs_own_samples_give_that_image(sample, run, tmp_path):
-    samples, generator = sample_set(run), open_sampler(run, CPU)
+    inputs = SamplingInputs.of(run)
+    samples, sampler = SampleSet.of(inputs), Sampler.load(inputs, CPU)
     for shard in samples.shards():
-        samples.generate(shard, generator, lambda _: None)
+        samples.generate(shard, sampler, lambda _: None)
     index = 7
     assert sample(image_shards.CLASSES[samples.label(index)], str(index), "--out", "one.npz") == 0
     with np.load(tmp_path / "one.npz") as array:
@@ -142,7 +145,9 @@ def test_a_run_that_was_moved_is_still_one(tmp_path, monkeypatch):
 
 def readme_example():
     """The lines of the README that sample from Python."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "Run.at" in block]
+    (block,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "SamplingInputs.at" in block
+    ]
     return block
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vavae.data.image import encode_image
 from vavae.data.shards.tar import write_tar
-from vavae.evaluation.generation import Reference, further_distances, measure_generation, sample_batches
+from vavae.evaluation.generation import Reference, evaluate_generation, further_distances, sample_batches
 from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vavae.metrics.inception_score import ClassSums
 from vavae.metrics.reference import ReferenceFile
@@ -29,7 +29,7 @@ def summary(drawn: Tensor, everything: bool = True) -> FeatureSummary:
 
 
 def test_a_set_against_itself():
-    found = measure_generation(summary(features()), Reference.of(summary(features()), "held-out images"), seed=0)
+    found = evaluate_generation(summary(features()), Reference.of(summary(features()), "held-out images"), seed=0)
     assert found.images == 30
     assert found.frechet_distance == pytest.approx(0, abs=1e-9)
     assert found.spatial_frechet_distance == pytest.approx(0, abs=1e-9)
@@ -42,9 +42,9 @@ def test_a_set_against_itself():
 
 def test_permutations_of_both_sets_change_nothing_but_the_draws_of_the_kernel_distance():
     generated, real = features(40, 0.3), features(30, seed=1)
-    first = measure_generation(summary(generated), Reference.of(summary(real), ""), seed=0)
+    first = evaluate_generation(summary(generated), Reference.of(summary(real), ""), seed=0)
     shuffled = generated[torch.randperm(40, generator=torch.Generator().manual_seed(2))]
-    second = measure_generation(summary(shuffled), Reference.of(summary(real.flip(0)), ""), seed=0)
+    second = evaluate_generation(summary(shuffled), Reference.of(summary(real.flip(0)), ""), seed=0)
     assert second[:4] == pytest.approx(first[:4], rel=1e-9)
     assert second.precision_recall == pytest.approx(first.precision_recall, rel=1e-9)
     assert first.kernel_distance is not None
@@ -54,7 +54,7 @@ def test_permutations_of_both_sets_change_nothing_but_the_draws_of_the_kernel_di
 
 
 def test_an_extractor_without_classes_and_positions_leaves_their_measures_out():
-    found = measure_generation(summary(features(), everything=False), Reference.of(summary(features()), ""), seed=0)
+    found = evaluate_generation(summary(features(), everything=False), Reference.of(summary(features()), ""), seed=0)
     assert found.spatial_frechet_distance is None
     assert found.inception_score is None
 
@@ -63,7 +63,7 @@ def test_a_file_of_moments_alone_leaves_the_measures_over_pairs_out():
     real = summary(features(seed=1))
     moments = Gaussian(real.pooled.mean, real.pooled.covariance)
     reference = Reference.of_file(ReferenceFile(moments, None, 0), None, "some.npz")
-    found = measure_generation(summary(features()), reference, seed=0)
+    found = evaluate_generation(summary(features()), reference, seed=0)
     assert found.frechet_distance == frechet_distance(summary(features()).pooled, real.pooled)
     assert found.kernel_distance is None
     assert found.precision_recall is None

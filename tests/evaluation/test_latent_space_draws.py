@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from vavae.data.shards.manifest import ShardInfo
 from vavae.errors import UserError
-from vavae.evaluation.latent_space import draw_tokens, measure_latent_space
+from vavae.evaluation.latent_space import draw_tokens, evaluate_latent_space
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import write_latents
 from vavae.latents.statistics import STATISTICS
@@ -72,19 +72,19 @@ def test_no_more_shards_are_read_than_the_samplings_need(storage):
 
 def test_a_measure_is_the_mean_of_its_samplings_whatever_their_processes(storage):
     write(storage, (120,), flip=False, std=1.0)
-    found = measure_latent_space(storage, FULL, 0)
+    found = evaluate_latent_space(storage, FULL, 0)
     assert found.tokens == 100
     assert len(found.samplings) == 2
     assert found.mean.cv == pytest.approx((found.samplings[0].cv + found.samplings[1].cv) / 2)
     assert found.spread is not None
     assert found.spread.cv == pytest.approx(abs(found.samplings[0].cv - found.samplings[1].cv) / 2**0.5)
-    parallel = measure_latent_space(storage, FULL.model_copy(update={"processes": 2}), 0)
+    parallel = evaluate_latent_space(storage, FULL.model_copy(update={"processes": 2}), 0)
     assert parallel.samplings == found.samplings
 
 
 def test_one_sampling_has_no_spread(storage):
     write(storage, (100,), flip=False, std=1.0)
-    assert measure_latent_space(storage, LatentSpaceConfig(tokens=100, samplings=1), 0).spread is None
+    assert evaluate_latent_space(storage, LatentSpaceConfig(tokens=100, samplings=1), 0).spread is None
 
 
 def test_too_few_latents_are_refused(storage):

@@ -52,13 +52,13 @@ def test_lpips_is_of_what_the_decoder_gives_and_the_rest_of_8_bits(reconstructor
         assert reconstructor.lpips is not None
         lpips = reconstructor.lpips(pixels, decoded)
         rounded = reconstructor.lpips(pixels, to_float(to_uint8(decoded)))
-    torch.testing.assert_close(found.measures["lpips"], lpips)
+    torch.testing.assert_close(found.metrics["lpips"], lpips)
     assert (lpips - rounded).abs().max() > 1e-5
     assert torch.equal(found.reconstructions, to_uint8(decoded))
-    for original, restored, psnr in zip(images(), to_uint8(decoded), found.measures["psnr"], strict=True):
+    for original, restored, psnr in zip(images(), to_uint8(decoded), found.metrics["psnr"], strict=True):
         theirs = peak_signal_noise_ratio(restored.double(), original.double(), data_range=255.0)
         assert psnr.item() == pytest.approx(theirs.item(), rel=1e-6)
-    assert found.measures.keys() == {"psnr", "ssim", "lpips"}, "what there is no projection for is left out"
+    assert found.metrics.keys() == {"psnr", "ssim", "lpips"}, "what there is no projection for is left out"
 
 
 def test_batches_change_nothing_and_the_seed_does(reconstructor: Reconstructor):
@@ -68,7 +68,7 @@ def test_batches_change_nothing_and_the_seed_does(reconstructor: Reconstructor):
         reconstructed(reconstructor, 9, seed=6),
     )
     assert [len(part.originals) for part in parts] == [2, 2, 1]
-    for name, values in whole.measures.items():
-        torch.testing.assert_close(torch.cat([part.measures[name] for part in parts]), values, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(other.measures[name], values)
+    for name, values in whole.metrics.items():
+        torch.testing.assert_close(torch.cat([part.metrics[name] for part in parts]), values, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(other.metrics[name], values)
     assert torch.equal(torch.cat([part.originals for part in parts]), images())

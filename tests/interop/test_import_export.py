@@ -8,29 +8,22 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import small_models
+from support import in_process, small_models
 
 from vavae.cli.main import main
-from vavae.config import digest, load
-from vavae.data.shards.manifest import read_manifest
+from vavae.config import load
 from vavae.data.shards.write import write_shards
-from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.interop.export import ALIGNMENT, load_alignment, load_lightningdit, load_tokenizer
 from vavae.interop.released_lightningdit import save_released_lightningdit
 from vavae.interop.released_tokenizer import load_released_tokenizer, save_released_tokenizer
-from vavae.latents.extract import Extraction
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import read_statistics
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.report.write_report import write_evaluation
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
-from vavae.sampling.inputs import open_sampler, sample_set
-from vavae.sampling.sample_files import write_sample_files
-from vavae.storage.artifact import commit
 
 FEATURES = 112
 """Channels of the embedded teacher."""
@@ -90,26 +83,11 @@ class Exchange:
         return model.state_dict()
 
     def extract(self):
-        run = self.run()
-        latents = run.storage.child(run.prefix("precompute_latents"))
-        manifest = read_manifest(run.storage, run.prefix("prepare_shards"))
-        tokenizer = run.require("train_vavae").digest
-        extraction = Extraction(run.storage.child("shards"), manifest, latents, tokenizer, run.config.latents)
-        model, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
-        for task in extraction.tasks():
-            extraction.encode(task, model, World().device, lambda _: None)
-        content, files = extraction.finish((small_models.TOKENIZER.latent_dim, 8, 8))
-        commit(run.storage, run.prefix("precompute_latents"), run.record("precompute_latents", content, files))
+        in_process.precompute_latents(self.run())
 
     def sample_and_evaluate(self):
-        run = self.run()
-        generator, samples = open_sampler(run, World().device), sample_set(run)
-        for shard in samples.shards():
-            samples.generate(shard, generator, lambda _: None)
-        files = samples.files()
-        record = run.record("sample", digest(list(files)), files, beside=write_sample_files(run))
-        commit(run.storage, run.prefix("sample"), record)
-        write_evaluation(run, lambda _: None)
+        in_process.sample(self.run())
+        in_process.evaluate_and_report(self.run())
 
 
 @pytest.fixture
@@ -229,7 +207,7 @@ def test_what_was_trained_here_is_not_replaced(exchange, capsys):
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 2
     assert "has its own tokenizer; give the run another name" in capsys.readouterr().err
     run.storage.delete(run.training_prefix("train_vavae"))
-    commit(run.storage, run.prefix("train_vavae"), run.record("train_vavae", "content", {}, images_seen=64))
+    run.output("train_vavae").commit("content", {}, images_seen=64)
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 2
     assert run.require("train_vavae").digest == "content"
 

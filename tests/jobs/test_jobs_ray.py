@@ -38,7 +38,8 @@ from vavae.config import load
 from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
 from vavae.runs.run import JOBS, Run
-from vavae.sampling.inputs import open_sampler
+from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.sampling.sampler import Sampler
 from vavae.storage.artifact import RECORD
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -335,7 +336,7 @@ def test_samples_survive_a_killed_actor_and_come_as_one_array(tmp_path: Path) ->
         job = ["--config", str(config), *settings, "sample.actors=1", "sample.npz=true"]
         assert command.main("sample", DESCRIPTION, sample.work, job) == 0
     with np.load(tmp_path / "runs" / "trained" / "samples.npz") as array:
-        undisturbed = open_sampler(run, torch.device("cpu")).batches(
+        undisturbed = Sampler.load(SamplingInputs.of(run), torch.device("cpu")).batches(
             range(60), [index % 3 for index in range(60)], run.config.seed, run.config.guidance, run.config.solver, 20
         )
         found = torch.from_numpy(array["arr_0"]).permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from vavae.sampling.npz import write_npz
+from vavae.sampling.files import write_npz
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vavae.sampling.sample_files import picture_rows
+from vavae.sampling.files import picture_rows
 
 
 def test_a_balanced_set_shows_the_first_of_each_class():

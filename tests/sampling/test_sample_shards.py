@@ -25,22 +25,22 @@ GUIDANCE, SOLVER, SEED = GuidanceConfig(), SolverConfig(num_steps=1), 3
 
 
 class Recorder:
-    """A generator, with the indices that it was asked for."""
+    """A sampler, with the indices that it was asked for."""
 
     batches = Sampler.batches
 
     def __init__(self):
         channels = small_models.TOKENIZER.latent_dim
         normalizer = LatentNormalizer(torch.zeros(channels), torch.ones(channels))
-        self.generator, self.asked = Sampler(small_models.tokenizer(), small_models.lightningdit(), normalizer), []
+        self.sampler, self.asked = Sampler(small_models.tokenizer(), small_models.lightningdit(), normalizer), []
 
     def images(self, indices, *rest):
         self.asked.append(indices)
-        return self.generator.images(indices, *rest)
+        return self.sampler.images(indices, *rest)
 
 
 @pytest.fixture
-def generator():
+def sampler():
     return Recorder()
 
 
@@ -56,9 +56,9 @@ def die(count):
     raise KeyboardInterrupt
 
 
-def generate_all(found, generator, advance=ignore):
+def generate_all(found, sampler, advance=ignore):
     for shard in found.shards():
-        found.generate(shard, generator, advance)
+        found.generate(shard, sampler, advance)
     return found.files()
 
 
@@ -66,82 +66,82 @@ def contents(storage):
     return {path: storage.read_bytes(path) for path in storage.list(recursive=True)}
 
 
-def test_image_i_is_of_class_i_modulo_the_classes(storage, generator):
-    files, counts = generate_all(samples(storage), generator), []
+def test_image_i_is_of_class_i_modulo_the_classes(storage, sampler):
+    files, counts = generate_all(samples(storage), sampler), []
     assert list(files) == ["000000.tar", "000001.tar", "000002.tar"]
     found = gather(read_samples(storage, files))
     labels = [index % len(image_shards.CLASSES) for index in range(10)]
     assert found.labels.tolist() == labels
-    expected = generator.generator.images(list(range(10)), labels, SEED, GUIDANCE, SOLVER)
+    expected = sampler.sampler.images(list(range(10)), labels, SEED, GUIDANCE, SOLVER)
     assert (found.images.int() - expected.int()).abs().max() <= 1
-    generate_all(samples(storage), generator, counts.append)
+    generate_all(samples(storage), sampler, counts.append)
     assert counts == [4, 4, 2]
 
 
-def test_progress_counts_batches(storage, generator):
+def test_progress_counts_batches(storage, sampler):
     counts = []
-    generate_all(samples(storage), generator, counts.append)
+    generate_all(samples(storage), sampler, counts.append)
     assert counts == [3, 1, 3, 1, 2]
 
 
-def test_files_are_named_with_size_and_checksum(storage, generator):
-    for name, info in generate_all(samples(storage), generator).items():
+def test_files_are_named_with_size_and_checksum(storage, sampler):
+    for name, info in generate_all(samples(storage), sampler).items():
         path = storage.local_file(name)
         assert (path.stat().st_size, sha256_of(path)) == (info.bytes, info.sha256)
 
 
-def test_stock_webdataset_reads_the_shards(storage, generator):
-    files = generate_all(samples(storage), generator)
+def test_stock_webdataset_reads_the_shards(storage, sampler):
+    files = generate_all(samples(storage), sampler)
     dataset = webdataset.WebDataset([storage.url(name) for name in files], shardshuffle=False)
     assert [sample["__key__"] for sample in dataset.decode("rgb8")] == [f"{index:09d}" for index in range(10)]
 
 
-def test_what_is_done_is_not_done_again(storage, generator):
-    files = generate_all(samples(storage), generator)
+def test_what_is_done_is_not_done_again(storage, sampler):
+    files = generate_all(samples(storage), sampler)
     before = contents(storage)
-    generator.asked.clear()
-    assert generate_all(samples(storage), generator) == files
-    assert generator.asked == []
+    sampler.asked.clear()
+    assert generate_all(samples(storage), sampler) == files
+    assert sampler.asked == []
     storage.delete("000001.json")
-    assert generate_all(samples(storage), generator) == files
-    assert generator.asked == [[4, 5, 6], [7]]
+    assert generate_all(samples(storage), sampler) == files
+    assert sampler.asked == [[4, 5, 6], [7]]
     assert contents(storage) == before
 
 
-def test_more_images_keep_the_full_shards_that_are_there(storage, generator):
-    generate_all(samples(storage), generator)
+def test_more_images_keep_the_full_shards_that_are_there(storage, sampler):
+    generate_all(samples(storage), sampler)
     before = contents(storage)
-    generator.asked.clear()
-    generate_all(samples(storage, config=CONFIG.model_copy(update={"images": 13})), generator)
-    assert generator.asked == [[8, 9, 10], [11], [12]]
+    sampler.asked.clear()
+    generate_all(samples(storage, config=CONFIG.model_copy(update={"images": 13})), sampler)
+    assert sampler.asked == [[8, 9, 10], [11], [12]]
     after = contents(storage)
     assert all(
         after[f"00000{shard}.{kind}"] == before[f"00000{shard}.{kind}"] for shard in (0, 1) for kind in ("tar", "json")
     )
-    generator.asked.clear()
-    generate_all(samples(storage), generator)
-    assert generator.asked == [[8, 9]]
+    sampler.asked.clear()
+    generate_all(samples(storage), sampler)
+    assert sampler.asked == [[8, 9]]
     assert {path: data for path, data in contents(storage).items() if path in before} == before
 
 
-def test_a_truncated_shard_is_made_again(storage, generator):
-    generate_all(samples(storage), generator)
+def test_a_truncated_shard_is_made_again(storage, sampler):
+    generate_all(samples(storage), sampler)
     before = contents(storage)
     storage.write_bytes("000002.tar", before["000002.tar"][:-512])
     assert samples(storage).record(2) is None
-    generate_all(samples(storage), generator)
+    generate_all(samples(storage), sampler)
     assert contents(storage) == before
 
 
-def test_a_shard_that_was_broken_off_leaves_nothing(storage, generator):
+def test_a_shard_that_was_broken_off_leaves_nothing(storage, sampler):
     with pytest.raises(KeyboardInterrupt):
-        samples(storage).generate(0, generator, die)
+        samples(storage).generate(0, sampler, die)
     assert contents(storage) == {}
     assert samples(storage).record(0) is None
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3, 4])
-def test_a_set_whose_process_is_killed_goes_on_to_the_same_bytes(storage, generator, tmp_path, batches):
+def test_a_set_whose_process_is_killed_goes_on_to_the_same_bytes(storage, sampler, tmp_path, batches):
     def generate_until_killed():
         left = batches
 
@@ -151,7 +151,7 @@ def test_a_set_whose_process_is_killed_goes_on_to_the_same_bytes(storage, genera
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        generate_all(samples(storage), generator, advance)
+        generate_all(samples(storage), sampler, advance)
 
     process = multiprocessing.get_context("fork").Process(target=generate_until_killed)
     process.start()
@@ -159,74 +159,74 @@ def test_a_set_whose_process_is_killed_goes_on_to_the_same_bytes(storage, genera
     assert process.exitcode == -signal.SIGKILL
     survived = [shard for shard in samples(storage).shards() if samples(storage).record(shard)]
     assert survived == list(range(batches // 2))  # two batches a shard
-    files = generate_all(samples(storage), generator)
-    assert len(generator.asked) == 5 - 2 * len(survived)
+    files = generate_all(samples(storage), sampler)
+    assert len(sampler.asked) == 5 - 2 * len(survived)
     undisturbed = Storage(str(tmp_path / "undisturbed"))
-    assert generate_all(samples(undisturbed), generator) == files
+    assert generate_all(samples(undisturbed), sampler) == files
     assert contents(storage) == contents(undisturbed)
 
 
-def test_shards_are_the_same_in_any_order_and_from_any_worker(storage, generator, tmp_path):
-    files = generate_all(samples(storage), generator)
+def test_shards_are_the_same_in_any_order_and_from_any_worker(storage, sampler, tmp_path):
+    files = generate_all(samples(storage), sampler)
     other = Storage(str(tmp_path / "other"))
     for shard in reversed(samples(other).shards()):
         samples(other).generate(shard, Recorder(), ignore)
     assert samples(other).files() == files
 
 
-def test_samples_of_other_models_are_made_again(storage, generator):
-    generate_all(samples(storage, "one"), generator)
+def test_samples_of_other_models_are_made_again(storage, sampler):
+    generate_all(samples(storage, "one"), sampler)
     other = samples(storage, "other")
     assert not any(other.record(shard) for shard in other.shards())
-    generator.asked.clear()
-    generate_all(other, generator)
-    assert [index for indices in generator.asked for index in indices] == list(range(10))
+    sampler.asked.clear()
+    generate_all(other, sampler)
+    assert [index for indices in sampler.asked for index in indices] == list(range(10))
 
 
-def test_the_record_goes_before_the_shard_is_made_again(storage, generator):
-    generate_all(samples(storage), generator)
+def test_the_record_goes_before_the_shard_is_made_again(storage, sampler):
+    generate_all(samples(storage), sampler)
     with pytest.raises(KeyboardInterrupt):
-        samples(storage, "other").generate(0, generator, die)
+        samples(storage, "other").generate(0, sampler, die)
     assert "000000.json" not in contents(storage)
 
 
-def test_no_batch_crosses_the_end_of_a_shard(storage, generator):
-    generate_all(samples(storage), generator)
-    assert generator.asked == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]
+def test_no_batch_crosses_the_end_of_a_shard(storage, sampler):
+    generate_all(samples(storage), sampler)
+    assert sampler.asked == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9]]
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 50}, {"shard_images": 3}, {"shard_images": 50}])
-def test_batch_and_shard_sizes_change_no_image(storage, generator, change):
-    generate_all(samples(storage), generator)
+def test_batch_and_shard_sizes_change_no_image(storage, sampler, change):
+    generate_all(samples(storage), sampler)
     whole = samples(storage).images(range(10))
     other = samples(storage, config=CONFIG.model_copy(update=change))
-    generate_all(samples(storage, "other", CONFIG.model_copy(update=change)), generator)
+    generate_all(samples(storage, "other", CONFIG.model_copy(update=change)), sampler)
     assert (other.images(range(10)).int() - whole.int()).abs().max() <= 1
 
 
-def test_given_labels_go_round(storage, generator):
+def test_given_labels_go_round(storage, sampler):
     config = CONFIG.model_copy(update={"labels": ("c", 0)})
-    files = generate_all(samples(storage, config=config), generator)
+    files = generate_all(samples(storage, config=config), sampler)
     assert gather(read_samples(storage, files)).labels.tolist() == [2, 0] * 5
 
 
-def test_some_images_come_in_the_order_asked_for(storage, generator):
-    files = generate_all(samples(storage), generator)
+def test_some_images_come_in_the_order_asked_for(storage, sampler):
+    files = generate_all(samples(storage), sampler)
     everything = gather(read_samples(storage, files)).images
     assert torch.equal(samples(storage).images([7, 0, 9]), everything[[7, 0, 9]])
     pixels = torch.from_numpy(np.stack(list(samples(storage).pixels())))
     assert torch.equal(pixels.permute(0, 3, 1, 2), everything)
 
 
-def test_only_the_images_asked_for_are_decoded(storage, generator, monkeypatch):
-    generate_all(samples(storage), generator)
+def test_only_the_images_asked_for_are_decoded(storage, sampler, monkeypatch):
+    generate_all(samples(storage), sampler)
     decoded = []
     monkeypatch.setattr(sample_shards, "decode_image", lambda data: decoded.append(data) or decode_image(data))
     samples(storage).images([5, 2])
     assert len(decoded) == 2
 
 
-def test_naming_files_early_is_our_own_mistake(storage, generator):
-    samples(storage).generate(0, generator, ignore)
+def test_naming_files_early_is_our_own_mistake(storage, sampler):
+    samples(storage).generate(0, sampler, ignore)
     with pytest.raises(AssertionError, match="samples of shard 1 are missing"):
         samples(storage).files()

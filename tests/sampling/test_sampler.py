@@ -1,5 +1,7 @@
 """Generated images: functions of seed, index, label and models, whatever they are computed beside."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import image_shards, small_models
@@ -10,6 +12,7 @@ from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
+from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sampler import Sampler, noise_of
 
 GUIDED, PLAIN, SOLVER = GuidanceConfig(scale=6), GuidanceConfig(), SolverConfig(num_steps=3)
@@ -19,13 +22,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def generator():
+def sampler():
     return Sampler(small_models.tokenizer(), small_models.lightningdit(), LatentNormalizer(MEAN, STD))
 
 
 @pytest.fixture(scope="module")
-def images(generator):
-    return generator.images(INDICES, LABELS, SEED, GUIDED, SOLVER)
+def images(sampler):
+    return sampler.images(INDICES, LABELS, SEED, GUIDED, SOLVER)
 
 
 def test_images_are_bytes_that_differ(images):
@@ -37,22 +40,20 @@ def test_images_are_bytes_that_differ(images):
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 @pytest.mark.parametrize("guidance", [GUIDED, GuidanceConfig(scale=6, interval=(0.2, 0.7), channels=3)])
-def test_the_batch_an_image_is_in_does_not_matter(generator, solver, guidance):
-    whole = generator.images(INDICES, LABELS, SEED, guidance, solver)
+def test_the_batch_an_image_is_in_does_not_matter(sampler, solver, guidance):
+    whole = sampler.images(INDICES, LABELS, SEED, guidance, solver)
     for batch_size in (1, 2, 4):
         pieces = [
-            generator.images(INDICES[i : i + batch_size], LABELS[i : i + batch_size], SEED, guidance, solver)
+            sampler.images(INDICES[i : i + batch_size], LABELS[i : i + batch_size], SEED, guidance, solver)
             for i in range(0, len(INDICES), batch_size)
         ]
         assert (torch.cat(pieces).int() - whole.int()).abs().max() <= 1
 
 
-def test_solvers_agree_where_their_steps_are_fine(generator):
+def test_solvers_agree_where_their_steps_are_fine(sampler):
     """Dopri5 against Heun on a grid, across the ends of an interval."""
     guidance, fine = GuidanceConfig(scale=2, interval=(0.2, 0.7)), SolverConfig(name="heun", num_steps=200)
-    images = [
-        generator.images(INDICES, LABELS, SEED, guidance, solver) for solver in (SolverConfig(name="dopri5"), fine)
-    ]
+    images = [sampler.images(INDICES, LABELS, SEED, guidance, solver) for solver in (SolverConfig(name="dopri5"), fine)]
     assert (images[0].int() - images[1].int()).abs().max() <= 2
 
 
@@ -72,48 +73,47 @@ def test_noise_is_unit_gaussian():
     assert noise.std() == pytest.approx(1, abs=5 / (2 * noise.numel()) ** 0.5)
 
 
-def test_batches_are_the_images_in_order(generator, images):
-    batches = list(generator.batches(INDICES, LABELS, SEED, GUIDED, SOLVER, 2))
+def test_batches_are_the_images_in_order(sampler, images):
+    batches = list(sampler.batches(INDICES, LABELS, SEED, GUIDED, SOLVER, 2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert (torch.cat(batches).int() - images.int()).abs().max() <= 1
 
 
-def test_index_label_seed_and_guidance_matter(generator, images):
+def test_index_label_seed_and_guidance_matter(sampler, images):
     def one(index=0, label=0, seed=SEED, guidance=GUIDED):
-        return generator.images([index], [label], seed, guidance, SOLVER)[0].int()
+        return sampler.images([index], [label], seed, guidance, SOLVER)[0].int()
 
     assert (one() - images[0].int()).abs().max() <= 1
     for other in (one(index=1), one(label=1), one(seed=8), one(guidance=PLAIN)):
         assert (other - one()).abs().max() > 5
 
 
-def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(generator):
+def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(sampler):
     """Euler in one step from noise: x = noise + velocity(noise, 0), then denormalized and decoded."""
     shape = (small_models.TOKENIZER.latent_dim, small_models.GRID, small_models.GRID)
     noise = torch.randn(shape, generator=torch_generator(SEED, "sample", 3))[None]
-    velocity = generator.lightningdit(noise, torch.zeros(1), torch.tensor([2]))
+    velocity = sampler.lightningdit(noise, torch.zeros(1), torch.tensor([2]))
     latent = (noise + velocity) * STD.float()[:, None, None] + MEAN.float()[:, None, None]
-    expected = to_uint8(generator.tokenizer.decode(latent))
-    found = generator.images([3], [2], SEED, PLAIN, SolverConfig(num_steps=1))
+    expected = to_uint8(sampler.tokenizer.decode(latent))
+    found = sampler.images([3], [2], SEED, PLAIN, SolverConfig(num_steps=1))
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.fixture
 def stored(tmp_path):
     """Both exports and the statistics on storage."""
-    run = trained_run(tmp_path)
-    return [run.storage.child(run.prefix(job)) for job in ("train_vavae", "precompute_latents", "train_lightningdit")]
+    return SamplingInputs.of(trained_run(tmp_path))
 
 
-def test_a_generator_from_storage_makes_the_same_images(stored, images):
-    tokenizer, latents, lightningdit = stored
-    loaded = Sampler.load(tokenizer, DIGEST, latents, lightningdit, CPU)
+def test_a_sampler_from_storage_generates_the_same_images(stored, images):
+    loaded = Sampler.load(stored, CPU)
     assert torch.equal(loaded.images(INDICES, LABELS, SEED, GUIDED, SOLVER), images)
 
 
 def test_a_lightningdit_of_another_tokenizer_is_refused(stored):
-    tokenizer, latents, lightningdit = stored
+    record = stored.tokenizer.record.model_copy(update={"digest": "b" * 64})
+    other = replace(stored, tokenizer=replace(stored.tokenizer, record=record))
     with pytest.raises(
         UserError, match=rf"export was trained on latents of tokenizer {DIGEST[:12]}, but .*export is {'b' * 12}"
     ):
-        Sampler.load(tokenizer, "b" * 64, latents, lightningdit, CPU)
+        Sampler.load(other, CPU)

@@ -5,21 +5,24 @@ from support.trained_run import DIGEST, trained_run
 
 from vavae.errors import UserError
 from vavae.runs.run import Run
-from vavae.sampling.inputs import class_names, open_sampler, sample_set, this_device
+from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.sampling.sample_shards import SampleSet
+from vavae.sampling.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Where the run is, with its samples."""
     run = trained_run(tmp_path_factory.mktemp("runs"))
-    samples, generator = sample_set(run), open_sampler(run, this_device())
+    inputs = SamplingInputs.of(run)
+    samples, sampler = SampleSet.of(inputs), Sampler.load(inputs)
     for shard in samples.shards():
-        samples.generate(shard, generator, lambda _: None)
+        samples.generate(shard, sampler, lambda _: None)
     return run.storage.url()
 
 
 def done(made, *overrides):
-    samples = sample_set(Run.at(made, overrides))
+    samples = SampleSet.of(SamplingInputs.at(made, overrides))
     return [samples.record(shard) is not None for shard in samples.shards()]
 
 
@@ -53,11 +56,11 @@ def test_other_models_make_all_again(made, tmp_path):
 
 def test_a_label_that_is_no_class_is_one_line(made):
     with pytest.raises(UserError, match=r"^sample\.labels: 'x' is none of the 3 classes"):
-        sample_set(Run.at(made, ["sample.labels=[x]"]))
+        SampleSet.of(SamplingInputs.at(made, ["sample.labels=[x]"]))
 
 
 def test_a_run_without_latents_says_what_to_do(tmp_path):
     run = trained_run(tmp_path)
     run.storage.delete(run.prefix("precompute_latents"))
     with pytest.raises(UserError, match=r"no latents yet; run python -m ray_jobs\.precompute_latents"):
-        class_names(run)
+        SamplingInputs.of(run)

@@ -8,8 +8,9 @@ from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.report.write_report import measure_tokenizer
+from vavae.evaluation.evaluate import evaluate_tokenizer
 from vavae.runs.config import RunConfig
+from vavae.runs.evaluation_inputs import EvaluationInputs
 from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
@@ -133,7 +134,7 @@ def test_a_linked_tokenizer_is_the_runs_own(shared: InProcess, branches: list[Ru
 @pytest.mark.jobs
 def test_a_tokenizer_is_evaluated_before_there_are_latents(branches: list[Run]) -> None:
     seen: list[int] = []
-    metrics = {metric.name: metric for metric in measure_tokenizer(branches[0], seen.append)}
+    metrics = {metric.name: metric for metric in evaluate_tokenizer(EvaluationInputs.of(branches[0]), seen.append)}
     assert metrics.keys() <= TOKENIZER_METRICS.keys()
     assert all(TOKENIZER_METRICS[name] == metric.better for name, metric in metrics.items())
     assert metrics["psnr"].value > 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import in_process
 from support.chain import whole_chain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,14 +17,15 @@ from vavae.data.shards.manifest import read_manifest
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.evaluation import evaluator as measuring_module
+from vavae.evaluation import evaluator as evaluator_module
 from vavae.evaluation import parts
 from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
 from vavae.evaluation.evaluator import Evaluator
-from vavae.evaluation.generation import Reference, measure_generation
+from vavae.evaluation.generation import Reference, evaluate_generation
 from vavae.evaluation.parts import Part
 from vavae.metrics.config import MetricsConfig
 from vavae.report.run_report import log_rows
+from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs, EvaluationInputs, ReportInputs
 from vavae.runs.run import JOBS, Run
 from vavae.runs.training_inputs import begin_training
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -32,10 +34,6 @@ from vavae.training.session import LocalSession
 from vavae.training.train import train
 
 pytestmark = pytest.mark.jobs
-
-
-def _ignore(*_: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     measures = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
     assert measures is not None
     assert measures.waiting() == [128, 256]
-    evaluate_pending_checkpoints(run)
+    evaluate_pending_checkpoints(CheckpointEvaluationInputs.of(run))
     found, metrics = measures.found(), json.loads(run.storage.read_bytes("metrics.json"))
     of_generation = {name for name in metrics if name.startswith("generation_")}
     assert of_generation >= {"generation_frechet_distance", "generation_precision"}
@@ -84,22 +82,29 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     assert found[128]["generation_frechet_distance"]["value"] != found[256]["generation_frechet_distance"]["value"]
     folder = run.storage.child(run.training_prefix("train_lightningdit"))
     assert len(folder.list("checkpoints")) == run.config.train_lightningdit.keep_checkpoints
-    assert [row["images"] for row in log_rows(run) if "generation_frechet_distance" in row] == [128, 256]
+    assert [row["images"] for row in log_rows(ReportInputs.of(run)) if "generation_frechet_distance" in row] == [
+        128,
+        256,
+    ]
     shown = EventAccumulator(run.storage.url("tensorboard/train_lightningdit_measured")).Reload()
     scalars = {scalar.step: scalar.value for scalar in shown.Scalars("generation_frechet_distance")}
     assert scalars == {seen: pytest.approx(found[seen]["generation_frechet_distance"]["value"]) for seen in (128, 256)}
 
 
 def test_what_was_seen_of_the_tokenizer_serves_the_next_samples(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring_module, "measure_latent_space", _ignore)  # which would not do
-    again = Evaluator(run)
-    assert {part.of for part in again.missing()} == {"samples"}
+    monkeypatch.setattr(evaluator_module, "evaluate_latent_space", in_process.ignore)  # which would not do
+    again = _evaluator(run)
+    assert {part.set_name for part in again.missing()} == {"samples"}
     kept = [path.partition("-")[0] for path in run.storage.list("measuring")]
     assert kept == ["measuring/latents", "measuring/reconstructions"], "and nothing else is left"
     metrics, found = json.loads(run.storage.read_bytes("metrics.json")), again.latent_space()
     assert found is not None
     assert found.mean.cv == metrics["density_cv"]["value"]
     assert again.reconstruction().means["psnr"] == metrics["psnr"]["value"]
+
+
+def _evaluator(run: Run) -> Evaluator:
+    return Evaluator(EvaluationInputs.of(run))
 
 
 def _forget(run: Run) -> None:
@@ -111,13 +116,13 @@ def _forget(run: Run) -> None:
 def _figures(run: Run, order: Sequence[Part]) -> dict[str, float]:
     """All figures of a run whose parts are measured in this order, by two processes in turns."""
     _forget(run)
-    actors = [Evaluator(run), Evaluator(run)]
+    actors = [_evaluator(run), _evaluator(run)]
     for number, part in enumerate(order):
-        actors[number % 2].measure(part, _ignore)
-    last = Evaluator(run)
+        actors[number % 2].evaluate(part, in_process.ignore)
+    last = _evaluator(run)
     assert last.missing() == []
     reconstruction, name = last.reconstruction(), run.config.evaluate.metrics.extractor
-    generation = measure_generation(last.generated()[name], last.references()[name], run.config.seed)
+    generation = evaluate_generation(last.generated()[name], last.references()[name], run.config.seed)
     last.clean()
     assert generation.kernel_distance is not None
     assert generation.precision_recall is not None
@@ -134,8 +139,8 @@ def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytes
     monkeypatch.setattr(parts, "SPLIT_IMAGES", 18)  # in the middle of a shard of samples
     metrics = json.loads(run.storage.read_bytes("metrics.json"))
     _forget(run)
-    missing = Evaluator(run).missing()
-    assert [part.of for part in missing] == ["held_out"] * 4 + ["reconstructions"] * 4 + ["samples"] * 3
+    missing = _evaluator(run).missing()
+    assert [part.set_name for part in missing] == ["held_out"] * 4 + ["reconstructions"] * 4 + ["samples"] * 3
     found = _figures(run, missing)
     assert _figures(run, missing[::-1]) == found, "to the last bit"
     small = run.config.evaluate.model_copy(update={"batch_size": 7, "metrics": MetricsConfig(batch_size=5)})
@@ -148,12 +153,12 @@ def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytes
 
 def _reference(run: Run, reference: str) -> Reference:
     evaluate = run.config.evaluate.model_copy(update={"reference": reference})
-    measuring = Evaluator(Run(run.config.model_copy(update={"evaluate": evaluate})))
-    for part in measuring.missing():
-        if part.of not in ("reconstructions", "samples"):
-            measuring.measure(part, _ignore)
-    assert {part.of for part in measuring.missing()} <= {"reconstructions", "samples"}
-    return measuring.references()[run.config.evaluate.metrics.extractor]
+    evaluator = _evaluator(Run(run.config.model_copy(update={"evaluate": evaluate})))
+    for part in evaluator.missing():
+        if part.set_name not in ("reconstructions", "samples"):
+            evaluator.evaluate(part, in_process.ignore)
+    assert {part.set_name for part in evaluator.missing()} <= {"reconstructions", "samples"}
+    return evaluator.references()[run.config.evaluate.metrics.extractor]
 
 
 def test_generated_images_are_compared_with_what_the_configuration_names(run: Run, tmp_path: Path) -> None:
@@ -161,7 +166,7 @@ def test_generated_images_are_compared_with_what_the_configuration_names(run: Ru
     assert held_out.name == f"{run.config.evaluate.images} held-out images"
     assert train.images == read_manifest(run.storage, run.prefix("prepare_shards")).count("train")
     assert train.name == f"{train.images:,} training images"
-    images = Evaluator(run).some("validation", 20).images.permute(0, 2, 3, 1)
+    images = _evaluator(run).first_images("validation", 20).images.permute(0, 2, 3, 1)
     moments = {"mu": held_out.pooled.mean, "sigma": held_out.pooled.covariance}
     np.savez(tmp_path / "adm.npz", arr_0=images.numpy(), **{name: array.numpy() for name, array in moments.items()})
     file = _reference(run, str(tmp_path / "adm.npz"))
@@ -180,7 +185,7 @@ def test_generated_images_are_compared_with_what_the_configuration_names(run: Ru
 def test_what_cannot_be_measured_is_refused_before_anything_is(run: Run, change: dict[str, str], message: str) -> None:
     evaluate = run.config.evaluate.model_copy(update=change)
     with pytest.raises(UserError, match=message):
-        Evaluator(Run(run.config.model_copy(update={"evaluate": evaluate})))
+        _evaluator(Run(run.config.model_copy(update={"evaluate": evaluate})))
 
 
 def test_the_log_has_every_interval_of_both_trainings_once(run: Run) -> None:
@@ -238,7 +243,7 @@ def test_a_longer_budget_meets_the_adversary_where_the_shorter_one_did_not(run: 
         budget = config.train_vavae.model_copy(update={"images": images, "probe_images": None, "preview_images": None})
         extended = Run(config.model_copy(update={"train_vavae": budget}))
         if images == start:
-            write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, _ignore)
+            write_shards(extended.storage, extended.prefix("prepare_shards"), config.shards, in_process.ignore)
         train(begin_training(extended, "train_vavae", World()), LocalSession(), World())
         assert extended.require("train_vavae").images_seen == images
     assert extended.require("train_vavae").digest == run.require("train_vavae").digest

@@ -116,6 +116,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.distributed.torch_settings import configure_torch
     from vavae.distributed.world import World, process_group
     from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
+    from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
     from vavae.runs.events import EventLog
     from vavae.runs.training_inputs import begin_training
     from vavae.training.session import SignaledSession
@@ -129,7 +130,7 @@ def _train(arguments: argparse.Namespace) -> int:
         with session.handle_signals():
             train(begin_training(run, job, world), session, world)
     if world.is_first and run.plan(job).done and job == "train_lightningdit":
-        evaluate_pending_checkpoints(run)
+        evaluate_pending_checkpoints(CheckpointEvaluationInputs.of(run))
     if session.stop_requested() and not run.plan(job).done:
         raise KeyboardInterrupt
     return 0
@@ -137,30 +138,37 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     from vavae.cli.sample import sample
+    from vavae.runs.sampling_inputs import SamplingInputs
 
     guidance = [] if arguments.guidance is None else [f"guidance.scale={arguments.guidance}"]
-    run = Run.at(arguments.run, [*arguments.overrides, *guidance])
-    sample(run, arguments.classes, arguments.seeds, arguments.out)
+    inputs = SamplingInputs.at(arguments.run, [*arguments.overrides, *guidance])
+    sample(inputs, arguments.classes, arguments.seeds, arguments.out)
     return 0
 
 
 def _exchange(arguments: argparse.Namespace) -> int:
     from vavae.interop import import_export as exchange
 
-    run = Run(load(RunConfig, arguments.config, arguments.overrides))
-    acts = {
-        ("import", "tokenizer", "released"): exchange.import_tokenizer,
-        ("import", "lightningdit", "released"): exchange.import_lightningdit,
-        ("import", "latents", "released"): exchange.import_latents,
-        ("export", "tokenizer", "released"): exchange.export_tokenizer,
-        ("export", "tokenizer", "diffusers"): exchange.export_diffusers_tokenizer,
-        ("export", "lightningdit", "released"): exchange.export_lightningdit,
-        ("export", "latents", "released"): exchange.export_latents,
-    }
-    act = acts.get((arguments.verb, arguments.what, arguments.format))
-    if act is None:
-        raise UserError(f"--format {arguments.format}: only the tokenizer can be written in that format")
-    act(run, arguments.file)
+    run, file = Run(load(RunConfig, arguments.config, arguments.overrides)), arguments.file
+    match (arguments.verb, arguments.what, arguments.format):
+        case ("import", "tokenizer", "released"):
+            exchange.import_tokenizer(run.config, run.import_output("train_vavae"), file)
+        case ("import", "lightningdit", "released"):
+            output = run.import_output("train_lightningdit")
+            exchange.import_lightningdit(run.config, run.folder("precompute_latents"), output, file)
+        case ("import", "latents", "released"):
+            output = run.import_output("precompute_latents")
+            exchange.import_latents(run.config, run.folder("prepare_shards"), output, file)
+        case ("export", "tokenizer", "released"):
+            exchange.export_tokenizer(run.stored("train_vavae"), file)
+        case ("export", "tokenizer", "diffusers"):
+            exchange.export_diffusers_tokenizer(run.stored("train_vavae"), run.config.shards.image_size, file)
+        case ("export", "lightningdit", "released"):
+            exchange.export_lightningdit(run.stored("train_lightningdit"), file)
+        case ("export", "latents", "released"):
+            exchange.export_latents(run.stored("precompute_latents"), run.storage.at(file), run.config.seed)
+        case _:
+            raise UserError(f"--format {arguments.format}: only the tokenizer can be written in that format")
     print(f"{arguments.verb}ed the {arguments.what} of {run.storage.url()}: {arguments.file}")
     return 0
 

@@ -11,20 +11,21 @@ from vavae.report.curves import compared_curves
 from vavae.report.html import render
 from vavae.report.run_report import log_rows, run_report
 from vavae.runs.config import RunConfig
+from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.run import Run
 
 
 def write_report(arguments: argparse.Namespace) -> int:
     """Write the page of the runs that were named, and say where it is."""
     runs = open_runs(arguments.runs, arguments.hourly_price)
-    if len(runs) == 1:
-        (run,) = runs.values()
-        text = render(run_report(run))
+    inputs = {name: ReportInputs.of(run) for name, run in runs.items()}
+    if len(inputs) == 1:
+        text = render(run_report(*inputs.values()))
     else:
         comparison = Comparison(
-            reports={name: run_report(run) for name, run in runs.items()},
-            differences=compare_configurations([run.config for run in runs.values()]),
-            curves=compared_curves({name: log_rows(run) for name, run in runs.items()}),
+            reports={name: run_report(each) for name, each in inputs.items()},
+            differences=compare_configurations([each.config for each in inputs.values()]),
+            curves=compared_curves({name: log_rows(each) for name, each in inputs.items()}),
         )
         text = render_comparison(comparison)
     try:

@@ -9,23 +9,24 @@ from torch import Tensor
 from vavae.data.grid import enlargement, image_grid, png_bytes
 from vavae.distributed.torch_settings import configure_torch
 from vavae.errors import UserError
+from vavae.latents.manifest import read_latent_manifest
 from vavae.progress import Progress, Rate, show
-from vavae.runs.run import Run
-from vavae.sampling.files import Wanted, parse_seeds, write_array, write_shard
-from vavae.sampling.inputs import class_names, open_sampler, this_device
+from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.sampling.files import SampleRequest, parse_seeds, write_array, write_shard
 from vavae.sampling.labels import find_classes
+from vavae.sampling.sampler import Sampler
 
 _PICTURE_IMAGES = 10_000
 
-Writer = Callable[[Path, Wanted, Iterable[Tensor]], None]
+Writer = Callable[[Path, SampleRequest, Iterable[Tensor]], None]
 """Writes batches of images, uint8 [B, 3, H, W], into a local file."""
 
 
-def sample(run: Run, classes: str, seeds: str, out: str) -> None:
-    """Make every class with every seed.
+def sample(inputs: SamplingInputs, classes: str, seeds: str, out: str) -> None:
+    """Generate an image of every class with every seed.
 
     Args:
-        run: trained.
+        inputs: those of a trained run.
         classes: names or numbers, separated by commas.
         seeds: such as `0-9`.
         out: path or URL of a file: .png for a picture with a class a row, .tar for a shard, .npz for one array.
@@ -33,20 +34,19 @@ def sample(run: Run, classes: str, seeds: str, out: str) -> None:
     Raises:
         UserError: there is no such class, seed or kind of file, or a model is missing.
     """
-    config = run.config
-    names = [name.strip() for name in classes.split(",")]
-    wanted = Wanted(find_classes(names, class_names(run), "--classes"), parse_seeds(seeds))
-    write = _writer(out, len(wanted.indices))
+    config, names = inputs.config, [name.strip() for name in classes.split(",")]
+    known = read_latent_manifest(inputs.latents.folder).classes
+    request = SampleRequest(find_classes(names, known, "--classes"), parse_seeds(seeds))
+    write = _writer(out, len(request.indices))
     # Nothing else runs here, so the threads are not those of one worker among many.
     configure_torch(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
-    generator = open_sampler(run, this_device())
-    batches = generator.batches(
-        wanted.indices, wanted.labels, config.seed, config.guidance, config.solver, config.sample.batch_size
+    batches = Sampler.load(inputs).batches(
+        request.indices, request.labels, config.seed, config.guidance, config.solver, config.sample.batch_size
     )
     folder, slash, name = out.rpartition("/")
-    with run.storage.at(folder or slash or ".").create(name) as local:
-        write(local, wanted, _shown(batches, len(wanted.indices)))
-    of = f"{len(wanted.classes)} classes with {len(wanted.seeds)} seeds"
+    with inputs.output.run.at(folder or slash or ".").create(name) as local:
+        write(local, request, _shown(batches, len(request.indices)))
+    of = f"{len(request.classes)} classes with {len(request.seeds)} seeds"
     print(f"{out}: {of}, {config.solver.summary}, {config.guidance.summary}")
 
 
@@ -65,9 +65,9 @@ def _writer(out: str, images: int) -> Writer:
     return writers[kind]
 
 
-def _write_picture(path: Path, wanted: Wanted, batches: Iterable[Tensor]) -> None:
+def _write_picture(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
     images = torch.cat(list(batches))
-    picture = image_grid(images, len(wanted.seeds), scale=enlargement(images.shape[-1]))
+    picture = image_grid(images, len(request.seeds), scale=enlargement(images.shape[-1]))
     path.write_bytes(png_bytes(picture))
 
 

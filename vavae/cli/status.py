@@ -60,7 +60,7 @@ def run_cost(run: Run, hourly_price: float) -> float:
     return sum(
         training_cost(read_rows(_log(run, job)), hardware.workers, hourly_price)
         for job in TRAININGS
-        if _has_inputs(run, job) and (hardware := hardware_of(run, job)) is not None
+        if _has_inputs(run, job) and (hardware := hardware_of(run.training_folder(job))) is not None
     )
 
 

@@ -1,1 +1,1 @@
-"""Measures of a whole run: reconstruction, alignment, generation."""
+"""Evaluation of a run: reconstruction, alignment, generation, latent space."""

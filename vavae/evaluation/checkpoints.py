@@ -1,4 +1,4 @@
-"""What the LightningDiT of a checkpoint generates is measured as that of the export will be."""
+"""Evaluation of the LightningDiT's checkpoints, by the metrics of its export."""
 
 import math
 
@@ -12,8 +12,8 @@ from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import read_statistics
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.normalizer import LatentNormalizer
-from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
+from vavae.runs.config import LightningDiTTrainingConfig
+from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage
@@ -23,77 +23,71 @@ from vavae.training.checkpoints.retention import Retention
 from vavae.training.logging.log import show_checkpoint_metrics
 
 
-def evaluate_checkpoint(run: Run, images_seen: int) -> None:
-    """Generate with the average of a checkpoint, compare with the references of the run, and keep and show the figures.
+def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) -> None:
+    """Generate with the average of a checkpoint, compare with the references of the run, and store the metrics.
 
     Args:
-        run: whose `train_lightningdit.measure` says on how many images.
-        images_seen: at the checkpoint.
+        inputs: those of a run whose configuration has its checkpoints evaluated.
+        images_seen: images seen at the checkpoint.
 
     Raises:
         UserError: the references can't be had.
     """
-    config, measuring = _as_custom(run), Evaluator(run)
-    measures = CheckpointMetrics.of(_training(run), run.config.train_lightningdit)
-    measure = run.config.train_lightningdit.measure
-    assert measure is not None, "a run whose checkpoints are measured"
-    assert measures is not None, "the same"
-    for part in measuring.missing(REFERENCES):
-        measuring.measure(part, lambda _: None)
-    classes = read_latent_manifest(run.storage.child(run.prefix("precompute_latents"))).classes
+    config, evaluator = inputs.evaluation.config, Evaluator(inputs.evaluation)
+    settings = config.train_lightningdit.measure
+    checkpoints = CheckpointMetrics.of(inputs.training, config.train_lightningdit)
+    assert settings is not None, "train_lightningdit.measure is set"
+    assert checkpoints is not None, "train_lightningdit.measure is set"
+    for part in evaluator.missing(REFERENCES):
+        evaluator.evaluate(part, lambda _: None)
+    classes = read_latent_manifest(inputs.latents).classes
     label = label_law(config.sample, classes, config.seed)
-    images = _generator(run, images_seen, len(classes), measuring.device).batches(
-        range(measure.images),
-        [label(index) for index in range(measure.images)],
+    images = _load_sampler(inputs, images_seen, len(classes), evaluator.device).batches(
+        range(settings.images),
+        [label(index) for index in range(settings.images)],
         config.seed,
         config.guidance,
         config.solver,
         config.sample.batch_size,
     )
-    metrics = generation_metrics(
-        measuring.summaries(images, measure.images), measuring.references(), config, measuring.device
-    )
+    generated = evaluator.summarize(images, settings.images)
+    metrics = generation_metrics(generated, evaluator.references(), config, evaluator.device)
     metrics = [metric for metric in metrics if math.isfinite(metric.value)]
     # A folder of its own: TensorBoard follows the newest file of a folder, and the training goes on with its own.
-    tensorboard = run.storage.child("tensorboard/train_lightningdit_measured")
+    tensorboard = inputs.evaluation.storage.child("tensorboard/train_lightningdit_measured")
     show_checkpoint_metrics(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
-    measures.write(images_seen, metrics_json(metrics))
+    checkpoints.write(images_seen, metrics_json(metrics))
 
 
-def evaluate_pending_checkpoints(run: Run) -> None:
-    """Measure one after another the checkpoints that wait for it, and delete those that stayed for nothing else."""
-    measures = CheckpointMetrics.of(_training(run), run.config.train_lightningdit)
-    for images_seen in measures.waiting() if measures is not None else ():
-        evaluate_checkpoint(run, images_seen)
-    prune_evaluated_checkpoints(run)
+def evaluate_pending_checkpoints(inputs: CheckpointEvaluationInputs) -> None:
+    """Evaluate the pending checkpoints of a training that has ended, one after another, and delete superfluous ones."""
+    training = inputs.evaluation.config.train_lightningdit
+    checkpoints = CheckpointMetrics.of(inputs.training, training)
+    for images_seen in checkpoints.waiting() if checkpoints is not None else ():
+        evaluate_checkpoint(inputs, images_seen)
+    prune_evaluated_checkpoints(inputs.training, training)
 
 
-def prune_evaluated_checkpoints(run: Run) -> None:
-    """Delete the checkpoints of a training that has ended which stayed only because they waited to be measured."""
-    training = _training(run)
+def prune_evaluated_checkpoints(training: Storage, config: LightningDiTTrainingConfig) -> None:
+    """Delete the checkpoints of a training that has ended which stayed only until their evaluation.
+
+    Args:
+        training: folder of the training.
+        config: its section of the configuration.
+    """
     checkpoints = training.child(CHECKPOINTS)
     names = checkpoints.list()
     if names:
-        Retention.of(training, run.config.train_lightningdit).prune(checkpoints, names[-1])
+        Retention.of(training, config).prune(checkpoints, names[-1])
 
 
-def _training(run: Run) -> Storage:
-    return run.training_folder("train_lightningdit")
-
-
-def _as_custom(run: Run) -> RunConfig:
-    """The configuration, without the promise that figures follow an accepted protocol."""
-    evaluate = run.config.evaluate.model_copy(update={"generation_protocol": "custom"})
-    return run.config.model_copy(update={"evaluate": evaluate})
-
-
-def _generator(run: Run, images_seen: int, classes: int, device: torch.device) -> Sampler:
-    """The run's tokenizer with the average that lies in a checkpoint."""
-    config, latents = run.config, run.storage.child(run.prefix("precompute_latents"))
+def _load_sampler(inputs: CheckpointEvaluationInputs, images_seen: int, classes: int, device: torch.device) -> Sampler:
+    """Load the run's tokenizer, and its LightningDiT with the average of a checkpoint."""
+    config = inputs.evaluation.config
     with torch.device("meta"):
         model = LightningDiT(config.lightningdit.with_classes(classes), config.tokenizer.latent_dim, config.grid)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    load_average(_training(run), images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
-    tokenizer, _ = load_tokenizer(run.storage.child(run.prefix("train_vavae")))
-    normalizer = LatentNormalizer(*read_statistics(latents))
+    load_average(inputs.training, images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
+    tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
+    normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     return Sampler(tokenizer.to(device), model.to(device), normalizer.to(device))

@@ -1,4 +1,4 @@
-"""What is measured, on how many images, and by which accepted protocol."""
+"""Configuration of evaluation: metrics, numbers of images, and accepted protocols."""
 
 from typing import Annotated, Literal
 
@@ -13,13 +13,13 @@ GENERATION_PROTOCOLS = {"adm-50k": 50_000, "fid-10k": 10_000}
 that was made of, the training images. FID-50K stands in most tables, FID-10K in the ablations of the paper."""
 
 RECONSTRUCTION_PROTOCOLS = {"rfid-val-50k": 50_000}
-"""Held-out images of a protocol: all of ImageNet's validation set, through Inception."""
+"""Number of held-out images of a protocol: all of ImageNet's validation set, through Inception."""
 
 HELD_OUT, TRAIN = "validation", "train"
 
 
 class EvaluateConfig(Config):
-    """The measures of a run."""
+    """Evaluation of a run."""
 
     metrics: MetricsConfig = MetricsConfig()
     """The feature extractors."""
@@ -41,17 +41,21 @@ class EvaluateConfig(Config):
     batch_size: int = runtime(64, ge=1)
     """Images that pass the tokenizer at a time."""
     actors: int = runtime(1, ge=1)
-    """Parts of 5,000 images measured at the same time, each by `workers.cpus` cores or one GPU."""
+    """Parts of 5,000 images evaluated at the same time, each by `workers.cpus` cores or one GPU."""
     pictures: int = runtime(10, ge=1)
     """Pairs of original and reconstruction in `reconstructions.png`."""
 
     @property
     def reference_file(self) -> str | None:
-        """The npz file, where the reference is one."""
+        """Path or URL of the npz file, where the reference is one."""
         return None if self.reference in (HELD_OUT, TRAIN) else self.reference
 
     def check_samples(self, images: int) -> None:
-        """ValueError where so many generated images are not those of the protocol."""
+        """Check the number of generated images.
+
+        Raises:
+            ValueError: it is not that of the protocol.
+        """
         wanted = GENERATION_PROTOCOLS.get(self.generation_protocol, images)
         if images != wanted:
             raise ValueError(

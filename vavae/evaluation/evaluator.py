@@ -1,4 +1,4 @@
-"""The measures of a run, part by part: any number of actors may do the parts, in any order, with the same bits."""
+"""The evaluator of a run: its images are evaluated in parts, by any number of actors, in any order, with equal bits."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
@@ -15,21 +15,21 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation.config import HELD_OUT, RECONSTRUCTION_PROTOCOLS, TRAIN
 from vavae.evaluation.generation import Reference, sample_batches
-from vavae.evaluation.latent_space import LatentSpace, measure_latent_space
+from vavae.evaluation.latent_space import LatentSpace, evaluate_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
-from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct, reconstruction_of
+from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.losses.perceptual import LPIPS
-from vavae.metrics.config import LatentSpaceConfig
 from vavae.metrics.features import FeatureExtractor, describe, load_extractor
 from vavae.metrics.reference import ReferenceFile, read_reference, reference_images
 from vavae.metrics.summary import Summaries, Summarizer, join, summarize
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
-from vavae.runs.run import Run
+from vavae.runs.evaluation_inputs import EvaluationInputs
+from vavae.runs.run import StoredArtifact
 from vavae.sampling.sample_shards import read_samples
 from vavae.storage.storage import Storage, sha256_of
 
-KEPT = 10_000
+KEPT_FEATURES = 10_000
 """Real images whose features are kept for precision, recall and the kernel distance: ADM's files have so many."""
 
 ADM_IMAGENET = (
@@ -41,81 +41,90 @@ REFERENCES: tuple[SetName, ...] = ("held_out", "train", "file")
 """The sets that generated images are compared with."""
 
 _SPLITS = {"held_out": HELD_OUT, "train": TRAIN}
-_OURS = "measuring"
-"""Folder of what was seen of this run's models; what was seen of real images is in `references`."""
+_OF_MODELS, _OF_REAL_IMAGES = "measuring", "references"
+"""Folders of parts, in that of the run: those of its reconstructions, samples and latents, and those of real images."""
 
 
 class Evaluator:
-    """What a run's images are seen as, in parts on its storage.
+    """Evaluates the images of a run, in parts on its storage.
 
     Args:
-        run: with a tokenizer, and samples where they are to be measured.
+        inputs: with samples where they are to be evaluated.
 
     Raises:
         UserError: the held-out images are not those of the protocol, or the reference file does not fit.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._config = run, run.config.evaluate
-        self._shards = run.storage.child(run.prefix("prepare_shards"))
-        self._manifest = read_manifest(self._shards)
+    def __init__(self, inputs: EvaluationInputs) -> None:
+        self.inputs, self._config = inputs, inputs.config.evaluate
+        self._manifest = read_manifest(inputs.shards)
         held_out = self._manifest.count(HELD_OUT)
         wanted = RECONSTRUCTION_PROTOCOLS.get(self._config.reconstruction_protocol, held_out)
         if held_out != wanted:
             raise UserError(
                 f"evaluate.reconstruction_protocol={self._config.reconstruction_protocol} means {wanted:,} held-out "
-                f"images, {self._shards.url()} has {held_out:,}: set it to custom"
+                f"images, {inputs.shards.url()} has {held_out:,}: set it to custom"
             )
         self._counts: dict[SetName, int] = {"held_out": min(self._config.images, held_out)}
         if self._config.reference == TRAIN:
             self._counts["train"] = self._manifest.count(TRAIN)
         if self._file is not None and self._file.images:
             self._counts["file"] = self._file.images
-        self._counts |= {"reconstructions": self._counts["held_out"], "samples": run.config.sample.images}
+        self._counts |= {"reconstructions": self._counts["held_out"], "samples": inputs.config.sample.images}
 
-    def missing(self, of: Collection[SetName] | None = None) -> list[Part]:
-        """The parts that are still to be measured, of some of the sets or of all."""
-        names = [name for name in self._counts if of is None or name in of]
+    def missing(self, sets: Collection[SetName] | None = None) -> list[Part]:
+        """The parts that are still to be evaluated, of some of the sets or of all."""
+        names = [name for name in self._counts if sets is None or name in sets]
         return [Part(name, span) for name in names for span in self._files(name).missing()]
 
-    def measure(self, part: Part, advance: Callable[[int], None]) -> None:
-        """Do one part; `advance` is told the images done since its last call."""
-        measured = (
-            self._reconstructed(part.span, advance) if part.of == "reconstructions" else self._seen(part, advance)
+    def evaluate(self, part: Part, advance: Callable[[int], None]) -> None:
+        """Evaluate one part.
+
+        Args:
+            part: some images of a set.
+            advance: called with the number of images done since its last call.
+        """
+        found = (
+            self._reconstruct(part.span, advance)
+            if part.set_name == "reconstructions"
+            else self._summarize(part, advance)
         )
-        self._files(part.of).write(part.span, measured)
+        self._files(part.set_name).write(part.span, found)
 
     def reconstruction(self) -> Reconstruction:
-        """The measures of the tokenizer, once all parts are there."""
-        whole = self._files("reconstructions").join(_whole)
-        measures = {name: tensor for name, tensor in whole.items() if "/" not in name}
-        pairs = (measures.pop("originals"), measures.pop("reconstructions"))
-        return reconstruction_of(measures, self._held_out, unpack(whole), pairs)
+        """The metrics of the tokenizer, once all parts are there."""
+        whole = self._files("reconstructions").join(_join_reconstructions)
+        metrics = {name: tensor for name, tensor in whole.items() if "/" not in name}
+        pairs = (metrics.pop("originals"), metrics.pop("reconstructions"))
+        return Reconstruction.of(metrics, self._held_out, unpack(whole), pairs)
 
     def latent_space(self) -> LatentSpace | None:
-        """How evenly latents fill their space, found out once for the same latents; None where nobody asks."""
-        config = self._config.latent_space
-        if config is None:
+        """How evenly latents fill their space, computed once for equal latents; None where it is not asked for."""
+        latents, config, seed = self.inputs.latents, self._config.latent_space, self.inputs.config.seed
+        if latents is None or config is None:
             return None
-        latents = self._run.storage.child(self._run.prefix("precompute_latents"))
-        seed = self._run.config.seed
-        maps = self._maps(config).join(lambda _: measure_latent_space(latents, config, seed).tensors())
+        maps = self._maps(latents).join(lambda _: evaluate_latent_space(latents.folder, config, seed).tensors())
         return LatentSpace.from_tensors(maps)
 
     def generated(self) -> Summaries:
-        """The generated images, once all parts are there."""
+        """Features of the samples, once all parts are there."""
         return join(map(unpack, self._files("samples").read()))
 
-    def summaries(self, images: Iterable[Tensor], count: int) -> Summaries:
-        """So many generated images that lie nowhere, given in batches [B, 3, H, W] in uint8."""
+    def summarize(self, images: Iterable[Tensor], count: int) -> Summaries:
+        """Features of generated images that are not on storage.
+
+        Args:
+            images: batches uint8 [B, 3, H, W].
+            count: number of images.
+        """
         return summarize(images, self.extractors, count, self.device)
 
     def references(self) -> dict[str, Reference]:
         """What generated images are compared with, by the name of the extractor."""
         name: SetName = "train" if self._config.reference == TRAIN else "held_out"
         words = {"held_out": "held-out images", "train": "training images"}[name]
-        seen = self._held_out if name == "held_out" else self._joined(name)
-        found = {extractor: Reference.of(summary, words) for extractor, summary in seen.items()}
+        summaries = self._held_out if name == "held_out" else self._joined(name)
+        found = {extractor: Reference.of(summary, words) for extractor, summary in summaries.items()}
         if self._file is not None:
             extractor = self._config.metrics.extractor
             images = self._joined("file")[extractor] if "file" in self._counts else None
@@ -124,31 +133,31 @@ class Evaluator:
             )
         return found
 
-    def some(self, split: str, limit: int) -> LabeledImages:
-        """The first images of a split."""
-        return gather(read_images(self._shards, self._manifest, split, limit, self._config.batch_size))
+    def first_images(self, split: str, limit: int) -> LabeledImages:
+        """The first images of a split, at most `limit`."""
+        return gather(read_images(self.inputs.shards, self._manifest, split, limit, self._config.batch_size))
 
     def samples(self) -> LabeledImages:
-        """All generated images."""
-        return gather(read_samples(self._samples, self._sample_files))
+        """All samples of the run."""
+        return gather(read_samples(self._samples.folder, self._sample_files))
 
     def clean(self) -> None:
-        """Drop what was seen of these samples; what was seen of the tokenizer stays, as references do, for others."""
+        """Delete the parts of these samples; those of the tokenizer and of real images stay for other samples."""
         kept = {self._files("reconstructions").whole}
-        if self._config.latent_space is not None:
-            kept.add(self._maps(self._config.latent_space).whole)
-        for path in self._run.storage.list(_OURS):
+        if self.inputs.latents is not None:
+            kept.add(self._maps(self.inputs.latents).whole)
+        for path in self.inputs.storage.list(_OF_MODELS):
             if path not in kept:
-                self._run.storage.delete(path)
+                self.inputs.storage.delete(path)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where this process measures."""
-        return World.current(self._run.config.workers.use_gpu).device
+        """The device of this process."""
+        return World.current(self.inputs.config.workers.use_gpu).device
 
     @cached_property
     def extractors(self) -> dict[str, FeatureExtractor]:
-        """By name, the main one first."""
+        """Feature extractors by name, the main one first."""
         metrics = self._config.metrics
         return {name: load_extractor(name, metrics).to(self.device) for name in metrics.extractors}
 
@@ -159,121 +168,123 @@ class Evaluator:
     def _joined(self, name: SetName) -> Summaries:
         found = unpack(self._files(name).join(lambda parts: pack(join(map(unpack, parts)))))
         if not all(summary.pooled.count for summary in found.values()):
-            raise UserError(f"{self._shards.url()}: no readable image to measure against; make the shards again")
+            raise UserError(f"{self.inputs.shards.url()}: no readable image to measure against; make the shards again")
         return found
 
-    def _seen(self, part: Part, advance: Callable[[int], None]) -> Tensors:
-        """What the extractors see of a part."""
-        keep = KEPT - part.span.start if part.of != "samples" else len(part.span)
+    def _summarize(self, part: Part, advance: Callable[[int], None]) -> Tensors:
+        """Features of the images of a part."""
+        keep = KEPT_FEATURES - part.span.start if part.set_name != "samples" else len(part.span)
         return pack(summarize(self._batches(part), self.extractors, keep, self.device, advance))
 
     def _batches(self, part: Part) -> Iterator[Tensor]:
+        """The images of a part in batches uint8 [B, 3, H, W]."""
         size = self._config.metrics.batch_size
-        if part.of == "samples":
-            shard_images = self._run.config.sample.shard_images
-            yield from sample_batches(self._samples, self._sample_files, shard_images, part.span, size)
-        elif part.of == "file":
+        if part.set_name == "samples":
+            shard_images = self.inputs.config.sample.shard_images
+            yield from sample_batches(self._samples.folder, self._sample_files, shard_images, part.span, size)
+        elif part.set_name == "file":
             yield from reference_images(self._reference_path, part.span, size)
         else:
-            split = _SPLITS[part.of]
-            for batch in read_span(self._shards, self._manifest, split, part.span, size):
+            split = _SPLITS[part.set_name]
+            for batch in read_span(self.inputs.shards, self._manifest, split, part.span, size):
                 yield batch.images
 
-    def _reconstructed(self, span: range, advance: Callable[[int], None]) -> Tensors:
-        """Measures of every image of a part, what the extractors see of the reconstructions, and some to be shown."""
-        batches = read_span(self._shards, self._manifest, HELD_OUT, span, self._config.batch_size)
+    def _reconstruct(self, span: range, advance: Callable[[int], None]) -> Tensors:
+        """Metrics of every image of a part, features of its reconstructions, and some pairs for the picture."""
+        batches = read_span(self.inputs.shards, self._manifest, HELD_OUT, span, self._config.batch_size)
         summarizer = Summarizer(self.extractors, 0, self.device)
-        measures, shown = [], max(0, self._config.pictures - span.start)
-        for batch in reconstruct(batches, self._reconstructor, self._run.config.seed, span.start, self.device):
+        parts, shown = [], max(0, self._config.pictures - span.start)
+        for batch in reconstruct(batches, self._reconstructor, self.inputs.config.seed, span.start, self.device):
             summarizer.update(batch.reconstructions)
             pictures = {"originals": batch.originals[:shown], "reconstructions": batch.reconstructions[:shown]}
-            measures.append(batch.measures | pictures)
+            parts.append(batch.metrics | pictures)
             shown -= len(pictures["originals"])
             advance(len(batch.originals))
-        return pack(summarizer.summaries()) | concatenate(iter(measures))
+        return pack(summarizer.summaries()) | concatenate(iter(parts))
 
     @cached_property
     def _reconstructor(self) -> Reconstructor:
-        export = self._run.storage.child(self._run.prefix("train_vavae"))
-        tokenizer, description = load_tokenizer(export)
-        aligned = ALIGNMENT in self._run.require("train_vavae").files  # an imported tokenizer may never have been
+        export, perceptual = self.inputs.tokenizer, self.inputs.config.losses.perceptual
+        tokenizer, description = load_tokenizer(export.folder)
+        aligned = ALIGNMENT in export.record.files  # an imported tokenizer may never have been
         return Reconstructor(
             tokenizer,
-            load_alignment(export) if aligned else None,
+            load_alignment(export.folder) if aligned else None,
             VisionFoundationTeacher(description.teacher) if aligned else None,
-            LPIPS.load(self._run.config.losses.perceptual) if self._config.lpips else None,
+            LPIPS.load(perceptual) if self._config.lpips else None,
         ).to(self.device)
 
     @cached_property
     def _file(self) -> ReferenceFile | None:
-        """The reference file, looked at in every process that measures."""
+        """The reference file; checked in every process that evaluates."""
         place = self._config.reference_file
         if place is None:
             return None
-        seen = describe(self._config.metrics.extractor, self._config.metrics)
-        return read_reference(self._reference_path, place, seen, self._manifest.image_size)
+        description = describe(self._config.metrics.extractor, self._config.metrics)
+        return read_reference(self._reference_path, place, description, self._manifest.image_size)
 
     @cached_property
     def _reference_path(self) -> Path:
         assert self._config.reference_file is not None, "the reference is a split of the shards"
-        return find_reference(self._run.storage, self._config.reference_file).local_file()
+        return find_reference(self.inputs.storage, self._config.reference_file).local_file()
 
-    @cached_property
-    def _samples(self) -> Storage:
-        return self._run.storage.child(self._run.prefix("sample"))
+    @property
+    def _samples(self) -> StoredArtifact:
+        assert self.inputs.samples is not None, "samples are evaluated before there are any"
+        return self.inputs.samples
 
     @cached_property
     def _sample_files(self) -> list[str]:
-        return sorted(name for name in self._run.require("sample").files if name.endswith(".tar"))
+        return sorted(name for name in self._samples.record.files if name.endswith(".tar"))
 
     def _files(self, name: SetName) -> PartFiles:
-        folder = f"{_OURS if name in ('reconstructions', 'samples') else 'references'}/{name}-{self._origins[name]}"
-        return PartFiles(self._run.storage, folder, spans(name, self._counts[name]))
+        folder = _OF_MODELS if name in ("reconstructions", "samples") else _OF_REAL_IMAGES
+        return PartFiles(self.inputs.storage, f"{folder}/{name}-{self._origins[name]}", spans(name, self._counts[name]))
 
-    def _maps(self, config: LatentSpaceConfig) -> PartFiles:
-        """The file of the maps of the latents."""
-        latents, seed = self._run.require("precompute_latents").digest, self._run.config.seed
-        origin = digest({"latents": latents, "seed": seed, "asked": identity(config)})
-        return PartFiles(self._run.storage, f"{_OURS}/latents-{origin[:16]}", [])
+    def _maps(self, latents: StoredArtifact) -> PartFiles:
+        """The file of the maps of latents."""
+        asked = identity(self._config.latent_space)
+        origin = digest({"latents": latents.digest, "seed": self.inputs.config.seed, "asked": asked})
+        return PartFiles(self.inputs.storage, f"{_OF_MODELS}/latents-{origin[:16]}", [])
 
     @cached_property
     def _origins(self) -> dict[SetName, str]:
         """Digests of all that the parts of a set are a function of."""
-        run, config = self._run, self._config
+        inputs, config = self.inputs, self._config
         shards = {"shards": self._manifest.digest, "image_size": self._manifest.image_size}
         facts: dict[SetName, dict[str, Any]] = {
             "held_out": {**shards, "images": self._counts["held_out"]},
             "train": shards,
             "reconstructions": {
                 **shards,
-                "tokenizer": run.require("train_vavae").digest,
-                "seed": run.config.seed,
+                "tokenizer": inputs.tokenizer.digest,
+                "seed": inputs.config.seed,
                 "images": self._counts["reconstructions"],
-                "lpips": [config.lpips, run.config.losses.perceptual.weights],
+                "lpips": [config.lpips, inputs.config.losses.perceptual.weights],
                 "pictures": config.pictures,
             },
         }
-        if (samples := run.artifact("sample")) is not None:
-            facts["samples"] = {"samples": samples.digest}
+        if inputs.samples is not None:
+            facts["samples"] = {"samples": inputs.samples.digest}
         if "file" in self._counts:
             facts["file"] = {"file": sha256_of(self._reference_path)}
         extractors = config.metrics.fingerprint()
         return {name: digest({"extractors": extractors, **fact})[:16] for name, fact in facts.items()}
 
 
-def _whole(parts: Iterable[Tensors]) -> Tensors:
-    """What was measured of all reconstructions, from its parts."""
+def _join_reconstructions(parts: Iterable[Tensors]) -> Tensors:
+    """Metrics and features of all reconstructions."""
     every = list(parts)
     of_images = ({name: tensor for name, tensor in part.items() if "/" not in name} for part in every)
     return pack(join(map(unpack, every))) | concatenate(of_images)
 
 
 def find_reference(storage: Storage, place: str) -> Storage:
-    """A reference file.
+    """Find a reference file.
 
     Args:
-        storage: of the run, whose options reach the file where it is in a store.
-        place: a path or URL.
+        storage: folder of the run, whose options reach the file where it is in a store.
+        place: path or URL of the file.
 
     Raises:
         UserError: there is none.

@@ -1,4 +1,4 @@
-"""How good generated images are, measured against real ones."""
+"""Metrics of generated images against real ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -19,34 +19,48 @@ from vavae.storage.storage import Storage
 
 
 class Reference(NamedTuple):
-    """What generated images are compared with, through one extractor."""
+    """Features of the images that generated ones are compared with, through one extractor."""
 
     pooled: Moments
+    """Moments of the pooled features."""
     spatial: Moments | None
+    """Moments of the spatial features, where the extractor has them."""
     kept: Tensor
-    """Features of some of its images, float32 [K, D]; none where only moments are known."""
+    """Pooled features of some of the images, float32 [K, D]; K = 0 where only moments are known."""
     images: int | None
-    """Behind the moments; none where a file does not say."""
+    """Number of images behind the moments; None where a file does not say."""
     name: str
-    """In words, with the number."""
+    """The reference in words, with the number of images."""
 
     @classmethod
     def of(cls, summary: FeatureSummary, images: str) -> "Reference":
-        """A set of images, called so."""
+        """Make a reference of a set of images.
+
+        Args:
+            summary: features of the images.
+            images: what they are, such as "held-out images".
+        """
         count = summary.pooled.count
         return cls(summary.pooled, summary.spatial, summary.kept, count, f"{count:,} {images}")
 
     @classmethod
     def of_file(cls, file: ReferenceFile, images: FeatureSummary | None, name: str) -> "Reference":
-        """A file, and its images where it has any."""
+        """Make a reference of a file.
+
+        Args:
+            file: the moments.
+            images: features of the images in the file, where it has any.
+            name: name of the file.
+        """
         kept = torch.empty(0, len(file.pooled.mean)) if images is None else images.kept
         return cls(file.pooled, file.spatial, kept, None, name)
 
 
 class Generation(NamedTuple):
-    """Measures of generated images through one extractor; none where it, or the reference, lacks what they take."""
+    """Metrics of generated images through one extractor; None where it, or the reference, lacks what they need."""
 
     images: int
+    """Number of generated images."""
     frechet_distance: float
     spatial_frechet_distance: float | None
     inception_score: float | None
@@ -54,16 +68,16 @@ class Generation(NamedTuple):
     precision_recall: PrecisionRecall | None
 
 
-def measure_generation(
+def evaluate_generation(
     generated: FeatureSummary, reference: Reference, seed: int, device: torch.device | str = "cpu"
 ) -> Generation:
     """Compare generated images with a reference.
 
     Args:
-        generated: all their features are kept.
-        reference: through the same extractor.
-        seed: of the subsets that the kernel distance draws.
-        device: where the measures over pairs of features are made.
+        generated: features of the generated images, all kept.
+        reference: the reference through the same extractor.
+        seed: seed of the subsets that the kernel distance draws.
+        device: where metrics over pairs of features are computed.
     """
     features, real = generated.kept.to(device), reference.kept.to(device)
     fewest = min(len(features), len(real))
@@ -83,21 +97,21 @@ def measure_generation(
 def further_distances(
     generated: Summaries, references: Mapping[str, Reference], extractors: Sequence[str]
 ) -> dict[str, float]:
-    """Fréchet distances through other extractors, by their names."""
+    """Fréchet distances through other extractors by their names."""
     return {name: frechet_distance(generated[name].pooled, references[name].pooled) for name in extractors}
 
 
 def sample_batches(
     samples: Storage, files: Sequence[str], shard_images: int, span: range, batch_size: int
 ) -> Iterator[Tensor]:
-    """Generated images [B, 3, H, W] in uint8 whose indices are in the span; a batch ends with its shard.
+    """Read the samples of a span in batches uint8 [B, 3, H, W]; a batch ends with its shard.
 
     Args:
-        samples: their folder.
+        samples: folder of the samples.
         files: names of all shards.
-        shard_images: in every shard but the last.
-        span: indices.
-        batch_size: B.
+        shard_images: images in every shard but the last.
+        span: indices of the samples.
+        batch_size: B, at most.
     """
     for number in range(span.start // shard_images, -(-span.stop // shard_images)):
         first = number * shard_images
@@ -106,18 +120,27 @@ def sample_batches(
 
 
 class ClassifierVerdict(NamedTuple):
-    """What a classifier of real training images makes of the generated ones."""
+    """Metrics of generated images by a classifier of real training images."""
 
     class_agreement: float
-    """Share of generated images that it puts into the class asked for."""
+    """Share of generated images that it puts into the class asked for, 0 to 1."""
     ceiling: float
-    """Share of held-out real images that it classifies right."""
+    """Share of held-out real images that it classifies right, 0 to 1."""
     within_class_variety: float
     """Mean pixel distance within a class, generated over real."""
 
 
-def judge(generated: LabeledImages, train: LabeledImages, held_out: LabeledImages, seed: int) -> ClassifierVerdict:
-    """Class agreement and variety of generated images, next to those of real ones."""
+def classify_generated(
+    generated: LabeledImages, train: LabeledImages, held_out: LabeledImages, seed: int
+) -> ClassifierVerdict:
+    """Compute class agreement and variety of generated images, next to those of real ones.
+
+    Args:
+        generated: generated images and the classes asked for.
+        train: images that the classifier is fitted to.
+        held_out: images that give the ceiling.
+        seed: seed of the classifier.
+    """
     real = (train.images, train.labels)
     return ClassifierVerdict(
         class_agreement(generated.images, generated.labels, *real, seed=seed),

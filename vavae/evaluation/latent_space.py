@@ -1,4 +1,4 @@
-"""How evenly the latents that a diffusion model trains on fill their space."""
+"""Uniformity of the latents that a diffusion model trains on, as in Table 6 of the VA-VAE paper."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,52 +22,52 @@ _SPLIT = "train"
 
 
 class LatentSpace(NamedTuple):
-    """Measures over several samplings of tokens."""
+    """Maps of several samplings of tokens, and the metrics of their density."""
 
     maps: Sequence[LatentMap]
-    """One for each sampling."""
+    """One map for each sampling."""
 
     @property
     def tokens(self) -> int:
-        """Of one sampling."""
+        """Number of tokens of one sampling."""
         return len(self.maps[0].points)
 
     @property
     def samplings(self) -> list[DensityUniformity]:
-        """The measures of each sampling."""
+        """Metrics of each sampling."""
         return [density_uniformity(found.densities) for found in self.maps]
 
     @property
     def mean(self) -> DensityUniformity:
-        """Over the samplings."""
+        """Mean of each metric over the samplings."""
         return DensityUniformity(*np.mean(self.samplings, axis=0).tolist())
 
     @property
     def spread(self) -> DensityUniformity | None:
-        """Standard deviation over the samplings; none where there is only one."""
+        """Standard deviation of each metric over the samplings; None where there is only one."""
         if len(self.maps) == 1:
             return None
         return DensityUniformity(*np.std(self.samplings, axis=0, ddof=1).tolist())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The maps, for a file."""
+        """The maps as tensors by name, with the samplings in the first dimension."""
         stacked = (np.stack(arrays) for arrays in zip(*self.maps, strict=True))
         return {name: torch.from_numpy(array) for name, array in zip(LatentMap._fields, stacked, strict=True)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of :meth:`tensors`."""
+        """Restore maps from :meth:`tensors`."""
         arrays = (tensors[name].numpy() for name in LatentMap._fields)
         return cls([LatentMap(*pair) for pair in zip(*arrays, strict=True)])
 
 
-def measure_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int) -> LatentSpace:
-    """Measure the latents of the training images.
+def evaluate_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int) -> LatentSpace:
+    """Map the latents of the training images.
 
     Args:
-        latents: their folder.
-        config: how many tokens, how often.
-        seed: keys what is drawn, together with the number of the sampling.
+        latents: folder of the latents.
+        config: number of tokens and of samplings.
+        seed: keys the draws, together with the number of the sampling.
 
     Raises:
         UserError: there are too few latents, or scikit-learn is not installed.
@@ -83,10 +83,16 @@ def measure_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int)
 
 
 def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling: int) -> np.ndarray:
-    """One token of each of so many random images: float32 [N, C], normalized as the diffusion model sees it.
+    """Draw one token from each of N random images: float32 [N, C], normalized as the diffusion model sees it.
 
     The image or its mirror image, a position and a sample of the posterior are drawn too. Images are drawn from as many
     leading shards as hold enough for all samplings: shards hold their images in a shuffled order.
+
+    Args:
+        latents: folder of the latents.
+        config: number of tokens and of samplings.
+        seed: keys the draws, together with `sampling`.
+        sampling: number of the sampling.
     """
     manifest = read_latent_manifest(latents)
     infos = _leading(manifest.splits[_SPLIT], config.tokens * config.samplings)
@@ -98,27 +104,27 @@ def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling
             "set evaluate.latent_space=null"
         )
     channels, height, width = manifest.shape
-    random = numpy_generator(seed, "latent tokens", sampling)
-    images = random.choice(bounds[-1], count, replace=False)
-    views = random.integers(1 + manifest.flip, size=count)
-    rows, columns = random.integers(height, size=count), random.integers(width, size=count)
+    rng = numpy_generator(seed, "latent tokens", sampling)
+    images = rng.choice(bounds[-1], count, replace=False)
+    views = rng.integers(1 + manifest.flip, size=count)
+    rows, columns = rng.integers(height, size=count), rng.integers(width, size=count)
     posteriors = np.empty((count, 2, channels), np.float32)
     for number, info in enumerate(infos):
         mine = np.flatnonzero((images >= bounds[number]) & (images < bounds[number + 1]))
-        arrays = _map(latents, manifest, info).arrays
+        arrays = _open(latents, manifest, info).arrays
         found = arrays[images[mine] - bounds[number], :, :, rows[mine], columns[mine]]  # [n, 2 · (1 + flip), C]
         pairs = found.reshape(len(mine), 1 + manifest.flip, 2, channels)
         posteriors[mine] = pairs[np.arange(len(mine)), views[mine]]
-    z = posteriors[:, 0] + posteriors[:, 1] * random.standard_normal((count, channels), np.float32)
+    z = posteriors[:, 0] + posteriors[:, 1] * rng.standard_normal((count, channels), np.float32)
     mean, std = (statistic.float().numpy() for statistic in read_statistics(latents))
     return (z - mean) / std
 
 
 def _leading(infos: Sequence[ShardInfo], wanted: int) -> list[ShardInfo]:
-    """The first shards that hold so many images, or all."""
+    """The first shards that hold `wanted` images together, or all."""
     before = np.cumsum([0, *(info.count for info in infos[:-1])])
     return [info for info, start in zip(infos, before, strict=True) if start < wanted]
 
 
-def _map(latents: Storage, manifest: LatentManifest, info: ShardInfo) -> MappedLatents:
+def _open(latents: Storage, manifest: LatentManifest, info: ShardInfo) -> MappedLatents:
     return open_shard(latents, _SPLIT, info, lambda path: MappedLatents(path, info.count, manifest.record_shape))

@@ -1,4 +1,4 @@
-"""One metric with all that is needed to compare it with another, and its form in `metrics.json`."""
+"""A metric with all that is needed to compare it with another, and its form in `metrics.json`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,15 +9,15 @@ from vavae.storage.storage import Storage
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure and all that is needed to compare it with another.
+    """A number and all that is needed to compare it with another.
 
     Args:
-        name: what was measured.
-        value: the figure.
-        unit: such as "dB"; empty for plain numbers.
+        name: name of the metric.
+        value: the number.
+        unit: unit such as "dB"; empty for plain numbers.
         protocol: extractor, number of images, guidance and the like.
-        better: which way is better.
-        spread: standard deviation of the figure, where it is a mean over several draws.
+        better: direction of better values.
+        spread: standard deviation of the value, where it is a mean over several draws.
     """
 
     name: str
@@ -29,14 +29,14 @@ class Metric:
 
 
 def read_metrics(folder: Storage) -> list[Metric]:
-    """Metrics in the folder of a run, as `evaluate` left them; none before it has."""
+    """Read the metrics in the folder of a run; none before it is evaluated."""
     if not folder.is_file(METRICS):
         return []
-    return [Metric(name, **figure) for name, figure in folder.read_json(METRICS).items()]
+    return [Metric(name, **fields) for name, fields in folder.read_json(METRICS).items()]
 
 
 def metrics_json(metrics: list[Metric]) -> dict[str, dict[str, Any]]:
-    """Figures as plain values, by name; what `read_metrics` reads."""
+    """Fields of metrics by name, as `read_metrics` reads them."""
     return {
         metric.name: {
             "value": metric.value,

@@ -1,4 +1,4 @@
-"""A set of images is measured in parts, each a file of tensors when it is done, so that actors can share the work."""
+"""Parts of a set of images: each becomes a file of tensors once it is evaluated, so that actors can share the work."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,85 +13,91 @@ from vavae.metrics.summary import FeatureSummary, Summaries
 from vavae.storage.storage import Storage
 
 SetName = Literal["held_out", "train", "file", "reconstructions", "samples"]
-"""Real images (held-out ones, training images, those of a reference file) and our own."""
+"""Sets of images: real ones (held-out, of training, of a reference file), reconstructions and samples."""
 
 Tensors = dict[str, Tensor]
+"""Tensors of a part by name: metrics of its images [B] and pictures, and "extractor/sum" for features."""
 
-_MOST_PARTS = 64
-"""Of a set that is not cut into splits of the Inception score."""
+_MAX_PARTS = 64
+"""Limit for sets that are not cut into splits of the Inception score."""
 
 
 class Part(NamedTuple):
-    """Some images of a set, whatever the number of actors."""
+    """Some images of a set; the same whatever the number of actors."""
 
-    of: SetName
+    set_name: SetName
     span: range
+    """Indices of the images in the set."""
 
 
-def spans(of: SetName, count: int) -> list[range]:
-    """A set of so many images in parts: each a split of the Inception score, or some of real images, which have none.
+def spans(set_name: SetName, count: int) -> list[range]:
+    """Cut a set into spans: each a split of the Inception score, or several of real images, which have no score.
 
     A part is a file of up to 100 MB, and ImageNet's training images would be 257 of them.
+
+    Args:
+        set_name: the set.
+        count: number of its images.
     """
-    splits = 1 if of == "samples" else max(1, math.ceil(count / (_MOST_PARTS * SPLIT_IMAGES)))
+    splits = 1 if set_name == "samples" else max(1, math.ceil(count / (_MAX_PARTS * SPLIT_IMAGES)))
     size = splits * SPLIT_IMAGES
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class PartFiles:
-    """The parts of one set on storage, and the whole once they have been joined.
+    """Files of the parts of one set, and the whole once they have been joined.
 
     Args:
-        storage: of the run.
-        folder: for the parts; named by a digest of all that they are a function of.
-        spans: of all parts.
+        storage: folder of the run.
+        folder: folder of the parts, named by a digest of all that they are a function of.
+        spans: spans of all parts.
     """
 
     def __init__(self, storage: Storage, folder: str, spans: list[range]) -> None:
         self._storage, self._folder, self._spans = storage, folder, spans
 
     def missing(self) -> list[range]:
-        """Spans of the parts that are not there."""
+        """Spans of the parts that have no file."""
         if self._storage.is_file(self.whole):
             return []
         there = {path.rpartition("/")[2] for path in self._storage.list(self._folder)}
         return [span for span in self._spans if self._name(span) not in there]
 
     def write(self, span: range, tensors: Mapping[str, Tensor]) -> None:
-        """Put one part."""
-        self._storage.write_bytes(f"{self._folder}/{self._name(span)}", _bytes(tensors))
+        """Write the file of one part."""
+        self._storage.write_bytes(f"{self._folder}/{self._name(span)}", _to_bytes(tensors))
 
     def read(self) -> Iterator[Tensors]:
-        """All parts, in order."""
+        """Read all parts, in order."""
         for span in self._spans:
             yield load(self._storage.read_bytes(f"{self._folder}/{self._name(span)}"))
 
     def join(self, joined: Callable[[Iterator[Tensors]], Tensors]) -> Tensors:
-        """The whole, which is made of the parts the first time and takes their place."""
-        if not self._storage.is_file(self.whole):
-            self._storage.write_bytes(self.whole, _bytes(joined(self.read())))
-            self.delete()
-        return load(self._storage.read_bytes(self.whole))
+        """Read the whole, which is made of the parts the first time and takes their place.
 
-    def delete(self) -> None:
-        """Drop the parts."""
-        self._storage.delete(self._folder)
+        Args:
+            joined: makes the whole of the parts.
+        """
+        if not self._storage.is_file(self.whole):
+            self._storage.write_bytes(self.whole, _to_bytes(joined(self.read())))
+            self._storage.delete(self._folder)
+        return load(self._storage.read_bytes(self.whole))
 
     @property
     def whole(self) -> str:
-        """Path of the whole."""
+        """Path of the file of the whole."""
         return f"{self._folder}.safetensors"
 
     def _name(self, span: range) -> str:
         return f"{span.start:09d}.safetensors"
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def pack(summaries: Summaries) -> Tensors:
-    """Summaries as tensors, whose names begin with the extractor's."""
+    """Flatten summaries to tensors whose names begin with the extractor's."""
     return {
         f"{extractor}/{name}": tensor
         for extractor, summary in summaries.items()
@@ -100,7 +106,7 @@ def pack(summaries: Summaries) -> Tensors:
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Summaries:
-    """The inverse of :func:`pack`; other tensors, whose names have no extractor, are passed over."""
+    """Restore summaries from :func:`pack`; other tensors, whose names have no extractor, are passed over."""
     found: dict[str, Tensors] = {}
     for path, tensor in tensors.items():
         extractor, slash, name = path.partition("/")
@@ -110,7 +116,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Summaries:
 
 
 def concatenate(parts: Iterator[Tensors]) -> Tensors:
-    """Tensors of every image, by name, one after the other."""
+    """Concatenate the tensors of parts by name."""
     lists: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, tensor in part.items():

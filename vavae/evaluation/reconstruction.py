@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs held-out images, and how well its latents agree with the teacher."""
+"""Metrics of a tokenizer on held-out images: its reconstructions, and the alignment of its latents with the teacher."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -19,17 +19,17 @@ from vavae.randomness import torch_generator
 
 
 class Reconstructor(NamedTuple):
-    """A tokenizer, and what looks at its work image by image; what is none is not measured."""
+    """A tokenizer and the networks of the metrics of each image; metrics whose network is None are left out."""
 
     tokenizer: VAVAE
     alignment: VisionFoundationLoss | None
-    """Its projection."""
+    """The projection of its latents."""
     teacher: VisionFoundationTeacher | None
-    """What it was aligned with."""
+    """The teacher that it was aligned with."""
     lpips: LPIPS | None
 
     def to(self, device: torch.device) -> "Reconstructor":
-        """Move all parts to a device."""
+        """Move all networks to a device."""
         for part in self:
             if part is not None:
                 part.to(device)
@@ -37,15 +37,15 @@ class Reconstructor(NamedTuple):
 
 
 class ReconstructedBatch(NamedTuple):
-    """Some images, their reconstructions, and measures of each."""
+    """Some images, their reconstructions, and the metrics of each."""
 
     originals: Tensor
     """uint8 [B, 3, H, W]."""
     reconstructions: Tensor
     """uint8 [B, 3, H, W]."""
-    measures: dict[str, Tensor]
-    """By name, [B]: `psnr` in decibels, `ssim`; and where they are measured `lpips` and `alignment`, the mean cosine of
-    projected latents and teacher features over positions and batch."""
+    metrics: dict[str, Tensor]
+    """Metrics by name, float [B]: `psnr` in decibels, `ssim`; and where their networks are there `lpips` and
+    `alignment`, the mean cosine of projected latents and teacher features over positions and batch."""
 
 
 @torch.inference_mode()
@@ -57,65 +57,71 @@ def reconstruct(
     LPIPS sees the decoder's own output, not rounded or clamped to 8 bits, as in the released code.
 
     Args:
-        batches: held-out images.
-        reconstructor: the tokenizer; on the device.
+        batches: held-out images, uint8 [B, 3, H, W] each.
+        reconstructor: the networks, on the device.
         seed: keys the posterior noise, together with the index of the image.
         first: index of the first image.
-        device: where to do it.
+        device: where to reconstruct.
     """
     tokenizer, alignment, teacher, lpips = reconstructor
     for batch in batches:
         images = batch.images.to(device)
         pixels = to_float(images)
-        posterior = tokenizer.encode(pixels)
+        posterior = tokenizer.encode(pixels)  # mean and deviation [B, C, h, w]
         z = posterior.at(_noise(posterior.mean.shape, seed, first).to(device))
         decoded = tokenizer.decode(z)
         restored = to_uint8(decoded)
-        measures = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
+        metrics = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
         if lpips is not None:
-            measures["lpips"] = lpips(pixels, decoded)
+            metrics["lpips"] = lpips(pixels, decoded)
         if alignment is not None and teacher is not None:
             features = teacher(pixels, (z.shape[2], z.shape[3]))
-            measures["alignment"] = alignment(z, features).alignment.expand(len(z))
+            metrics["alignment"] = alignment(z, features).alignment.expand(len(z))
         first += len(z)
-        yield ReconstructedBatch(images, restored, measures)
+        yield ReconstructedBatch(images, restored, metrics)
 
 
 class Reconstruction(NamedTuple):
-    """Measures over a set of images."""
+    """Metrics over a set of images."""
 
     images: int
+    """Number of images."""
     means: dict[str, float]
-    """Over the images, by name, see `ReconstructedBatch`."""
+    """Means over the images by name, see `ReconstructedBatch`."""
     frechet_distances: dict[str, float]
-    """Between originals and reconstructions, by the name of the extractor."""
+    """Fréchet distance between originals and reconstructions by the name of the extractor."""
     pairs: tuple[Tensor, Tensor]
-    """The first originals and their reconstructions, uint8 [P, 3, H, W]."""
+    """The first originals and their reconstructions, uint8 [P, 3, H, W] each."""
 
+    @classmethod
+    def of(
+        cls,
+        metrics: Mapping[str, Tensor],
+        originals: Summaries,
+        reconstructions: Summaries,
+        pairs: tuple[Tensor, Tensor],
+    ) -> "Reconstruction":
+        """Aggregate the metrics of a set.
 
-def reconstruction_of(
-    measures: Mapping[str, Tensor], originals: Summaries, reconstructions: Summaries, pairs: tuple[Tensor, Tensor]
-) -> Reconstruction:
-    """The measures of a set.
-
-    Args:
-        measures: of every image, by name.
-        originals: as extractors see them.
-        reconstructions: likewise.
-        pairs: to be shown.
-    """
-    return Reconstruction(
-        images=len(measures["psnr"]),
-        means={name: values.mean().item() for name, values in measures.items()},
-        frechet_distances={
-            name: frechet_distance(originals[name].pooled, summary.pooled) for name, summary in reconstructions.items()
-        },
-        pairs=pairs,
-    )
+        Args:
+            metrics: metrics of every image by name, float [N].
+            originals: features of the originals.
+            reconstructions: features of the reconstructions.
+            pairs: as of the class.
+        """
+        return cls(
+            images=len(metrics["psnr"]),
+            means={name: values.mean().item() for name, values in metrics.items()},
+            frechet_distances={
+                name: frechet_distance(originals[name].pooled, summary.pooled)
+                for name, summary in reconstructions.items()
+            },
+            pairs=pairs,
+        )
 
 
 def _noise(shape: torch.Size, seed: int, first: int) -> Tensor:
-    """Standard normal noise, each image's keyed by its index."""
+    """Standard normal noise float32 [B, C, h, w], each image's keyed by its index."""
     draws = [
         torch.randn(shape[1:], generator=torch_generator(seed, "reconstruction", first + i)) for i in range(shape[0])
     ]

@@ -42,17 +42,22 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """The tensors of one file by name, as they are stored."""
+    """Tensors of one file by name, as they are stored."""
 
     url: str
     tensors: Mapping[str, Tensor]
-    """Mapped into memory where the format allows it, so what nobody copies is never read."""
+    """Tensors by name; mapped into memory where the format allows it, so what nobody copies is never read."""
 
     def shape(self, kind: str, name: str, dims: int) -> tuple[int, ...]:
-        """Shape of a tensor that every file of a kind ("LightningDiT", ...) has, with so many dimensions.
+        """Shape of a tensor that every file of a kind has.
+
+        Args:
+            kind: the kind of model, such as "LightningDiT".
+            name: name of the tensor.
+            dims: number of its dimensions.
 
         Raises:
-            UserError: there is no such tensor, or it has other dimensions.
+            UserError: there is no such tensor, or it has another number of dimensions.
         """
         if name not in self.tensors:
             raise UserError(f"{self.url}: no tensor {name}, which every {kind} has; this looks like {self._likeness()}")
@@ -62,7 +67,12 @@ class WeightsFile:
         return shape
 
     def expect(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor that every file of a kind has, of a shape that is known.
+        """A tensor that every file of a kind has.
+
+        Args:
+            kind: the kind of model, such as "LightningDiT".
+            name: name of the tensor.
+            shape: shape that it must have.
 
         Raises:
             UserError: it is missing or of another shape.
@@ -77,12 +87,12 @@ class WeightsFile:
         return WeightsFile(self.url, {name: self.tensors[name] for name in self.tensors if name.startswith(prefixes)})
 
     def without(self, *prefixes: str) -> "WeightsFile":
-        """All other tensors."""
+        """The tensors whose names begin with none of the prefixes."""
         dropped = self.part(*prefixes).tensors
         return WeightsFile(self.url, {name: self.tensors[name] for name in self.tensors if name not in dropped})
 
     def _likeness(self) -> str:
-        """What the names remind of, for people."""
+        """Kind of model that the names suggest, in words."""
         for mark, kind in _MARKS.items():
             if mark in self.tensors:
                 return kind
@@ -103,7 +113,7 @@ _MARKS = {
 
 
 def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
-    """Read a checkpoint: a state dict, or one under `ema`, `model` or `state_dict` (the first of these that is there).
+    """Read a checkpoint: a state dict, or one under `ema`, `model` or `state_dict`, the first of these that exists.
 
     Args:
         path: local path or storage URL of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
@@ -122,7 +132,12 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
 
 
 def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], nest: str) -> None:
-    """Write tensors as they are, bit for bit: a flat `.safetensors` file, or `{nest: tensors}` for `torch.load`.
+    """Write tensors bitwise: a flat `.safetensors` file, or `{nest: tensors}` for `torch.load`.
+
+    Args:
+        path: local path or storage URL; the suffix names the format.
+        tensors: tensors by name.
+        nest: key above them in formats of `torch.load`.
 
     Raises:
         UserError: the suffix is none of those that `read_weights` takes, or the file can't be written.
@@ -185,7 +200,7 @@ def _state_dict(url: str, stored: Any) -> Mapping[str, Tensor]:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same tensors, without what wrappers have put before all their names."""
+    """Tensors without what wrappers have put before all their names."""
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in tensors):
             return _unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})

@@ -1,4 +1,4 @@
-"""From the tensors of a released file to the class that trains: sizes are told by the tensors, and none of them may be
+"""From the tensors of a released file to the class that trains: the tensors determine the sizes, and none may be
 missing, left over or of another shape.
 """
 
@@ -20,24 +20,25 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Conversion(Generic[ConfigT, ModuleT]):
-    """How one class of model is released."""
+    """Conversion between a class of model and its released files."""
 
     config: type[ConfigT]
     build: Callable[..., ModuleT]
-    """The class: takes a configuration and, by name, the sizes that are no fields of it."""
+    """The class: takes a configuration and, by name, the sizes that are not fields of it."""
     infer: Callable[[WeightsFile, Mapping[str, Any]], dict[str, Any]]
-    """Fields of the configuration and further sizes as the tensors tell them, given the overrides."""
+    """Infers fields of the configuration and further sizes from the tensors, given the overrides."""
     released: str = ""
-    """What the released names begin with, in place of `ours`."""
+    """Prefix of the released names, in place of `ours`."""
     ours: str = ""
+    """Prefix of the names in the class."""
 
     def load(self, weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> ModuleT:
-        """The model of a file, in training mode with gradients on, its tensors in the dtype that they have there.
+        """Load the model of a file, in training mode with gradients on, its tensors in the dtype of the file.
 
         Args:
             weights: the file, with this model alone below `released`.
-            overrides: fields and sizes that go before what the tensors tell.
-            section: what the names of the overrides begin with in messages.
+            overrides: fields and sizes that replace the inferred ones.
+            section: prefix of the names of the overrides in messages.
 
         Raises:
             UserError: a tensor is missing, left over or of another shape than the others and the overrides demand; or
@@ -60,13 +61,13 @@ class Conversion(Generic[ConfigT, ModuleT]):
             demand = f"with {', '.join(asked)}: correct that or take another file" if asked else "by the other tensors"
             count = f" (the first of {len(problems)} such tensors)" if len(problems) > 1 else ""
             raise UserError(f"{weights.url}: {problems[0]} {demand}{count}")
-        # What is mapped from a file lives and dies with the file.
+        # Tensors that are mapped from a file would change with the file.
         owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
         module.load_state_dict(owned, assign=True)
         return module
 
     def state(self, module: ModuleT) -> dict[str, Tensor]:
-        """The tensors of a model by their released names."""
+        """Tensors of a model by their released names."""
         return {self._released(name): tensor for name, tensor in module.state_dict().items()}
 
     def _configure(self, url: str, values: Mapping[str, Any], section: str) -> ConfigT:
@@ -87,7 +88,7 @@ class Conversion(Generic[ConfigT, ModuleT]):
         return self.released + name.removeprefix(self.ours)
 
     def _problems(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
-        """One sentence for each tensor that is not as expected."""
+        """One message for each tensor that is not as expected."""
         for name, tensor in expected.items():
             shape = list(tensor.shape)
             if name not in found:

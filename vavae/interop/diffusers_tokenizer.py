@@ -28,7 +28,7 @@ _RENAMES = (
     (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-"""From released names to those of diffusers, applied in this order."""
+"""Replacements from released names to those of diffusers, applied in this order."""
 
 
 def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int) -> None:
@@ -40,7 +40,7 @@ def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int) -
     Args:
         folder: local path or storage URL.
         autoencoder: the tokenizer.
-        image_size: side in pixels of the images that it was trained on; for information.
+        image_size: side of the images that it was trained on, pixels; for information.
 
     Raises:
         UserError: diffusers has no such architecture.
@@ -79,7 +79,7 @@ def _settings(config: TokenizerConfig, image_size: int) -> dict[str, Any]:
 
 
 def _name(released: str, config: TokenizerConfig) -> str:
-    """What diffusers calls a tensor; it numbers the decoder's levels in the order in which they run."""
+    """Name of a tensor in diffusers, which numbers the decoder's levels in the order in which they run."""
     last = len(config.channel_multipliers) - 1
     name = re.sub(r"\.up\.(\d+)\.", lambda level: f".up.{last - int(level[1])}.", released)
     for pattern, replacement in _RENAMES:
@@ -88,6 +88,6 @@ def _name(released: str, config: TokenizerConfig) -> str:
 
 
 def _linear(released: str, tensor: Tensor) -> Tensor:
-    """The tensor itself; the 1x1 convolutions of attention as the linear maps that they are there."""
+    """A tensor as diffusers stores it: 1x1 convolutions of attention become linear maps."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor[:, :, 0, 0].contiguous() if re.search(r"\.(q|k|v|proj_out)\.weight$", released) else tensor

@@ -1,4 +1,4 @@
-"""Exports: a folder with the weights of a trained model and all that is needed to build it again.
+"""Exports: folders with the weights of a trained model and all that is needed to build it again.
 
 `model.safetensors` holds the weights in the released names, `model.yaml` the sections of the configuration. Nothing in
 an export can run code.
@@ -32,7 +32,7 @@ DescriptionT = TypeVar("DescriptionT", bound=Config)
 
 
 class TokenizerDescription(Config):
-    """All that is needed to build a tokenizer and the projection that it was aligned through."""
+    """Description of a tokenizer and of the projection that it was aligned through."""
 
     tokenizer: TokenizerConfig
     teacher: TeacherConfig
@@ -42,7 +42,7 @@ class TokenizerDescription(Config):
 
 
 class LightningDiTDescription(Config):
-    """All that is needed to build a LightningDiT."""
+    """Description of a LightningDiT."""
 
     lightningdit: LightningDiTConfig
     latent_dim: int
@@ -57,12 +57,12 @@ def save_export(
     """Write an export.
 
     Args:
-        storage: the folder.
+        storage: folder of the export.
         description: sections of the configuration.
         weights: state dicts by file name.
 
     Returns:
-        Size and checksum of each file.
+        Size and checksum of each file by name.
     """
     with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
         for name, state in weights.items():
@@ -77,20 +77,20 @@ def save_export(
 
 
 def load_tokenizer(storage: Storage) -> tuple[VAVAE, TokenizerDescription]:
-    """The tokenizer of an export, in evaluation mode on the CPU."""
+    """Load the tokenizer of an export, in evaluation mode on the CPU."""
     description = _describe(storage, TokenizerDescription)
     return _load(VAVAE(description.tokenizer), storage, WEIGHTS), description
 
 
 def load_alignment(storage: Storage) -> VisionFoundationLoss:
-    """The projection of an exported tokenizer, inside the loss that it was trained by."""
-    described = _describe(storage, TokenizerDescription)
-    loss = VisionFoundationLoss(described.vision_foundation, described.tokenizer.latent_dim, described.feature_dim)
-    return _load(loss, storage, ALIGNMENT)
+    """Load the projection of an exported tokenizer, inside the loss that it was trained by."""
+    description = _describe(storage, TokenizerDescription)
+    latent_dim, feature_dim = description.tokenizer.latent_dim, description.feature_dim
+    return _load(VisionFoundationLoss(description.vision_foundation, latent_dim, feature_dim), storage, ALIGNMENT)
 
 
 def load_lightningdit(storage: Storage) -> tuple[LightningDiT, LightningDiTDescription]:
-    """The LightningDiT of an export, in evaluation mode on the CPU."""
+    """Load the LightningDiT of an export, in evaluation mode on the CPU."""
     description = _describe(storage, LightningDiTDescription)
     model = LightningDiT(description.lightningdit, description.latent_dim, description.grid)
     return _load(model, storage, WEIGHTS), description

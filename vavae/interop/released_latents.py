@@ -1,4 +1,4 @@
-"""Latents as the public extraction writes them, out of ours and into ours.
+"""Latents in the layout of the public extraction, converted from and to latent shards.
 
 A folder of `latents_rank{rr}_shard{sss}.safetensors`, each with one posterior sample per image (`latents`, float32
 [N, C, h, w]), one of its mirror image (`latents_flip`) and `labels` (int64 [N]); and `latents_stats.pt`, mean and
@@ -37,9 +37,9 @@ def export_released_latents(latents: Storage, split: str, target: Storage, seed:
 
     Args:
         latents: a folder of latent shards, with mirror images.
-        split: which images.
-        target: the folder to write.
-        seed: of the posterior samples.
+        split: `train` or `validation`.
+        target: folder to write.
+        seed: seed of the posterior samples.
 
     Raises:
         UserError: the latents are without mirror images, which the public data set draws from.
@@ -77,8 +77,8 @@ def import_released_latents(
 
     Args:
         source: a folder in the public layout.
-        target: the folder to write.
-        split: what the images are: `train` or `validation`.
+        target: folder to write.
+        split: `train` or `validation`.
         shape: C, h, w that the latents must have.
         tokenizer: digest of the tokenizer that made the latents.
         classes: names of the classes; a label is an index into them.
@@ -90,7 +90,7 @@ def import_released_latents(
     shards: list[ShardInfo] = []
     images, statistics = 0, LatentStatistics(shape[0])
     for batch in _batches(source, shape, len(classes), shard_images):
-        # Mean and deviation of each view.
+        # [N, 2 · views, C, h, w]: mean and deviation of each view
         arrays = np.zeros((len(batch.labels), 2 * len(_VIEWS), *shape), np.float16)
         arrays[:, ::2] = batch.views
         name = f"{len(shards):06d}.tar"
@@ -112,13 +112,13 @@ def import_released_latents(
 
 class _Batch(NamedTuple):
     views: np.ndarray
-    """float32 [N, 2, C, h, w]: images and their mirror images."""
+    """Latents of images and of their mirror images, float32 [N, 2, C, h, w]."""
     labels: np.ndarray
-    """int64 [N]."""
+    """Class indices, int64 [N]."""
 
 
 def _batches(source: Storage, shape: tuple[int, int, int], classes: int, size: int) -> Iterator[_Batch]:
-    """The samples of all files, in the order of their names, at most so many at a time and none across files."""
+    """The latents of all files, in the order of their names, at most `size` at a time and never across files."""
     names = [name for name in source.list() if _SHARD.fullmatch(name)]
     if not names:
         raise UserError(f"{source.url()}: no latents_rank00_shard000.safetensors or the like there")
@@ -151,7 +151,14 @@ def _statistics(source: Storage, computed: LatentStatistics) -> dict[str, Tensor
 
 
 def _samples(arrays: np.ndarray, part: int, first: int, seed: int) -> Tensor:
-    """One posterior sample per image of a view, float32 [N, C, h, w]."""
+    """Draw one posterior sample per image of a view: float32 [N, C, h, w].
+
+    Args:
+        arrays: a shard, float16 [N, 2 · (1 + flip), C, h, w].
+        part: index of the view's mean in the second dimension.
+        first: index of the first image.
+        seed: seed of the samples.
+    """
     noise = [
         torch.randn(arrays.shape[2:], generator=torch_generator(seed, "released latents", part, index))
         for index in range(first, first + len(arrays))

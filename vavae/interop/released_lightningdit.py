@@ -21,7 +21,7 @@ _PER_HEAD = (_ROTATION, "blocks.0.attn.q_norm.weight")
 """Tensors whose last dimension is the width of one head."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _TABLE_ERROR = 1e-3
-"""What a table of positions may differ by. The published average runs over the embedding as well, though it never
+"""Tolerance of a table of positions. The published average runs over the embedding as well, though it never
 changes; its own rounding moves it by up to 1.7e-4."""
 
 
@@ -30,11 +30,11 @@ def load_released_lightningdit(path: str | os.PathLike[str], **overrides: Any) -
 
     Args:
         path: local path or storage URL of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
-        overrides: fields of `LightningDiTConfig`, `latent_dim` and `grid`. All are told by the tensors, except `heads`
-            where there is neither RoPE nor QK-norm and the size has no name.
+        overrides: fields of `LightningDiTConfig`, `latent_dim` and `grid`. The tensors determine all of them, except
+            `heads` where there is neither RoPE nor QK-norm and the size has no name.
 
     Returns:
-        The model in training mode, its tensors bit for bit those of the file.
+        The model in training mode, its tensors bitwise identical to those of the file.
 
     Raises:
         UserError: no such file, a damaged or foreign one, or one that contradicts an override; the line names the
@@ -44,7 +44,13 @@ def load_released_lightningdit(path: str | os.PathLike[str], **overrides: Any) -
 
 
 def convert_lightningdit(weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> LightningDiT:
-    """The same from tensors that are read; `section` is what the overrides' names begin with in messages."""
+    """Convert tensors to a LightningDiT, see :func:`load_released_lightningdit`.
+
+    Args:
+        weights: the file.
+        overrides: as there.
+        section: prefix of the names of the overrides in messages.
+    """
     model = _LIGHTNINGDIT.load(weights, overrides, section)
     _check_positions(weights.url, model)
     return model
@@ -82,7 +88,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _infer_size(weights: WeightsFile, overrides: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Name of the size, or where it has none depth, width and heads; nothing where the overrides name a size."""
+    """Infer the name of the size, or where it has none depth, width and heads; none where the overrides name a size."""
     blocks = [int(block[1]) for block in map(_BLOCK.match, weights.tensors) if block]
     depth, head_dims = (
         max(blocks) + 1,

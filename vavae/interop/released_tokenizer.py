@@ -19,20 +19,20 @@ from vavae.models.tokenizer.config import TokenizerConfig
 
 _ALIGNMENT, _DISCRIMINATOR = "linear_proj.", "loss.discriminator."
 _BESIDE = (_ALIGNMENT, "loss.", "foundation_model.", "model_ema.")
-"""What checkpoints of training hold beside the autoencoder; those of SD-VAE have the last."""
+"""Prefixes of what checkpoints of training hold besides the autoencoder; those of SD-VAE have the last."""
 
 _log = logging.getLogger(__name__)
 
 
 def load_released_tokenizer(path: str | os.PathLike[str], **overrides: Any) -> VAVAE:
-    """Read a released autoencoder into the class that trains; says in the log what else the file held.
+    """Read a released autoencoder into the class that trains, and log what else the file holds.
 
     Args:
         path: local path or storage URL of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
-        overrides: fields of `TokenizerConfig`; the tensors tell all sizes, so those can only be confirmed.
+        overrides: fields of `TokenizerConfig`; the tensors determine all sizes, so those can only be confirmed.
 
     Returns:
-        The model in training mode, its tensors bit for bit those of the file.
+        The model in training mode, its tensors bitwise identical to those of the file.
 
     Raises:
         UserError: no such file, a damaged or foreign one, or one that contradicts an override; the line names the
@@ -59,7 +59,13 @@ def load_released_discriminator(path: str | os.PathLike[str], **overrides: Any) 
 
 
 def convert_tokenizer(weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> VAVAE:
-    """The autoencoder from tensors that are read; `section` is what the overrides' names begin with in messages."""
+    """Convert tensors to the autoencoder, see :func:`load_released_tokenizer`.
+
+    Args:
+        weights: the file.
+        overrides: as there.
+        section: prefix of the names of the overrides in messages.
+    """
     beside = Counter(prefix for name in weights.tensors for prefix in _BESIDE if name.startswith(prefix))
     autoencoder = _AUTOENCODER.load(weights.without(*_BESIDE), overrides, section)
     if beside:
@@ -69,22 +75,22 @@ def convert_tokenizer(weights: WeightsFile, overrides: Mapping[str, Any], sectio
 
 
 def convert_alignment(weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> VisionFoundationLoss:
-    """The projection from tensors that are read; `section` is what the overrides' names begin with in messages."""
+    """Convert tensors to the projection; arguments as of :func:`convert_tokenizer`."""
     return _PROJECTION.load(weights, overrides, section)
 
 
 def holds_alignment(weights: WeightsFile) -> bool:
-    """Whether a tokenizer was trained with a projection."""
+    """Return whether a file holds a tokenizer's projection."""
     return any(name.startswith(_ALIGNMENT) for name in weights.tensors)
 
 
 def convert_discriminator(weights: WeightsFile, overrides: Mapping[str, Any], section: str = "") -> PatchDiscriminator:
-    """The discriminator from tensors that are read; `section` is what the overrides' names begin with in messages."""
+    """Convert tensors to the discriminator; arguments as of :func:`convert_tokenizer`."""
     return _PATCH_DISCRIMINATOR.load(weights, overrides, section)
 
 
 def holds_discriminator(weights: WeightsFile) -> bool:
-    """Whether a file has kept the discriminator."""
+    """Return whether a file holds a tokenizer's discriminator."""
     return any(name.startswith(_DISCRIMINATOR) for name in weights.tensors)
 
 
@@ -121,7 +127,7 @@ def _infer_autoencoder(weights: WeightsFile, overrides: Mapping[str, Any]) -> di
 
 
 def _count(weights: WeightsFile, pattern: str) -> int:
-    """How many different numbers stand at a place of the names."""
+    """Number of different values of the pattern's group among the names."""
     return len({match[1] for match in map(re.compile(pattern).match, weights.tensors) if match})
 
 

@@ -1,4 +1,4 @@
-"""How latents are computed and stored."""
+"""Configuration of latents: their computation and storage."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""One image shard in, one latent shard of the same name out; its record, written last, says that it is done."""
+"""Extraction of latents: one image shard in, one latent shard of the same name out, its record written last."""
 
 import hashlib
 import json
@@ -27,6 +27,7 @@ from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import write_latents
 from vavae.latents.statistics import STATISTICS, LatentStatistics
 from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class LatentShardRecord(BaseModel):
-    """The commit record of one latent shard."""
+    """Commit record of one latent shard."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +47,7 @@ class LatentShardRecord(BaseModel):
     keys: tuple[str, ...]
     """Names of the images, in order, as their source calls them."""
     skipped: tuple[str, ...] = ()
-    """Names of those that could not be read and have no latent."""
+    """Names of the unreadable images, which have no latent."""
 
 
 class ShardTask(NamedTuple):
@@ -60,14 +61,14 @@ class ShardTask(NamedTuple):
 
 
 class Extraction:
-    """Latents of one set of image shards under one tokenizer.
+    """The latents of one set of image shards under one tokenizer.
 
     Args:
-        images: the folder of the image shards.
-        manifest: of the images.
-        latents: the folder of the latents.
+        images: folder of the image shards.
+        manifest: manifest of the image shards.
+        latents: folder of the latents.
         tokenizer: digest of the tokenizer's export.
-        config: batch and flips.
+        config: batch size, flips and scale.
     """
 
     def __init__(
@@ -76,9 +77,15 @@ class Extraction:
         self._images, self._manifest, self._latents = images, manifest, latents
         self._tokenizer, self._config = tokenizer, config
 
+    @classmethod
+    def of(cls, inputs: ExtractionInputs) -> "Extraction":
+        """The latents of a run."""
+        tokenizer, config = inputs.tokenizer.digest, inputs.config.latents
+        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config)
+
     @property
     def images(self) -> int:
-        """Images of all shards."""
+        """Number of images in all shards."""
         return sum(self._manifest.count(split) for split in self._manifest.splits)
 
     def tasks(self) -> list[ShardTask]:
@@ -92,7 +99,7 @@ class Extraction:
         return tasks
 
     def record(self, task: ShardTask) -> LatentShardRecord | None:
-        """The record of a shard that is done; None where it isn't, or was made from something else."""
+        """The record of a shard; None where it is not done, or was made from something else."""
         source = self._manifest.splits[task.split][task.number]
         try:
             record = LatentShardRecord.model_validate_json(self._latents.read_bytes(_record_path(task.split, source)))
@@ -113,7 +120,14 @@ class Extraction:
         )
 
     def encode(self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]) -> None:
-        """Encode one shard, unless it is done; `advance` is told the images done since its last call."""
+        """Encode one shard, unless it is done.
+
+        Args:
+            task: the shard.
+            model: the tokenizer, on the device.
+            device: where to encode.
+            advance: called with the number of images done since its last call.
+        """
         source = self._manifest.splits[task.split][task.number]
         if self.record(task) is not None:
             advance(source.count)
@@ -150,7 +164,7 @@ class Extraction:
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
 
     def _posteriors(self, model: VAVAE, images: Tensor) -> np.ndarray:
-        """uint8 [B, 3, H, W] → float16 [B, 2 · (1 + flip), C, h, w]; a short batch is padded to the full size."""
+        """Encode uint8 [B, 3, H, W] to float16 [B, 2 · (1 + flip), C, h, w], a short batch padded to the full size."""
         count = len(images)
         padded = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
         views = [padded, padded.flip(-1)] if self._config.flip else [padded]
@@ -162,7 +176,14 @@ class Extraction:
         return torch.stack(parts, dim=1).half().cpu().numpy()
 
     def finish(self, shape: tuple[int, int, int]) -> tuple[str, dict[str, FileInfo]]:
-        """Write manifest and statistics once all shards are done; the digest of the content, and all files."""
+        """Write manifest and statistics once all shards are done.
+
+        Args:
+            shape: C, H, W of one latent.
+
+        Returns:
+            Digest of the content; size and checksum of every file.
+        """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
         total = LatentStatistics(shape[0])
         for task in self.tasks():
@@ -194,7 +215,7 @@ class Extraction:
         return digest({path: info.sha256 for path, info in files.items()}), files
 
     def _normalization(self, total: LatentStatistics) -> dict[str, Tensor]:
-        """What the diffusion subtracts and divides by, per channel: float64 [C]."""
+        """Mean and deviation that the diffusion normalizes by, per channel: float64 [C]."""
         mean, std, scale = torch.from_numpy(total.mean), torch.from_numpy(total.std), self._config.scale
         if scale is not None:
             mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / scale)
@@ -203,6 +224,7 @@ class Extraction:
 
 class _Batch(NamedTuple):
     images: Tensor
+    """uint8 [B, 3, H, W]."""
     labels: list[int]
     keys: list[str]
 
@@ -211,19 +233,19 @@ class _ReadableImages:
     """Batches of the readable images of a shard, full but for the last.
 
     Args:
-        records: of the shard.
-        place: its name.
-        image_size: side in pixels of ADM's center crop.
-        classes: how many there are.
+        records: records of the shard.
+        place: name of the shard.
+        image_size: side of ADM's center crop, pixels.
+        classes: number of classes.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]], place: str, image_size: int, classes: int) -> None:
         self._records, self._place, self._size, self._classes = records, place, image_size, classes
         self.skipped: list[str] = []
-        """Names of those that were left out so far."""
+        """Names of the images that were left out so far."""
 
     def batches(self, batch_size: int) -> Iterator[_Batch]:
-        """All images, in order."""
+        """Read all images, in order."""
         samples = self._samples()
         while chosen := list(islice(samples, batch_size)):
             images, labels, keys = zip(*chosen, strict=True)

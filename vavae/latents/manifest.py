@@ -10,7 +10,7 @@ MANIFEST = "manifest.json"
 
 
 class LatentManifest(BaseModel):
-    """What a set of latents is: its shards, the size of a latent, the classes, and the tokenizer that made it."""
+    """A set of latents: its shards, the shape of a latent, the classes, and the tokenizer that made it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,12 +25,16 @@ class LatentManifest(BaseModel):
 
     @property
     def record_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one record's array."""
+        """Shape of one record's array: 2 · (1 + flip), C, H, W."""
         return (2 * (1 + self.flip), *self.shape)
 
 
 def read_latent_manifest(storage: Storage) -> LatentManifest:
-    """The manifest in a folder of latents."""
+    """Read the manifest in a folder of latents.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         return LatentManifest.model_validate_json(storage.read_bytes(MANIFEST))
     except (FileNotFoundError, ValidationError) as error:
@@ -38,18 +42,22 @@ def read_latent_manifest(storage: Storage) -> LatentManifest:
 
 
 def read_any_manifest(storage: Storage) -> Manifest | LatentManifest:
-    """The manifest in a folder of images or of latents; UserError where there is neither."""
+    """Read the manifest in a folder of image shards or of latents.
+
+    Raises:
+        UserError: there is neither.
+    """
     found = storage.read_json(MANIFEST) if storage.is_file(MANIFEST) else None
     is_of_latents = isinstance(found, dict) and "tokenizer" in found
     return read_latent_manifest(storage) if is_of_latents else read_manifest(storage)
 
 
 def read_latents_of(storage: Storage, tokenizer: str, shape: tuple[int, int, int]) -> LatentManifest:
-    """The manifest of the latents that a model is to be trained on.
+    """Read the manifest of the latents that a model is to be trained on.
 
     Args:
-        storage: their folder.
-        tokenizer: digest of the tokenizer whose latents they must be.
+        storage: folder of the latents.
+        tokenizer: digest of the tokenizer that must have made them.
         shape: C, H, W of one latent as the model takes it.
 
     Raises:

@@ -19,10 +19,10 @@ _LABEL_DIGITS = 9
 
 
 def write_latents(path: Path, arrays: np.ndarray, labels: Sequence[int], first_index: int) -> None:
-    """Write one shard to a local file.
+    """Write one shard.
 
     Args:
-        path: the file.
+        path: local file.
         arrays: float16 [N, 2 · (1 + flip), C, H, W].
         labels: N class indices.
         first_index: index of the first record in its split; names the members.
@@ -39,9 +39,9 @@ class MappedLatents:
     """A latent shard in memory: arrays and labels are views, nothing is parsed per record.
 
     Args:
-        path: the shard.
-        count: records that the manifest promises.
-        record_shape: shape of one record's array.
+        path: local file of the shard.
+        count: number of records according to the manifest.
+        record_shape: shape of one record's array, 2 · (1 + flip), C, H, W.
 
     Raises:
         UserError: the file has another count, shape or layout.
@@ -69,7 +69,7 @@ class MappedLatents:
 
 
 def _npy_header_bytes(path: Path, record_shape: tuple[int, ...]) -> int:
-    """Length of the npy header of the first record, once it is found to promise float16 of that shape."""
+    """Length of the npy header of the first record, bytes; UserError unless it says float16 of that shape."""
     with path.open("rb") as file:
         file.seek(_BLOCK)
         try:

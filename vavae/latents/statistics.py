@@ -23,26 +23,26 @@ class LatentStatistics:
         self.sum_squares = np.zeros(channels)
 
     def update(self, mean: np.ndarray, std: np.ndarray) -> None:
-        """Add posteriors; two arrays [N, C, H, W]."""
+        """Add posteriors: mean and standard deviation, [N, C, H, W] each."""
         mean, std = mean.astype(np.float64), std.astype(np.float64)
         self.count += mean.size // mean.shape[1]
         self.sum += mean.sum((0, 2, 3))
         self.sum_squares += (mean**2 + std**2).sum((0, 2, 3))
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Add another's sums."""
+        """Add the sums of other latents."""
         self.count += other.count
         self.sum += other.sum
         self.sum_squares += other.sum_squares
 
     @property
     def mean(self) -> np.ndarray:
-        """float64 [C]."""
+        """Mean per channel, float64 [C]."""
         return self.sum / self.count
 
     @property
     def std(self) -> np.ndarray:
-        """float64 [C]."""
+        """Standard deviation per channel, float64 [C]."""
         return np.sqrt(self.sum_squares / self.count - self.mean**2)
 
     def to_json(self) -> dict[str, object]:
@@ -51,7 +51,7 @@ class LatentStatistics:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "LatentStatistics":
-        """The inverse of `to_json`."""
+        """Restore sums from `to_json`."""
         statistics = cls(0)
         statistics.count = int(values["count"])  # type: ignore[call-overload]
         statistics.sum, statistics.sum_squares = np.array(values["sum"]), np.array(values["sum_squares"])
@@ -59,7 +59,11 @@ class LatentStatistics:
 
 
 def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C], float64, of the latents of the training split in a folder."""
+    """Read mean and standard deviation, float64 [C] each, of the training split from a folder of latents.
+
+    Raises:
+        UserError: they are not there.
+    """
     try:
         tensors = load_file(storage.local_file(STATISTICS))
     except (FileNotFoundError, SafetensorError) as error:

@@ -32,13 +32,13 @@ class LatentMicroBatch(NamedTuple):
 
 
 class LatentStream(ShardStream[LatentMicroBatch]):
-    """Slices of one split of latent shards, in the same order as images would come.
+    """Micro-batches of one split of latent shards, in the sample order of the images.
 
     Args:
-        storage: the folder of the latents.
-        manifest: what there is.
+        storage: folder of the latents.
+        manifest: manifest of the latents.
         split: `train` or `validation`.
-        order: which record comes where.
+        order: the sample order.
         micro_batch_size: latents of one micro-batch.
         seed: keys the choice between an image and its mirror image.
         open_shards: shards mapped at a time.

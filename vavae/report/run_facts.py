@@ -1,4 +1,4 @@
-"""What a reader of a report has to know of a run besides its figures: what was trained on what, for how long."""
+"""Facts about a run beside its metrics: what was trained on what, for how long, and at what cost."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -6,8 +6,10 @@ from typing import Any
 
 from vavae.config import written_path
 from vavae.progress import clock
-from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, TRAININGS, Job, Run
+from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.evaluation_inputs import ReportInputs
+from vavae.runs.run import JOBS, Job
+from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.hardware import HARDWARE, Hardware
 
@@ -15,7 +17,7 @@ _HOUR = 3600
 
 
 def run_summary(config: RunConfig) -> str:
-    """Data and models, in one line."""
+    """Data and models of a run, in one line."""
     tokenizer, transformer = config.tokenizer, config.lightningdit
     size = transformer.size or f"{transformer.depth} x {transformer.width}"
     return (
@@ -24,60 +26,59 @@ def run_summary(config: RunConfig) -> str:
     )
 
 
-def run_facts(run: Run, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Place, digests of all artifacts, and what the trainings took; by name.
+def run_facts(inputs: ReportInputs, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Place of a run, digests of its artifacts, and length and cost of its trainings, by name.
 
     Args:
-        run: finished or not.
-        rows: of its log.
+        inputs: those of a run, finished or not.
+        rows: rows of its log.
     """
-    facts = {"storage": run.storage.url()}
+    facts = {"storage": inputs.storage.url()}
     rows = list(rows)
-    for job, stage in JOBS.items():
-        if job in TRAININGS and (mine := [row for row in rows if row["stage"] == job]):
-            facts[f"training of the {stage.makes}"] = _training(run, job, mine)
+    for job, spec in JOBS.items():
+        own = [row for row in rows if row["stage"] == job]
+        if job in inputs.trainings and own:
+            facts[f"training of the {spec.makes}"] = _training_fact(inputs, job, own)
             if job == "train_lightningdit":
-                measures = CheckpointMetrics.of(run.training_folder(job), run.config.train_lightningdit)
-                if measures is not None:
-                    facts["measured checkpoints"] = measures.summary()
-        record = run.artifact(job)
-        if record is not None:
-            facts[stage.makes] = record.digest[:12]
+                checkpoints = CheckpointMetrics.of(inputs.trainings[job], inputs.config.train_lightningdit)
+                if checkpoints is not None:
+                    facts["measured checkpoints"] = checkpoints.summary()
+        if job in inputs.artifacts:
+            facts[spec.makes] = inputs.artifacts[job].digest[:12]
     return facts
 
 
-def hardware_of(run: Run, job: Job) -> Hardware | None:
-    """What a training runs on, once it has begun."""
-    place = f"{run.training_prefix(job)}/{HARDWARE}"
-    return Hardware.model_validate(run.storage.read_json(place)) if run.storage.is_file(place) else None
+def hardware_of(training: Storage) -> Hardware | None:
+    """The hardware of a training, given its folder; None before it has begun."""
+    return Hardware.model_validate(training.read_json(HARDWARE)) if training.is_file(HARDWARE) else None
 
 
 def training_seconds(rows: Iterable[Mapping[str, Any]]) -> float:
-    """Time of the steps behind the rows of one training; starts, and steps that were lost, are not in the log."""
-    measured = [row for row in rows if row.get("images_per_second")]
-    before = [0, *(row["images"] for row in measured)]
+    """Time of the steps behind the rows of one training, seconds; starts and lost steps are not in the log."""
+    timed = [row for row in rows if row.get("images_per_second")]
+    before = [0, *(row["images"] for row in timed)]
     return sum(
         (images - previous) / row["images_per_second"]
-        for (previous, images), row in zip(pairwise(before), measured, strict=True)
+        for (previous, images), row in zip(pairwise(before), timed, strict=True)
     )
 
 
 def training_cost(rows: Iterable[Mapping[str, Any]], workers: int, hourly_price: float) -> float:
-    """What the steps behind the rows of one training cost, at a price per worker."""
+    """Cost of the steps behind the rows of one training, at a price per worker and hour."""
     return training_seconds(rows) / _HOUR * workers * hourly_price
 
 
-def _training(run: Run, job: Job, rows: list[Mapping[str, Any]]) -> str:
-    seconds, images = training_seconds(rows), rows[-1]["images"]
-    budget = run.budget(job)
-    of = f" of {budget:,}" if budget is not None and images < budget else ""
+def _training_fact(inputs: ReportInputs, job: Job, rows: list[Mapping[str, Any]]) -> str:
+    config: TrainingConfig = getattr(inputs.config, job)
+    seconds, images, budget = training_seconds(rows), rows[-1]["images"], config.steps * config.batch_size
+    of = f" of {budget:,}" if images < budget else ""
     parts = [f"{images:,}{of} images in {clock(seconds)}"]
     if seconds:
         parts.append(f"{images / seconds:,.4g} images/s")
-    hardware = hardware_of(run, job)
+    hardware = hardware_of(inputs.trainings[job])
     if hardware is not None:
         parts.append(str(hardware))
-        price = run.config.workers.hourly_price
+        price = inputs.config.workers.hourly_price
         if price is not None:
             cost = training_cost(rows, hardware.workers, price)
             parts.append(f"cost {cost:,.2f} at {price:g} per worker and hour")

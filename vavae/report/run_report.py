@@ -1,4 +1,4 @@
-"""The report of one run, from what its jobs have left on storage; parts that are not there yet are left out."""
+"""The report of one run, from what its jobs have left on storage; parts that do not exist yet are left out."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,38 +9,38 @@ from vavae.evaluation.metrics import generation_protocol
 from vavae.report.curves import training_curves
 from vavae.report.html import Picture, Report
 from vavae.report.run_facts import run_facts, run_summary
+from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
-from vavae.runs.run import JOBS, TRAININGS, Job, Run
+from vavae.runs.run import Job
 from vavae.training.callbacks.callback import PREVIEWS
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.log import read_rows
 
 
-def run_report(run: Run) -> Report:
-    """What there is of a run."""
-    rows = log_rows(run)
+def run_report(inputs: ReportInputs) -> Report:
+    """Gather the report of a run, finished or not."""
+    rows = log_rows(inputs)
     return Report(
-        title=run.config.name,
-        summary=run_summary(run.config),
-        facts=run_facts(run, rows),
-        metrics=read_metrics(run.storage),
-        pictures=[*_pictures(run), *_previews(run)],
+        title=inputs.config.name,
+        summary=run_summary(inputs.config),
+        facts=run_facts(inputs, rows),
+        metrics=read_metrics(inputs.storage),
+        pictures=[*_pictures(inputs), *_previews(inputs)],
         curves=training_curves(rows),
-        config=dump(run.config),
+        config=dump(inputs.config),
     )
 
 
-def log_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows that the trainings of a run have logged so far, and what was measured of checkpoints."""
-    trained = [job for job in TRAININGS if run.artifact(JOBS[job].inputs[0]) is not None]
-    rows = {job: read_rows(run.storage.child(f"{run.training_prefix(job)}/log")) for job in trained}
-    if "train_lightningdit" in trained:
-        training = run.training_folder("train_lightningdit")
-        measures = CheckpointMetrics.of(training, run.config.train_lightningdit)
-        evaluated = {} if measures is None else measures.values()
-        found = [{"stage": "train_lightningdit", "images": seen, **values} for seen, values in evaluated.items()]
-        rows["train_lightningdit"] = sorted([*rows["train_lightningdit"], *found], key=lambda row: row["images"])
-    return [row for job in trained for row in rows[job]]
+def log_rows(inputs: ReportInputs) -> list[dict[str, Any]]:
+    """The rows that the trainings of a run have logged so far, with the metrics of evaluated checkpoints among them."""
+    rows = {job: read_rows(training.child("log")) for job, training in inputs.trainings.items()}
+    job: Job = "train_lightningdit"
+    if job in rows:
+        checkpoints = CheckpointMetrics.of(inputs.trainings[job], inputs.config.train_lightningdit)
+        if checkpoints is not None:
+            found = [{"stage": job, "images": seen, **values} for seen, values in checkpoints.values().items()]
+            rows[job] = sorted([*rows[job], *found], key=lambda row: row["images"])
+    return [row for of_training in rows.values() for row in of_training]
 
 
 class _Shown(NamedTuple):
@@ -53,8 +53,8 @@ class _Shown(NamedTuple):
     smooth: bool = False
 
 
-def _pictures(run: Run) -> list[Picture]:
-    generated = generation_protocol(run.config.sample.images, run.config)
+def _pictures(inputs: ReportInputs) -> list[Picture]:
+    generated = generation_protocol(inputs.config.sample.images, inputs.config)
     shown = (
         _Shown(
             SAMPLES,
@@ -77,12 +77,12 @@ def _pictures(run: Run) -> list[Picture]:
             smooth=True,
         ),
     )
-    there = [picture for picture in shown if run.storage.is_file(picture.file)]
-    return [Picture(p.title, p.caption, run.storage.read_bytes(p.file), p.alt, p.smooth) for p in there]
+    there = [picture for picture in shown if inputs.storage.is_file(picture.file)]
+    return [Picture(p.title, p.caption, inputs.storage.read_bytes(p.file), p.alt, p.smooth) for p in there]
 
 
 class _Preview(NamedTuple):
-    """Pictures that a training leaves on its way, until its model has made the final ones."""
+    """Pictures that a training leaves at intervals, shown until its model has made the final ones."""
 
     job: Job
     final: str
@@ -109,13 +109,14 @@ _PREVIEWS = (
 )
 
 
-def _previews(run: Run) -> list[Picture]:
-    """The newest one of each training."""
+def _previews(inputs: ReportInputs) -> list[Picture]:
+    """The newest preview of each training."""
     found = []
     for job, final, title, caption, alt in _PREVIEWS:
-        if run.storage.is_file(final) or run.artifact(JOBS[job].inputs[0]) is None:
+        if job not in inputs.trainings or inputs.storage.is_file(final):
             continue
-        for path in run.storage.list(f"{run.training_prefix(job)}/{PREVIEWS}")[-1:]:
+        previews = inputs.trainings[job].child(PREVIEWS)
+        for path in previews.list()[-1:]:
             name = f"{title} after {int(Path(path).stem):,} images"
-            found.append(Picture(name, caption, run.storage.read_bytes(path), alt))
+            found.append(Picture(name, caption, previews.read_bytes(path), alt))
     return found

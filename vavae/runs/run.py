@@ -71,6 +71,19 @@ class Plan:
     """In a few words, what there is or what is missing."""
 
 
+@dataclass(frozen=True)
+class StoredArtifact:
+    """Folder and record of an artifact, as the inputs of a job hold it."""
+
+    folder: Storage
+    record: Artifact
+
+    @property
+    def digest(self) -> str:
+        """Digest of its content."""
+        return self.record.digest
+
+
 class Run:
     """The artifacts of one configuration on its storage.
 
@@ -162,6 +175,15 @@ class Run:
                 f"run python -m ray_jobs.{job} with this configuration first"
             )
         return record
+
+    def stored(self, job: Job) -> StoredArtifact:
+        """An artifact that another job reads, with its folder.
+
+        Raises:
+            UserError: there is none yet.
+        """
+        record = self.require(job)
+        return StoredArtifact(self.folder(job), record)
 
     def inputs(self, job: Job) -> dict[str, str]:
         """Digests of a job's inputs, by the job that made each.
@@ -275,7 +297,7 @@ class Run:
         Raises:
             UserError: an input is missing.
         """
-        identity_now = self.identity(job)
+        prefix, identity_now = self.prefix(job), self.identity(job)
         draft = Artifact(
             kind=JOBS[job].makes,
             digest="",
@@ -283,7 +305,19 @@ class Run:
             inputs=self.inputs(job),
             details={"identity": identity_now},
         )
-        return JobOutput(self.storage, self.prefix(job), draft)
+        return JobOutput(self.storage, prefix, draft)
+
+    def import_output(self, job: Job) -> JobOutput:
+        """Where an import puts what takes the place of what a job makes.
+
+        Raises:
+            UserError: the run has made its own, which a command of minutes must not replace; or an input is missing.
+        """
+        record = self.artifact(job)
+        begun = job in TRAININGS and self.training_folder(job).exists("checkpoints")
+        if begun or (record is not None and IMPORTED not in record.details):
+            raise UserError(f"{self.storage.url()} has its own {JOBS[job].makes}; give the run another name")
+        return self.output(job)
 
     def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artifact:
         """Make the commit record of an artifact that is just finished.

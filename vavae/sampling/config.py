@@ -1,4 +1,4 @@
-"""Which images are generated."""
+"""Configuration of sampling: number, classes and files of the generated images."""
 
 from typing import Annotated, Literal
 
@@ -29,7 +29,7 @@ class SampleConfig(Config):
     """Images per class in the picture `samples.png`."""
 
     def in_words(self, count: int) -> str:
-        """So many of these images, as it stands beside a figure."""
+        """Describe so many of these images, for the protocol of a metric."""
         if self.labels == "class_balanced":
             return f"{count:,} class-balanced samples"
         if self.labels == "random":

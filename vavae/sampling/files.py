@@ -1,25 +1,31 @@
-"""Images of given classes and seeds in one file, and how they are asked for."""
+"""Files of generated images: a WebDataset shard, one array, a picture; and the images that are asked for."""
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import ZipFile, ZipInfo
 
+import numpy as np
 from torch import Tensor
 
+from vavae.data.grid import enlargement, image_grid, png_bytes
 from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
-from vavae.sampling.npz import write_npz
-from vavae.sampling.sample_shards import add_image
+from vavae.runs.files import NPZ, SAMPLES
+from vavae.sampling.sample_shards import SampleSet, add_image
+from vavae.storage.storage import Storage
+
+_PICTURE_CLASSES = 20
 
 
-class Wanted(NamedTuple):
-    """Every class with every seed, class after class."""
+class SampleRequest(NamedTuple):
+    """Images of every class with every seed, class after class."""
 
     classes: Sequence[int]
-    """Their labels."""
+    """Labels of the classes."""
     seeds: Sequence[int]
-    """Numbers of noises: image i of a run's samples has noise i."""
+    """Indices of the noise: sample i of a run has noise i."""
 
     @property
     def labels(self) -> list[int]:
@@ -28,12 +34,12 @@ class Wanted(NamedTuple):
 
     @property
     def indices(self) -> list[int]:
-        """Number of the noise of each image."""
+        """Index of the noise of each image."""
         return [seed for _ in self.classes for seed in self.seeds]
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-9`, `3`, or several of such, separated by commas.
+    """Parse `0-9`, `3`, or several of such, separated by commas.
 
     Raises:
         UserError: it is none of this.
@@ -48,15 +54,15 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def write_shard(path: Path, wanted: Wanted, batches: Iterable[Tensor]) -> None:
+def write_shard(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
     """Write images into a WebDataset shard: `png`, `cls`, and the seed in `json`.
 
     Args:
-        path: a local file.
-        wanted: what the images are.
-        batches: uint8 [B, 3, H, W], as many as are wanted.
+        path: local file.
+        request: classes and seeds of the images.
+        batches: all images, uint8 [B, 3, H, W] each.
     """
-    labels, seeds = wanted.labels, wanted.indices
+    labels, seeds = request.labels, request.indices
     with write_tar(path) as tar:
         for batch in batches:
             for image in batch:
@@ -64,7 +70,58 @@ def write_shard(path: Path, wanted: Wanted, batches: Iterable[Tensor]) -> None:
                 add_image(tar, tar.count, labels[tar.count], image, json=seed)
 
 
-def write_array(path: Path, wanted: Wanted, batches: Iterable[Tensor]) -> None:
+def write_array(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
     """Write images as the evaluator of ADM reads them; arguments as of :func:`write_shard`."""
     images = (image.permute(1, 2, 0).numpy() for batch in batches for image in batch)
-    write_npz(path, images, len(wanted.indices))
+    write_npz(path, images, len(request.indices))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], count: int) -> None:
+    """Write images uint8 [H, W, 3] as `arr_0` uint8 [N, H, W, 3], holding one of them at a time.
+
+    Args:
+        path: local file.
+        images: all of one size, at least one.
+        count: N, which comes first in the file.
+    """
+    written = 0
+    # An entry of NumPy's own would hold the array as a whole; its time would change the file.
+    with ZipFile(path, "w") as archive, archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+        for image in images:
+            if not written:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+            member.write(image.tobytes())
+            written += 1
+    assert written == count, f"{written} images came where {count} were announced"
+
+
+def write_sample_files(samples: SampleSet, run: Storage) -> dict[str, int]:
+    """Draw the picture of a complete set of samples, and write its array where the configuration asks for it.
+
+    Args:
+        samples: the set, all shards of which are done.
+        run: folder of the run.
+
+    Returns:
+        Size of each file by its name, bytes.
+    """
+    config = samples.config
+    rows = picture_rows([samples.label(index) for index in range(config.images)], config.picture_columns)
+    pixels = samples.images([index for row in rows for index in row])
+    run.write_bytes(SAMPLES, png_bytes(image_grid(pixels, len(rows[0]), scale=enlargement(pixels.shape[-1]))))
+    run.delete(NPZ)  # of other images, where it is not asked for
+    if config.npz:
+        with run.create(NPZ) as local:
+            write_npz(local, samples.pixels(), config.images)
+    return {name: run.size(name) for name in (SAMPLES, *([NPZ] if config.npz else []))}
+
+
+def picture_rows(labels: Sequence[int], columns: int) -> list[list[int]]:
+    """Indices of the images in a picture: a class a row, the lowest labels that occur, rows of one length."""
+    rows = [
+        [index for index, label in enumerate(labels) if label == shown][:columns]
+        for shown in sorted({*labels})[:_PICTURE_CLASSES]
+    ]
+    length = min(map(len, rows))
+    return [row[:length] for row in rows]

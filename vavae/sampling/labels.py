@@ -1,4 +1,4 @@
-"""Which class each generated image shows."""
+"""The classes of generated images."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -9,15 +9,15 @@ from vavae.sampling.config import SampleConfig
 
 
 def label_law(config: SampleConfig, classes: Sequence[str], seed: int) -> Callable[[int], int]:
-    """The label of the image at an index; a random one depends on the seed and the index alone.
+    """Make the function from the index of a sample to its label; a random one depends on seed and index alone.
 
     Args:
-        config: names the law.
-        classes: their names, in the order of their labels.
-        seed: of the run.
+        config: how labels are chosen.
+        classes: names of the classes, in the order of their labels.
+        seed: seed of the run.
 
     Raises:
-        UserError: a given label is none of the classes.
+        UserError: a given label names no class.
     """
     if config.labels == "random":
         return lambda index: int(numpy_generator(seed, "sample label", index).integers(len(classes)))
@@ -30,15 +30,15 @@ def label_law(config: SampleConfig, classes: Sequence[str], seed: int) -> Callab
 
 
 def find_classes(wanted: Sequence[int | str], classes: Sequence[str], place: str) -> list[int]:
-    """The labels of classes by name or number; where a number is the name of a class, it is taken for the name.
+    """Find labels of classes by name or number; a number that is also the name of a class is taken for the name.
 
     Args:
         wanted: names or numbers.
-        classes: all names, in the order of their labels.
-        place: where they were asked for, for the error.
+        classes: names of all classes, in the order of their labels.
+        place: option or key that asks for them, for the error.
 
     Raises:
-        UserError: there is no such class.
+        UserError: no such class exists.
     """
     labels = {name: label for label, name in enumerate(classes)}
     return [_find(str(name), labels, place) for name in wanted]

@@ -1,4 +1,4 @@
-"""The set of generated images as shards: each a pure function of its number, done when its record is there."""
+"""The set of samples in shards: each a pure function of its number, done when its record is there."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -12,6 +12,8 @@ from vavae.data.image_stream import image_bytes
 from vavae.data.shard_reader import LabeledImages, labeled_images, shard_records
 from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
+from vavae.latents.manifest import read_latent_manifest
+from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler
@@ -20,26 +22,26 @@ from vavae.storage.storage import Storage, sha256_of
 
 
 class SampleShardRecord(BaseModel):
-    """The commit record of one shard of generated images."""
+    """Commit record of one shard of samples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     origin: str
-    """Digest of the models and the settings that it was made with."""
+    """Digest of the models and settings that it was made with."""
     images: int
     file: FileInfo
 
 
 class SampleSet:
-    """Images 0 … N - 1 in shards; no batch crosses the end of a shard.
+    """Samples 0 … N - 1 in shards; no batch crosses the end of a shard.
 
     Args:
-        storage: the folder of the samples.
-        config: how many, of which classes.
-        seed: of the run.
+        storage: folder of the samples.
+        config: number and classes of the samples.
+        seed: seed of the run.
         guidance: classifier-free guidance.
-        solver: of the flow.
-        origin: digest of everything that an image is a function of, beside its index.
+        solver: solver of the flow.
+        origin: digest of everything that a sample is a function of, besides its index.
         classes: names of the classes, in the order of their labels.
 
     Raises:
@@ -56,24 +58,41 @@ class SampleSet:
         origin: str,
         classes: Sequence[str],
     ) -> None:
-        self._storage, self._config, self._seed = storage, config, seed
+        self._storage, self.config, self._seed = storage, config, seed
         self._guidance, self._solver, self._origin = guidance, solver, origin
         self.label = label_law(config, classes, seed)
-        """The label of the image at an index."""
+        """The label of the sample at an index."""
+
+    @classmethod
+    def of(cls, inputs: SamplingInputs) -> "SampleSet":
+        """The set that a configuration asks for, done or not.
+
+        Raises:
+            UserError: `sample.labels` names a class that does not exist.
+        """
+        classes = read_latent_manifest(inputs.latents.folder).classes
+        config, folder = inputs.config, inputs.output.folder
+        return cls(folder, config.sample, config.seed, config.guidance, config.solver, inputs.origin, classes)
 
     def shards(self) -> range:
         """Numbers of all shards, done or not."""
-        return range(-(-self._config.images // self._config.shard_images))
+        return range(-(-self.config.images // self.config.shard_images))
 
-    def generate(self, shard: int, generator: Sampler, advance: Callable[[int], None]) -> None:
-        """Make one shard, unless it is done; `advance` is told the images done since its last call."""
+    def generate(self, shard: int, sampler: Sampler, advance: Callable[[int], None]) -> None:
+        """Generate one shard, unless it is done.
+
+        Args:
+            shard: number of the shard.
+            sampler: the models.
+            advance: called with the number of images done since its last call.
+        """
         indices = self._indices(shard)
         if self.record(shard) is not None:
             advance(len(indices))
             return
         self._storage.delete(_record_path(shard))
         labels = [self.label(index) for index in indices]
-        batches = generator.batches(indices, labels, self._seed, self._guidance, self._solver, self._config.batch_size)
+        batches = sampler.batches(indices, labels, self._seed, self._guidance, self._solver, self.config.batch_size)
         with self._storage.create(_path(shard)) as local:
             with write_tar(local) as tar:
                 for batch in batches:
@@ -85,7 +104,7 @@ class SampleSet:
         self._storage.write_json(_record_path(shard), record.model_dump())
 
     def record(self, shard: int) -> SampleShardRecord | None:
-        """The record of a shard that is done with these models and settings."""
+        """The record of a shard; None where it is not done with these models and settings."""
         try:
             record = SampleShardRecord.model_validate_json(self._storage.read_bytes(_record_path(shard)))
             intact = self._storage.size(_path(shard)) == record.file.bytes
@@ -95,7 +114,7 @@ class SampleSet:
         return record if intact and valid else None
 
     def files(self) -> dict[str, FileInfo]:
-        """All shards once they are done."""
+        """Size and checksum of all shards by name, once they are done."""
         files = {}
         for shard in self.shards():
             record = self.record(shard)
@@ -104,17 +123,17 @@ class SampleSet:
         return files
 
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """Some of the images, once their shards are done: uint8 [B, 3, H, W]."""
+        """Some of the samples, once their shards are done: uint8 [B, 3, H, W]."""
         wanted = set(indices)
         found = {
             index: pixels
-            for shard in sorted({index // self._config.shard_images for index in wanted})
+            for shard in sorted({index // self.config.shard_images for index in wanted})
             for index, pixels in self._decode(shard, wanted)
         }
         return torch.from_numpy(np.stack([found[index] for index in indices])).permute(0, 3, 1, 2).contiguous()
 
     def pixels(self) -> Iterator[np.ndarray]:
-        """All images uint8 [H, W, 3], one after the other, once their shards are done."""
+        """All samples uint8 [H, W, 3], one after the other, once their shards are done."""
         for shard in self.shards():
             yield from (pixels for _, pixels in self._decode(shard, set(self._indices(shard))))
 
@@ -125,21 +144,29 @@ class SampleSet:
                 yield index, decode_image(image_bytes(record))
 
     def _indices(self, shard: int) -> list[int]:
-        first = shard * self._config.shard_images
-        return list(range(first, min(first + self._config.shard_images, self._config.images)))
+        first = shard * self.config.shard_images
+        return list(range(first, min(first + self.config.shard_images, self.config.images)))
 
 
 def add_image(tar: ShardWriter, index: int, label: int, image: torch.Tensor, **members: bytes) -> None:
-    """Append an image uint8 [3, H, W] and its label to a shard, and what else belongs to it by extension."""
+    """Append an image to a shard.
+
+    Args:
+        tar: the shard.
+        index: key of the record.
+        label: class of the image.
+        image: uint8 [3, H, W].
+        members: further files of the record, by extension.
+    """
     pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     tar.add(index, {"png": encode_image(pixels, "png").data, "cls": b"%d" % label, **members})
 
 
 def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabeledImages]:
-    """The generated images, a shard at a time, from a folder of samples.
+    """Read samples, a shard at a time.
 
     Args:
-        storage: the folder.
+        storage: folder of the samples.
         files: names of the shards.
     """
     for name in sorted(files):

@@ -1,4 +1,4 @@
-"""From class labels and image indices to images: noise, guidance and solver, latent statistics, decoder."""
+"""From class labels and indices of noise to images: guidance and solver, latent statistics, decoder."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,41 +17,38 @@ from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
-from vavae.storage.storage import Storage
+from vavae.runs.sampling_inputs import SamplingInputs
 
 
 class Sampler(NamedTuple):
-    """Everything that turns noise into images."""
+    """The models that turn noise into images."""
 
     tokenizer: VAVAE
     lightningdit: LightningDiT
     normalizer: LatentNormalizer
 
     @classmethod
-    def load(
-        cls, tokenizer: Storage, tokenizer_digest: str, latents: Storage, lightningdit: Storage, device: torch.device
-    ) -> "Sampler":
-        """Load both exports and the statistics of the latents.
+    def load(cls, inputs: SamplingInputs, device: torch.device | None = None) -> "Sampler":
+        """Load both exported models and the statistics of the latents.
 
         Args:
-            tokenizer: folder of the tokenizer's export.
-            tokenizer_digest: digest of that export.
-            latents: folder of the latents that the LightningDiT was trained on.
-            lightningdit: folder of its export.
-            device: where to put them.
+            inputs: the exports and the latents.
+            device: where to put them; None takes a GPU where there is one.
 
         Raises:
             UserError: the LightningDiT was trained on another tokenizer's latents.
         """
-        autoencoder, _ = load_tokenizer(tokenizer)
-        model, description = load_lightningdit(lightningdit)
-        if description.tokenizer != tokenizer_digest:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer, lightningdit = inputs.tokenizer, inputs.lightningdit
+        autoencoder, _ = load_tokenizer(tokenizer.folder)
+        model, description = load_lightningdit(lightningdit.folder)
+        if description.tokenizer != tokenizer.digest:
             raise UserError(
-                f"{lightningdit.url()} was trained on latents of tokenizer {description.tokenizer[:12]}, but "
-                f"{tokenizer.url()} is {tokenizer_digest[:12]}; take the tokenizer that belongs to it"
+                f"{lightningdit.folder.url()} was trained on latents of tokenizer {description.tokenizer[:12]}, but "
+                f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
             )
-        mean, std = read_statistics(latents)
-        return cls(autoencoder.to(device), model.to(device), LatentNormalizer(mean, std).to(device))
+        normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
+        return cls(autoencoder.to(device), model.to(device), normalizer.to(device))
 
     @torch.inference_mode()
     def images(
@@ -65,11 +62,11 @@ class Sampler(NamedTuple):
         """Generate images: uint8 [B, 3, H, W].
 
         Args:
-            indices: one number per image; its noise depends on the seed and on it alone.
+            indices: index of each image's noise, which depends on it and the seed alone.
             labels: class of each image.
-            seed: of the run.
+            seed: seed of the run.
             guidance: classifier-free guidance.
-            solver: of the flow.
+            solver: solver of the flow.
         """
         model = self.lightningdit
         device = self.normalizer.mean.device
@@ -88,12 +85,12 @@ class Sampler(NamedTuple):
         solver: SolverConfig,
         batch_size: int,
     ) -> Iterator[Tensor]:
-        """As :meth:`images`, so many at a time: uint8 [b, 3, H, W], b at most `batch_size`."""
+        """Generate images in batches uint8 [b, 3, H, W], b at most `batch_size`; see :meth:`images`."""
         for start in range(0, len(indices), batch_size):
             batch = slice(start, start + batch_size)
             yield self.images(indices[batch], labels[batch], seed, guidance, solver)
 
 
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
-    """Unit Gaussian noise float32 [B, *shape] on the CPU, where it is the same for every device and batch."""
+    """Standard normal noise float32 [B, *shape], drawn on the CPU and therefore equal for all devices and batches."""
     return torch.stack([torch.randn(*shape, generator=torch_generator(seed, "sample", index)) for index in indices])

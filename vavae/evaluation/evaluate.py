@@ -1,0 +1,77 @@
+"""The evaluation of a run or of its tokenizer: every part, then all metrics."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vavae.evaluation.evaluator import Evaluator
+from vavae.evaluation.generation import classify_generated
+from vavae.evaluation.metric import Metric
+from vavae.evaluation.metrics import (
+    classifier_metrics,
+    generation_metrics,
+    latent_space_metrics,
+    reconstruction_metrics,
+    small_set_warning,
+)
+from vavae.metrics.features import describe
+from vavae.metrics.latent_space import LatentMap
+from vavae.runs.evaluation_inputs import EvaluationInputs
+
+_log = logging.getLogger(__name__)
+
+_CLASSIFIER_IMAGES = 4000
+
+
+class Evaluation(NamedTuple):
+    """The result of an evaluation."""
+
+    metrics: list[Metric]
+    pairs: tuple[Tensor, Tensor]
+    """The first held-out images and their reconstructions, uint8 [P, 3, H, W] each."""
+    latent_map: LatentMap | None
+    """A map of the latents, where one is asked for."""
+
+
+def evaluate(evaluator: Evaluator, advance: Callable[[int], None]) -> Evaluation:
+    """Evaluate tokenizer, samples and latents of a run.
+
+    Args:
+        evaluator: of a run with samples; parts that have been evaluated already are not evaluated again.
+        advance: called with the number of images done since its last call.
+    """
+    for part in evaluator.missing():
+        evaluator.evaluate(part, advance)
+    config, reconstruction = evaluator.inputs.config, evaluator.reconstruction()
+    for name in config.evaluate.metrics.extractors:
+        description = describe(name, config.evaluate.metrics)
+        warning = small_set_warning(description, min(reconstruction.images, config.sample.images))
+        if warning is not None:
+            _log.warning(
+                "Fréchet distances through %s are biased upwards, for their covariances are singular: %s", name, warning
+            )
+    metrics = reconstruction_metrics(reconstruction, config)
+    metrics += generation_metrics(evaluator.generated(), evaluator.references(), config, evaluator.device)
+    if config.evaluate.class_agreement:
+        train, held_out = (evaluator.first_images(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
+        verdict = classify_generated(evaluator.samples(), train, held_out, config.seed)
+        metrics += classifier_metrics(verdict, config.sample.images, held_out, train, config)
+    latent_space = evaluator.latent_space()
+    if latent_space is not None:
+        metrics += latent_space_metrics(latent_space)
+    return Evaluation(metrics, reconstruction.pairs, None if latent_space is None else latent_space.maps[0])
+
+
+def evaluate_tokenizer(inputs: EvaluationInputs, advance: Callable[[int], None]) -> list[Metric]:
+    """Evaluate the tokenizer alone, which needs neither latents nor samples.
+
+    Args:
+        inputs: those of the run.
+        advance: called with the number of images done since its last call.
+    """
+    evaluator = Evaluator(inputs)
+    for part in evaluator.missing(("held_out", "reconstructions")):
+        evaluator.evaluate(part, advance)
+    return reconstruction_metrics(evaluator.reconstruction(), inputs.config)

@@ -1,0 +1,93 @@
+"""The inputs of evaluations and reports, resolved once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vavae.runs.config import RunConfig
+from vavae.runs.run import JOBS, TRAININGS, Job, Run, StoredArtifact
+from vavae.storage.artifact import Artifact
+from vavae.storage.storage import Storage
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """Images, models and samples that an evaluation compares."""
+
+    config: RunConfig
+    storage: Storage
+    """Folder of the run, where partial results and the references lie."""
+    shards: Storage
+    """Folder of the image shards."""
+    tokenizer: StoredArtifact
+    latents: StoredArtifact | None
+    """Latents whose space is measured; None where the configuration asks for none, or before there are samples."""
+    samples: StoredArtifact | None
+    """Generated images; None before there are any."""
+
+    @classmethod
+    def of(cls, run: Run) -> "EvaluationInputs":
+        """Resolve those of a run.
+
+        Raises:
+            UserError: the tokenizer is missing, or latents that are asked for.
+        """
+        has_samples = run.artifact("sample") is not None
+        measures_latents = has_samples and run.config.evaluate.latent_space is not None
+        return cls(
+            config=run.config,
+            storage=run.storage,
+            shards=run.folder("prepare_shards"),
+            tokenizer=run.stored("train_vavae"),
+            latents=run.stored("precompute_latents") if measures_latents else None,
+            samples=run.stored("sample") if has_samples else None,
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluationInputs:
+    """What the checkpoints of a LightningDiT's training are evaluated with."""
+
+    evaluation: EvaluationInputs
+    """Those of the run, without a promise that its metrics follow an accepted protocol."""
+    training: Storage
+    """Folder of the training's checkpoints."""
+    latents: Storage
+    """Folder of the latents that it is trained on."""
+
+    @classmethod
+    def of(cls, run: Run) -> "CheckpointEvaluationInputs":
+        """Resolve those of a run.
+
+        Raises:
+            UserError: the tokenizer or the latents are missing.
+        """
+        custom = run.config.evaluate.model_copy(update={"generation_protocol": "custom"})
+        return cls(
+            evaluation=EvaluationInputs.of(Run(run.config.model_copy(update={"evaluate": custom}))),
+            training=run.training_folder("train_lightningdit"),
+            latents=run.folder("precompute_latents"),
+        )
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Whatever the jobs of a run have left for its report so far."""
+
+    config: RunConfig
+    storage: Storage
+    """Folder of the run."""
+    artifacts: Mapping[Job, Artifact]
+    """Records of what the jobs have made."""
+    trainings: Mapping[Job, Storage]
+    """Folders of the trainings that have data to train on."""
+
+    @classmethod
+    def of(cls, run: Run) -> "ReportInputs":
+        """Resolve those of a run, finished or not."""
+        found = {job: run.artifact(job) for job in JOBS}
+        return cls(
+            config=run.config,
+            storage=run.storage,
+            artifacts={job: record for job, record in found.items() if record is not None},
+            trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
+        )
