@@ -36,7 +36,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
         for field in ("class_agreement", "latent_space"):
             if getattr(config.evaluate, field) and importlib.util.find_spec("sklearn") is None:
-                raise UserError(f"evaluate.{field} needs scikit-learn: pip install 'vavae[metrics]'")
+                raise UserError(f"evaluate.{field} needs scikit-learn: pip install -e '.[metrics]'")
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")

@@ -92,7 +92,7 @@ def _mode(better: str) -> str:
 def _optuna(sweep: Sweep, points: Sequence[Point]) -> Searcher | SearchAlgorithm:
     """Optuna's search, which first hears again how the points of a former attempt came out."""
     if importlib.util.find_spec("optuna") is None:
-        raise UserError("search.method=optuna needs Optuna: pip install 'vavae[sweep]'")
+        raise UserError("search.method=optuna needs Optuna: pip install -e '.[sweep]'")
     from ray.tune.search.optuna import OptunaSearch
 
     objectives = sweep.config.objectives
