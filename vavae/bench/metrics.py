@@ -42,7 +42,7 @@ def benchmarks(images: int, dimensions: int) -> Iterator[Benchmark]:
         UserError: torch-fidelity is not installed.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("the other side is torch-fidelity, which is not installed: pip install 'vavae[fidelity]'")
+        raise UserError("the other side is torch-fidelity, which is not installed: pip install -e '.[fidelity]'")
     vavae_side, baseline_side = _running(_CHECKED, dimensions), _gathered(_CHECKED, dimensions)
     torch.testing.assert_close(vavae_side.mean, baseline_side.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vavae_side.covariance, baseline_side.covariance, rtol=1e-5, atol=1e-6)

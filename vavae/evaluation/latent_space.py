@@ -76,7 +76,7 @@ def evaluate_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int
         from joblib import Parallel, delayed
     except ImportError as error:
         raise UserError(
-            "evaluate.latent_space needs scikit-learn, which is not installed: pip install 'vavae[metrics]'"
+            "evaluate.latent_space needs scikit-learn, which is not installed: pip install -e '.[metrics]'"
         ) from error
     tokens = [draw_tokens(latents, config, seed, sampling) for sampling in range(config.samplings)]
     return LatentSpace(Parallel(n_jobs=config.processes)(delayed(map_latents)(drawn) for drawn in tokens))

@@ -30,7 +30,7 @@ def class_agreement(
         from sklearn.svm import SVC
     except ImportError as error:
         raise UserError(
-            "class agreement needs scikit-learn, which is not installed: pip install 'vavae[quickstart]'"
+            "class agreement needs scikit-learn, which is not installed: pip install -e '.[quickstart]'"
         ) from error
     chosen = _subset(len(real), max_real, seed, "agreement")
     if len(real_labels[chosen].unique()) < 2:

