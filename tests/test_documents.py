@@ -39,7 +39,7 @@ _NOT_HERE = {
     r"^python -m ray_jobs\.pipeline --config FILE\b": "FILE stands for a configuration, and it needs a bucket",
     r"^vavae (import|export) .* --config RUN\.yaml": "RUN.yaml stands for a configuration; tests/interop has the files",
     r"^(docker|kubectl) ": "needs Docker or a Kubernetes cluster; tests/cluster checks the files",
-    r"\bpip (install|freeze)\b|^python3 -m venv |^source \.venv/": "installs packages, in an environment that is here already",
+    r"\bpip (install|freeze)\b|^python3 -m venv |^source \.venv/": "make the environment, which is here",
 }
 """Commands that can't be run here, and why."""
 
