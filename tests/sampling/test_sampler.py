@@ -91,7 +91,7 @@ def test_index_label_seed_and_guidance_matter(sampler, images):
 def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(sampler):
     """Euler in one step from noise: x = noise + velocity(noise, 0), then denormalized and decoded."""
     shape = (small.TOKENIZER.latent_dim, small.GRID, small.GRID)
-    noise = torch.randn(shape, sampler=torch_generator(SEED, "sample", 3))[None]
+    noise = torch.randn(shape, generator=torch_generator(SEED, "sample", 3))[None]
     velocity = sampler.lightningdit(noise, torch.zeros(1), torch.tensor([2]))
     latent = (noise + velocity) * STD.float()[:, None, None] + MEAN.float()[:, None, None]
     expected = to_uint8(sampler.tokenizer.decode(latent))
