@@ -92,7 +92,7 @@ def test_what_training_left_beside_the_autoencoder_is_counted(saved, released, c
     assert record.name.startswith("vavae")
     assert record.levelno == logging.WARNING  # seen without any setting up
     counts = "1 under linear_proj, 17 under loss, 1 under foundation_model"
-    assert record.getMessage().endswith(f"dropped 19 tensors beside the autoencoder: {counts}")
+    assert record.getMessage().endswith(f"dropped 19 tensors besides the autoencoder: {counts}")
     caplog.clear()
     own = {name: tensor for name, tensor in released.items() if not name.startswith(("loss.", "linear_proj."))}
     load_released_tokenizer(saved(own))

@@ -82,10 +82,8 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     assert found[128]["generation_frechet_distance"]["value"] != found[256]["generation_frechet_distance"]["value"]
     folder = run.storage.child(run.training_prefix("train_lightningdit"))
     assert len(folder.list("checkpoints")) == run.config.train_lightningdit.keep_checkpoints
-    assert [row["images"] for row in log_rows(ReportInputs.of(run)) if "generation_frechet_distance" in row] == [
-        128,
-        256,
-    ]
+    rows = log_rows(ReportInputs.of(run))
+    assert [row["images"] for row in rows if "generation_frechet_distance" in row] == [128, 256]
     shown = EventAccumulator(run.storage.url("tensorboard/train_lightningdit_measured")).Reload()
     scalars = {scalar.step: scalar.value for scalar in shown.Scalars("generation_frechet_distance")}
     assert scalars == {seen: pytest.approx(found[seen]["generation_frechet_distance"]["value"]) for seen in (128, 256)}

@@ -26,16 +26,16 @@ class EvaluateConfig(Config):
     generation_protocol: Literal["custom", "adm-50k", "fid-10k"] = "custom"
     """`custom` is what the other fields say; a name is a promise that is checked."""
     reconstruction_protocol: Literal["custom", "rfid-val-50k"] = "custom"
-    """Likewise."""
+    """Protocol of reconstructions, likewise."""
     images: int = Field(10_000, ge=2)
     """At most this many held-out images are reconstructed and compared with."""
     reference: Annotated[str, LocalPath(words=(HELD_OUT, TRAIN))] = HELD_OUT
-    """What generated images are compared with: the held-out images (`validation`), all training images (`train`), or an
-    npz file with statistics as ADM or pytorch-fid publish it, as a path or a storage URL."""
+    """Images that generated ones are compared with: the held-out images (`validation`), all training images (`train`),
+    or an npz file with statistics as ADM or pytorch-fid publish it, as a path or a storage URL."""
     lpips: bool = False
     """Measure LPIPS too, on VGG16 with the weights that `losses.perceptual.weights` names."""
     class_agreement: bool = False
-    """Fit a classifier on the pixels of real images and let it judge the generated ones; for small images."""
+    """Fit a classifier to the pixels of real images and classify the generated ones with it; for small images."""
     latent_space: LatentSpaceConfig | None = None
     """Measure how evenly the latents fill their space, as in Table 6; null does not."""
     batch_size: int = runtime(64, ge=1)

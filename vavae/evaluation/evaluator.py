@@ -99,7 +99,7 @@ class Evaluator:
         return Reconstruction.of(metrics, self._held_out, unpack(whole), pairs)
 
     def latent_space(self) -> LatentSpace | None:
-        """How evenly latents fill their space, computed once for equal latents; None where it is not asked for."""
+        """Uniformity of the latents, computed once for equal latents; None where it is not asked for."""
         latents, config, seed = self.inputs.latents, self._config.latent_space, self.inputs.config.seed
         if latents is None or config is None:
             return None
@@ -120,7 +120,7 @@ class Evaluator:
         return summarize(images, self.extractors, count, self.device)
 
     def references(self) -> dict[str, Reference]:
-        """What generated images are compared with, by the name of the extractor."""
+        """References that generated images are compared with, by the name of the extractor."""
         name: SetName = "train" if self._config.reference == TRAIN else "held_out"
         words = {"held_out": "held-out images", "train": "training images"}[name]
         summaries = self._held_out if name == "held_out" else self._joined(name)

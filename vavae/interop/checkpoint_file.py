@@ -37,7 +37,7 @@ _DAMAGE = (
     AssertionError,
     struct.error,
 )
-"""What PyTorch raises for a file that is cut off, has wrong bytes in it or is no checkpoint at all."""
+"""Exceptions of PyTorch for a file that is cut off, has wrong bytes in it or is no checkpoint at all."""
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,14 @@ class Conversion(Generic[ConfigT, ModuleT]):
         config = self._configure(weights.url, values, section)
         with torch.device("meta"):  # for the shapes alone
             module = self.build(config, **sizes)
-        found = {self._ours(name): tensor for name, tensor in weights.part(self.released).tensors.items()}
+        released = weights.part(self.released).tensors
+        found = {self.ours + name.removeprefix(self.released): tensor for name, tensor in released.items()}
         problems = list(self._problems(found, module.state_dict()))
         if problems:
             asked = [
                 f"{'' if name in sizes else section}{name}={overrides[name]}"
-                for name, told in inferred.items()
-                if identity(overrides.get(name, told)) != identity(told)
+                for name, value in inferred.items()
+                if identity(overrides.get(name, value)) != identity(value)
             ]
             demand = f"with {', '.join(asked)}: correct that or take another file" if asked else "by the other tensors"
             count = f" (the first of {len(problems)} such tensors)" if len(problems) > 1 else ""
@@ -80,9 +81,6 @@ class Conversion(Generic[ConfigT, ModuleT]):
                 raise UserError(f"{url}: no setting {section}{reason['loc'][0]}; there are {known}") from error
             place = section + ".".join(map(str, reason["loc"])) + ": " if reason["loc"] else ""
             raise UserError(f"{url}: {place}{reason['msg'].removeprefix('Value error, ')}") from error
-
-    def _ours(self, name: str) -> str:
-        return self.ours + name.removeprefix(self.released)
 
     def _released(self, name: str) -> str:
         return self.released + name.removeprefix(self.ours)

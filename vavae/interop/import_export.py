@@ -104,7 +104,7 @@ def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, 
 def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder: str) -> None:
     """Make latents in the public layout those of the run, in place of encoding its training images.
 
-    They are of the run's tokenizer, and of classes in the order of its image shards; nothing in them tells.
+    They are of the run's tokenizer, and of classes in the order of its image shards; the files say neither.
 
     Args:
         config: configuration of the run.

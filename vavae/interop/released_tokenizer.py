@@ -18,7 +18,7 @@ from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
 
 _ALIGNMENT, _DISCRIMINATOR = "linear_proj.", "loss.discriminator."
-_BESIDE = (_ALIGNMENT, "loss.", "foundation_model.", "model_ema.")
+_TRAINING_PREFIXES = (_ALIGNMENT, "loss.", "foundation_model.", "model_ema.")
 """Prefixes of what checkpoints of training hold besides the autoencoder; those of SD-VAE have the last."""
 
 _log = logging.getLogger(__name__)
@@ -66,11 +66,11 @@ def convert_tokenizer(weights: WeightsFile, overrides: Mapping[str, Any], sectio
         overrides: as there.
         section: prefix of the names of the overrides in messages.
     """
-    beside = Counter(prefix for name in weights.tensors for prefix in _BESIDE if name.startswith(prefix))
-    autoencoder = _AUTOENCODER.load(weights.without(*_BESIDE), overrides, section)
-    if beside:
-        counts = ", ".join(f"{count} under {prefix.rstrip('.')}" for prefix, count in beside.items())
-        _log.warning("%s: dropped %d tensors beside the autoencoder: %s", weights.url, beside.total(), counts)
+    dropped = Counter(prefix for name in weights.tensors for prefix in _TRAINING_PREFIXES if name.startswith(prefix))
+    autoencoder = _AUTOENCODER.load(weights.without(*_TRAINING_PREFIXES), overrides, section)
+    if dropped:
+        counts = ", ".join(f"{count} under {prefix.rstrip('.')}" for prefix, count in dropped.items())
+        _log.warning("%s: dropped %d tensors besides the autoencoder: %s", weights.url, dropped.total(), counts)
     return autoencoder
 
 

@@ -1,1 +1,1 @@
-"""What a person looks at: training curves, plots, and the HTML page that holds them."""
+"""Reports for people: training curves, pictures, and the HTML pages that hold them."""

@@ -59,7 +59,7 @@ class Curve:
 
 
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """A curve for every number in the rows: by stage, then by group, otherwise in order of appearance.
+    """Draw a curve for every number in the rows: by job, then by group, otherwise in order of appearance.
 
     Args:
         rows: records as in ``metrics.jsonl``, with ``stage``, ``images`` and numbers; of two rows with the same stage
@@ -70,7 +70,7 @@ def training_curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 
 def compared_curves(rows_by_run: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[Curve]:
-    """As `training_curves`, with a line for each run that has logged the scalar."""
+    """Draw a curve for every number in the rows of any run, with a line for each run; see `training_curves`."""
     series: dict[str, dict[str, dict[str, dict[float, float]]]] = {}
     for run, rows in rows_by_run.items():
         for row in rows:

@@ -1,4 +1,4 @@
-"""Facts about a run beside its metrics: what was trained on what, for how long, and at what cost."""
+"""Facts about a run besides its metrics: its data and models, and the time and cost of its trainings."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise

@@ -45,10 +45,10 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class CheckpointEvaluationInputs:
-    """What the checkpoints of a LightningDiT's training are evaluated with."""
+    """Models, data and training whose checkpoints are evaluated."""
 
     evaluation: EvaluationInputs
-    """Those of the run, without a promise that its metrics follow an accepted protocol."""
+    """Inputs of the run's own evaluation, without the promise that its metrics follow an accepted protocol."""
     training: Storage
     """Folder of the training's checkpoints."""
     latents: Storage

@@ -11,7 +11,7 @@ class SampleConfig(Config):
     """A set of generated images."""
 
     images: int = Field(1000, ge=1)
-    """How many images; when it is raised, those that are there stay."""
+    """Number of images; when it is raised, those that are there stay."""
     labels: Literal["class_balanced", "random"] | Annotated[tuple[int | str, ...], Field(min_length=1)] = (
         "class_balanced"
     )

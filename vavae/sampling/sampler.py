@@ -71,7 +71,7 @@ class Sampler(NamedTuple):
         model = self.lightningdit
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
-        noise = noise_of(indices, shape, seed)
+        noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
         velocity = ClassifierFreeGuidance(model, model.null_label, guidance)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
         return to_uint8(self.tokenizer.decode(self.normalizer.denormalize(latents))).cpu()
