@@ -3,9 +3,11 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from tenacity import AsyncRetrying, AttemptManager, Retrying, retry_if_exception
 
 from vavae.storage.config import StorageOptions
 
@@ -93,12 +95,20 @@ def is_transient(error: BaseException) -> bool:
 class Attempts:
     """The attempts at one operation: exponential back-off with full jitter, within the limits of the options.
 
+    Iterate, also with ``async for``, and do the operation in ``with attempt``: the last attempt is the one that works.
     ``uniform`` draws from [low, high]; each process draws its own pauses, so that many don't come back together.
     """
 
     def __init__(self, options: StorageOptions, what: str, uniform: Callable[[float, float], float]) -> None:
         self._options, self._what, self._uniform = options, what, uniform
+        self._rules: dict[str, Any] = {"retry": retry_if_exception(self._again), "wait": lambda _: self._seconds}
         self.progressed()
+
+    def __iter__(self) -> Iterator[AttemptManager]:
+        return iter(Retrying(**self._rules))
+
+    def __aiter__(self) -> AsyncIterator[AttemptManager]:
+        return aiter(AsyncRetrying(**self._rules))
 
     def progressed(self) -> None:
         """Something got through: patience starts anew."""
@@ -122,6 +132,12 @@ class Attempts:
         COUNTERS.add(retries=1)
         return self._uniform(0.0, min(_MAX_PAUSE_SECONDS, self._options.backoff_seconds * 2.0 ** (self._failed - 1)))
 
+    def _again(self, error: BaseException) -> bool:
+        """Whether there is another attempt; how long to wait before it is known from then on."""
+        pause = self.pause(error) if isinstance(error, Exception) else None
+        self._seconds = pause or 0.0
+        return pause is not None
+
 
 @dataclass(frozen=True)
 class Retry:
@@ -141,15 +157,10 @@ class Retry:
 
     def call(self, what: str, operation: Callable[[], Result]) -> Result:
         """The operation's result, from the first attempt that doesn't fail."""
-        attempts = self.attempts(what)
-        while True:
-            try:
-                return operation()
-            except Exception as error:
-                pause = attempts.pause(error)
-                if pause is None:
-                    raise
-            time.sleep(pause)
+        for attempt in self.attempts(what):
+            with attempt:
+                result = operation()
+        return result
 
 
 class _Answer(NamedTuple):

@@ -42,15 +42,10 @@ class PatientS3(S3FileSystem):
         if method == "complete_multipart_upload":
             # An attempt that failed may have worked, and the next one would find no upload: all parts are put again.
             return await self._ask(method, *args, **kwargs)
-        attempts = self._attempts(kwargs)
-        while True:
-            try:
-                return await self._ask(method, *args, **kwargs)
-            except Exception as error:
-                pause = attempts.pause(error)
-                if pause is None:
-                    raise
-            await asyncio.sleep(pause)
+        async for attempt in self._attempts(kwargs):
+            with attempt:
+                result = await self._ask(method, *args, **kwargs)
+        return result
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         bucket, key, _ = self.split_path(path)
@@ -83,21 +78,10 @@ class _Body:
         self._data = bytearray()
 
     async def read(self) -> bytes:
-        while not await self._finished():
-            pass
+        async for attempt in self._attempts:
+            with attempt:
+                await self._continue()
         return bytes(self._data)
-
-    async def _finished(self) -> bool:
-        """Ask for what is missing; whether all of it came."""
-        try:
-            await self._continue()
-            return True
-        except Exception as error:
-            pause = self._attempts.pause(error)
-            if pause is None:
-                raise
-        await asyncio.sleep(pause)
-        return False
 
     async def _continue(self) -> None:
         offset = self._start + len(self._data)
