@@ -1,6 +1,5 @@
 """Training curves as small SVG pictures, one scalar each, that take the text color of the page around them."""
 
-import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -54,7 +54,7 @@ class Curve:
     stage: str
     group: str
     name: str
-    svg: str
+    svg: Markup
     meaning: str = ""
 
 
@@ -87,15 +87,15 @@ def compared_curves(rows_by_run: Mapping[str, Iterable[Mapping[str, Any]]]) -> l
     ]
 
 
-def legend(runs: Sequence[str]) -> str:
+def legend(runs: Sequence[str]) -> Markup:
     """Names of runs with samples of their lines, as HTML."""
-    entries = []
+    entries = Markup()
     for index, run in enumerate(runs):
         colour, dashes = _look(index)
         line = f'<line x1="1" x2="33" y1="6" y2="6" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
         sample = f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{line}</svg>'
-        entries.append(f"<li>{sample} {html.escape(run)}</li>")
-    return f'<ul class="legend">{"".join(entries)}</ul>'
+        entries += Markup(f"<li>{sample} {{}}</li>").format(run)
+    return Markup('<ul class="legend">{}</ul>').format(entries)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ class _Line(NamedTuple):
         return f"{self.run} from {self.finite[0]:.4g} to {self.finite[-1]:.4g}".strip()
 
 
-def _draw(stage: str, name: str, points: Mapping[str, Mapping[float, float]], runs: Sequence[str]) -> str | None:
+def _draw(stage: str, name: str, points: Mapping[str, Mapping[float, float]], runs: Sequence[str]) -> Markup | None:
     lines = [_Line.of(run, runs.index(run), of_run) for run, of_run in points.items()]
     lines = [line for line in lines if len(line.finite)]
     if not lines:
@@ -202,7 +202,7 @@ def _binned(values: np.ndarray) -> np.ndarray:
     return np.array([values[start : start + size].mean() for start in range(0, len(values), size)])
 
 
-def _inline(document: str, text: str) -> str:
+def _inline(document: str, text: str) -> Markup:
     """The bare element of an SVG file: named for readers that cannot see it, its text in the color of the page."""
     element = document[document.index("<svg") :].replace(_TEXT, "currentColor")
-    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(text)}"', 1)
+    return Markup(element.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(text), 1))

@@ -4,11 +4,10 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 
 from vavae.config.load import dump
 from vavae.config.yaml_source import to_text
-from vavae.report.html import Picture, Section, facts_table, page, picture, yaml_text
+from vavae.report.html import Picture, page
 from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
 from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
@@ -81,51 +80,36 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, 
     """Page of a sweep, as HTML."""
     states = [one.state for one in results]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    facts = {
-        "storage": sweep.storage.url(),
-        "seeds": ", ".join(map(str, sweep.config.seeds)),
-        "objectives": ", ".join(f"{one.measure} ({one.better} is better)" for one in sweep.config.objectives),
-        "best": ", ".join(best),
-    }
+    measures = list(dict.fromkeys(name for one in results for name in one.last))
     return page(
-        sweep.config.name,
-        f"A sweep; trials: {summary}" if states else "A sweep that has not begun",
-        [
-            Section("Pictures", "".join(map(picture, _pictures(sweep, results, frontier)))),
-            Section("Trials", _trials(results)),
-            Section("Speed-up by alignment", _speed_ups(sweep, results)),
-            Section("Sweep", facts_table(facts)),
-            Section("Configuration", yaml_text(to_text(as_written(sweep)))),
+        "sweep/frontier.html",
+        title=sweep.config.name,
+        summary=f"A sweep; trials: {summary}" if states else "A sweep that has not begun",
+        pictures=_pictures(sweep, results, frontier),
+        measures=measures,
+        trials=[
+            [describe(one.point), f"{one.state} {one.why}", *(_text(one.last.get(name)) for name in measures)]
+            for one in results
         ],
+        generation=GENERATION,
+        speed_ups=_speed_ups(sweep, results),
+        facts={
+            "storage": sweep.storage.url(),
+            "seeds": ", ".join(map(str, sweep.config.seeds)),
+            "objectives": ", ".join(f"{one.measure} ({one.better} is better)" for one in sweep.config.objectives),
+            "best": ", ".join(best),
+        },
+        config=to_text(as_written(sweep)),
     )
 
 
-def _trials(results: Sequence[TrialResult]) -> str:
-    """Table of all trials with their last metrics; of those that did not finish, why."""
-    metrics = list(dict.fromkeys(name for one in results for name in one.last))
-    rows = [
-        [describe(one.point), " ".join([one.state, one.why]), *(_text(one.last.get(name)) for name in metrics)]
-        for one in results
-    ]
-    return _table(["trial", "state", *metrics], rows, "Means over the seeds ± their standard deviation.")
-
-
-def _speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> str:
+def _speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[list[str]]:
+    """Twins, and how much sooner the aligned one arrives."""
     rows = []
     for before, after, found in speed_ups(sweep, results):
         ratio = "never arrives" if found is None else f"{'at least ' if found.at_least else ''}{found.ratio:.2f} times"
         rows.append([describe(before.point), describe(after.point), ratio])
-    note = f"How much sooner the aligned trial reaches the {GENERATION} at which its unaligned twin ends."
-    return _table(["not aligned", "aligned", "sooner"], rows, note)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div><p class="note">{escape(note)}</p>'
+    return rows
 
 
 def _pictures(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None) -> list[Picture]:
