@@ -17,6 +17,7 @@ from ray_jobs.runtime.progress_monitor import log_job_events
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import written_path
+from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.planning.estimate import bytes_to_write
 from vavae.progress import clock
@@ -143,12 +144,14 @@ def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
     table = Table(title=f"run {run.config.name} in {run.storage.url()}", title_justify="left")
     for column in ("job", "makes", "state", "work", "bytes"):
         table.add_column(column)
+    shards = run.artifact("prepare_shards")
+    manifest = None if shards is None else read_manifest(run.folder("prepare_shards"))
     for job, found in plans.items():
         state = f"done {found.why}" if found.done else f"to do: {found.why}"
         if found.done:
             size = filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
         else:
-            estimate = bytes_to_write(run, job)
+            estimate = bytes_to_write(run.config, job, manifest)
             size = "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
         table.add_row(job, JOBS[job].makes, state, _effort(run.config, job), size)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)

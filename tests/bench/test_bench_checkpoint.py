@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints holds its contest."""
+"""The benchmark of checkpoints runs."""
 
 from vavae.bench.benchmark import run_interleaved
 from vavae.bench.checkpoint import stall_benchmark

@@ -24,7 +24,7 @@ CONTESTS = {
 }
 
 
-def test_the_command_prints_a_table_with_a_line_for_every_contest(monkeypatch, capsys):
+def test_the_command_prints_a_table_with_a_line_for_every_benchmark(monkeypatch, capsys):
     hold, reason = run.run, "no server here"
     monkeypatch.setattr(run, "run", lambda rounds, sizes: hold(rounds, SMALL))
     monkeypatch.setattr(store, "why_no_s3_server", lambda: reason)

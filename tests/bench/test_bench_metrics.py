@@ -1,4 +1,4 @@
-"""The benchmark of the measures: equal work, and a line for every contest."""
+"""The benchmark of metrics: equal work, and a line for every benchmark."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from vavae.cli.main import main
 from vavae.metrics.frechet import Gaussian
 
 
-def test_the_command_prints_a_line_for_every_contest(capsys):
+def test_the_command_prints_a_line_for_every_benchmark(capsys):
     assert main(["bench", "metrics", "--rounds", "1", "--images", "200", "--dimensions", "16"]) == 0
     machine, _, _, _, *lines = capsys.readouterr().out.splitlines()
     assert "torch-fidelity" in machine

@@ -1,4 +1,4 @@
-"""Sides that do equal work take turns; the table of what came out."""
+"""Benchmarks whose sides do equal work and take turns, and the table of their results."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vavae.hardware import processor_name
 
 VAVAE_SIDE = "vavae"
-_COLUMNS = {"contest": 24, "unit": 20, "against": 18, "theirs": 9, VAVAE_SIDE: 9, "ratio": 7, "range": 16}
+_COLUMNS = {"benchmark": 24, "unit": 20, "against": 18, "baseline": 9, VAVAE_SIDE: 9, "ratio": 7, "range": 16}
 """Names and widths."""
 
 
@@ -22,12 +22,12 @@ class Benchmark(NamedTuple):
     name: str
     unit: str
     sides: Mapping[str, Callable[[], float]]
-    """What one turn of each gives, in the unit; ours is called `vavae`."""
+    """One turn of each side by name, returning its figure in the unit; `vavae` is one of them."""
     less_is_better: bool = False
 
 
 class Row(NamedTuple):
-    """A line of the table: ours against one other, medians over the rounds."""
+    """A line of the table: vavae against one baseline, medians over the rounds."""
 
     benchmark: str
     unit: str
@@ -35,18 +35,18 @@ class Row(NamedTuple):
     baseline_side: float | None
     vavae_side: float
     ratios: tuple[float, ...]
-    """How many times better ours was in each round."""
+    """Ratios in favor of vavae, one a round."""
 
 
 class LeftOut(NamedTuple):
-    """A contest that cannot be held here."""
+    """A benchmark that cannot be run here."""
 
     benchmark: str
     reason: str
 
 
 def run_interleaved(benchmark: Benchmark, rounds: int) -> list[Row]:
-    """Let every side have its turn, `rounds` times over after a first one that does not count."""
+    """Run every side in turn, `rounds` times over after a warm-up that does not count."""
     for warm_up in benchmark.sides.values():
         warm_up()
     figures: dict[str, list[float]] = {side: [] for side in benchmark.sides}

@@ -60,7 +60,7 @@ class _Trained:
 
 @contextmanager
 def stall_benchmark(parameters: int) -> Iterator[Benchmark]:
-    """Seconds for which one checkpoint on a local disk holds a training up: written by a thread, as ours is; written
+    """Seconds for which one checkpoint on a local disk holds a training up: written by a thread, as vavae does; written
     at once; and no more than copied, which is the least that anything can do.
 
     Args:

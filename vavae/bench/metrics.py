@@ -1,7 +1,7 @@
-"""Contests over the moments of a set and over the distance between two: ours, torch-fidelity, and scipy's ``sqrtm``.
+"""Benchmarks of the moments of a set and the distance between two: vavae, torch-fidelity, and scipy's ``sqrtm``.
 
 Features are drawn batch by batch, as a network would give them. torch-fidelity gathers them and takes the moments at
-the end; ours are running sums. Every turn over a set has a process to itself.
+the end; those of vavae are running sums. Every turn over a set has a process to itself.
 """
 
 import importlib.util

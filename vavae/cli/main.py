@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 
 from ray_jobs.submission.command import add_commands as add_submission_commands
-from vavae.cli import bench_checkpoint as checkpoint_bench
-from vavae.cli import bench_data as data_bench
-from vavae.cli import bench_metrics as metrics_bench
+from vavae.cli.bench import add_commands as add_bench_commands
 from vavae.cli.data import add_commands as add_data_commands
 from vavae.cli.plan import add_arguments as add_plan_arguments
 from vavae.config.command import run_command
@@ -76,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = commands.add_parser("data", help="index, verify and describe shards of images")
     add_data_commands(data)
     bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
-    benches = bench.add_subparsers(required=True, metavar="WHAT")
-    for room in (data_bench, metrics_bench, checkpoint_bench):
-        room.add_command(benches)
+    add_bench_commands(bench)
     for command in (report, data, bench):
         command.set_defaults(overrides=None)
     for command in (plan, train, bring, give):

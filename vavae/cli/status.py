@@ -8,7 +8,6 @@ from vavae.progress import NAME_WIDTH, Progress, clock
 from vavae.report.run_facts import hardware_of, training_cost
 from vavae.runs.run import JOBS, TRAININGS, Job, Plan, Run
 from vavae.storage.artifact import RECORD, read
-from vavae.storage.storage import Storage
 from vavae.training.logging.log import latest_row, read_rows
 
 
@@ -58,7 +57,7 @@ def run_cost(run: Run, hourly_price: float) -> float:
         hourly_price: of a worker.
     """
     return sum(
-        training_cost(read_rows(_log(run, job)), hardware.workers, hourly_price)
+        training_cost(read_rows(run.training_folder(job).child("log")), hardware.workers, hourly_price)
         for job in TRAININGS
         if _has_inputs(run, job) and (hardware := hardware_of(run.training_folder(job))) is not None
     )
@@ -73,16 +72,12 @@ def _training(run: Run, job: Job) -> Training | None:
     record = read(checkpoints, committed[-1].removesuffix(f"/{RECORD}")) if committed else None
     if record is None or record.images_seen is None:
         return None
-    rate = latest_row(_log(run, job)).get("images_per_second")
+    rate = latest_row(run.training_folder(job).child("log")).get("images_per_second")
     return Training(record.images_seen, budget, checkpoints.modified(committed[-1]), rate)
 
 
 def _has_inputs(run: Run, job: Job) -> bool:
     return all(run.artifact(name) is not None for name in JOBS[job].inputs)
-
-
-def _log(run: Run, job: Job) -> Storage:
-    return run.storage.child(f"{run.training_prefix(job)}/log")
 
 
 def _shards(run: Run, job: Job) -> int:

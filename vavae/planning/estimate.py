@@ -1,12 +1,12 @@
-"""How many bytes the stages of a run write, before they run."""
+"""Bytes that the jobs of a run write, estimated before they run."""
 
 from torch import nn
 
-from vavae.data.shards.manifest import read_manifest
+from vavae.data.shards.manifest import Manifest
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig, TrainingConfig
-from vavae.runs.run import Job, Run
+from vavae.runs.run import Job
 from vavae.training.flops.meta_models import lightningdit_of, on_meta
 
 FLOAT_BYTES = 4
@@ -17,10 +17,14 @@ _ADAM_FLOATS = 3
 """Per parameter in a checkpoint: the weight and two moments."""
 
 
-def bytes_to_write(run: Run, job: Job) -> int | None:
-    """Bytes that a job leaves in storage, at most; None where they can't be known before."""
-    config = run.config
-    manifest = read_manifest(run.storage, run.prefix("prepare_shards")) if run.artifact("prepare_shards") else None
+def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> int | None:
+    """Bytes that a job leaves in storage, at most; None where they can't be known before.
+
+    Args:
+        config: of the run.
+        job: the job.
+        manifest: of the image shards; None before there are any.
+    """
     if job == "train_lightningdit" and manifest is not None:
         known = config.lightningdit.with_classes(len(manifest.classes))
         config = config.model_copy(update={"lightningdit": known})
@@ -32,12 +36,12 @@ def bytes_to_write(run: Run, job: Job) -> int | None:
 
 
 def sample_bytes(config: RunConfig) -> int:
-    """Of all samples, at most: PNG takes less than their pixels, the file of all of them takes as much."""
+    """Bytes of all samples, at most: PNG takes less than their pixels, the file of all of them takes as much."""
     return config.sample.images * 3 * config.shards.image_size**2 * (1 + config.sample.npz)
 
 
 def latent_bytes(config: RunConfig) -> int:
-    """Of one image among the latents: mean and deviation in float16, mirrored too where they are."""
+    """Bytes of one image among the latents: mean and deviation in float16, mirrored too where they are."""
     values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
     return values * _HALF_BYTES + _TAR_BYTES
 

@@ -1,4 +1,4 @@
-"""All contests, one after the other."""
+"""All benchmarks of reading, one after the other."""
 
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
 
 
 def run(rounds: int, sizes: Sizes) -> Iterator[Row | LeftOut]:
-    """Hold every contest; torch has one thread meanwhile.
+    """Run every benchmark; torch has one thread meanwhile.
 
     Args:
         rounds: how often each side has its turn.

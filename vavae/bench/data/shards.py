@@ -1,4 +1,4 @@
-"""The shards that the contests read: smooth noise with grain, 25 KB a file, as photographs take; latents of noise."""
+"""Shards that the benchmarks read: smooth noise with grain, 25 KB a file, as photographs take; latents of noise."""
 
 from collections.abc import Sequence
 from pathlib import Path

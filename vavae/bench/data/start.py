@@ -29,7 +29,7 @@ _CONFIG, _MICRO_BATCH = StreamConfig(), 32
 
 
 class _Set(NamedTuple):
-    """A set of latents: ours, a folder with its manifest; theirs, files, here one that stands for all."""
+    """A set of latents: a folder with its manifest for vavae; files for the baseline, here one that stands for all."""
 
     folder: str
     file: str
@@ -54,7 +54,7 @@ class _Reader(NamedTuple):
 
 
 def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchmark | Row | LeftOut]:
-    """Until the first batch, beside an entry per latent as the public reader keeps it; then an epoch of ours.
+    """Until the first batch, beside an entry per latent as the public reader keeps it; then an epoch of vavae.
 
     Args:
         folder: for the files.
@@ -68,8 +68,8 @@ def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchm
     order = order_of([latents] * shards, 0, _CONFIG)
     places = [place for lane in range(_CONFIG.lanes) for place in order.micro_batch(lane, 0, _MICRO_BATCH)]
     baseline_side = _gather(_list_entries(latent_set), [place.shard * latents + place.record for place in places])
-    assert torch.equal(baseline_side, _start_ours(latent_set).batch), "an entry per latent leads to other latents"
-    sides = {"an entry each": _start_with_entries, VAVAE_SIDE: _start_ours}
+    assert torch.equal(baseline_side, _start_vavae(latent_set).batch), "an entry per latent leads to other latents"
+    sides = {"an entry each": _start_with_entries, VAVAE_SIDE: _start_vavae}
     for unit, part in (("s of processor", 0), ("MiB", 1)):
         turns = {side: partial(_turn, start, latent_set, part) for side, start in sides.items()}
         yield Benchmark(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
@@ -90,7 +90,7 @@ def _cost(start: Callable[[_Set], _Started], latent_set: _Set) -> _Cost:
 
 def _growth(latent_set: _Set) -> float:
     """MiB by which the most memory in an epoch exceeds the most in its first tenth."""
-    order, stream = _open_ours(latent_set)
+    order, stream = _open_vavae(latent_set)
     steps = order.records_per_lane // _MICRO_BATCH
     memory = []
     for step in range(steps):
@@ -100,13 +100,13 @@ def _growth(latent_set: _Set) -> float:
     return max(memory) - max(memory[: max(1, steps // 10)])
 
 
-def _start_ours(latent_set: _Set) -> _Started:
-    reader = _open_ours(latent_set)
+def _start_vavae(latent_set: _Set) -> _Started:
+    reader = _open_vavae(latent_set)
     batch = torch.cat([reader.stream[MicroBatchKey(lane, 0)].mean for lane in range(_CONFIG.lanes)])
     return _Started(batch, reader)
 
 
-def _open_ours(latent_set: _Set) -> _Reader:
+def _open_vavae(latent_set: _Set) -> _Reader:
     storage = Storage(latent_set.folder)
     manifest = read_latent_manifest(storage)
     order = order_of([shard.count for shard in manifest.splits[SPLIT]], 0, _CONFIG)

@@ -29,7 +29,7 @@ _URL, _BUFFER_BYTES = f"s3://{_BUCKET}/{_PREFIX}", 1 << 20
 
 
 def store_benchmarks(folder: Path, count: int) -> Iterator[Benchmark | LeftOut]:
-    """Batches of decoded JPEG images: ours in the first epoch, with an empty cache, and in the second."""
+    """Batches of decoded JPEG images: vavae in the first epoch, with an empty cache, and in the second."""
     reason = why_no_s3_server()
     if reason:
         yield LeftOut(_NAME, reason)

@@ -1,4 +1,4 @@
-"""Our side: the streams of training, one lane, over the shards of the contests."""
+"""The readers of vavae: the streams of training, one lane, over the shards of the benchmarks."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
