@@ -34,7 +34,7 @@ class InceptionFeatures(NamedTuple):
 
 
 class Inception(nn.Module):
-    """The Inception network on uint8 images of any size; resized to 299 pixels bilinearly, as TensorFlow did in 2015."""
+    """The Inception network on uint8 images of any size; resized to 299 pixels bilinearly, as TensorFlow 1 did."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
