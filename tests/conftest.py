@@ -43,11 +43,11 @@ def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """A server for all tests, with its keys and endpoint in the environment."""
-    from vavae.storage.s3 import PatientS3  # slow, and of no use to most tests
+    from vavae.storage.s3 import RetryingS3  # slow, and of no use to most tests
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in _s3.environment.items():
         monkeypatch.setenv(name, value)
-    PatientS3.clear_instance_cache()  # they took their keys from the environment
+    RetryingS3.clear_instance_cache()  # they took their keys from the environment
     return _s3

@@ -2,11 +2,11 @@
 
 
 class UserError(ValueError):
-    """Something in the user's hands is wrong: one line with the value, the place and the remedy.
+    """An error in what the user gave: one line with the value, the place and the remedy.
 
     Every command catches it at the top, prints the line on standard error and exits with status 2.
     """
 
 
 class CommonError(UserError):
-    """One that every rank of a training raises at the same step, so that none waits for another."""
+    """A user error that every rank of a training raises at the same step, so that none waits for another."""

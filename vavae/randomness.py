@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # orders need no torch, and commands that only plan or look start in a fraction of its import
+if TYPE_CHECKING:  # orders need no torch, and commands that only plan start in a fraction of its import
     import torch
 
 

@@ -13,7 +13,7 @@ import torch
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _declarations: list[torch.library.Library] = []
-"""Keeps the declarations alive: they vanish with the library object."""
+"""Libraries that hold the declarations, which vanish with them."""
 
 
 def _declare_missing_operators() -> None:

@@ -16,8 +16,8 @@ from support.waiting import wait_until
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream, ShardStream
-from vavae.data.loader import load_micro_batches, micro_batches_ahead
-from vavae.data.prefetch import THREAD, LookAhead, OrderedShards
+from vavae.data.loader import load_micro_batches, prefetch_factor
+from vavae.data.prefetch import THREAD, OrderedShards, ShardPrefetcher
 from vavae.data.sample_order import SampleOrder, assign_lanes, order_of
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions
@@ -49,7 +49,7 @@ class Store:
         self.shard_bytes = max(info.bytes for info in manifest.splits["train"])
         self.fetched, self.blocking, self.lost, self.step = [], 0, [], 0
         self.idle_at = None
-        """The step at which the look-ahead has no room for any more, once it has fetched what it had room for."""
+        """The step at which the prefetcher has no room for any more, once it has fetched what it had room for."""
         brought = {}
         fetch = Storage._fetch
 
@@ -64,15 +64,15 @@ class Store:
                     self.lost.append(shard)
             self.fetched.append(shard)
 
-        has_room = LookAhead._has_room
+        has_room = ShardPrefetcher._has_room
 
-        def heeded(look_ahead, need):
-            found = has_room(look_ahead, need)
-            self.idle_at = None if found else look_ahead._step
+        def heeded(prefetcher, need):
+            found = has_room(prefetcher, need)
+            self.idle_at = None if found else prefetcher._step
             return found
 
         monkeypatch.setattr(Storage, "_fetch", noted)
-        monkeypatch.setattr(LookAhead, "_has_room", heeded)
+        monkeypatch.setattr(ShardPrefetcher, "_has_room", heeded)
         storage = Storage(root, str(cache), StorageOptions(cache_bytes=room * self.shard_bytes))
         order = order_of([info.count for info in manifest.splits["train"]], SEED, config)
         self.stream = ImageStream(storage, manifest, "train", order, MICRO_BATCH, config, SEED)
@@ -83,16 +83,20 @@ class Store:
             load_micro_batches(self.stream, self.accumulation_steps, first_step, workers=0, prefetch_bytes=limit)
         )
 
-    def look_ahead(self, limit=1 << 30):
-        return closing(LookAhead(self.stream.shards, self.accumulation_steps, 0, limit))
+    def prefetcher(self, limit=1 << 30):
+        return closing(ShardPrefetcher(self.stream.shards, self.accumulation_steps, 0, limit))
 
-    def wait_for_look_ahead(self, step):
+    def wait_for_prefetcher(self, step):
         """Until it has done all that it may while the stream is at a step."""
         wait_until(lambda: self.idle_at == step)
 
     def needed(self, first_step, last_step):
         """Shards of the records of some steps; none where the last is before the first."""
-        keys = [(turn.lane, step) for step in range(first_step, last_step + 1) for turn in self.accumulation_steps]
+        keys = [
+            (accumulation_step.lane, step)
+            for step in range(first_step, last_step + 1)
+            for accumulation_step in self.accumulation_steps
+        ]
         return {location.shard for key in keys for location in self.stream.shards.order.micro_batch(*key, MICRO_BATCH)}
 
 
@@ -117,7 +121,7 @@ def test_needs_are_what_the_slices_read_and_come_once_an_epoch(shards, first_ste
     steps = 2 * order.records_per_lane // size + 2
     needs = list(takewhile(lambda need: need.step < first_step + steps, shards.needs(accumulation_steps, first_step)))
     assert [need.step for need in needs] == sorted(need.step for need in needs)
-    for lane in {turn.lane for turn in accumulation_steps}:
+    for lane in {accumulation_step.lane for accumulation_step in accumulation_steps}:
         mine = [need for need in needs if need.lane == lane]
         for step in range(first_step, first_step + steps):
             entered = [need for need in mine if need.step <= step]
@@ -131,7 +135,7 @@ def test_needs_are_what_the_slices_read_and_come_once_an_epoch(shards, first_ste
 
 
 def test_the_stream_finds_its_shards_in_the_cache(store):
-    """Each step lasts until the store has brought what the next one needs: with look-ahead nobody waits after that."""
+    """Each step lasts until the store has brought what the next one needs: with prefetching nobody waits after that."""
     with store.micro_batches(ahead=3) as micro_batches:
         for step, _ in enumerate(islice(micro_batches, 2 * STEPS)):
             if step == 0:
@@ -150,14 +154,14 @@ def test_without_it_every_shard_is_waited_for(store):
 
 @pytest.mark.parametrize("ahead", [0.5, 1, 2.5])
 def test_no_more_is_ahead_than_allowed_but_always_the_next_shard(store, ahead):
-    with store.look_ahead(int(ahead * store.shard_bytes)) as look_ahead:
+    with store.prefetcher(int(ahead * store.shard_bytes)) as prefetcher:
         most = max(1, int(ahead))
         needs = list(takewhile(lambda need: need.step < STEPS, store.stream.shards.needs(ROUNDS, 0)))
         for step in range(STEPS):
-            look_ahead.reached(step)
+            prefetcher.reached(step)
             entered = {need.shard for need in needs if need.step <= step}
             expected = min(len(COUNTS), len(entered) + most)
-            store.wait_for_look_ahead(step)
+            store.wait_for_prefetcher(step)
             assert len(set(store.fetched)) == expected
     assert store.blocking == 0
 
@@ -170,7 +174,7 @@ def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, roo
     with store.micro_batches(ahead=100) as micro_batches:
         for store.step in range(epochs * STEPS * LANES // lanes):
             next(micro_batches)
-            store.wait_for_look_ahead(store.step)
+            store.wait_for_prefetcher(store.step)
     wait_until(lambda: not threads())
     assert not store.lost, "dropped between fetch and use"
     assert len(COUNTS) < len(store.fetched) <= epochs * len(COUNTS) + room
@@ -178,16 +182,16 @@ def test_a_small_cache_is_not_thrashed(shards, tmp_path, monkeypatch, lanes, roo
 
 def test_a_cache_without_room_is_not_filled_ahead(shards, tmp_path, monkeypatch):
     store = Store(shards, tmp_path / "cache", monkeypatch, room=2)
-    with store.look_ahead():
-        store.wait_for_look_ahead(0)
+    with store.prefetcher():
+        store.wait_for_prefetcher(0)
         assert set(store.fetched) == store.needed(0, 0)
 
 
 def test_what_the_stream_has_passed_is_not_fetched(store, monkeypatch):
     slow, passed, fetch = threading.Event(), STEPS // 2, Storage._fetch
     monkeypatch.setattr(Storage, "_fetch", lambda *arguments: slow.wait(10) and fetch(*arguments))
-    with store.look_ahead() as look_ahead:
-        look_ahead.reached(passed)
+    with store.prefetcher() as prefetcher:
+        prefetcher.reached(passed)
         slow.set()
         needed = store.needed(passed, STEPS - 1)
         wait_until(lambda: needed <= set(store.fetched))
@@ -201,12 +205,12 @@ def test_what_is_open_is_not_fetched_again(tmp_path, monkeypatch):
     """Both lanes stay in the only shard, which the cache drops while it is mapped."""
     place = Storage(f"memory://{uuid.uuid4().hex}")
     store = Store((place.root, write_image_shards(place, {"train": (40,)})), tmp_path, monkeypatch)
-    with store.look_ahead() as look_ahead:
-        wait_until(lambda: look_ahead._waiting)  # for the next epoch, so the shard is here
+    with store.prefetcher() as prefetcher:
+        wait_until(lambda: prefetcher._waiting)  # for the next epoch, so the shard is here
         store.stream.shards.open(0, Path.unlink)
         for step in range(12):
-            look_ahead.reached(step)
-            store.wait_for_look_ahead(step)
+            prefetcher.reached(step)
+            store.wait_for_prefetcher(step)
     assert store.fetched == [0]
 
 
@@ -258,7 +262,7 @@ def test_errors_are_the_streams(store, monkeypatch):
         fetch(storage, path, *rest)
 
     monkeypatch.setattr(Storage, "_fetch", fail)
-    with store.look_ahead():
+    with store.prefetcher():
         wait_until(lambda: len(store.fetched) == len(COUNTS) - 1)
     with store.micro_batches(ahead=4) as micro_batches:
         list(islice(micro_batches, gone.step))
@@ -269,9 +273,9 @@ def test_errors_are_the_streams(store, monkeypatch):
 
 def test_loader_processes_hold_as_many_slices_as_fit(tmp_path):
     stream = ShardStream(OrderedShards(Storage(str(tmp_path)), "train", (), None, MICRO_BATCH), micro_batch_bytes=100)
-    held = [micro_batches_ahead(stream, 16, 2, limit) for limit in (0, 199, 400, 1000, 10_000)]
+    held = [prefetch_factor(stream, 16, 2, limit) for limit in (0, 199, 400, 1000, 10_000)]
     assert held == [1, 1, 2, 5, 8]
-    assert micro_batches_ahead(stream, 1, 4, 10_000) == 2
+    assert prefetch_factor(stream, 1, 4, 10_000) == 2
 
 
 def test_a_shard_that_the_cache_drops_before_it_is_open_is_fetched_again(store):

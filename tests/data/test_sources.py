@@ -20,7 +20,7 @@ from scipy.io import savemat
 from vavae.config import digest
 from vavae.data.image import decode_image
 from vavae.data.sources.listing import digest_of_rows
-from vavae.data.sources.opening import describe, open_source
+from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
@@ -71,6 +71,11 @@ HERE = Storage(".")
 def cached(folder):
     """A storage whose cache is a folder."""
     return Storage(".", str(folder))
+
+
+def describe(name, storage):
+    """Fingerprint of a source."""
+    return open_source(name, storage).listing().fingerprint
 
 
 def contents(name, storage=HERE):

@@ -13,7 +13,7 @@ from support.waiting import wait_until
 
 from vavae.storage.config import StorageOptions
 from vavae.storage.loopback import S3Server, s3_server
-from vavae.storage.s3 import PatientS3
+from vavae.storage.s3 import RetryingS3
 from vavae.storage.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.long]
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     ):
         for name, value in server.environment.items():
             patch.setenv(name, value)
-        PatientS3.clear_instance_cache()
+        RetryingS3.clear_instance_cache()
         yield server
 
 

@@ -49,6 +49,6 @@ def test_agrees_with_torch_fidelity_whatever_the_number_of_rows_at_a_time(monkey
     assert precision_recall(generated[order], real.flip(0)) == pytest.approx(found, abs=1e-12)
 
 
-def test_too_few_features_have_no_third_neighbour():
-    with pytest.raises(AssertionError, match="no neighbour"):
+def test_too_few_features_have_no_third_neighbor():
+    with pytest.raises(AssertionError, match="no neighbor"):
         precision_recall(features(3), features(5))

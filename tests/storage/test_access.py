@@ -22,7 +22,7 @@ from vavae.data.config import ShardsConfig
 from vavae.data.shards.write import find_shards, write_shards
 from vavae.errors import UserError
 from vavae.storage.config import StorageConfig, StorageOptions
-from vavae.storage.s3 import PatientS3
+from vavae.storage.s3 import RetryingS3
 from vavae.storage.storage import Storage
 
 SECRET = "wJalr/XUtn+FEMI"
@@ -177,7 +177,7 @@ def test_an_authority_of_ones_own_is_trusted_once_it_is_named(s3, tmp_path, monk
         trusting.write_bytes("x", b"1")
         assert trusting.read_bytes("x") == b"1"
         monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
-        PatientS3.clear_instance_cache()
+        RetryingS3.clear_instance_cache()
         assert Storage(root, options=StorageOptions(endpoint=endpoint)).read_bytes("x") == b"1"
 
 
@@ -185,7 +185,7 @@ def test_objects_that_stand_for_folders_are_no_files(s3, tmp_path):
     """Consoles and other programs put them."""
     name = f"{s3.bucket}/{uuid.uuid4().hex}"
     for marker in ("full/", "empty/"):
-        PatientS3(StorageOptions()).pipe_file(f"{name}/{marker}", b"")
+        RetryingS3(StorageOptions()).pipe_file(f"{name}/{marker}", b"")
     storage = Storage(f"s3://{name}", str(tmp_path))
     storage.write_bytes("full/x", b"1")
     assert storage.sizes() == {"full/x": 1}

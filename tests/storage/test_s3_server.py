@@ -10,7 +10,7 @@ from support.waiting import wait_until
 
 from vavae.storage.config import StorageOptions
 from vavae.storage.loopback import SCRIPT, s3_server
-from vavae.storage.s3 import PatientS3
+from vavae.storage.s3 import RetryingS3
 from vavae.storage.storage import Storage
 
 
@@ -19,7 +19,7 @@ def test_a_folder_is_served_again_with_what_is_in_it(s3, tmp_path, monkeypatch):
         with s3_server(tmp_path / "server", "again") as server:
             for name, value in server.environment.items():
                 monkeypatch.setenv(name, value)
-            PatientS3.clear_instance_cache()
+            RetryingS3.clear_instance_cache()
             storage = Storage("s3://again/a", options=StorageOptions(attempts=1))
             if turn == 0:
                 storage.write_bytes("x", b"kept")

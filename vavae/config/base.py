@@ -14,7 +14,7 @@ from vavae.config.paths import written_path
 
 _RUNTIME, _NEUTRAL = "runtime", "neutral"
 _STORED = {"stored": True}
-"""The context of validation in which fields that are missing were not there yet."""
+"""Validation context of stored values: fields that are missing were not there yet."""
 
 
 class Config(BaseModel):
@@ -115,7 +115,7 @@ def differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any,
 
 
 def _entries(section: Any, other: Any) -> Mapping[str, Any] | None:
-    """What is compared of a section, neutral values included; None for any other value."""
+    """Fields of a section to compare, neutral values included; None for any other value."""
     if isinstance(section, BaseModel):
         fields = type(section).model_fields
         return {name: getattr(section, name) for name, field in fields.items() if not _is_runtime(field)}
@@ -129,7 +129,7 @@ def _is_runtime(field: FieldInfo) -> bool:
 
 
 def _neutral(model: type[BaseModel]) -> dict[str, Any]:
-    """The neutral values of the fields that came later."""
+    """Neutral values, by name, of the fields that came after the first release."""
     extras = {name: _extra(field) for name, field in model.model_fields.items()}
     return {name: extra[_NEUTRAL] for name, extra in extras.items() if _NEUTRAL in extra}
 

@@ -10,12 +10,12 @@ from vavae.errors import UserError
 
 _MISUSE = 2
 INTERRUPTED = 130
-"""Exit status of what was asked to stop."""
+"""Exit status of a command that was interrupted."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a job was asked for."""
+    """The parsed command line of a job."""
 
     config: str
     overrides: tuple[str, ...]
@@ -24,7 +24,7 @@ class Arguments:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
+    """A parser that reports misuse in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(_MISUSE, f"{self.prog}: error: {message}; see --help\n")

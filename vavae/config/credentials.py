@@ -16,5 +16,5 @@ REFUSAL = (
 
 
 def has_credentials(text: str) -> bool:
-    """Whether a text looks like a URL with a password or a signed query."""
+    """Return whether a text looks like a URL with a password or a signed query."""
     return bool(_PASSWORD.search(text) or _SECRET_QUERY.search(text))

@@ -1,4 +1,4 @@
-"""One line for a failed validation: the dotted path, where it was written, the value given and what was expected."""
+"""Failed validations in one line: the dotted path, where it was written, the value given and what was expected."""
 
 import json
 import re
@@ -45,14 +45,14 @@ def _path(model: type[BaseModel], detail: Mapping[str, Any]) -> KeyPath:
 
 
 def _describe(model: type[BaseModel], details: list[Any]) -> str:
-    """What is wrong at one path; the members of a union each have their own expectation."""
+    """Describe the error at one path; the members of a union each have their own expectation."""
     first = details[0]
     if first["type"] == "extra_forbidden":
         return _unknown(model, find(model, first["loc"]))
     if first["type"] in ("missing", "union_tag_not_found"):
         return "this key is required and not given"
     if first["type"] in ("value_error", "assertion_error"):
-        return _own_words(str(first["ctx"]["error"]), first["input"])
+        return _validator_message(str(first["ctx"]["error"]), first["input"])
     if first["type"] == "union_tag_invalid":
         return f"{show(first['ctx']['tag'])} should be one of {first['ctx']['expected_tags']}"
     remedy = "; put it in quotes" if first["type"] == "string_type" and isinstance(first["input"], (int, float)) else ""
@@ -74,8 +74,8 @@ def _expected(detail: Mapping[str, Any]) -> str:
     return _EXPECTED.get(detail["type"]) or re.sub(r"^\w+ (?=should )", "", message)
 
 
-def _own_words(message: str, given: Any) -> str:
-    """The message of a validator of ours, with the value where it does not say it itself."""
+def _validator_message(message: str, given: Any) -> str:
+    """Message of one of our validators, with the value where it does not say it itself."""
     message = " ".join(message.split())
     if isinstance(given, (Mapping, list, tuple, BaseModel)) or str(given) in message:
         return message

@@ -1,4 +1,4 @@
-"""From a YAML file, the files that it inherits and the command line to a checked configuration, and back."""
+"""Loading of configurations: YAML files with inheritance and overrides, checked against a model, and back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +60,7 @@ def dump(config: Config) -> str:
 
 
 def _read(path: Path, asked_by: str = "", above: tuple[Path, ...] = ()) -> Located:
-    """One file laid over those that it inherits; ``above`` are the files that led here."""
+    """Read one file laid over those that it inherits; ``above`` are the files that led here."""
     chain = (*above, path)
     if path.resolve() in [file.resolve() for file in above]:
         raise UserError(f"{asked_by}a cycle: {' -> '.join(map(str, chain))}")
@@ -98,7 +98,7 @@ def _parse_file(path: Path, asked_by: str) -> Located:
 
 
 def _apply(tree: Located, override: str) -> Located:
-    """A tree with one ``key.path=value`` of the command line."""
+    """A tree with one ``key.path=value`` of the command line merged in."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

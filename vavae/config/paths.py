@@ -26,7 +26,7 @@ class ResolvedPath(str):
     written: str
 
     def __new__(cls, path: str, written: str) -> "ResolvedPath":
-        """Make the string, which cannot be changed once it is there."""
+        """Create the string, which cannot be changed afterwards."""
         resolved = super().__new__(cls, path)
         resolved.written = written
         return resolved
@@ -37,7 +37,7 @@ class ResolvedPath(str):
 
 @dataclass(frozen=True)
 class LocalPath:
-    """Marks a field that may hold the path of a local file or folder: ``Annotated[str, LocalPath()]``.
+    """Mark of a field that may hold the path of a local file or folder: ``Annotated[str, LocalPath()]``.
 
     URLs, absolute paths and those that begin with ``~`` are the same from everywhere.
     """
@@ -47,7 +47,7 @@ class LocalPath:
     names: tuple[str, ...] = ()
     """Beginnings of values that are no path, such as ``hf-hub:``."""
     before: tuple[str, ...] = ()
-    """What may stand before a path, such as ``indexed:``."""
+    """Prefixes that may stand before a path, such as ``indexed:``."""
 
     def resolve(self, text: str, folder: str) -> str:
         """A value with its relative path, if it holds one, made absolute."""
@@ -71,7 +71,7 @@ class LocalPath:
 
 
 def written_path(text: str) -> str:
-    """A value of a configuration as it was written."""
+    """The form in which a value of a configuration was written."""
     return text.written if isinstance(text, ResolvedPath) else text
 
 
@@ -101,6 +101,6 @@ def _resolve(value: Any, folder: str) -> Any:
 
 
 def _mark(field: FieldInfo) -> LocalPath | None:
-    """The mark of a field, or of a member of its union."""
+    """The `LocalPath` of a field, or of a member of its union; None where there is none."""
     of_members = [mark for member in get_args(field.annotation) for mark in getattr(member, "__metadata__", ())]
     return next((mark for mark in [*field.metadata, *of_members] if isinstance(mark, LocalPath)), None)

@@ -1,4 +1,4 @@
-"""What keys a configuration model allows: pydantic's error locations as dotted paths, and the nearest valid one."""
+"""The keys that a configuration model allows: error locations as dotted paths, and the nearest valid one."""
 
 import difflib
 import re
@@ -22,7 +22,7 @@ class Spot(NamedTuple):
 
 
 def dotted(path: KeyPath) -> str:
-    """``("stages", 0, "images")`` as ``stages.0.images``."""
+    """Write a path with dots: ``("stages", 0, "images")`` becomes ``stages.0.images``."""
     return ".".join(map(str, path))
 
 
@@ -34,7 +34,7 @@ def find(model: type[BaseModel], location: KeyPath) -> Spot:
         if part == "[key]":
             break
         if len(options) > 1 and not labeled:
-            options, labeled = [option for option in options if _answers_to(option, str(part))] or options, True
+            options, labeled = [option for option in options if _has_label(option, str(part))] or options, True
             continue
         spot, labeled = Spot((*spot.path, part), options), False
         options = [child for option in options for child in _children(option, part)]
@@ -95,8 +95,8 @@ def _children(option: Any, part: str | int) -> list[Any]:
     return _alternatives(arguments[part if fixed else 0])
 
 
-def _answers_to(option: Any, label: str) -> bool:
-    """Whether pydantic's label of a union member, a type's name or a discriminator's value, means this type."""
+def _has_label(option: Any, label: str) -> bool:
+    """Return whether pydantic's label of a union member, a type's name or a discriminator's value, means this type."""
     if not _is_model(option):
         return label.startswith(getattr(get_origin(option) or option, "__name__", ""))
     tags = [tag for field in option.model_fields.values() for tag in get_args(field.annotation)]
@@ -104,7 +104,7 @@ def _answers_to(option: Any, label: str) -> bool:
 
 
 def _paths(options: list[Any], above: KeyPath = (), seen: frozenset[type] = frozenset()) -> Iterator[KeyPath]:
-    """Every valid path below some types; of a list, those of its first entry."""
+    """Yield every valid path below some types; of a list, those of its first entry."""
     for option in options:
         if _is_model(option) and option not in seen:
             for name in option.model_fields:

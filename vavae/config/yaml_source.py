@@ -1,4 +1,4 @@
-"""YAML as a tree that remembers where each value was written, its merging, and the way back to text."""
+"""YAML as a tree that remembers where each value was written: parsing, merging and writing."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -103,20 +103,20 @@ def parse(text: str, at: Callable[[int], str]) -> Located:
 
 
 def explain_syntax(error: yaml.YAMLError) -> str:
-    """What is wrong with a text, without its place, in one line."""
+    """Describe a syntax error in one line, without its place."""
     if isinstance(error, yaml.MarkedYAMLError):
         return ", ".join(part for part in (error.context, error.problem) if part)
     return " ".join(str(error).split())
 
 
 def line_of(error: yaml.YAMLError) -> int | None:
-    """The line, counted from 1, that an error points at, if it points at one."""
+    """Line, counted from 1, that an error points at; None where it points at none."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     return mark.line + 1 if mark else None
 
 
 def merge(base: Located, over: Located) -> Located:
-    """``over`` laid on ``base``: mappings merge key by key, everything else is replaced."""
+    """Lay ``over`` on ``base``: mappings merge key by key, everything else is replaced."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     merged = dict(base.value)
@@ -133,7 +133,7 @@ def plain(tree: Located) -> Any:
 
 
 def place_of(tree: Located, path: Sequence[str | int]) -> str:
-    """Where the value at a path was written, or the nearest section above it."""
+    """Place where the value at a path was written, or the nearest section above it."""
     for part in path:
         entries = dict(enumerate(tree.value)) if isinstance(tree.value, list) else tree.value
         if not isinstance(entries, dict) or part not in entries:

@@ -1,4 +1,4 @@
-"""What the shards hold."""
+"""Configuration of image shards and of the stream of training images."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ SourceName = Annotated[
 
 
 class ShardsConfig(Config):
-    """How a set of images becomes shards.
+    """Conversion of a set of images to shards.
 
     The sources are `runtime`: what is in them enters the records of the shards by content, wherever they lie.
     """
@@ -34,7 +34,7 @@ class ShardsConfig(Config):
     line, in the order of their names or after its name."""
 
     validation_fraction: float = Field(0.05, ge=0, lt=1)
-    """Where there is no validation source: the expected share of images held out, chosen by a hash of their names."""
+    """Expected share of images held out where there is no validation source, chosen by a hash of their names."""
 
     image_size: int = Field(256, ge=8)
     """Side in pixels of the stored images, after ADM's center crop and resize."""
@@ -43,7 +43,7 @@ class ShardsConfig(Config):
     """Store JPEG, PNG and WebP files as they are wherever both sides reach `image_size`."""
 
     format: Literal["png", "jpeg"] = "png"
-    """How images are stored that are not kept as they are."""
+    """File format of images that are not kept as they are."""
 
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Quality of `format: jpeg`; colors are not subsampled."""
@@ -71,8 +71,8 @@ class StreamConfig(Config):
     """Consecutive records of a lane that are shuffled together; null makes all lanes together shuffle 65,536."""
 
     crop: Crop = "random"
-    """How a square of `shards.image_size` is cut from an image of another size: `center` as ADM does; `random` scales
-    the shorter side and cuts anywhere; `random_resized` cuts a random part and scales it."""
+    """Cut of a square of `shards.image_size` from an image of another size: `center` as ADM does; `random` scales the
+    shorter side and cuts anywhere; `random_resized` cuts a random part and scales it."""
 
     flip: bool = False
     """Mirror half of the images that train the tokenizer."""

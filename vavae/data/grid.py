@@ -10,7 +10,7 @@ _PICTURE_PIXELS = 64
 
 
 def enlargement(size: int) -> int:
-    """By how much small images of this side are enlarged in pictures."""
+    """Whole-number factor by which images of `size` pixels per side are enlarged in pictures."""
     return max(1, _PICTURE_PIXELS // size)
 
 

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels and back, and the cuts that training and measuring make of them."""
+"""Decoding and encoding of image files, and the crops that training and evaluation make of them."""
 
 import io
 import math
@@ -13,10 +13,10 @@ from PIL.ImageFile import ImageFile
 from vavae.data.config import Crop, ShardsConfig
 
 MAX_PIXELS = 100_000_000
-"""More than this in one image is taken for a decompression bomb."""
+"""Pixels above which an image is taken for a decompression bomb."""
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats that are stored, by Pillow's names."""
+"""File extension of each stored format, by Pillow's names."""
 
 # Pillow knows more, some through other programs; a set of photographs has no use for them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -42,7 +42,7 @@ _AREA, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 
 class UnreadableImage(ValueError):  # noqa: N818 - it says what the image is, not what went wrong with us
-    """These bytes are no image, or a damaged one, or one too large to be honest."""
+    """Raised for bytes that are no image, a damaged image or a decompression bomb."""
 
 
 class StoredImage(NamedTuple):
@@ -56,10 +56,10 @@ def prepare_image(
     data: bytes,
     size: int,
     crop: Crop = "center",
-    random: np.random.Generator | None = None,
+    rng: np.random.Generator | None = None,
     buffer: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The square of an image file that training, extraction and evaluation see: uint8 [size, size, 3].
+    """Decode the square of an image file that training, extraction and evaluation see: uint8 [size, size, 3].
 
     Args:
         data: the file.
@@ -67,7 +67,7 @@ def prepare_image(
         crop: `center` is ADM's crop and draws nothing; `random` scales the shorter side to `size` and cuts anywhere
             (the public training of the tokenizer); `random_resized` cuts 8 to 100 % of the area at an aspect ratio of
             3/4 to 4/3 and scales that (Szegedy et al. 2015, with torchvision's bounds).
-        random: of the cut.
+        rng: draws the cut; not needed for `center`.
         buffer: uint8 [size, size, 3], overwritten; a JPEG of that size is decoded into it, and a view of it returned.
 
     Raises:
@@ -78,16 +78,16 @@ def prepare_image(
         if pixels.shape[:2] == (size, size):
             return pixels
         return np.asarray(center_crop_resize(Image.fromarray(pixels), size))
-    assert random is not None, f"crop {crop} needs a generator"
+    assert rng is not None, f"crop {crop} needs an rng"
     if crop == "random_resized":
         pixels = decode_image(data)
-        image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], random)
+        image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], rng)
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     pixels = decode_image(data, shorter=_OVERSIZE * size, buffer=buffer)
     if min(pixels.shape[:2]) != size:
         pixels = np.asarray(_scale_shorter_side(Image.fromarray(pixels), size))
     spare = np.array(pixels.shape[:2]) - size
-    top, left = (random.random(2) * (spare + 1)).astype(int)
+    top, left = (rng.random(2) * (spare + 1)).astype(int)
     return pixels[top : top + size, left : left + size]
 
 
@@ -148,14 +148,14 @@ def _scale_shorter_side(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _random_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a random part; the center, as wide as the ratios allow, where none fits."""
     for _ in range(_ATTEMPTS):
-        area = width * height * random.uniform(*_AREA)
-        ratio = math.exp(random.uniform(*np.log(_RATIO)))
+        area = width * height * rng.uniform(*_AREA)
+        ratio = math.exp(rng.uniform(*np.log(_RATIO)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
     w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
     left, top = (width - w) // 2, (height - h) // 2
@@ -163,7 +163,7 @@ def _random_box(width: int, height: int, random: np.random.Generator) -> tuple[i
 
 
 def _is_upright(data: bytes) -> bool:
-    """Whether a JPEG surely needs no turning; only one with EXIF has to be opened to tell."""
+    """Return whether a JPEG surely needs no rotation; only one with EXIF has to be opened to tell."""
     if not _has_exif(data):
         return True
     image = _open(data)
@@ -174,7 +174,7 @@ def _is_upright(data: bytes) -> bool:
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a segment before the scan of a JPEG is EXIF's: marker (2 bytes), length (2 bytes), content."""
+    """Return whether a segment before the scan of a JPEG is EXIF's: marker (2 bytes), length (2 bytes), content."""
     at = len(_START)
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != _SCAN:
         if data.startswith(b"Exif\0", at + 4):
@@ -184,12 +184,12 @@ def _has_exif(data: bytes) -> bool:
 
 
 def _decode_jpeg(data: bytes, shorter: int, buffer: np.ndarray | None) -> np.ndarray | None:
-    """Pixels as Pillow decodes them, but faster; None where Pillow has to judge (CMYK, damage)."""
+    """Pixels as Pillow decodes them, but faster; None where Pillow has to decode (CMYK, damage)."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             raise UnreadableImage(f"{width} x {height} pixels: more than {MAX_PIXELS}")
-        if colours not in _FAST_COLORS:
+        if colors not in _FAST_COLORS:
             return None
         if buffer is not None and buffer.shape != (height, width, 3):
             buffer = None
@@ -203,7 +203,7 @@ def _decode_jpeg(data: bytes, shorter: int, buffer: np.ndarray | None) -> np.nda
 
 
 def _open(data: bytes) -> ImageFile:
-    """The image with its header read and its pixels not yet."""
+    """Open an image file: its header is read, its pixels are not."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
@@ -216,7 +216,7 @@ def _open(data: bytes) -> ImageFile:
 
 
 def _load(image: ImageFile) -> Image.Image:
-    """The image upright and in RGB."""
+    """Decode an image, upright and in RGB."""
     try:
         return _rgb(ImageOps.exif_transpose(image))
     except _DAMAGE as error:
@@ -224,12 +224,12 @@ def _load(image: ImageFile) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue. An alpha channel is dropped, as ADM does."""
+    """Convert an image to eight bits of red, green and blue. An alpha channel is dropped, as ADM does."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise UnreadableImage(f"grey values {grey.min()} to {grey.max()}: not 16 bits")
-        image = Image.fromarray((grey / 257).round().astype(np.uint8))
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise UnreadableImage(f"gray values {gray.min()} to {gray.max()}: not 16 bits")
+        image = Image.fromarray((gray / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise UnreadableImage("floating-point pixels have no agreed range")
     elif image.mode == "P":

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class MicroBatchKey(NamedTuple):
-    """Which micro-batch: the consecutive positions that one lane contributes to one step."""
+    """Key of a micro-batch: the consecutive positions that one lane contributes to one step."""
 
     lane: int
     step: int
@@ -40,7 +40,7 @@ class ImageMicroBatch(NamedTuple):
     labels: Tensor
     """int64 [S]."""
     unreadable: Sequence[str] = ()
-    """Images that could not be read and had others stand in for them: `<split>/<shard>#<key>`."""
+    """Names, `<split>/<shard>#<key>`, of images that could not be read and were replaced by others."""
 
 
 class _Found(NamedTuple):
@@ -52,7 +52,7 @@ class Quarantine:
     """The unreadable images of a stream, by name, as the training process learns of them.
 
     Args:
-        limit: how many are borne.
+        limit: most unreadable images before the training stops.
     """
 
     def __init__(self, limit: int) -> None:
@@ -60,7 +60,7 @@ class Quarantine:
         self.names: set[str] = set()
 
     def add(self, names: Iterable[str]) -> None:
-        """Take names in, known ones or new.
+        """Add names, known ones or new.
 
         Raises:
             UserError: there are more than the limit.
@@ -73,22 +73,22 @@ class Quarantine:
             )
 
 
-SliceT = TypeVar("SliceT", covariant=True)
+MicroBatchT = TypeVar("MicroBatchT", covariant=True)
 
 
-class MicroBatchSource(Protocol, Generic[SliceT]):
+class MicroBatchSource(Protocol, Generic[MicroBatchT]):
     """A pure function from a key to a micro-batch."""
 
-    def __getitem__(self, key: MicroBatchKey) -> SliceT:
+    def __getitem__(self, key: MicroBatchKey) -> MicroBatchT:
         """The micro-batch of a lane at a step."""
 
 
-class ShardStream(Dataset[SliceT]):
-    """Slices that are made of the records of shards.
+class ShardStream(Dataset[MicroBatchT]):
+    """A map-style dataset of micro-batches made of the records of shards.
 
     Args:
-        shards: what it reads, and in which order.
-        micro_batch_bytes: of one micro-batch in memory, about.
+        shards: the shards to read, and their order.
+        micro_batch_bytes: approximate size of one micro-batch in memory.
     """
 
     def __init__(self, shards: OrderedShards, micro_batch_bytes: int) -> None:
@@ -96,13 +96,13 @@ class ShardStream(Dataset[SliceT]):
 
 
 class ImageStream(ShardStream[ImageMicroBatch]):
-    """Slices of one split of image shards.
+    """Micro-batches of one split of image shards.
 
     Args:
-        storage: where the manifest's shards lie.
-        manifest: what there is.
+        storage: the folder of the manifest.
+        manifest: shards and classes.
         split: `train` or `validation`.
-        order: which record comes where.
+        order: the order of the records.
         micro_batch_size: images of one micro-batch.
         config: crop and flip.
         seed: keys the crops and flips.
@@ -124,16 +124,16 @@ class ImageStream(ShardStream[ImageMicroBatch]):
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
         self.quarantine = Quarantine(config.unreadable_limit)
-        """What `load_micro_batches` met in this process; the micro-batches themselves stay functions of their keys."""
+        """Unreadable images seen by `load_micro_batches` in this process; a micro-batch depends on its key alone."""
 
     def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
-        random = numpy_generator(self._seed, "augment", key.lane, key.step)
+        rng = numpy_generator(self._seed, "augment", key.lane, key.step)
         locations = self.shards.order.micro_batch(key.lane, key.step, self.shards.micro_batch_size)
         pixels = np.empty((len(locations), self._image_size, self._image_size, 3), np.uint8)
         labels = []
         unreadable: list[str] = []
         for location, image in zip(locations, pixels, strict=True):
-            found = self._read_into(image, location, random)
+            found = self._read_into(image, location, rng)
             labels.append(found.label)
             unreadable += found.unreadable
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
@@ -145,7 +145,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
 
         return self.shards.open(shard, open_file)
 
-    def _read_into(self, image: np.ndarray, location: Location, random: np.random.Generator) -> _Found:
+    def _read_into(self, image: np.ndarray, location: Location, rng: np.random.Generator) -> _Found:
         """Fill in the image at a location, or the next readable one of its shard."""
         shard = self._open.get(location.shard, self._map)
         name = f"{self.shards.split}/{self.shards.infos[location.shard].name}"
@@ -155,19 +155,19 @@ class ImageStream(ShardStream[ImageMicroBatch]):
             record, place = shard[index], f"{name}#{shard.key(index)}"
             try:
                 data = image_bytes(record, place)
-                pixels = prepare_image(data, self._image_size, self._config.crop, random, buffer=image)
-                mirrored = self._config.flip and random.random() < 0.5
+                pixels = prepare_image(data, self._image_size, self._config.crop, rng, buffer=image)
+                mirrored = self._config.flip and rng.random() < 0.5
                 if mirrored or not np.may_share_memory(pixels, image):
                     image[:] = pixels[:, ::-1] if mirrored else pixels
                 return _Found(label_of(record, self._classes, place), unreadable)
             except UnreadableImage as error:
-                logger.warning("unreadable image %s, the next one stands in: %s", place, error)
+                logger.warning("unreadable image %s, replaced by the next one: %s", place, error)
                 unreadable.append(place)
         raise UserError(f"{name}: no readable image in the whole shard")
 
 
 def label_of(record: Mapping[str, bytes], classes: int, place: str) -> int:
-    """The class of a record, an index; UserError with its place where there is none, or one beyond the classes."""
+    """Class index of a record; UserError with its place where there is none, or one beyond the classes."""
     text = record.get("cls", b"")
     if not text.strip().isdigit():
         raise UserError(f"{place}: its class is {text[:20]!r}; expected a member cls with 0 to {classes - 1}")
@@ -180,7 +180,7 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 def image_bytes(record: Mapping[str, bytes], place: str = "a record") -> bytes:
-    """The encoded image among a record's members; UserError with its place where there is none."""
+    """Return the encoded image among a record's members; UserError with its place where there is none."""
     for extension in IMAGE_EXTENSIONS:
         if extension in record:
             return record[extension]

@@ -1,4 +1,4 @@
-"""Shards of a store are fetched before a stream needs them: by one thread, in the stream's order, within a bound."""
+"""Prefetching of shards from a store: by one thread, in the stream's order, within a bound of bytes."""
 
 import heapq
 import logging
@@ -16,20 +16,20 @@ from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
-THREAD = "vavae-look-ahead"
+THREAD = "vavae-prefetch"
 
 T = TypeVar("T")
 
 
 class Need(NamedTuple):
-    """A lane enters a shard."""
+    """A shard that a lane enters at a step."""
 
     step: int
     lane: int
     shard: int
     """Index in the manifest."""
     block: tuple[int, ...]
-    """All shards that the lane draws from then."""
+    """Indices of all shards that the lane draws from at that step."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OrderedShards:
     """Records of a micro-batch."""
 
     def open(self, shard: int, open_file: Callable[[Path], T]) -> T:
-        """What `open_file` makes of the local file of a shard; see `open_shard`."""
+        """Open the local file of a shard with `open_file` and return its result; see `open_shard`."""
         return open_shard(self.storage, self.split, self.infos[shard], open_file)
 
     def fetch(self, shard: int) -> None:
@@ -54,49 +54,49 @@ class OrderedShards:
             shard_file(self.storage, self.split, self.infos[shard])
 
     def bytes_of(self, shards: Iterable[int]) -> int:
-        """Of some shards together."""
+        """Total size of some shards, bytes."""
         return sum(self.infos[shard].bytes for shard in shards)
 
     @property
     def are_local(self) -> bool:
-        """Whether all of them surely lie on this machine."""
+        """Return whether all shards surely lie on this machine."""
         return self.storage.is_local and all(info.url is None for info in self.infos)
 
     def open_bytes(self, lanes: Iterable[int]) -> int:
-        """Most bytes of shards that some lanes draw from at the same time; looked up in the first epoch."""
+        """Most bytes of shards that some lanes draw from at the same time, computed from the first epoch."""
         blocks = zip(*(self.order.blocks(lane, 0) for lane in lanes), strict=True)
         epoch = takewhile(lambda abreast: abreast[0].position < self.order.records_per_lane, blocks)
         return max(self.bytes_of({shard for block in abreast for shard in block.shards}) for abreast in epoch)
 
     def needs(self, accumulation_steps: Sequence[AccumulationStep], first_step: int) -> Iterator[Need]:
-        """The shards that lanes enter from a step on, in the order in which micro-batches need them, without end."""
-        lanes = dict.fromkeys(turn.lane for turn in accumulation_steps)
+        """Yield the shards that lanes enter from a step on, in the order of their first use, without end."""
+        lanes = dict.fromkeys(accumulation_step.lane for accumulation_step in accumulation_steps)
         return heapq.merge(*(self._needs(lane, first_step) for lane in lanes), key=lambda need: need.step)
 
     def _needs(self, lane: int, first_step: int) -> Iterator[Need]:
         before: tuple[int, ...] = ()
         for position, block in self.order.blocks(lane, first_step * self.micro_batch_size):
             if position % self.order.records_per_lane == 0:
-                before = ()  # a lane that never leaves a shard enters it anew: walkers must not walk for ever
+                before = ()  # a lane that never leaves a shard enters it anew: iterating over its needs must end
             yield from (
                 Need(position // self.micro_batch_size, lane, shard, block) for shard in block if shard not in before
             )
             before = block
 
 
-class LookAhead:
-    """A thread that brings the shards of a rank's coming micro-batches into the node's cache.
+class ShardPrefetcher:
+    """A thread that fetches the shards of a rank's coming micro-batches into the node's cache.
 
-    It keeps so little ahead that the cache, which drops what was asked for longest ago, doesn't drop it before it is
+    It prefetches so little that the cache, which drops what was asked for longest ago, doesn't drop it before it is
     used: while a shard waits, those that wait with it at the beginning and those at the end go through the cache, so
     twice as much as waits must fit beside what is open. Errors are left to the stream, which meets them in order.
 
     Args:
-        shards: what the stream reads.
+        shards: the shards that the stream reads.
         accumulation_steps: the lanes of this rank.
         first_step: where the stream begins.
         limit: most bytes that wait, but always the next shard.
-        ranks: how many share the cache.
+        ranks: processes that share the cache.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class LookAhead:
         threading.Thread(target=self._run, args=(needs,), name=THREAD, daemon=True).start()
 
     def reached(self, step: int) -> None:
-        """The stream asks for a step now."""
+        """Note that the stream asks for a step now."""
         with self._changed:
             self._step = step
             while self._waiting and self._waiting[0].step <= step:
@@ -128,7 +128,7 @@ class LookAhead:
             self._changed.notify()
 
     def close(self) -> None:
-        """Have the thread end; what it fetches just now comes to its end."""
+        """Stop the thread after the shard that it is fetching."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -142,13 +142,13 @@ class LookAhead:
                 try:
                     self._shards.fetch(need.shard)
                 except (UserError, OSError) as error:
-                    logger.debug("look-ahead: %s", error)
+                    logger.debug("prefetch: %s", error)
 
     def _admit(self, need: Need) -> bool:
-        """Wait until there is room for a shard; whether it is still to be fetched."""
+        """Wait until there is room for a shard; return whether it is still to be fetched."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._has_room(need))
-            is_new = need.step >= self._step and need.shard not in self._opened() | self._ahead()
+            is_new = need.step >= self._step and need.shard not in self._opened() | self._prefetched()
             if need.step > self._step:
                 self._waiting.append(need)
             else:
@@ -160,8 +160,8 @@ class LookAhead:
             return True
         if need.step > self._step + self._horizon:
             return False
-        opened, ahead = self._opened(), self._ahead()
-        size, used = self._shards.bytes_of({need.shard} - opened - ahead), self._shards.bytes_of(ahead)
+        opened, prefetched = self._opened(), self._prefetched()
+        size, used = self._shards.bytes_of({need.shard} - opened - prefetched), self._shards.bytes_of(prefetched)
         room = self._share - self._shards.bytes_of(opened)
         return used + size <= min(self._limit, room // 2) or (not used and size <= room)
 
@@ -171,5 +171,5 @@ class LookAhead:
     def _opened(self) -> set[int]:
         return {shard for shards in self._open.values() for shard in shards}
 
-    def _ahead(self) -> set[int]:
+    def _prefetched(self) -> set[int]:
         return {need.shard for need in self._waiting} - self._opened()

@@ -17,7 +17,7 @@ from vavae.randomness import numpy_generator
 
 
 class Location(NamedTuple):
-    """Where one record lies: the shard's index in the manifest and the record's index in the shard."""
+    """Location of one record: the shard's index in the manifest and the record's index in the shard."""
 
     shard: int
     record: int
@@ -27,9 +27,9 @@ class Block(NamedTuple):
     """Consecutive records of a lane that are shuffled together."""
 
     position: int
-    """Where the lane enters it."""
+    """Position at which the lane enters the block."""
     shards: tuple[int, ...]
-    """Indices in the manifest of those that hold its records, in the order of the epoch."""
+    """Indices in the manifest of the shards that hold its records, in the order of the epoch."""
 
 
 class SampleOrder:
@@ -108,7 +108,7 @@ class SampleOrder:
 
 
 def order_of(counts: Sequence[int], seed: int, config: StreamConfig) -> SampleOrder:
-    """The order that the configuration asks for; by default L · K, the records shuffled together, is min(N, 65,536)."""
+    """Build the order of a configuration; by default L · K, the records shuffled together, is min(N, 65,536)."""
     block = config.block or max(1, -(-min(sum(counts), 65_536) // config.lanes))
     return SampleOrder(counts, seed, config.lanes, block)
 
@@ -121,14 +121,14 @@ class AccumulationStep(NamedTuple):
 
 
 def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[AccumulationStep, ...]:
-    """Give a rank its contiguous lanes, one a round; every rank has ⌈L / W⌉ rounds.
+    """Assign a rank its contiguous lanes, one per accumulation step; every rank has ⌈L / W⌉ accumulation steps.
 
-    The weights make the mean over all rounds and ranks equal the mean over lanes: a rank with fewer lanes than rounds
-    repeats its first micro-batch with weight 0.
+    The weights make the mean over all accumulation steps and ranks equal the mean over lanes: a rank with fewer lanes
+    than accumulation steps repeats its first micro-batch with weight 0.
     """
     if world_size > lanes:
         raise UserError(f"workers.count={world_size}: at most one worker per lane, and stream.lanes={lanes}")
     count = -(-lanes // world_size)
-    mine = np.array_split(np.arange(lanes), world_size)[rank].tolist()
+    own = np.array_split(np.arange(lanes), world_size)[rank].tolist()
     weight = count * world_size / lanes
-    return (*(AccumulationStep(lane, weight) for lane in mine), *[AccumulationStep(mine[0], 0.0)] * (count - len(mine)))
+    return (*(AccumulationStep(lane, weight) for lane in own), *[AccumulationStep(own[0], 0.0)] * (count - len(own)))

@@ -1,4 +1,4 @@
-"""Passes over whole shards, in their order."""
+"""Sequential readers of whole shards, in their order."""
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class LabeledImages(NamedTuple):
-    """Some images and their classes."""
+    """A batch of images and their classes."""
 
     images: Tensor
     """uint8 [B, 3, H, W]."""
@@ -33,7 +33,7 @@ class LabeledImages(NamedTuple):
 def shard_records(
     path: Path, count: int | None = None, dropped: Collection[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Every record of a shard, streamed in order by WebDataset: `__key__`, and extension → bytes.
+    """Yield every record of a shard, streamed in order by WebDataset: `__key__`, and extension → bytes.
 
     Args:
         path: the shard.
@@ -52,7 +52,7 @@ def shard_records(
 def read_images(
     storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int
 ) -> Iterator[LabeledImages]:
-    """The first `limit` readable images of a split in batches, centre-cropped; those left out are logged.
+    """Yield the first `limit` readable images of a split in batches, center-cropped; those left out are logged.
 
     The shards hold their images in a shuffled order, so the first ones are a fair sample.
 
@@ -73,7 +73,7 @@ def read_images(
 def read_span(
     storage: Storage, manifest: Manifest, split: str, span: range, batch_size: int
 ) -> Iterator[LabeledImages]:
-    """The readable images among some records of a split, counted through its shards, as :func:`read_images`.
+    """Yield the readable images among some records of a split, counted through its shards, as :func:`read_images`.
 
     Raises:
         UserError: a shard is damaged, or a class is none of the manifest's.
@@ -104,7 +104,7 @@ def _samples(
 
 
 def labeled_images(records: Iterable[Mapping[str, Any]]) -> LabeledImages:
-    """Decode records of our own making, of one image size."""
+    """Decode records that this package wrote, of one image size, into one batch."""
     return _batch([(decode_image(image_bytes(record)), int(record["cls"])) for record in records])
 
 
@@ -115,6 +115,6 @@ def _batch(samples: Sequence[tuple[np.ndarray, int]]) -> LabeledImages:
 
 
 def gather(batches: Iterable[LabeledImages]) -> LabeledImages:
-    """All batches as one."""
+    """Concatenate all batches into one."""
     images, labels = zip(*batches, strict=True)
     return LabeledImages(torch.cat(images), torch.cat(labels))

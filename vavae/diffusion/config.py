@@ -1,4 +1,4 @@
-"""How velocities are learned and integrated, without torch. Time runs from noise (t = 0) to data (t = 1)."""
+"""Configuration of objective, guidance and solver, without torch. Time runs from noise (t = 0) to data (t = 1)."""
 
 from typing import Annotated, Literal
 
@@ -9,23 +9,23 @@ from vavae.config import Config
 
 
 class TimestepConfig(Config):
-    """The law of the timesteps that are trained on."""
+    """Distribution of the timesteps that are trained on."""
 
     law: Literal["logit_normal", "uniform"] = "logit_normal"
-    """`logit_normal` is sigmoid(N(mean, std²)); `uniform` knows neither."""
+    """`logit_normal` is sigmoid(N(mean, std²)); `uniform` uses neither."""
     mean: float = 0.0
-    """Of the logit; positive leans towards the data."""
+    """Mean of the logit; positive leans towards the data."""
     std: float = Field(1.0, gt=0)
-    """Of the logit."""
+    """Standard deviation of the logit."""
     uniform_after_images: int | None = Field(None, ge=0)
-    """Images seen from which on the law is uniform; null never switches. The released long run did at 614,400,000."""
+    """Images seen from which on the law is uniform; null never switches. The released long run: 614,400,000."""
 
 
 class ObjectiveConfig(Config):
-    """What the velocity is fitted with."""
+    """Loss of the predicted velocity, and label dropout."""
 
     direction_weight: float = Field(1.0, ge=0)
-    """Of 1 - cosine(predicted, true velocity) beside their mean squared difference."""
+    """Weight of 1 - cosine(predicted, true velocity) relative to their mean squared difference."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 
@@ -34,7 +34,7 @@ class GuidanceConfig(Config):
     """Classifier-free guidance when sampling."""
 
     scale: float = Field(1.0, ge=0)
-    """w in v_null + w (v_label - v_null); 1 is no guidance."""
+    """Scale w in v_null + w (v_label - v_null); 1 is no guidance."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps low <= t <= high that are guided. The released code has a low end only: [cfg_interval_start, 1]."""
     channels: int | None = Field(None, ge=1)
@@ -42,7 +42,7 @@ class GuidanceConfig(Config):
 
     @property
     def summary(self) -> str:
-        """In words, as it stands beside a figure."""
+        """Description in words, as metrics and reports carry it."""
         if self.scale == 1:
             return "no guidance"
         channels = "" if self.channels is None else f" on {self.channels} channels"
@@ -62,20 +62,20 @@ class SolverConfig(Config):
     """The numerical integration from noise to data: on a grid of times, or by `dopri5`, which finds its own steps."""
 
     name: Literal["euler", "heun", "dopri5"] = "euler"
-    """Orders 1, 2 and 5. `dopri5` gives every image steps of its own, whatever it is integrated beside."""
+    """Solver of order 1, 2 or 5. `dopri5` gives every image steps of its own, whatever else is in the batch."""
     num_steps: int = Field(250, ge=1)
     """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
     shift: Annotated[float, Field(gt=0)] | Literal["by_dimension"] = 1.0
-    """Of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
+    """Shift of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
     evenly; `by_dimension` is √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
     rtol: float = Field(1e-3, ge=1e-6)
     """Error that `dopri5` allows in a step, relative to the latent. This and the next are SiT's."""
     atol: float = Field(1e-6, gt=0)
-    """The same where the latent is near zero."""
+    """Error that `dopri5` allows in a step where the latent is near zero, absolute."""
 
     @property
     def summary(self) -> str:
-        """In words, as it stands beside a figure."""
+        """Description in words, as metrics and reports carry it."""
         if self.name == "dopri5":
             return f"dopri5, relative tolerance {self.rtol:g}, absolute {self.atol:g}"
         shift = self.shift.replace("_", " ") if isinstance(self.shift, str) else f"{self.shift:g}"

@@ -1,9 +1,9 @@
 """Adaptive integration by the pair of orders 5 and 4 of Dormand and Prince (1980), every image with steps of its own.
 
 The size of a step is found as in Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
-Measured over the whole batch, as by torchdiffeq, the error makes an image depend on what it is integrated beside; here
-it is measured for each image, and a batch is merely what the model evaluates at a time. Time runs from noise (t = 0) to
-data (t = 1).
+Measured over the whole batch, as by torchdiffeq, the error makes an image depend on the rest of its batch; here it is
+measured for each image, and a batch is merely what the model evaluates at a time. Time runs from noise (t = 0) to data
+(t = 1).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from vavae.errors import UserError
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""velocity(x [B, C, H, W], t [B] on the CPU, y int64 [B]) -> dx/dt [B, C, H, W], every image at a time of its own."""
+"""Function velocity(x [B, C, H, W], t [B] on the CPU, y int64 [B]) -> dx/dt [B, C, H, W], each at its own time."""
 
 _STAGES = (
     (1 / 5, (1 / 5,)),
@@ -28,14 +28,14 @@ _STAGES = (
 )
 """Time of a stage in steps, and the weights of the slopes before it. The last is the solution of fifth order itself."""
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-"""Fifth order less fourth."""
+"""Weights of the slopes in the error estimate: fifth order less fourth."""
 
 _ERROR_EXPONENT = 1 / 5
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
 
 
 class Tolerance(NamedTuple):
-    """What a step may err by: absolute + relative · |x|."""
+    """Tolerated error of a step: absolute + relative · |x|."""
 
     relative: float
     absolute: float
@@ -46,31 +46,31 @@ class Tolerance(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """A step that was tried."""
+    """A step that may be rejected."""
 
     x: Tensor
-    """Where it ends, [B, C, H, W]."""
+    """End of the step, [B, C, H, W]."""
     slope: Tensor
-    """The velocity there."""
+    """Velocity at the end of the step, [B, C, H, W]."""
     error: Tensor
-    """Estimated error of x."""
+    """Estimated error of x, [B, C, H, W]."""
 
 
 @torch.no_grad()
 def dopri5(
     velocity: Velocity, noise: Tensor, labels: Tensor, tolerance: Tolerance, jumps: Sequence[float] = ()
 ) -> Tensor:
-    """Integrate from t = 0 to 1.
+    """Integrate dx/dt = velocity from t = 0 to 1, every image with steps of its own.
 
     Args:
-        velocity: of every image by itself.
-        noise: where each begins, [B, C, H, W].
+        velocity: velocity of every image at a time of its own.
+        noise: start of each image, [B, C, H, W].
         labels: int64 [B], given to the velocity as they are.
         tolerance: for the root mean square error of an image in a step.
         jumps: times in between, ascending, at which the velocity is not continuous: no step goes across them.
 
     Returns:
-        Where each ends, [B, C, H, W].
+        End of each image, [B, C, H, W].
 
     Raises:
         UserError: the velocity is not finite, or can't be followed in the precision of the noise.
@@ -82,7 +82,7 @@ def dopri5(
 
 
 def _between(velocity: Velocity, start: float, end: float, dtype: torch.dtype) -> Velocity:
-    """A velocity as it is on this side of the jumps at both ends."""
+    """Restrict a velocity to the side of the jumps at both ends that lies between them."""
     first, last = (
         bound if bound in (0, 1) else torch.tensor(bound, dtype=dtype).nextafter(torch.tensor(inside, dtype=dtype))
         for bound, inside in ((start, 1.0), (end, 0.0))
@@ -117,7 +117,7 @@ def _integrate(
 
 
 def _try(velocity: Velocity, x: Tensor, slope: Tensor, labels: Tensor, t: Tensor, h: Tensor) -> _Trial:
-    """Steps of h [B] from x at t [B], where the velocity is `slope`; six evaluations."""
+    """Try steps of h [B] from x at t [B], where the velocity is `slope`; six evaluations."""
     slopes, point, width = [slope], x, h.to(x).view(-1, 1, 1, 1)
     for time, weights in _STAGES:
         point = x + width * _combine(weights, slopes)
@@ -138,15 +138,15 @@ def _first_step(
     """Sizes [B] of the first step (Hairer et al., algorithm 4.14); one evaluation."""
     size, speed = (tolerance.norm(of, x.abs()) for of in (x, slope))
     h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=1)
-    ahead = velocity(x + h.to(x).view(-1, 1, 1, 1) * slope, t + h, labels)
-    bend = tolerance.norm(ahead - slope, x.abs()) / h
+    slope_ahead = velocity(x + h.to(x).view(-1, 1, 1, 1) * slope, t + h, labels)
+    bend = tolerance.norm(slope_ahead - slope, x.abs()) / h
     steepest = torch.maximum(speed, bend)
     better = torch.where(steepest <= 1e-15, (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** _ERROR_EXPONENT)
     return torch.minimum(100 * h, better)
 
 
 def _check(possible: Tensor, t: Tensor) -> None:
-    """Refuse to go on where no step is left that would move t [B]; NaN makes none."""
+    """Raise UserError where no possible step would move t [B]; NaN allows none."""
     if not possible.all():
         raise UserError(
             f"solver.name=dopri5 finds no step at t={t[~possible][0].item():.6f}: the velocity is not finite there, or "

@@ -9,12 +9,12 @@ from torch import Tensor
 from vavae.diffusion.config import GuidanceConfig
 
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
+"""Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
 
-def drop_labels(labels: Tensor, null_label: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Labels [B] with each replaced by the null label with a probability, so that one model learns both velocities."""
-    dropped = torch.rand(labels.shape, generator=generator, device=generator.device) < probability
+def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.Generator) -> Tensor:
+    """Replace each label of int64 [B] by the null label with a probability; one model then learns both velocities."""
+    dropped = torch.rand(labels.shape, generator=rng, device=rng.device) < probability
     return labels.masked_fill(dropped.to(labels.device), null_label)
 
 
@@ -36,7 +36,7 @@ class ClassifierFreeGuidance:
         return sorted({bound for bound in bounds if 0 < bound < 1 and self.config.scale != 1})
 
     def active(self, t: Tensor) -> Tensor:
-        """Which times t [B] are guided, bool [B]; the bounds are compared in the float32 that timesteps have."""
+        """Mask bool [B] of the times t [B] that are guided; bounds are compared in float32, as timesteps are."""
         low, high = torch.tensor(self.config.interval, dtype=torch.float32, device=t.device)
         return (low <= t) & (t <= high) & (self.config.scale != 1)
 
@@ -51,8 +51,8 @@ class ClassifierFreeGuidance:
             return self.model(x, t, y)
         null = torch.full_like(y[guided], self.null_label)
         both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
-        labeled, unlabelled = both.split([len(x), len(guided)])
+        labeled, unlabeled = both.split([len(x), len(guided)])
         part = (guided, slice(self.config.channels))
-        velocity, v_null = labeled.clone(), unlabelled[:, : self.config.channels]
+        velocity, v_null = labeled.clone(), unlabeled[:, : self.config.channels]
         velocity[part] = v_null + self.config.scale * (labeled[part] - v_null)
         return velocity

@@ -1,4 +1,4 @@
-"""What is minimized. Time runs from noise (t = 0) to data (t = 1); velocity = data - noise."""
+"""The flow-matching losses. Time runs from noise (t = 0) to data (t = 1); velocity = data - noise."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ from torch.nn import functional as F
 from vavae.diffusion.config import ObjectiveConfig
 
 TIMESTEP_BINS = 10
-"""Equal parts of [0, 1] over which a loss is reported."""
+"""Number of equal parts of [0, 1] over which a loss is reported."""
 
 
 class FlowMatchingLosses(NamedTuple):
     """Losses per sample, all float32 [B]."""
 
     velocity: Tensor
-    """Mean squared error over channels and positions: the loss that public logs show."""
+    """Mean squared error over channels and positions: the loss of public logs."""
     direction: Tensor
     """1 - cosine over the channels, averaged over positions, in [0, 2]."""
     total: Tensor
-    """velocity + direction_weight · direction."""
+    """Sum velocity + direction_weight · direction."""
 
 
 class FlowMatchingObjective:

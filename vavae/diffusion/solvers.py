@@ -1,4 +1,4 @@
-"""Integration of dx/dt = velocity(x, t, y). Time runs from noise (t = 0) to data (t = 1)."""
+"""Solvers of dx/dt = velocity(x, t, y). Time runs from noise (t = 0) to data (t = 1)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ from vavae.diffusion.config import SolverConfig
 from vavae.diffusion.dopri5 import Tolerance, Velocity, dopri5
 
 _BASE_DIMENSION = 4096
-"""Numbers in a latent for which the shift by dimension is 1."""
+"""Dimension of a latent for which the shift by dimension is 1."""
 
 CommonTimeVelocity = Callable[[Tensor, float], Tensor]
-"""velocity(x [B, C, H, W], t) -> [B, C, H, W], all images at one time."""
+"""Function velocity(x [B, C, H, W], t) -> [B, C, H, W], all images at one time."""
 
 
 def shift_of(config: SolverConfig, dimension: int) -> float:
-    """The shift s of the time grid for latents of so many numbers.
+    """Shift s of the time grid for latents of `dimension` numbers.
 
     By dimension it keeps the signal of a point of the grid apart from its noise as well as in a latent of 4096 numbers.
     """
@@ -26,7 +26,7 @@ def shift_of(config: SolverConfig, dimension: int) -> float:
 
 
 def time_grid(config: SolverConfig, dimension: int) -> Tensor:
-    """The num_steps + 1 times from 0 to 1, float32, moved by t' = s t / (1 + (s - 1) t).
+    """Grid of the num_steps + 1 times from 0 to 1, float32 [num_steps + 1], moved by t' = s t / (1 + (s - 1) t).
 
     It is the shift of SD3 (arXiv 2403.03206, equation 23), whose time runs the other way, with 1 / s for its factor.
     """
@@ -35,12 +35,12 @@ def time_grid(config: SolverConfig, dimension: int) -> Tensor:
 
 
 def euler_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
-    """x at t_next by the velocity at t: first order, one evaluation."""
+    """Take an Euler step from x at t to t_next: first order, one evaluation."""
     return x + (t_next - t) * velocity(x, t)
 
 
 def heun_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
-    """x at t_next by the mean of the velocities at t and where Euler's step ends: second order, two evaluations."""
+    """Take a Heun step, by the mean velocity at t and at the Euler step's end: second order, two evaluations."""
     start = velocity(x, t)
     end = velocity(x + (t_next - t) * start, t_next)
     return x + (t_next - t) * (start + end) / 2
@@ -50,13 +50,13 @@ def heun_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) 
 def solve(
     velocity: Velocity, noise: Tensor, labels: Tensor, config: SolverConfig, jumps: Sequence[float] = ()
 ) -> Tensor:
-    """Data [B, C, H, W] from unit Gaussian noise of that shape. Takes no gradient, keeps no trajectory.
+    """Integrate unit Gaussian noise [B, C, H, W] to data of that shape. Takes no gradient, keeps no trajectory.
 
     Args:
-        velocity: guided or not.
-        noise: [B, C, H, W].
+        velocity: the velocity, guided or not.
+        noise: unit Gaussian noise [B, C, H, W].
         labels: int64 [B], given to the velocity as they are.
-        config: the solver.
+        config: solver and time grid.
         jumps: times between 0 and 1 at which the velocity is not continuous; a grid takes no notice of them.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Everything that knows ranks, collectives and DeepSpeed; models and losses never do."""
+"""Ranks, collectives, engines and DeepSpeed; models and losses know none of them."""

@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for."""
+"""Construction of the engine that a configuration asks for."""
 
 import torch
 from torch import nn
@@ -17,17 +17,20 @@ def build_engine(
     accumulation_steps: int,
     micro_batch_size: int,
 ) -> Engine:
-    """The engine that `config` names.
+    """Build the engine that `config` names.
 
     Args:
         module: the module to train, in fp32; its initial weights are equal on all ranks.
-        precision: of the networks in the module's forward, and of those that it is handed.
+        optimizer: configuration of the optimizer.
+        config: backend and partitioning.
+        precision: precision of the networks in the module's forward, and of those that it is handed.
+        world: the ranks that train together.
         accumulation_steps: forward and backward passes per update on every rank.
-        micro_batch_size: images of one round.
+        micro_batch_size: images of one accumulation step.
     """
     if precision == "bf16":
         # On the module, because DeepSpeed switches an autocast around its engine off, and its own would average
-        # gradients in bf16. No cache: it would keep a second copy of all weights alive, whole ones in stage 3.
+        # gradients in bf16. No cache: it would keep a second copy of all weights alive, full ones in ZeRO stage 3.
         module.forward = torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False)(module.forward)
     if config.backend == "torch":
         return TorchEngine(module, optimizer, world, accumulation_steps)

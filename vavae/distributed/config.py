@@ -1,4 +1,4 @@
-"""How many workers train, on what, and how their state is partitioned."""
+"""Configuration of workers, engine and optimizer."""
 
 from typing import Literal
 
@@ -17,15 +17,15 @@ class WorkersConfig(Config):
     """Train with as few as this while the cluster can't hold all; workers that come back join again. Null insists on
     all of them."""
     resize_seconds: float = runtime(60.0, gt=0)
-    """With `min_count`: seconds between two looks at whether more workers can join."""
+    """Seconds between two checks whether more workers can join, with `min_count`."""
     use_gpu: bool = runtime(False)
-    """One GPU and NCCL per worker instead of CPU cores and gloo."""
+    """Train on one GPU per worker, with NCCL, instead of CPU cores and gloo."""
     cpus: float = runtime(1.0, gt=0)
     """CPU cores that Ray reserves per worker."""
     gpus: float = runtime(1.0, gt=0, le=1)
     """Share of a GPU that Ray reserves per worker, where `use_gpu`: two runs of 0.5 and one worker each share one."""
     threads: int = runtime(1, ge=1)
-    """Threads of torch per worker; a fixed number keeps CPU results bit-equal between runs."""
+    """Threads of torch per worker; a fixed number keeps CPU results bitwise identical between runs."""
     tf32: bool = runtime(False)
     """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, which is several times faster."""
     peak_flops: float | None = runtime(None, gt=0)
@@ -40,7 +40,7 @@ class WorkersConfig(Config):
     """Restarts from the last checkpoint after a worker was lost, before the job gives up. Machines that a cloud takes
     away with a notice do not count."""
     hourly_price: float | None = runtime(None, ge=0)
-    """What a worker costs in an hour, in whatever currency: the report tells what the trainings cost."""
+    """Price of a worker for an hour, in any currency: the report tells what the trainings cost."""
 
     @model_validator(mode="after")
     def _minimum_below_count(self) -> Self:
@@ -56,20 +56,20 @@ class WorkersConfig(Config):
 
 
 Precision = Literal["fp32", "bf16"]
-"""Of the forward pass; weights, gradients, optimizer and losses are always fp32."""
+"""Precision of the forward pass; weights, gradients, optimizer and losses are always fp32."""
 
 
 class EngineConfig(Config):
-    """How one set of weights is optimized across the workers."""
+    """Backend and partitioning by which one set of weights is optimized across the workers."""
 
     backend: Literal["deepspeed", "torch"] = runtime("deepspeed")
     """`torch` is plain PyTorch with averaged gradients, the reference that DeepSpeed is tested against."""
     zero_stage: Literal[0, 1, 2, 3] = runtime(1)
     """ZeRO stage: partition nothing, the optimizer's state, gradients as well, and the weights as well."""
     persistence_threshold: int | None = runtime(None, ge=0)
-    """In stage 3, tensors of fewer weights than this stay whole on every rank; null is DeepSpeed's own choice."""
+    """Weights below which ZeRO stage 3 keeps a tensor in full on every rank; null is DeepSpeed's own choice."""
     offload_optimizer: bool = runtime(False)
-    """Keep the optimizer's state in the host's memory and update there; for stages 1 to 3."""
+    """Keep the optimizer's state in the host's memory and update there; for ZeRO stages 1 to 3."""
 
     @model_validator(mode="after")
     def _offloads_what_is_divided(self) -> Self:

@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         micro_batch_size: int,
     ) -> None:
         _join(world)
-        self._stage, self._world = config.zero_stage, world
+        self._zero_stage, self._world = config.zero_stage, world
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer([*self._parameters.values()], optimizer)
         self._engine, *_ = deepspeed.initialize(
@@ -69,39 +69,39 @@ class DeepSpeedEngine:
         self.module: nn.Module = self._engine.module
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """See `Engine.forward`."""
-        if self._stage == 3:
+        """Call the module, see `Engine.forward`."""
+        if self._zero_stage == 3:
             self._allow_gradients_within()
         return self._engine(*inputs, **named)
 
     def _allow_gradients_within(self) -> None:
         """Let a graph be differentiated any number of times, as the adaptive weights do within the forward.
 
-        Stage 3 gathers a layer's weights again for as many passes back through it as it had forward passes. In all
+        ZeRO stage 3 gathers a layer's weights again for as many passes back through it as it had forward passes. In all
         further ones it would find them released.
         """
         for layer in self.module.modules():
             layer.applied_pre_backward_ref_cnt = _ANY_NUMBER  # type: ignore[assignment]
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine.backward`."""
+        """Add gradients of one accumulation step, see `Engine.backward`."""
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def update(self, learning_rate: float) -> float:
-        """See `Engine.update`."""
-        assert self._engine.is_gradient_accumulation_boundary(), "update before the last round of the step"
+        """Apply the gradients of a step, see `Engine.update`."""
+        assert self._engine.is_gradient_accumulation_boundary(), "update before the last accumulation step"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._stage == 0:
-            return self._update_whole()
+        if self._zero_stage == 0:
+            return self._update_unpartitioned()
         self._engine.step()
         # What it does not apply it does not measure either.
         return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
 
-    def _update_whole(self) -> float:
-        """Stage 0 has plain gradients, averaged by now, whose norm DeepSpeed neither tells nor checks."""
+    def _update_unpartitioned(self) -> float:
+        """Update at ZeRO stage 0: plain averaged gradients, whose norm DeepSpeed neither returns nor checks."""
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         if norm.isfinite():
             self._engine.step()
@@ -111,70 +111,70 @@ class DeepSpeedEngine:
         return float(norm)
 
     def tensor_shards(self) -> dict[str, TensorShard]:
-        """See `Engine.fragments`."""
+        """Shards of the state dict, see `Engine.tensor_shards`."""
         return tensor_shards_of(self.module, self._world, _partition)
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Engine.weights`."""
+        """Full state dict on the CPU, see `Engine.weights`."""
         return gather_full(self.tensor_shards(), self._world)
 
     @property
     def updates(self) -> int:
-        """See `Engine.updates`."""
+        """Number of updates so far, see `Engine.updates`."""
         return updates_of(self.optimizer)
 
     def moments(self) -> dict[str, TensorShard]:
-        """See `Engine.moments`."""
-        if self._stage == 0:
+        """Shards of the optimizer's moments, see `Engine.moments`."""
+        if self._zero_stage == 0:
             return {name: shard_of(t, self._world) for name, t in full_moments(self.module, self.optimizer).items()}
-        return self._divided_moments()
+        return self._partitioned_moments()
 
     @contextmanager
     def restore(self, updates: int) -> Iterator[dict[str, TensorShard]]:
-        """See `Engine.restore`."""
+        """Yield shards to fill, see `Engine.restore`."""
         weights = local_shards(self.module, self._world, _partition)
         begin_at(self.optimizer, self._optimized(), updates)
-        if self._stage == 0:
+        if self._zero_stage == 0:
             yield weights | {name: as_full_shard(t) for name, t in full_moments(self.module, self.optimizer).items()}
             return
-        yield weights | self._divided_moments()
+        yield weights | self._partitioned_moments()
         zero = self._engine.optimizer
         zero.refresh_fp32_params()
-        if self._stage == 3 and zero.persistent_parameters:
-            always_whole = zero.persistent_parameters
-            always_whole[0].partition(always_whole)  # drops the whole ones, which are of before
-            always_whole[0].all_gather(always_whole)
+        if self._zero_stage == 3 and zero.persistent_parameters:
+            persistent = zero.persistent_parameters
+            persistent[0].partition(persistent)  # drops the full tensors, which hold the old values
+            persistent[0].all_gather(persistent)
 
     def _optimized(self) -> list[Tensor]:
-        """What the optimizer takes for parameters: rows of them, divided among the ranks, in stages 1 to 3."""
-        if self._stage == 0:
+        """Tensors that the optimizer updates: flat groups of parameters, partitioned, in ZeRO stages 1 to 3."""
+        if self._zero_stage == 0:
             return [*self._parameters.values()]
         zero = self._engine.optimizer
-        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        return zero.fp32_partitioned_groups_flat if self._zero_stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _divided_moments(self) -> dict[str, TensorShard]:
-        """The moments in stages 1 to 3; empty before an update."""
-        find = self._moment_of_stage_3 if self._stage == 3 else self._moment
+    def _partitioned_moments(self) -> dict[str, TensorShard]:
+        """Shards of the moments in ZeRO stages 1 to 3; empty before an update."""
+        find = self._moment_of_zero_stage_3 if self._zero_stage == 3 else self._moment
         kinds = MOMENTS if self.updates else ()
         return {f"{kind}/{name}": find(p, kind) for name, p in self._parameters.items() for kind in kinds}
 
     def _moment(self, parameter: nn.Parameter, kind: str) -> TensorShard:
-        """Stages 1 and 2 lay all parameters in a row and divide that, so a rank may hold nothing of one."""
+        """Shard of a moment in ZeRO stages 1 and 2, which partition a flat group: a rank may hold nothing of one."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return TensorShard(0, parameter.new_empty(0), parameter.shape)
-        row = self._optimized()[mapping.param_group_index]
+        group = self._optimized()[mapping.param_group_index]
         place = mapping.hp_fragment_address
-        values = self.optimizer.state[row][kind].narrow(0, place.start, place.numel)
+        values = self.optimizer.state[group][kind].narrow(0, place.start, place.numel)
         return TensorShard(mapping.lp_fragment_address.start, values, parameter.shape)
 
-    def _moment_of_stage_3(self, parameter: nn.Parameter, kind: str) -> TensorShard:
+    def _moment_of_zero_stage_3(self, parameter: nn.Parameter, kind: str) -> TensorShard:
         values = safe_get_local_optimizer_state(parameter, kind)
         return Partition(values, parameter.ds_shape).tensor_shard(self._world)  # type: ignore[attr-defined]
 
 
 def _zero_section(config: EngineConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization`."""
+    """Section `zero_optimization` of DeepSpeed's configuration."""
     section: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
@@ -184,7 +184,7 @@ def _zero_section(config: EngineConfig, world: World) -> dict[str, Any]:
 
 
 def _partition(parameter: nn.Parameter) -> Partition | None:
-    """What stage 3 has left of a parameter on this rank."""
+    """Partition of a parameter on this rank in ZeRO stage 3; None in other stages."""
     values: Tensor | None = getattr(parameter, "ds_tensor", None)
     return None if values is None else Partition(values, parameter.ds_shape)  # type: ignore[attr-defined]
 

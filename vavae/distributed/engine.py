@@ -1,7 +1,7 @@
-"""One set of weights that all ranks optimize together: plain PyTorch here, DeepSpeed ZeRO next door.
+"""Engines, which optimize one set of weights on all ranks together: the protocol, and the one of plain PyTorch.
 
 An engine owns the module, its optimizer and the exchange of gradients. A step of the training loop is
-`forward` and `backward` once per round, then one `update`.
+`forward` and `backward` once per accumulation step, then one `update`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ from vavae.distributed.world import World
 
 
 class Engine(Protocol):
-    """What the training loop may ask of a set of weights."""
+    """Interface of the training loop to a set of weights and its optimizer."""
 
     module: nn.Module
     """The module that is trained, on its device, callable without the engine's hooks."""
@@ -33,37 +33,37 @@ class Engine(Protocol):
         """Call the module so that `backward` on a loss it returned reaches the optimizer."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one round's loss; gradients are averaged over rounds and ranks."""
+        """Add the gradients of one accumulation step's loss; they are averaged over accumulation steps and ranks."""
 
     def update(self, learning_rate: float) -> float:
-        """Apply the gradients of all rounds of a step; returns their global norm before clipping.
+        """Apply the gradients of all accumulation steps; return their global norm before clipping.
 
         Where that is not finite nothing is applied, on any rank.
         """
 
     def tensor_shards(self) -> dict[str, TensorShard]:
-        """This rank's part of the module's state dict, as trained and in place; see `tensor_shards_of`."""
+        """Shards of this rank of the module's state dict, as trained and in place; see `tensor_shards_of`."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's whole state dict, as trained, on the CPU. Called on every rank."""
+        """Full state dict of the module, as trained, on the CPU. Called on every rank."""
 
     @property
     def updates(self) -> int:
-        """How many updates the optimizer has made."""
+        """Number of updates that the optimizer has made."""
 
     def moments(self) -> dict[str, TensorShard]:
-        """This rank's part of what the optimizer keeps, in place, by `<kind>/<parameter>`; empty before an update."""
+        """Shards of this rank of the optimizer's moments, in place, by `<kind>/<parameter>`; empty before an update."""
 
     def restore(self, updates: int) -> AbstractContextManager[dict[str, TensorShard]]:
-        """All that this rank holds of weights and moments, to be filled in place; taken over at the end of the block.
+        """Yield this rank's shards of weights and moments, to be filled in place; they apply at the end of the block.
 
         Args:
-            updates: made so far by the optimizer that the moments are of; without any there are none.
+            updates: number of updates behind the moments; with 0 there are no moments.
         """
 
 
 class TorchEngine:
-    """Plain PyTorch: whole weights and optimizer on every rank, gradients averaged in one flat reduction."""
+    """Engine of plain PyTorch: full weights and optimizer on every rank, gradients averaged in one flat reduction."""
 
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, accumulation_steps: int) -> None:
         self.module = module.to(world.device)
@@ -72,15 +72,15 @@ class TorchEngine:
         self._optimizer = build_optimizer(self._parameters, optimizer)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """See `Engine.forward`."""
+        """Call the module, see `Engine.forward`."""
         return self.module(*inputs, **named)
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine.backward`."""
+        """Add gradients of one accumulation step, see `Engine.backward`."""
         (loss / self._accumulation_steps).backward()
 
     def update(self, learning_rate: float) -> float:
-        """See `Engine.update`."""
+        """Apply the gradients of a step, see `Engine.update`."""
         self._average_gradients()
         limit = float("inf") if self._max_norm is None else self._max_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
@@ -92,7 +92,7 @@ class TorchEngine:
         return float(norm)
 
     def _average_gradients(self) -> None:
-        """Average over ranks. A gradient that no loss reached is zero, so that any world size updates alike."""
+        """Average gradients over ranks. One that no loss reached is zero, so that any world size updates alike."""
         gradients = []
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -105,43 +105,43 @@ class TorchEngine:
             gradient.copy_(part.view_as(gradient))
 
     def tensor_shards(self) -> dict[str, TensorShard]:
-        """See `Engine.fragments`."""
+        """Shards of the state dict, see `Engine.tensor_shards`."""
         return tensor_shards_of(self.module, self._world)
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Engine.weights`."""
+        """Full state dict on the CPU, see `Engine.weights`."""
         return gather_full(self.tensor_shards(), self._world)
 
     @property
     def updates(self) -> int:
-        """See `Engine.updates`."""
+        """Number of updates so far, see `Engine.updates`."""
         return updates_of(self._optimizer)
 
     def moments(self) -> dict[str, TensorShard]:
-        """See `Engine.moments`."""
+        """Shards of the optimizer's moments, see `Engine.moments`."""
         return {name: shard_of(t, self._world) for name, t in full_moments(self.module, self._optimizer).items()}
 
     @contextmanager
     def restore(self, updates: int) -> Iterator[dict[str, TensorShard]]:
-        """See `Engine.restore`."""
+        """Yield shards to fill, see `Engine.restore`."""
         begin_at(self._optimizer, self._parameters, updates)
         moments = full_moments(self.module, self._optimizer)
         yield local_shards(self.module, self._world) | {name: as_full_shard(t) for name, t in moments.items()}
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW of `config`; fused, because the loop over parameters costs more than the arithmetic."""
+    """Build the AdamW of `config`; fused, because the loop over parameters costs more than the arithmetic."""
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
 
 
 _STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter: a count of its updates, and two tensors of its shape."""
+"""Keys of AdamW's state of a parameter: a count of its updates, and two tensors of its shape."""
 
 
 def updates_of(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates an optimizer of `build_optimizer` has made."""
+    """Number of updates that an optimizer of `build_optimizer` has made."""
     return max((int(state[_STEP]) for state in optimizer.state.values() if _STEP in state), default=0)
 
 
@@ -154,7 +154,7 @@ def begin_at(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], upd
 
 
 def full_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of parameters that are optimized as they are, by `<kind>/<parameter>`; empty before an update."""
+    """Full moments of parameters that are not partitioned, by `<kind>/<parameter>`; empty before an update."""
     if not updates_of(optimizer):
         return {}
     return {

@@ -1,8 +1,8 @@
-"""Named tensors as the parts that ranks hold of them: the form in which weights are averaged, gathered and stored.
+"""Shards of named tensors over the ranks: the form in which weights are averaged, gathered and stored.
 
-A parameter is flattened and dealt to the ranks in equal runs, the last ones shorter: ZeRO stage 3's own partition, and
-a view of the whole parameter in every other engine. A buffer belongs to the first rank. A file says of every part where
-in the whole it belongs, so that whatever some ranks have saved is read by any number of them, divided in any other way.
+A parameter is flattened and split among the ranks in equal ranges, the last ones shorter: ZeRO stage 3's own partition,
+and a view of the full parameter in every other engine. A buffer belongs to the first rank. A file holds the offset of
+every shard, so that whatever some ranks have saved is read by any number of ranks, sharded in any other way.
 """
 
 import json
@@ -20,58 +20,58 @@ _OFFSETS = "offsets"
 
 
 class TensorShard(NamedTuple):
-    """A run of the values of a flattened tensor."""
+    """A contiguous range of the values of a flattened tensor."""
 
     offset: int
-    """Index of the first value in the whole."""
+    """Index of the first value in the flattened full tensor."""
     values: Tensor
-    """[n]; n is 0 where a rank holds nothing of the tensor."""
+    """Values [n]; n is 0 where a rank holds nothing of the tensor."""
     shape: Size
-    """Of the whole."""
+    """Shape of the full tensor."""
 
 
 class Partition(NamedTuple):
-    """Where a parameter that is not whole on any rank keeps its values."""
+    """Values of a parameter that is partitioned, so that no rank holds it in full."""
 
     values: Tensor
-    """[n], this rank's equal share; padding may follow the last value of the whole."""
+    """Equal part [n] of this rank; padding may follow the last value of the full tensor."""
     shape: Size
-    """Of the whole."""
+    """Shape of the full tensor."""
 
     def tensor_shard(self, world: World) -> TensorShard:
-        """The share without its padding."""
-        first, last = _share(self.shape, world)
+        """Shard of this rank, without padding."""
+        first, last = _range(self.shape, world)
         return TensorShard(first, self.values.detach()[: last - first], self.shape)
 
 
 FindPartition = Callable[[nn.Parameter], Partition | None]
-"""Finds the values of a parameter that the ranks have divided already; None where every rank holds all of them."""
+"""Function that finds the partition of a parameter; None where every rank holds it in full."""
 
 
 def not_sharded(_: nn.Parameter) -> None:
-    """Every rank holds all values."""
+    """Return None for every parameter, because every rank holds it in full."""
 
 
-def _share(shape: Size, world: World) -> tuple[int, int]:
-    """First index of this rank's values among all of a parameter, and the first behind them."""
+def _range(shape: Size, world: World) -> tuple[int, int]:
+    """Start and end, exclusive, of this rank's values in a flattened parameter."""
     numel = shape.numel()
     size = -(-numel // world.size)
     return min(world.rank * size, numel), min((world.rank + 1) * size, numel)
 
 
 def shard_of(tensor: Tensor, world: World) -> TensorShard:
-    """This rank's share of a tensor that every rank holds; a view where the tensor is contiguous."""
-    first, last = _share(tensor.shape, world)
+    """Shard of this rank of a tensor that every rank holds; a view where the tensor is contiguous."""
+    first, last = _range(tensor.shape, world)
     return TensorShard(first, tensor.detach().flatten()[first:last], tensor.shape)
 
 
 def as_full_shard(tensor: Tensor) -> TensorShard:
-    """A whole tensor, contiguous, as one fragment: a view."""
+    """View a full, contiguous tensor as one shard."""
     return TensorShard(0, tensor.detach().view(-1), tensor.shape)
 
 
 def tensor_shards_of(module: nn.Module, world: World, partition: FindPartition = not_sharded) -> dict[str, TensorShard]:
-    """This rank's part of every entry of a module's state dict, by name, in the same order on every rank.
+    """Shards of this rank of every entry of a module's state dict, by name, in the same order on every rank.
 
     The values are views of parameters and buffers wherever those are contiguous.
     """
@@ -79,24 +79,24 @@ def tensor_shards_of(module: nn.Module, world: World, partition: FindPartition =
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, nn.Parameter):
             parts[name] = as_full_shard(tensor) if world.is_first else TensorShard(0, tensor.new_empty(0), tensor.shape)
-        elif (divided := partition(tensor)) is not None:
-            parts[name] = divided.tensor_shard(world)
+        elif (own := partition(tensor)) is not None:
+            parts[name] = own.tensor_shard(world)
         else:
             parts[name] = shard_of(tensor, world)
     return parts
 
 
 def local_shards(module: nn.Module, world: World, partition: FindPartition = not_sharded) -> dict[str, TensorShard]:
-    """All that this rank holds of a module's state dict, by name, as views; whole tensors must be contiguous."""
+    """Values that this rank holds of a module's state dict, by name, as views; full tensors must be contiguous."""
     parts = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        divided = partition(tensor) if isinstance(tensor, nn.Parameter) else None
-        parts[name] = as_full_shard(tensor) if divided is None else divided.tensor_shard(world)
+        own = partition(tensor) if isinstance(tensor, nn.Parameter) else None
+        parts[name] = as_full_shard(tensor) if own is None else own.tensor_shard(world)
     return parts
 
 
 def gather_full(parts: Mapping[str, TensorShard], world: World) -> dict[str, Tensor]:
-    """The tensors that the fragments of all ranks make up, on the CPU. Every rank calls it."""
+    """Gather the full tensors from the shards of all ranks, on the CPU. Every rank calls it."""
     tensors = {}
     for name, part in parts.items():
         flat = part.values.new_zeros(part.shape.numel())
@@ -106,13 +106,13 @@ def gather_full(parts: Mapping[str, TensorShard], world: World) -> dict[str, Ten
 
 
 def save_tensor_shards(parts: Mapping[str, TensorShard], file: Path) -> None:
-    """Write one rank's fragments: values under the names of the tensors, offsets as metadata."""
+    """Write one rank's shards: values under the names of the tensors, offsets as metadata."""
     offsets = {name: part.offset for name, part in parts.items()}
     save_file({name: part.values for name, part in parts.items()}, file, {_OFFSETS: json.dumps(offsets)})
 
 
 def load_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[Path]) -> None:
-    """Fill a rank's fragments from the files of all ranks, strictly; other fragments of the same tensors will do."""
+    """Fill a rank's shards from the files of all ranks, strictly; the files may be sharded in any other way."""
     missing = {name: len(part.values) for name, part in parts.items()}
     for path in files:
         with safe_open(path, framework="pt") as file:

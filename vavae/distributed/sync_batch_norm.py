@@ -30,7 +30,7 @@ def sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """[B, C, H, W] -> same, normalized over B, H, W of all ranks, whose B may differ; in evaluation as its parent.
+    """Batch normalization of [B, C, H, W] over B, H, W of all ranks, whose B may differ; in evaluation as its parent.
 
     Args:
         local: the layer to replace, whose parameters and buffers it takes over.
@@ -42,9 +42,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     num_batches_tracked: Tensor
 
     def __init__(self, local: nn.BatchNorm2d) -> None:
-        assert local.affine, "a norm without scale and shift: none of ours is"
-        assert local.track_running_stats, "a norm without running statistics: none of ours is"
-        assert local.momentum is not None, "a norm with cumulative statistics: none of ours is"
+        assert local.affine, "expected a norm with scale and shift"
+        assert local.track_running_stats, "expected a norm with running statistics"
+        assert local.momentum is not None, "expected a norm with a momentum"
         super().__init__(local.num_features, local.eps, local.momentum)
         # The objects themselves: an optimizer may hold the parameters.
         self.weight, self.bias = local.weight, local.bias
@@ -53,19 +53,19 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.train(local.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """In float32 inside, in the type of the input outside."""
+        """Normalize x [B, C, H, W]; computed in float32, returned in the dtype of x."""
         if not self.training:
             return super().forward(x)
         values = x.float()
         local_count = values.new_tensor([values.numel() // self.num_features])
         total = _sum_over_ranks(torch.cat([values.sum(dim=(0, 2, 3)), local_count]))
         mean, count = total[:-1] / total[-1], total[-1].detach()
-        centred = values - mean.view(-1, 1, 1)
+        centered = values - mean.view(-1, 1, 1)
         # From the deviations: the difference of two large moments would lose the digits that float32 has.
-        variance = _sum_over_ranks(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = _sum_over_ranks(centered.square().sum(dim=(0, 2, 3))) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         scale = self.weight.float() * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(-1, 1, 1) + self.bias.float().view(-1, 1, 1)).to(x.dtype)
+        return (centered * scale.view(-1, 1, 1) + self.bias.float().view(-1, 1, 1)).to(x.dtype)
 
     def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)

@@ -1,4 +1,4 @@
-"""How this process computes: the settings of torch that hold for all of it."""
+"""Process-wide settings of torch: threads, TF32 and determinism."""
 
 import os
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group(use_gpu: bool) -> Iterator[None]:
-    """The process group that torchrun's environment describes; nothing where this process was not started by it."""
+    """Join the process group of torchrun's environment; do nothing where torchrun did not start this process."""
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -41,7 +41,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that logs, commits and reports."""
+        """Return whether this is the rank that logs, commits and reports."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -50,7 +50,7 @@ class World:
             dist.barrier()
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, on every rank; any picklable object."""
+        """Return the value of rank 0 on every rank; any picklable object."""
         if self.size == 1:
             return value
         box = [value]
@@ -58,7 +58,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in order, on every rank; any picklable objects."""
+        """Return the values of all ranks in order, on every rank; any picklable objects."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -66,13 +66,13 @@ class World:
         return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says yes; every rank gets the same answer."""
+        """Return whether the flag is set on any rank; every rank gets the same result."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
     def sum_terms(self, terms: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""The losses of the tokenizer, as functions of tensors: reconstruction, alignment, adversary, and their balance."""
+"""Losses of the tokenizer, as functions of tensors: reconstruction, alignment, adversary, adaptive weights."""

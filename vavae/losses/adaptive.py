@@ -1,4 +1,4 @@
-"""Balance two losses by the size of their gradients at one layer."""
+"""The adaptive weight: two losses balanced by the norms of their gradients at one layer."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def adaptive_weight(reference_grad: Tensor, grad: Tensor, maximum: float) -> Ten
     Args:
         reference_grad: gradient of the reconstruction loss at the layer.
         grad: gradient of the loss to be weighted at the same layer, same shape.
-        maximum: upper end of the weight.
+        maximum: upper bound of the weight.
     """
     assert reference_grad.shape == grad.shape, f"gradients of one layer: {reference_grad.shape}, {grad.shape}"
     ratio = torch.linalg.vector_norm(reference_grad.float()) / (torch.linalg.vector_norm(grad.float()) + _EPSILON)

@@ -16,7 +16,7 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN, arXiv 1611.07004: images [B, 3, H, W] in [-1, 1] -> float32 logits [B, 1, h, w], high for real images.
 
     Parameters are named and initialized as in the released code (``main.N``). The norm `sync_batch` is built as a plain
-    batch normalization, which whoever knows the ranks extends over them.
+    batch normalization, which `sync_batch_norm` extends over the ranks.
     """
 
     def __init__(self, config: AdversarialLossConfig) -> None:
@@ -44,7 +44,7 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """One logit per overlapping patch."""
+        """Logits float32 [B, 1, h, w], one per overlapping patch, of images [B, 3, H, W] in [-1, 1]."""
         return self.main(images.to(next(self.parameters()).dtype)).float()
 
 
@@ -57,31 +57,31 @@ def _initialize(module: nn.Module) -> None:
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator's side: ½ (mean ReLU(1 - real) + mean ReLU(1 + fake)), logits of any shape -> scalar."""
+    """Hinge loss of the discriminator: ½ (mean ReLU(1 - real) + mean ReLU(1 + fake)), logits of any shape -> scalar."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
 def vanilla(real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator's side: ½ (mean softplus(-real) + mean softplus(fake)), logits of any shape -> scalar."""
+    """Logistic loss of the discriminator: ½ (mean softplus(-real) + mean softplus(fake)), any shape -> scalar."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": hinge, "vanilla": vanilla}
-"""By their names in the configuration."""
+"""Losses of the discriminator, (real, fake logits) -> scalar, by their names in the configuration."""
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """Generator's side: the negative mean logit of its images, scalar."""
+    """Loss of the generator: the negative mean logit of its images, scalar."""
     return -fake.mean()
 
 
 class DiscriminatorTerms(NamedTuple):
-    """Scalars; only ``objective`` is meant to be differentiated."""
+    """Losses and logits of the discriminator, scalars; only ``objective`` is meant to be differentiated."""
 
     objective: Tensor
-    """What the discriminator minimizes."""
+    """Loss that the discriminator minimizes."""
     real: Tensor
-    """Mean logit of images, detached."""
+    """Mean logit of real images, detached."""
     fake: Tensor
     """Mean logit of reconstructions, detached."""
 
@@ -95,6 +95,9 @@ class DiscriminatorObjective(nn.Module):
         self._loss = DISCRIMINATOR_LOSSES[config.loss]
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> DiscriminatorTerms:
-        """Both are [B, 3, H, W] in [-1, 1]; the reconstruction is detached. Batch statistics are of each alone."""
+        """Compare images and reconstructions, both [B, 3, H, W] in [-1, 1]; the reconstructions are detached.
+
+        Each of the two has batch statistics of its own.
+        """
         real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
         return DiscriminatorTerms(self._loss(real, fake), real.mean().detach(), fake.mean().detach())

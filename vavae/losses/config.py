@@ -1,4 +1,4 @@
-"""Weights and forms of the losses; the defaults are those of the paper unless a line says otherwise."""
+"""Configuration of the losses; the defaults are those of the paper unless a line says otherwise."""
 
 from typing import Literal
 
@@ -30,7 +30,7 @@ class VisionFoundationLossConfig(Config):
     """Weight of the marginal distance matrix loss."""
 
     projection: Literal["latent_to_teacher", "teacher_to_latent"] = "latent_to_teacher"
-    """Which side the learned linear map brings to the other (`reverse_proj` true or false in the released code)."""
+    """Direction of the learned linear map (`reverse_proj` true or false in the released code)."""
 
     adaptive: bool = True
     """Scale by the ratio of gradient norms, equation 4; without it the weight is constant."""
@@ -41,13 +41,13 @@ class VisionFoundationLossConfig(Config):
 
 
 class PerceptualLossConfig(Config):
-    """The part of the reconstruction loss that looks through a network."""
+    """The perceptual part of the reconstruction loss, a distance of network features."""
 
     kind: Literal["lpips", "teacher_features", "none"] = "lpips"
     """LPIPS on VGG16; a distance of the teacher's early features, which needs no further weights; or nothing."""
 
     weight: float = Field(1.0, ge=0)
-    """Relative to the absolute error of one color value; the term counts once per color value of the image."""
+    """Weight relative to the absolute error of one color value; the term counts once per color value of the image."""
 
     weights: WeightsPath | None = None
     """ImageNet weights of VGG16, as a path or a storage URL; none means the Hugging Face hub's. Only for `lpips`."""
@@ -65,16 +65,16 @@ class PerceptualLossConfig(Config):
 
 
 class AdversarialLossConfig(Config):
-    """A patch discriminator and the two sides of its game."""
+    """A patch discriminator, its loss and the adversarial loss of the tokenizer."""
 
     weight: float = Field(0.5, ge=0)
-    """Weight of the generator's side, times the adaptive weight; 0 switches discriminator and term off."""
+    """Weight of the generator's loss, times the adaptive weight; 0 switches discriminator and term off."""
 
     start_images: int = Field(2501 * 256, ge=0)
     """Images seen before the adversary joins; the released 5001 counts two optimizers and batches of 256."""
 
     loss: Literal["hinge", "vanilla"] = "hinge"
-    """The discriminator's side; the generator's is the negative mean logit in both (released code)."""
+    """Loss of the discriminator; the generator's is the negative mean logit in both (released code)."""
 
     channels: int = Field(64, gt=0)
     """Channels of the first layer; they double with every layer, up to eight times."""
@@ -95,21 +95,21 @@ class AdversarialLossConfig(Config):
 
 
 class AdaptiveWeightConfig(Config):
-    """How adaptive weights are measured, before the constant weight is multiplied; the limits are the released ones."""
+    """Measurement of the adaptive weights, before the constant weight is multiplied; the limits are those released."""
 
     every: int = Field(1, ge=1)
     """Steps that one measurement serves, lane by lane; 1 measures in every step, as released, and costs one more
     backward pass through the decoder each time."""
 
     vision_foundation_max: float = Field(1e8, gt=0)
-    """Upper end for the vision-foundation loss, measured at the encoder's last convolution."""
+    """Upper bound for the vision-foundation loss, measured at the encoder's last convolution."""
 
     adversarial_max: float = Field(1e4, gt=0)
-    """Upper end for the adversarial loss, measured at the decoder's last convolution."""
+    """Upper bound for the adversarial loss, measured at the decoder's last convolution."""
 
 
 class TokenizerLossConfig(Config):
-    """All that the tokenizer is trained on."""
+    """All losses of the tokenizer and their weights."""
 
     vision_foundation: VisionFoundationLossConfig = VisionFoundationLossConfig()
     """Alignment with the teacher."""
@@ -118,10 +118,10 @@ class TokenizerLossConfig(Config):
     """Perceptual distance of images and reconstructions."""
 
     adversarial: AdversarialLossConfig = AdversarialLossConfig()
-    """The discriminator's opinion."""
+    """Adversarial loss and its discriminator."""
 
     adaptive: AdaptiveWeightConfig = AdaptiveWeightConfig()
-    """How the two adaptive weights are measured."""
+    """Measurement of the two adaptive weights."""
 
     kl_weight: float = Field(1e-6, ge=0)
     """Weight of the KL divergence, in nats per image."""

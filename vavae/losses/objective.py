@@ -1,4 +1,4 @@
-"""All losses of the tokenizer as one objective, which may be built inside a wrapped forward.
+"""The objective of the tokenizer: all its losses in one, which may be built inside a wrapped forward.
 
 The sum to be minimized, per image (released code):
 
@@ -7,7 +7,7 @@ The sum to be minimized, per image (released code):
 with nll = Σ (|x - x̂| + w_p · p) over color values, p the perceptual distance of an image, g = -mean D(x̂),
 λ_d = ‖∂nll/∂W‖ / ‖∂g/∂W‖ at the decoder's last convolution and λ_vf = ‖∂nll/∂W‖ / ‖∂vf/∂W‖ at the encoder's.
 
-Both networks that look at x̂ are differentiated once, at a detached leaf. The gradients of the image that come out are
+Both networks that take x̂ are differentiated once, at a detached leaf. The gradients of the image that come out are
 handed to the decoder as the vectors of its vector-Jacobian products: the weight λ_d is known before the decoder is
 differentiated, and ∂L/∂θ is the same as if the sum had been differentiated term by term.
 """
@@ -26,12 +26,12 @@ from vavae.losses.vision_foundation import VisionFoundationTerms
 
 
 class TokenizerOutputs(NamedTuple):
-    """One forward of the tokenizer, with its graph."""
+    """Outputs of one forward pass of the tokenizer, with their graph."""
 
     images: Tensor
-    """[B, 3, H, W] in [-1, 1]."""
+    """Images [B, 3, H, W] in [-1, 1]."""
     reconstruction: Tensor
-    """[B, 3, H, W], decoded from the posterior sample."""
+    """Reconstructions [B, 3, H, W], decoded from the posterior sample."""
     kl: Tensor
     """KL divergence of each posterior, [B], in nats."""
     alignment: VisionFoundationTerms | None
@@ -39,7 +39,7 @@ class TokenizerOutputs(NamedTuple):
 
 
 class LastLayers(NamedTuple):
-    """Weights at which the adaptive weights are measured."""
+    """Parameters at which the adaptive weights are measured: the last convolutions of encoder and decoder."""
 
     encoder: Tensor
     decoder: Tensor
@@ -56,14 +56,14 @@ class AdaptiveWeights(NamedTuple):
 
 
 UNMEASURED = AdaptiveWeights()
-"""Nothing is known yet."""
+"""Adaptive weights before any measurement."""
 
 
 class TokenizerObjective(NamedTuple):
-    """What to differentiate, what to report, and what to keep."""
+    """The total loss of one micro-batch, its terms, and the adaptive weights to keep."""
 
     objective: Tensor
-    """Scalar: its value and its gradient are those of the total loss."""
+    """Scalar whose value and gradient are those of the total loss."""
     terms: dict[str, Tensor]
     """Detached scalars by name."""
     adaptive: AdaptiveWeights
@@ -71,7 +71,7 @@ class TokenizerObjective(NamedTuple):
 
 
 class _ImageLosses(NamedTuple):
-    """The losses that look at the reconstruction, and their gradients there, [B, 3, H, W]."""
+    """Losses of the reconstruction, scalars, and their gradients with respect to it, [B, 3, H, W]."""
 
     nll: Tensor
     l1: Tensor
@@ -93,7 +93,7 @@ def tokenizer_objective(
 
     Args:
         config: weights of the terms.
-        outputs: of the tokenizer; the graph to the last layers must be alive.
+        outputs: outputs of the tokenizer; the graph to the last layers must be alive.
         layers: the last convolutions' weights.
         perceptual: distance [B] of two batches of images; none leaves the term out.
         discriminator: images to logits, with frozen parameters; none before the adversary starts.
@@ -175,7 +175,7 @@ def _adaptive_weights(
     image: _ImageLosses,
     known: AdaptiveWeights,
 ) -> AdaptiveWeights:
-    """The weights that the terms of this micro-batch need, as far as possible from those known."""
+    """Adaptive weights that the terms of this micro-batch need, measured where they are not known."""
     vision_foundation = adversarial = None
     if image.adversarial_grad is not None:
         adversarial = known.adversarial
@@ -191,7 +191,7 @@ def _adaptive_weights(
 def _measure_adversarial(
     config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, image: _ImageLosses
 ) -> Tensor:
-    """λ_d; both gradients end at the decoder's last convolution, so this costs next to nothing."""
+    """Measure λ_d; both gradients end at the decoder's last convolution, so this costs next to nothing."""
     (reference,) = torch.autograd.grad(reconstruction, layer, image.nll_grad, retain_graph=True)
     (adversarial,) = torch.autograd.grad(reconstruction, layer, image.adversarial_grad, retain_graph=True)
     return adaptive_weight(reference, adversarial, config.adaptive.adversarial_max)
@@ -200,7 +200,7 @@ def _measure_adversarial(
 def _measure_vf(
     config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, nll_grad: Tensor, vf: Tensor
 ) -> Tensor:
-    """λ_vf; the reference passes the whole decoder on its way to the encoder's last convolution."""
+    """Measure λ_vf; the reference passes the whole decoder on its way to the encoder's last convolution."""
     (reference,) = torch.autograd.grad(reconstruction, layer, nll_grad, retain_graph=True)
     (alignment,) = torch.autograd.grad(vf, layer, retain_graph=True)
     return adaptive_weight(reference, alignment, config.adaptive.vision_foundation_max)

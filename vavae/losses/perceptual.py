@@ -1,4 +1,4 @@
-"""Distances between images as a network sees them."""
+"""Perceptual distances between images: LPIPS, and a distance of any network's features."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from vavae.losses.config import PerceptualLossConfig
 from vavae.models.backbones.load import LoadBackbone, freeze, load_backbone
 
 Features = Callable[[Tensor], Sequence[Tensor]]
-"""Images [B, 3, H, W] in [-1, 1] -> feature maps [B, C_i, H_i, W_i]."""
+"""Function of images [B, 3, H, W] in [-1, 1] -> feature maps [B, C_i, H_i, W_i]."""
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""Two batches of images [B, 3, H, W] in [-1, 1] -> distance per image [B]."""
+"""Function of two batches of images [B, 3, H, W] in [-1, 1] -> distance per image [B]."""
 
 _EPSILON = 1e-8
 # Last activation of each of the five resolutions in the sequence of VGG16's layers.
@@ -27,12 +27,12 @@ _LPIPS_STD = (0.458, 0.448, 0.450)
 def build_perceptual(
     config: PerceptualLossConfig, teacher_features: Features, load: LoadBackbone = load_backbone
 ) -> nn.Module | None:
-    """The perceptual distance of a configuration; none where it is switched off.
+    """Build the perceptual distance of a configuration; None where it is switched off.
 
     Args:
-        config: its kind.
+        config: the kind of distance and its weights.
         teacher_features: early features of the teacher; used by the kind `teacher_features` alone.
-        load: gives VGG16; another than `load_backbone` where its sizes alone matter.
+        load: loads VGG16; another than `load_backbone` where its sizes alone matter.
 
     Raises:
         UserError: the weights of VGG16 cannot be had.
@@ -73,7 +73,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def load(cls, config: PerceptualLossConfig, load: LoadBackbone = load_backbone) -> "LPIPS":
-        """With the ImageNet weights of VGG16 and the published heads.
+        """Load the ImageNet weights of VGG16 and the published heads.
 
         Raises:
             UserError: the weights of VGG16 cannot be had.
@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
 
 
 def published_heads() -> list[Tensor]:
-    """The linear heads of LPIPS for VGG16, which torchmetrics ships: five tensors [C_i]."""
+    """Load the linear heads of LPIPS for VGG16, which torchmetrics ships: five tensors [C_i]."""
     spec = importlib.util.find_spec("torchmetrics")
     assert spec is not None and spec.submodule_search_locations, "torchmetrics is among the package's dependencies"  # noqa: PT018
     file = Path(spec.submodule_search_locations[0], "functional", "image", "lpips_models", "vgg.pth")

@@ -15,7 +15,7 @@ from vavae.losses.config import VisionFoundationLossConfig
 
 
 class VisionFoundationTerms(NamedTuple):
-    """Scalars; only ``total`` is meant to be differentiated."""
+    """Terms of the vision-foundation loss, scalars; only ``total`` is meant to be differentiated."""
 
     cosine: Tensor
     """Marginal cosine loss, equation 2, detached."""
@@ -28,18 +28,19 @@ class VisionFoundationTerms(NamedTuple):
 
 
 def marginal_cosine(cosines: Tensor, margin: float) -> Tensor:
-    """Equation 2: the mean of ReLU(1 - m1 - cos(z'_ij, f_ij)) over images and positions: scalar.
+    """Marginal cosine loss, equation 2: the mean of ReLU(1 - m1 - cos(z'_ij, f_ij)) over images and positions: scalar.
 
     Args:
-        cosines: of latents and features at the same position, [B, h, w].
+        cosines: cosines of latents and features at the same position, [B, h, w].
         margin: m1.
     """
     return F.relu(1.0 - margin - cosines).mean()
 
 
 def marginal_distance_matrix(z: Tensor, features: Tensor, margin: float, tokens_at_once: int | None = None) -> Tensor:
-    """Equation 3: the mean of ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - m2) over images and pairs i, j: scalar.
+    """Marginal distance matrix loss, equation 3, a scalar.
 
+    It is the mean of ReLU(|cos(z_i, z_j) - cos(f_i, f_j)| - m2) over images and pairs i, j.
     All pairs of positions within an image count, the diagonal too (released code).
 
     Args:
@@ -66,7 +67,7 @@ def _directions(features: Tensor) -> Tensor:
 
 
 def _row_excess(z_rows: Tensor, z: Tensor, f_rows: Tensor, f: Tensor, margin: float) -> Tensor:
-    """What rows of the two matrices differ by beyond the margin, summed: [B, C, R] and [B, C, N] -> scalar."""
+    """Sum of the differences of rows of the two matrices beyond the margin: [B, C, R] and [B, C, N] -> scalar."""
     with torch.autocast(z.device.type, enabled=False):  # which would multiply in half precision
         differences = z_rows.transpose(1, 2) @ z - f_rows.transpose(1, 2) @ f  # [B, R, N]
     return F.relu(differences.abs() - margin).sum()
@@ -76,7 +77,7 @@ _recomputed = partial(checkpoint, _row_excess, use_reentrant=False, preserve_rng
 
 
 class VisionFoundationLoss(nn.Module):
-    """Both terms, on latents and features brought together by a learned linear map, equation 1 (released code)."""
+    """The vision-foundation loss: both terms, after a learned linear map (equation 1, released code)."""
 
     def __init__(self, config: VisionFoundationLossConfig, latent_dim: int, feature_dim: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""How good images are: Fréchet distance, reconstruction, class agreement. Extractor, float64 sums, closed formula."""
+"""Metrics of images and latents: Fréchet distance, precision and recall, reconstruction, class agreement."""

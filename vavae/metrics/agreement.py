@@ -1,4 +1,4 @@
-"""Do class-conditional images belong to their class, and are they as various as real ones? For small images."""
+"""Class agreement and within-class variety of class-conditional images, for small images."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ def class_agreement(
     Args:
         generated: uint8 [N, C, H, W].
         labels: the classes asked for, int64 [N].
-        real: uint8 [M, C, H, W], what the classifier is fitted on.
+        real: uint8 [M, C, H, W], which the classifier is fitted on.
         real_labels: int64 [M].
-        seed: decides which real images are taken if there are more than ``max_real``.
+        seed: keys which real images are taken if there are more than ``max_real``.
         max_real: cap on the fitting, which takes quadratic time.
 
     Raises:
@@ -46,8 +46,8 @@ def within_class_variety(
 ) -> float:
     """Mean pixel distance between images of one class, generated over real, averaged over classes.
 
-    1 is as various as the real images, 0 is one image per class. Arguments as in :func:`class_agreement`; classes
-    without two differing real images and two generated ones are left out.
+    The value 1 is as various as the real images, 0 is one image per class. Arguments as in :func:`class_agreement`;
+    classes without two differing real images and two generated ones are left out.
 
     Raises:
         UserError: no class is left.

@@ -1,4 +1,4 @@
-"""What the measures look through."""
+"""Configuration of the metrics: feature extractors and latent-space densities."""
 
 from typing import Any, Literal
 
@@ -8,18 +8,18 @@ from vavae.config import Config, identity, runtime
 from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig, WeightsPath
 
 ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
-"""The embedded network, that of FID, and those of the Fréchet distance on DINOv2 (published with the large one)."""
+"""Name of an extractor: the embedded network, that of FID, or a DINOv2 (published with the large one)."""
 
 
 class MetricsConfig(Config):
-    """Settings of the measures."""
+    """Settings of the metrics of sets of images."""
 
     extractor: ExtractorName = "efficientnet_lite0"
-    """The network whose features the measures of sets compare; figures of two extractors do not compare."""
+    """Network whose features the metrics of sets compare; values of two extractors do not compare."""
     further_extractors: tuple[ExtractorName, ...] = ()
-    """Others through which the Fréchet distances are measured too; the names of those figures end in theirs."""
+    """Further extractors for the Fréchet distances; the names of those metrics end in the extractor's."""
     inception: InceptionConfig = InceptionConfig()
-    """Where the weights of the extractor `inception` are."""
+    """Weights of the extractor `inception`."""
     dinov2_weights: WeightsPath | None = None
     """Weights of the DINOv2 among the extractors, as `teacher.weights`; none means timm's repository on the hub."""
     batch_size: int = runtime(64, ge=1)
@@ -27,7 +27,7 @@ class MetricsConfig(Config):
 
     @property
     def extractors(self) -> tuple[ExtractorName, ...]:
-        """All of them, the main one first."""
+        """Names of all extractors, the main one first."""
         return tuple(dict.fromkeys((self.extractor, *self.further_extractors)))
 
     def backbone(self, name: ExtractorName) -> BackboneConfig | None:
@@ -40,7 +40,7 @@ class MetricsConfig(Config):
         return BackboneConfig(name=f"vit_{size}_patch14_dinov2.lvd142m", weights=self.dinov2_weights)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the features of images are a function of, besides the images."""
+        """Plain values that the features of images depend on, besides the images."""
         described: dict[str, Any] = {}
         for name in self.extractors:
             backbone = self.backbone(name)
@@ -49,11 +49,11 @@ class MetricsConfig(Config):
 
 
 class LatentSpaceConfig(Config):
-    """The density measures of the paper's Table 6; a map of 10,000 tokens takes minutes."""
+    """Settings of the density metrics of the paper's Table 6; a map of 10,000 tokens takes minutes."""
 
     tokens: int = Field(10_000, ge=100)
     """Latent vectors that are mapped at a time, each of another training image; fewer where there are fewer images."""
     samplings: int = Field(10, ge=1)
-    """How often they are drawn; the measures are means over the samplings, with their standard deviation."""
+    """Number of samplings of tokens; the metrics are means over the samplings, with their standard deviation."""
     processes: int = runtime(1, ge=1)
     """Samplings that are mapped at the same time."""

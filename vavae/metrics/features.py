@@ -1,4 +1,4 @@
-"""From images to the features that the measures of a set compare."""
+"""Feature extractors: images to the features that the metrics of a set compare."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -13,44 +13,44 @@ from vavae.models.backbones.normalize import ImageNormalizer
 
 
 class Features(NamedTuple):
-    """What an extractor sees in a batch of images, float32."""
+    """Features of a batch of images, float32."""
 
     pooled: Tensor
-    """[B, D]."""
+    """Pooled features [B, D]."""
     spatial: Tensor | None = None
-    """[B, S], where things are; of Inception alone."""
+    """Spatial features [B, S], which keep positions; of Inception alone."""
     logits: Tensor | None = None
-    """[B, C], of the classes of ImageNet; of Inception alone."""
+    """Logits [B, C] of ImageNet's classes; of Inception alone."""
 
 
 class Description(NamedTuple):
-    """What is known of an extractor without its weights."""
+    """Properties of an extractor that are known without its weights."""
 
     name: ExtractorName
     num_features: int
-    """D, the length of a pooled feature vector."""
+    """Length D of a pooled feature vector."""
     protocol: str
-    """What a reader must know about the figures made with it."""
+    """Protocol of the extractor, in words, for readers of its metrics."""
 
 
 def describe(name: ExtractorName, config: MetricsConfig) -> Description:
-    """Tell about an extractor."""
+    """Describe an extractor without loading its weights."""
     backbone = config.backbone(name)
     if backbone is None:
         return Description(
             name, POOLED_DIM, f"{name}, pooled features, images resized to 299 px (bilinear, as TensorFlow 1 does)"
         )
-    look = _look(name)
+    preprocessing = _preprocessing(name)
     model: Any = meta_backbone(backbone)
-    protocol = f"{name}, {look.takes}, images resized to {look.size} px ({look.mode}, antialiased)"
-    return Description(name, model.num_features, protocol)
+    resize = f"images resized to {preprocessing.size} px ({preprocessing.mode}, antialiased)"
+    return Description(name, model.num_features, f"{name}, {preprocessing.output}, {resize}")
 
 
 class FeatureExtractor(nn.Module):
     """A frozen pretrained network; torchmetrics accepts it as ``feature=``.
 
     Args:
-        description: what it is; ``num_features`` is taken from it.
+        description: name, size and protocol; ``num_features`` is taken from it.
     """
 
     def __init__(self, description: Description) -> None:
@@ -59,33 +59,34 @@ class FeatureExtractor(nn.Module):
         self.num_features = description.num_features
 
     def features(self, images: Tensor) -> Features:
-        """All that it sees in images [B, 3, H, W] in uint8."""
+        """Extract all features of images uint8 [B, 3, H, W]."""
         raise NotImplementedError
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features [B, D] of images [B, 3, H, W] in uint8."""
+        """Pooled features [B, D], float32, of images uint8 [B, 3, H, W]."""
         return self.features(images).pooled
 
 
-class _Look(NamedTuple):
-    """How a network of timm is shown images, and what is taken of it."""
+class _Preprocessing(NamedTuple):
+    """Preprocessing of images for a network of timm, and the output that is taken."""
 
     size: int
     """Side in pixels."""
     mode: Literal["bilinear", "bicubic"]
-    takes: str
+    output: str
+    """Output of the network that is taken, in words."""
     timm_kwargs: dict[str, bool]
 
 
-def _look(name: ExtractorName) -> _Look:
+def _preprocessing(name: ExtractorName) -> _Preprocessing:
     return _DINOV2 if name.startswith("dinov2") else _EFFICIENTNET
 
 
 # Smaller than in its training, for small images on a CPU.
-_EFFICIENTNET = _Look(96, "bilinear", "pooled features", {})
+_EFFICIENTNET = _Preprocessing(96, "bilinear", "pooled features", {})
 # Stein et al. 2023, with the scaling of EDM2; position embeddings are resampled by timm.
-_DINOV2 = _Look(224, "bicubic", "class token", {"dynamic_img_size": True})
+_DINOV2 = _Preprocessing(224, "bicubic", "class token", {"dynamic_img_size": True})
 
 
 class TimmExtractor(FeatureExtractor):
@@ -97,15 +98,15 @@ class TimmExtractor(FeatureExtractor):
 
     def __init__(self, name: ExtractorName, config: MetricsConfig) -> None:
         super().__init__(describe(name, config))
-        backbone, look = config.backbone(name), _look(name)
+        backbone, preprocessing = config.backbone(name), _preprocessing(name)
         assert backbone is not None, f"{name} is no network of timm"
-        model: Any = load_backbone(backbone, num_classes=0, **look.timm_kwargs)
+        model: Any = load_backbone(backbone, num_classes=0, **preprocessing.timm_kwargs)
         self.model, self.normalize = model, ImageNormalizer.of(model)
-        self.input_size, self._mode = look.size, look.mode
+        self.input_size, self._mode = preprocessing.size, preprocessing.mode
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Features:
-        """See :class:`FeatureExtractor`."""
+        """Extract all features of images uint8 [B, 3, H, W]."""
         return Features(self.model(self.normalize(preprocess(images, self.input_size, self._mode))).float())
 
 
@@ -118,12 +119,12 @@ class InceptionExtractor(FeatureExtractor):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Features:
-        """See :class:`FeatureExtractor`."""
+        """Extract all features of images uint8 [B, 3, H, W]."""
         return Features(*self.model(images))
 
 
 def load_extractor(name: ExtractorName, config: MetricsConfig) -> FeatureExtractor:
-    """The extractor of a name with its weights.
+    """Load the extractor of a name with its weights.
 
     Raises:
         UserError: its weights or packages cannot be had; the message says what to fetch.
@@ -132,7 +133,7 @@ def load_extractor(name: ExtractorName, config: MetricsConfig) -> FeatureExtract
 
 
 def preprocess(images: Tensor, size: int, mode: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
-    """The only road to a network of timm: uint8 [B, 3, H, W] to float32 [B, 3, size, size] in [-1, 1].
+    """Resize images for a network of timm: uint8 [B, 3, H, W] to float32 [B, 3, size, size] in [-1, 1].
 
     With antialiasing and not rounded to 8 bits afterwards: both are known to shift Fréchet distances (Parmar et al.
     2022).

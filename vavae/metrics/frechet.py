@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Moments(Protocol):
-    """What the distance sees of a set of features."""
+    """Mean and covariance of a set of features, which the distance compares."""
 
     @property
     def mean(self) -> Tensor:
@@ -22,7 +22,7 @@ class Moments(Protocol):
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Moments that somebody else has computed, of a number of features that is not known."""
+    """Published moments, of an unknown number of features: mean [D] and covariance [D, D], float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -44,7 +44,7 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, dimensions: int, device: torch.device | str = "cpu") -> "FeatureStatistics":
-        """The statistics of nothing."""
+        """Statistics of an empty set."""
         zeros = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
         return cls(0, zeros[0].clone(), zeros)
 
@@ -54,7 +54,7 @@ class FeatureStatistics:
         return cls(int(tensors["count"]), tensors["total"], tensors["outer"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """``count`` (int64), ``total`` and ``outer``: what is stored, or summed over ranks."""
+        """Tensors to store or to sum over ranks: ``count`` (int64), ``total`` and ``outer``."""
         count = torch.tensor(self.count, dtype=torch.int64, device=self.total.device)
         return {"count": count, "total": self.total, "outer": self.outer}
 
@@ -72,7 +72,7 @@ class FeatureStatistics:
 
     @property
     def dimensions(self) -> int:
-        """D, the length of a feature vector."""
+        """Length D of a feature vector."""
         return len(self.total)
 
     @property
@@ -89,12 +89,15 @@ class FeatureStatistics:
 
     @property
     def is_singular(self) -> bool:
-        """Too few features for a covariance of full rank: the distance is defined, but strongly biased upwards."""
+        """Return whether features are too few for a covariance of full rank.
+
+        The distance is defined then, but strongly biased upwards.
+        """
         return self.count <= self.dimensions
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), at least 0.
+    """Fréchet distance |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), at least 0.
 
     The trace of (Σ_a Σ_b)^½ equals that of (Σ_a^½ Σ_b Σ_a^½)^½, whose inner matrix is symmetric: eigenvalues in
     float64 do, where the square root of a non-symmetric matrix may turn complex. Singular covariances are no exception.
@@ -117,6 +120,6 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def _without_rounding(values: Tensor) -> Tensor:
-    """Eigenvalues that cannot be told from zero, negative ones among them, made zero: their roots would add up."""
+    """Set eigenvalues to zero that cannot be told from it, negative ones too: their roots would add up."""
     threshold = values.amax() * len(values) * torch.finfo(values.dtype).eps
     return values.where(values > threshold, 0.0)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 SPLIT_IMAGES = 5_000
-"""Images that one score is taken over, in their order; the figure is the mean over the splits (ADM's evaluation)."""
+"""Number of consecutive images of one split; the metric is the mean over the splits (ADM's evaluation)."""
 
 
 @dataclass
 class ClassSums:
-    """What the score of a split needs of its images' class probabilities p.
+    """Sums over the class probabilities p of a split's images, from which its score follows.
 
     Args:
         count: number of images.
@@ -26,7 +26,7 @@ class ClassSums:
 
     @classmethod
     def empty(cls, classes: int, device: torch.device | str = "cpu") -> "ClassSums":
-        """The sums of nothing."""
+        """Sums over an empty split."""
         zeros = torch.zeros(classes, dtype=torch.float64, device=device)
         return cls(0, zeros, zeros.sum())
 
@@ -36,7 +36,7 @@ class ClassSums:
         return cls(int(tensors["count"]), tensors["total"], tensors["negative_entropy"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """``count`` (int64), ``total`` and ``negative_entropy``."""
+        """Tensors to store: ``count`` (int64), ``total`` and ``negative_entropy``."""
         count = torch.tensor(self.count, dtype=torch.int64)
         return {"count": count, "total": self.total, "negative_entropy": self.negative_entropy}
 
@@ -49,7 +49,7 @@ class ClassSums:
         self.negative_entropy = self.negative_entropy + (probabilities * logarithms).sum()
 
     def score(self) -> float:
-        """exp of the mean Kullback-Leibler divergence of p from its mean over the split; from 1 to C."""
+        """Score of the split, from 1 to C: exp of the mean Kullback-Leibler divergence of p from its mean."""
         assert self.count > 0, "no images, no score"
         mean = self.total / self.count
         return (self.negative_entropy / self.count - torch.special.xlogy(mean, mean).sum()).exp().item()

@@ -13,7 +13,7 @@ from torchmetrics.image.kid import poly_mmd
 from vavae.randomness import torch_generator
 
 SUBSETS, SUBSET_FEATURES = 100, 1_000
-"""As published: the mean over so many subsets, each drawn from both sets without replacement."""
+"""Published number of subsets, and of features drawn from both sets for each, without replacement."""
 
 
 class KernelDistance(NamedTuple):
@@ -21,22 +21,22 @@ class KernelDistance(NamedTuple):
 
     mean: float
     std: float
-    """Over the subsets."""
+    """Standard deviation over the subsets."""
     subset: int
-    """Features of one subset."""
+    """Number of features in one subset."""
 
 
 def kernel_distance(
     a: Tensor, b: Tensor, *, seed: int, subsets: int = SUBSETS, subset_features: int = SUBSET_FEATURES
 ) -> KernelDistance:
-    """Of features [N, D] and [M, D], in float64; of smaller sets than a subset all are taken.
+    """Kernel distance of features [N, D] and [M, D], in float64; of smaller sets than a subset all are taken.
 
     Args:
-        a: one set.
-        b: the other one.
+        a: features of one set, [N, D].
+        b: features of the other set, [M, D].
         seed: with the number of the subset it keys which features are drawn; their order in a set counts.
-        subsets: how many are drawn.
-        subset_features: features of each.
+        subsets: number of subsets.
+        subset_features: number of features in each.
     """
     size = min(subset_features, len(a), len(b))
     assert size > 1, f"no kernel distance of {len(a)} and {len(b)} features"
@@ -45,6 +45,6 @@ def kernel_distance(
 
 
 def _subset_distance(a: Tensor, b: Tensor, size: int, seed: int, number: int) -> Tensor:
-    generator = torch_generator(seed, "kernel distance", number)
-    first, second = (features[torch.randperm(len(features), generator=generator)[:size]] for features in (a, b))
+    rng = torch_generator(seed, "kernel distance", number)
+    first, second = (features[torch.randperm(len(features), generator=rng)[:size]] for features in (a, b))
     return poly_mmd(first.double(), second.double())

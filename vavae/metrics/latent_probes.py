@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class LatentProbes(NamedTuple):
-    """What a few latents tell of their space. Slope and similarity are of latents whitened per channel."""
+    """Probes of a latent space from a few of its latents. Slope and similarity are of latents whitened per channel."""
 
     spectrum_slope: float
     """Exponent of the power spectrum over spatial frequency: 0 is white noise, -2 what photographs have. A slope that
@@ -23,7 +23,7 @@ class LatentProbes(NamedTuple):
     channel_std_min: float
     """Standard deviation of the channel that varies least: a dead channel is blown up by whitening."""
     channel_std_max: float
-    """Of the one that varies most."""
+    """Standard deviation of the channel that varies most."""
     local_to_global: float
     """Cosine similarity of tokens that are near each other, minus that of distant ones of the same image, -2 to 2: how
     much spatial structure there is (LDS in arXiv 2512.10794). NaN on a grid without distant tokens."""
@@ -35,10 +35,14 @@ def probe_latents(latents: Tensor) -> LatentProbes:
     if not latents.isfinite().all():
         return LatentProbes(*[float("nan")] * len(LatentProbes._fields))
     std = latents.std((0, 2, 3), correction=0)
-    centred = latents - latents.mean((0, 2, 3), keepdim=True)
-    whitened = centred / std.clamp_min(torch.finfo(std.dtype).tiny)[:, None, None]
+    centered = latents - latents.mean((0, 2, 3), keepdim=True)
+    whitened = centered / std.clamp_min(torch.finfo(std.dtype).tiny)[:, None, None]
     return LatentProbes(
-        spectrum_slope(whitened), effective_rank(centred), std.min().item(), std.max().item(), local_to_global(whitened)
+        spectrum_slope(whitened),
+        effective_rank(centered),
+        std.min().item(),
+        std.max().item(),
+        local_to_global(whitened),
     )
 
 
@@ -58,16 +62,19 @@ def spectrum_slope(latents: Tensor) -> float:
     return float(np.polyfit(np.log(frequencies), torch.stack(means).log().numpy(), 1)[0])
 
 
-def effective_rank(centred: Tensor) -> float:
-    """See `LatentProbes`; latents [N, C, H, W] whose channels have mean zero."""
-    tokens = centred.movedim(1, -1).flatten(0, 2)  # [N · H · W, C]
+def effective_rank(centered: Tensor) -> float:
+    """Effective rank, see `LatentProbes`; latents [N, C, H, W] whose channels have mean zero."""
+    tokens = centered.movedim(1, -1).flatten(0, 2)  # [N · H · W, C]
     eigenvalues = torch.linalg.eigvalsh(tokens.T @ tokens).clamp_min(0)
     shares = eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
     return torch.special.entr(shares).sum().exp().item()
 
 
 def local_to_global(latents: Tensor) -> float:
-    """See `LatentProbes`; of latents [N, C, H, W]. Near are fewer steps along the grid than half of its side."""
+    """Near minus distant similarity of latents [N, C, H, W], see `LatentProbes`.
+
+    Near are fewer steps along the grid than half of its side.
+    """
     height, width = latents.shape[2:]
     rows, columns = (
         axis.flatten() for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

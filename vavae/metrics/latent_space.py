@@ -1,4 +1,4 @@
-"""How evenly latents fill their space: the density measures of Table 6, by the published procedure.
+"""Density metrics of a latent space, Table 6 of the paper, by the published procedure.
 
 A token is the latent vector of one image at one position. Tokens are mapped to the plane by t-SNE, their density there
 is estimated with Gaussian kernels, and three numbers say how far the densities at the points are from being equal. A
@@ -11,17 +11,17 @@ import numpy as np
 from scipy.stats import gaussian_kde
 
 PERPLEXITY = 30
-"""Of the published map."""
+"""Perplexity of the published map."""
 FEWEST_TOKENS = 3 * PERPLEXITY + 2
-"""t-SNE looks at three times the perplexity of neighbors."""
+"""Fewest tokens that can be mapped: t-SNE uses three times the perplexity of neighbors."""
 _SEED = 42
-"""Of the published map; with its start from principal components nothing is drawn from it."""
+"""Seed of the published map; with its start from principal components nothing is drawn from it."""
 _TINY = 1e-10
-"""Keeps the logarithm finite, as published."""
+"""Offset that keeps the logarithm finite, as published."""
 
 
 class DensityUniformity(NamedTuple):
-    """How equal densities are."""
+    """Three measures of how equal densities are."""
 
     cv: float
     """Coefficient of variation: standard deviation over mean; 0 where all are equal."""
@@ -35,13 +35,13 @@ class LatentMap(NamedTuple):
     """Tokens in the plane."""
 
     points: np.ndarray
-    """float64 [N, 2]."""
+    """Positions in the plane, float64 [N, 2]."""
     densities: np.ndarray
-    """float64 [N], at the points."""
+    """Densities at the points, float64 [N]."""
 
 
 def density_uniformity(densities: np.ndarray) -> DensityUniformity:
-    """The three measures of positive densities [N]."""
+    """Coefficient of variation, Gini coefficient and normalized entropy of positive densities [N]."""
     count = len(densities)
     shares = np.sort(densities.astype(np.float64)) / densities.sum(dtype=np.float64)
     ranks = 2 * np.arange(1, count + 1) - count - 1

@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its original, image by image."""
+"""PSNR and SSIM of reconstructions, image by image."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Moments that others have published: the npz files of ADM's evaluation and of pytorch-fid."""
+"""Published reference moments: the npz files of ADM's evaluation and of pytorch-fid."""
 
 import zipfile
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ _IMAGES = "arr_0"
 
 
 class ReferenceFile(NamedTuple):
-    """What such a file holds."""
+    """Content of a reference file."""
 
     pooled: Gaussian
     spatial: Gaussian | None
-    """Of the features of sFID; in ADM's files."""
+    """Moments of the features of sFID; in ADM's files alone."""
     images: int
-    """Images of ADM's files, for precision and recall; 0 where there are none."""
+    """Number of images in ADM's files, for precision and recall; 0 where there are none."""
 
 
 def read_reference(path: Path, place: str, extractor: Description, image_size: int) -> ReferenceFile:
-    """Read `mu` and `sigma`, `mu_s` and `sigma_s`, and look at the images.
+    """Read `mu` and `sigma`, `mu_s` and `sigma_s`, and check the images.
 
     Args:
         path: the file.
-        place: what the user calls it.
-        extractor: through which images will be compared with it.
+        place: name of the file in messages.
+        extractor: the extractor of the images that will be compared with it.
         image_size: side in pixels of the images that will be compared with it.
 
     Raises:
@@ -62,7 +62,7 @@ def read_reference(path: Path, place: str, extractor: Description, image_size: i
 
 
 def reference_images(path: Path, span: range, batch_size: int) -> Iterator[Tensor]:
-    """Images [B, 3, H, W] in uint8 of a reference file, streamed; those whose positions are in the span."""
+    """Yield the images of a reference file whose positions are in the span, uint8 [B, 3, H, W]."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{_IMAGES}.npy") as stream:
         shape = _header(stream)
         size = int(np.prod(shape[1:]))

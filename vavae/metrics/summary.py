@@ -1,4 +1,4 @@
-"""What the measures need of a set of images: sums that add up over its parts, and the features of the first images."""
+"""Summaries of a set of images for the metrics: sums that add up over its parts, and first features."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from vavae.metrics.frechet import FeatureStatistics
 from vavae.metrics.inception_score import ClassSums
 
 Summaries = dict[str, "FeatureSummary"]
-"""Of one set, by the name of the extractor."""
+"""Summaries of one set, by the name of the extractor."""
 
 
 @dataclass
 class FeatureSummary:
-    """Of one set through one extractor.
+    """Summary of the features of one set by one extractor.
 
     Args:
         pooled: sums over pooled features.
@@ -31,7 +31,7 @@ class FeatureSummary:
     kept: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, for a file."""
+        """All tensors by name, for a file."""
         parts = {"pooled": self.pooled.tensors()}
         if self.spatial is not None:
             parts["spatial"] = self.spatial.tensors()
@@ -57,12 +57,12 @@ class FeatureSummary:
 
 
 class Summarizer:
-    """Takes in the images of one part of a set, batch by batch.
+    """Accumulator of the summaries of one part of a set, batch by batch.
 
     Args:
-        extractors: what looks at them.
-        keep: how many of their features are kept.
-        device: where the sums are.
+        extractors: extractors by name.
+        keep: number of first features that are kept.
+        device: device of the sums.
     """
 
     def __init__(
@@ -81,21 +81,21 @@ class Summarizer:
         """Take in images [B, 3, H, W] in uint8."""
         images = images.to(self._device)
         for name, extractor in self._extractors.items():
-            seen = extractor.features(images)
-            self._pooled[name].update(seen.pooled)
-            self._kept[name].append(seen.pooled[: max(0, self._keep - self.count)].cpu())
-            if seen.spatial is not None:
+            features = extractor.features(images)
+            self._pooled[name].update(features.pooled)
+            self._kept[name].append(features.pooled[: max(0, self._keep - self.count)].cpu())
+            if features.spatial is not None:
                 if name not in self._spatial:
-                    self._spatial[name] = FeatureStatistics.empty(seen.spatial.shape[1], self._device)
-                self._spatial[name].update(seen.spatial)
-            if seen.logits is not None:
+                    self._spatial[name] = FeatureStatistics.empty(features.spatial.shape[1], self._device)
+                self._spatial[name].update(features.spatial)
+            if features.logits is not None:
                 if name not in self._classes:
-                    self._classes[name] = ClassSums.empty(seen.logits.shape[1], self._device)
-                self._classes[name].update(seen.logits)
+                    self._classes[name] = ClassSums.empty(features.logits.shape[1], self._device)
+                self._classes[name].update(features.logits)
         self.count += len(images)
 
     def summaries(self) -> Summaries:
-        """What has been taken in so far."""
+        """Summaries of all images so far."""
         return {
             name: FeatureSummary(
                 self._pooled[name],
@@ -114,7 +114,7 @@ def summarize(
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda _: None,
 ) -> Summaries:
-    """The summaries of one part, given as batches of images [B, 3, H, W] in uint8; see :class:`Summarizer`."""
+    """Summarize one part, given as batches of images uint8 [B, 3, H, W]; see :class:`Summarizer`."""
     summarizer = Summarizer(extractors, keep, device)
     for images in batches:
         summarizer.update(images)
@@ -123,7 +123,7 @@ def summarize(
 
 
 def join(parts: Iterable[Summaries]) -> Summaries:
-    """The summaries of a whole set from those of its parts, in their order: the same bits whoever made them."""
+    """Join the summaries of all parts of a set, in their order: bitwise identical whoever made them."""
     joined: Summaries = {}
     for part in parts:
         for name, summary in part.items():

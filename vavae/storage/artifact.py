@@ -1,4 +1,4 @@
-"""The commit record of an artifact: one small file, written last: what was made, of what, and that it is whole."""
+"""The commit record of an artifact: one small file, written last, that names its content and inputs."""
 
 import logging
 
@@ -20,34 +20,34 @@ class FileInfo(BaseModel):
 
 
 class Artifact(BaseModel):
-    """What a finished stage leaves behind. It holds no time and no place: equal work gives equal records."""
+    """Commit record of a finished job's output. It holds no time and no place: equal work gives equal records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
-    """What it is: shards, tokenizer, latents, ..."""
+    """Kind of artifact: shards, tokenizer, latents, ..."""
 
     digest: str
-    """Digest of its content; whoever is made from this artifact names it."""
+    """Digest of its content; artifacts made from this one name it among their inputs."""
 
     config: str
-    """Digest of the identity of the configuration it was made with."""
+    """Digest of the identity of the configuration that it was made with."""
 
     inputs: dict[str, str] = {}
-    """Digests of what it was made from, by role."""
+    """Digests of the artifacts that it was made from, by role."""
 
     images_seen: int | None = None
-    """Training images behind it, where there was training."""
+    """Images seen in training; None where nothing was trained."""
 
     files: dict[str, FileInfo] = {}
-    """Files that must be there, by path relative to the artifact."""
+    """Size and checksum of every file, by path relative to the artifact."""
 
     details: dict[str, JsonValue] = {}
-    """Whatever else a reader may like to know."""
+    """Further facts for readers, which nothing depends on."""
 
 
 def commit(storage: Storage, prefix: str, artifact: Artifact) -> None:
-    """Declare the artifact at ``prefix`` done. Every file of it must have been put before."""
+    """Write the record of the artifact at ``prefix``. Every file of it must have been put before."""
     storage.write_json(f"{prefix}/{RECORD}", artifact.model_dump())
 
 
@@ -65,7 +65,7 @@ def read(storage: Storage, prefix: str) -> Artifact | None:
 
 
 def is_intact(storage: Storage, prefix: str, artifact: Artifact) -> bool:
-    """Whether every file that the record names is there with its size."""
+    """Return whether every file that the record names is there with its size."""
     sizes = storage.sizes(prefix)
     return all(sizes.get(f"{prefix}/{path}") == info.bytes for path, info in artifact.files.items())
 

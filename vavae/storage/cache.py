@@ -1,4 +1,4 @@
-"""Whole files of a store on this machine: fetched once for all its processes, within a bound, safe under kill -9.
+"""The cache of whole files on this machine: fetched once for all processes, bounded in size, safe under kill -9.
 
 A file appears under its name when it is whole. Until then it is a ``.partial`` file that its writer holds locked: one
 without a lock was left by a process that died, and is swept. What is dropped is unlinked and never truncated, so that
@@ -30,7 +30,7 @@ class Cache:
         self._limit = limit
 
     def get(self, key: str, name: str, size: Callable[[], int], fetch: Callable[[IO[bytes]], None]) -> Path:
-        """The file of this key, called ``name``. To be opened at once: later it may have been dropped.
+        """Return the file of this key, called ``name``. Open it at once: later it may have been dropped.
 
         ``size`` gives its bytes and ``fetch`` writes them, both only where it is not here yet. Of several processes and
         threads that ask for the same file one fetches it and the others wait.
@@ -39,7 +39,7 @@ class Cache:
         while not _touch(target):
             with _locked(target.with_name(PARTIAL)) as partial:
                 if partial is None:
-                    continue  # whoever held the lock has finished, or given up
+                    continue  # the process that held the lock has finished, or given up
                 try:
                     if not target.exists():
                         self._reserve(partial, size())
@@ -52,7 +52,7 @@ class Cache:
         return target
 
     def _reserve(self, partial: IO[bytes], size: int) -> None:
-        """Make room, and show in the size of the partial file that the room is taken."""
+        """Evict files to make room for ``size`` bytes, and extend the partial file so that others see it taken."""
         if size > self._limit:
             raise UserError(f"storage.cache_bytes = {self._limit:,} cannot hold a file of {size:,} bytes: raise it")
         with open(self._root / "lock", "ab") as lock:
@@ -86,7 +86,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _touch(path: Path) -> bool:
-    """Note that a file was asked for now; whether it is there."""
+    """Mark a file as used now; return whether it is there."""
     now = time.time_ns()  # the kernel's own clock is too coarse to tell what came first
     try:
         os.utime(path, ns=(now, now))
@@ -112,13 +112,13 @@ def _is_abandoned(partial: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes] | None]:
-    """The file under ``path``, made where there is none, with its lock; None where it was renamed or dropped meanwhile.
+    """Yield the file under ``path``, created if absent, locked; None where it was renamed or dropped meanwhile.
 
     The lock belongs to the open file: it ends with the process, however that ends.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "r+b", opener=_open_or_make)  # noqa: SIM115  not truncated before it is ours
+        file = open(path, "r+b", opener=_open_or_make)  # noqa: SIM115  not truncated before it is locked
     except (FileNotFoundError, FileExistsError):
         yield None  # its folder was dropped, for mkdir between finding and looking at it
         return

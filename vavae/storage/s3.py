@@ -1,4 +1,4 @@
-"""S3 with our patience: every request is tried again by one rule, and a broken body goes on at the byte it broke at."""
+"""S3 with our own retries: one rule for every request, and a broken body resumes at the byte where it broke."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ _CHUNK_BYTES = 1 << 18
 _DELETED_AT_ONCE = 32
 
 
-class PatientS3(S3FileSystem):
+class RetryingS3(S3FileSystem):
     """The S3 file system of s3fs, whose own retries (of other errors, with other pauses) and botocore's are off."""
 
     retries = 1  # read by s3fs: attempts at one request
@@ -70,7 +70,7 @@ class PatientS3(S3FileSystem):
 class _Body:
     """The bytes of an object from ``start`` up to ``end`` or its end, all of one version of it."""
 
-    def __init__(self, s3: PatientS3, attempts: Attempts, bucket: str, key: str, start: int, end: int | None) -> None:
+    def __init__(self, s3: RetryingS3, attempts: Attempts, bucket: str, key: str, start: int, end: int | None) -> None:
         assert 0 <= start < (start + 1 if end is None else end), f"no bytes from {start} to {end}"
         self._s3, self._attempts, self._object = s3, attempts, {"Bucket": bucket, "Key": key}
         self._start, self._end = start, end
@@ -112,6 +112,6 @@ def _last(end: int | None) -> str:
 
 
 # A forked process keeps what it inherits: closing it would take the parent's sockets out of the poll that both share.
-# It is taken hold of before the fork, for fsspec lets go of it right after.
+# A reference is taken before the fork, because fsspec drops its own right after.
 _INHERITED: list[Any] = []
-os.register_at_fork(before=lambda: _INHERITED.append(dict(PatientS3._cache)), after_in_parent=_INHERITED.pop)
+os.register_at_fork(before=lambda: _INHERITED.append(dict(RetryingS3._cache)), after_in_parent=_INHERITED.pop)

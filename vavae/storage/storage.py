@@ -83,11 +83,11 @@ class Storage:
         return Storage(root, self.cache, self.options)
 
     def exists(self, path: str = "") -> bool:
-        """Whether there is a file or a folder of this name."""
+        """Return whether there is a file or a folder of this name."""
         return self._kind(path) is not None
 
     def is_file(self, path: str = "") -> bool:
-        """Whether there is a file of this name; without one, whether the root is no folder but a file."""
+        """Return whether there is a file of this name; without a name, whether the root itself is a file."""
         return self._kind(path) == "file"
 
     def size(self, path: str) -> int:
@@ -95,7 +95,7 @@ class Storage:
         return self._info(path)["size"]
 
     def modified(self, path: str) -> datetime | None:
-        """When a file was put; None where its store doesn't tell."""
+        """Time at which a file was put; None where its store doesn't tell."""
         name = self._name(path)
         try:
             return self._ask(path, lambda: self._fs.modified(name))
@@ -157,7 +157,7 @@ class Storage:
 
     @contextmanager
     def create(self, path: str) -> Iterator[Path]:
-        """A local file to write into; put under ``path`` when the block ends, dropped when it raises."""
+        """Yield a local file to write into; it is put under ``path`` when the block ends, dropped when it raises."""
         name = self._name(path)
         if self.is_local:
             with replacing(Path(name)) as temporary:
@@ -179,12 +179,12 @@ class Storage:
         On one local disk it becomes a second name of the same file, which is safe because files are replaced and never
         changed; elsewhere the store copies it.
         """
-        theirs, ours = source._name(path), self._name(path)
+        origin, target = source._name(path), self._name(path)
         assert self.is_local == source.is_local, f"{source.url()} and {self.url()} are of two kinds"
         if self.is_local:
-            linked(Path(theirs), Path(ours))
+            linked(Path(origin), Path(target))
         else:
-            self._ask(path, lambda: self._fs.cp_file(theirs, ours))
+            self._ask(path, lambda: self._fs.cp_file(origin, target))
 
     def local_file(self, path: str = "", sha256: str | None = None) -> Path:
         """A local file with this content, to be read only: the file itself, or a copy in the cache.
@@ -227,7 +227,7 @@ class Storage:
         return self._place.filesystem
 
     def _ask(self, path: str, operation: Callable[[], Result]) -> Result:
-        """The result of a call of the file system, asked for again while its errors pass."""
+        """The result of a call of the file system, tried again while its errors are transient."""
         if self.is_local:
             return operation()
         url = self.url(path)
@@ -253,12 +253,12 @@ class Storage:
         COUNTERS.add(bytes_written=size)
 
     def _info(self, path: str) -> dict[str, Any]:
-        """What the file system tells of a file or folder: at least its size and type."""
+        """Metadata of a file or folder as its file system has them: at least size and type."""
         name = self._name(path)
         return self._ask(path, lambda: self._fs.info(name))
 
     def _kind(self, path: str) -> str | None:
-        """ "file", "directory", or None where there is nothing."""
+        """Type of a path: "file", "directory", or None where there is nothing."""
         name = self._name(path)
         if self.is_local:
             return "file" if os.path.isfile(name) else "directory" if os.path.isdir(name) else None
@@ -319,5 +319,5 @@ def _restore(root: str, cache: str, options: dict[str, Any]) -> Storage:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What tells this version of a file from another one."""
+    """Tag that tells this version of a file from another one."""
     return info.get("ETag") or tokenize(info)

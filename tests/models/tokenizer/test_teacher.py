@@ -61,7 +61,7 @@ def test_features_carry_no_gradient_but_early_features_reach_the_images(convolut
 def test_another_stage_can_be_chosen():
     geometry = teacher_geometry(TeacherConfig(stage_stride=8))
     assert (geometry.stride, geometry.feature_dim) == (8, 40)
-    with pytest.raises(UserError, match=r"no stage of stride 5: stage_stride is one of \[2, 4, 8, 16, 32\]"):
+    with pytest.raises(UserError, match=r"no feature level of stride 5: stage_stride is one of \[2, 4, 8, 16, 32\]"):
         teacher_geometry(TeacherConfig(stage_stride=5))
 
 
@@ -89,7 +89,7 @@ def test_the_released_behaviour_hands_over_plain_images(transformer):
 
 
 def test_a_transformer_has_no_early_stages(transformer):
-    with pytest.raises(UserError, match="no early stages"):
+    with pytest.raises(UserError, match="no early feature levels"):
         transformer.early_features(images(1, 3, 32, 32))
 
 
@@ -102,7 +102,7 @@ def test_a_256_pixel_image_and_each_published_teacher(name):
     assert (geometry.stride, geometry.feature_dim) == (stride, 256 if name.startswith("sam") else width)
     model = meta_backbone(config.backbone, **geometry.timm_kwargs)
     pixels = torch.empty(1, 3, *geometry.image_size((16, 16)), device="meta")
-    (features,) = model.forward_intermediates(pixels, indices=[geometry.stage], norm=True, intermediates_only=True)
+    (features,) = model.forward_intermediates(pixels, indices=[geometry.level], norm=True, intermediates_only=True)
     assert features.shape == (1, geometry.feature_dim, 16, 16)
     assert timm_name(config.backbone) == TEACHERS[name]
 
@@ -144,7 +144,7 @@ def test_stages_of_convolutional_teachers(name, tmp_path):
 def test_what_can_teach_is_found_out_before_anything_is_loaded():
     check_teacher(TeacherConfig(), (1, 1))
     check_teacher(TeacherConfig(name="dinov2_small"), (5, 3))
-    with pytest.raises(UserError, match="no stage of stride 5"):
+    with pytest.raises(UserError, match="no feature level of stride 5"):
         check_teacher(TeacherConfig(stage_stride=5), (16, 16))
     fixed = TeacherConfig(name="beit_base_patch16_224")
     check_teacher(fixed, (14, 14))

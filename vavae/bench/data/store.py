@@ -20,7 +20,7 @@ from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.data.shards.manifest import Manifest
 from vavae.storage.loopback import s3_server, why_no_s3_server
-from vavae.storage.s3 import PatientS3
+from vavae.storage.s3 import RetryingS3
 from vavae.storage.storage import Storage
 
 _NAME, _UNIT = "S3 stream", "img/s on the wall"
@@ -94,10 +94,10 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     for name in [name for name in before if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ.update(values)
-    PatientS3.clear_instance_cache()  # one that is open took its keys from the environment
+    RetryingS3.clear_instance_cache()  # one that is open took its keys from the environment
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        PatientS3.clear_instance_cache()
+        RetryingS3.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""What a set of image shards is: written beside them, read by everything that streams them."""
+"""The manifest of a set of image shards: written beside them, read by everything that streams them."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,11 +28,11 @@ class ShardInfo(BaseModel):
 
     name: str
     count: int
-    """Images of it that are used."""
+    """Number of its images that are used."""
     bytes: int
     sha256: str
     url: str | None = None
-    """Where a shard lies that others made."""
+    """Address of a shard that others made; None for one beside the manifest."""
     dropped: tuple[int, ...] | None = None
     """Positions of records that are left out, and not counted, because their images cannot be read."""
 
@@ -55,10 +55,10 @@ class Manifest(BaseModel):
     """Fingerprints of what the shards were made from, by split."""
 
     skipped: tuple[str, ...] = ()
-    """Names of images that could not be read, the first so many of them."""
+    """Names of the first images that could not be read."""
 
     skipped_count: int = 0
-    """How many could not be read."""
+    """Number of images that could not be read."""
 
     @property
     def digest(self) -> str:
@@ -98,14 +98,14 @@ def _path(prefix: str) -> str:
 
 
 def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
-    """A local file with the content of a shard, checked against the manifest; open it at once.
+    """Return a local file with the content of a shard, checked against the manifest; open it at once.
 
     A shard on this machine is hashed once in a process, at 0.6 s/GB of the page cache: 2 % of what decoding its images
     takes. One of a store is hashed by the process that fetches it, for all processes of the machine.
 
     Args:
         storage: the folder of the manifest.
-        split: of the shard.
+        split: the split of the shard.
         shard: its entry in the manifest.
 
     Raises:
@@ -115,7 +115,7 @@ def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
     if shard.url is not None:
         storage, name = storage.at(shard.url), ""
     try:
-        # What is fetched is checked by the storage, once; a local file by us, once in a process.
+        # What is fetched is checked by the storage, once; a local file here, once in a process.
         path = storage.local_file(name, None if storage.is_local else shard.sha256)
     except FileNotFoundError as error:
         raise UserError(
@@ -136,7 +136,7 @@ def shard_file(storage: Storage, split: str, shard: ShardInfo) -> Path:
 
 
 def open_shard(storage: Storage, split: str, shard: ShardInfo, open_file: Callable[[Path], T]) -> T:
-    """What `open_file` makes of the local file of a shard.
+    """Open the local file of a shard with `open_file` and return its result.
 
     The file is fetched again where the cache drops it in the moment before it is open.
 
@@ -155,11 +155,11 @@ def open_shard(storage: Storage, split: str, shard: ShardInfo, open_file: Callab
 
 
 def is_local(storage: Storage, shard: ShardInfo) -> bool:
-    """Whether a shard lies on this machine; `storage` is the folder of the manifest."""
+    """Return whether a shard lies on this machine; `storage` is the folder of the manifest."""
     return (storage if shard.url is None else storage.at(shard.url)).is_local
 
 
 @lru_cache(maxsize=4096)
 def _checksum(path: Path, size: int, modified_ns: int) -> str:
-    """Of a file as it was then; size and time are keys alone."""
+    """SHA-256 of a file; size and time only key the cache."""
     return sha256_of(path)

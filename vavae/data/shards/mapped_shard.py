@@ -23,7 +23,7 @@ class ShardCache(Generic[T]):
         return type(self), (self._limit,)
 
     def get(self, shard: int, open_shard: Callable[[int], T]) -> T:
-        """The open shard of an index, opened if it is not."""
+        """Return the open shard of an index, opened if it is not."""
         if shard not in self._open:
             self._open[shard] = open_shard(shard)
         self._open.move_to_end(shard)

@@ -18,10 +18,10 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 class PlannedShard(NamedTuple):
-    """One shard to write: all that a worker needs to know, and nothing of the others."""
+    """One shard to write, complete for a worker that knows nothing of the others."""
 
     name: str
-    """`<split>/NNNNNN`."""
+    """Path of the shard without its suffix, `<split>/NNNNNN`."""
     source: str
     records: tuple[Record, ...]
     first_index: int
@@ -33,7 +33,7 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All shards of all splits, in order."""
+    """The shards of all splits, in order, and what they are made from."""
 
     config: ShardsConfig
     classes: tuple[str, ...]
@@ -97,7 +97,7 @@ def input_digests(sources: Mapping[str, Fingerprint]) -> dict[str, str]:
 
 
 def origin(config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> dict[str, Any]:
-    """All that the bytes of the shards are a function of, as plain values."""
+    """Plain values that determine the bytes of the shards: configuration and sources."""
     return {"config": identity(config), "sources": identity(sources)}
 
 
@@ -133,7 +133,7 @@ def _split(listings: dict[str, Listing], config: ShardsConfig) -> dict[str, Sequ
 
 
 def is_held_out(key: str, config: ShardsConfig) -> bool:
-    """Whether an image belongs to validation: a function of its name alone, so other images never move it."""
+    """Return whether an image belongs to validation: a function of its name alone, so other images never move it."""
     value = hashlib.sha256(f"{config.seed} {VALIDATION} {key}".encode(errors="surrogateescape")).digest()[:8]
     return int.from_bytes(value, "big") < config.validation_fraction * 2**64
 
@@ -141,10 +141,10 @@ def is_held_out(key: str, config: ShardsConfig) -> bool:
 def _relabel(listing: Listing, classes: Sequence[str], config: ShardsConfig) -> list[Record]:
     """The records with labels that index the classes of the train split."""
     labels = {name: label for label, name in enumerate(classes)}
-    strange = [name for name in listing.classes if name not in labels]
-    if strange:
+    unknown = [name for name in listing.classes if name not in labels]
+    if unknown:
         raise UserError(
-            f"validation_source {config.validation_source}: class {strange[0]} is not among the {len(classes)} of "
+            f"validation_source {config.validation_source}: class {unknown[0]} is not among the {len(classes)} of "
             f"{config.source}; both must name their classes alike"
         )
     return [record._replace(label=labels[listing.classes[record.label]]) for record in listing.records]

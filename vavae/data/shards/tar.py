@@ -1,4 +1,4 @@
-"""WebDataset tars: ours depend on nothing but their content (USTAR, no times, no owners), and any is indexed fast."""
+"""WebDataset tars: written deterministically (USTAR, no times, no owners), and indexed fast whoever wrote them."""
 
 import io
 import mmap
@@ -49,10 +49,10 @@ def write_tar(path: Path) -> Iterator[ShardWriter]:
 
 
 def index_tar(path: Path, memory: mmap.mmap) -> dict[str, dict[str, tuple[int, int]]]:
-    """The records of a tar: consecutive members of one key (WebDataset's rule).
+    """Index the records of a tar: consecutive members of one key (WebDataset's rule).
 
     Args:
-        path: of the file, for what only `tarfile` understands: long names, PAX and GNU headers.
+        path: the file, for what only `tarfile` understands: long names, PAX and GNU headers.
         memory: its content.
 
     Returns:
@@ -89,7 +89,7 @@ def index_tar(path: Path, memory: mmap.mmap) -> dict[str, dict[str, tuple[int, i
 
 
 def _members(path: Path, memory: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar, much faster than `tarfile` where plain headers suffice."""
+    """Yield name, offset and size of every file in a tar, much faster than `tarfile` where plain headers suffice."""
     at, last = 0, len(memory) - _BLOCK
     offsets: list[int] = []
     headers: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Sets of shards as a whole: a manifest for those made by others, the check of every shard, and what is in them."""
+"""Checks of whole sets of shards, their statistics, and the manifest of shards made by others."""
 
 import tempfile
 from collections import Counter
@@ -16,7 +16,7 @@ from vavae.storage.storage import Storage, sha256_of
 
 
 def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | None, storage: Storage) -> Manifest:
-    """The manifest of WebDataset tars that lie where they lie; nothing of them is rewritten.
+    """Build the manifest of existing WebDataset tars, which stay where they are.
 
     Its image size is the default: a run that takes the manifest for its shards puts its own there.
 
@@ -66,15 +66,15 @@ def _shards(urls: Sequence[str], storage: Storage) -> Iterator[Storage]:
 
 
 class ShardFaults(NamedTuple):
-    """What is wrong with a shard; mostly nothing."""
+    """Faults of one shard; empty for an intact one."""
 
     split: str
     number: int
     """Position of the shard in its split."""
     lines: list[str]
-    """Whatever would stop a run."""
+    """Lines on faults that would stop a run."""
     unreadable: dict[int, str]
-    """A line for each image that cannot be read, by position in the shard."""
+    """Lines on images that cannot be read, by position in the shard."""
 
 
 class ShardSet(Protocol):
@@ -90,14 +90,14 @@ class ShardSet(Protocol):
 
 
 def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterator[ShardFaults]:
-    """What is wrong with each shard, in turn.
+    """Check every shard of a set and yield its faults.
 
     A shard may be gone, have another size, checksum or count than the manifest says, or a class beyond the manifest's.
     All of it is read where it lies: no copy in the cache of this machine stands in for a shard of a store.
 
     Args:
         storage: the folder of the manifest.
-        manifest: of images or latents.
+        manifest: the shards, of images or latents.
         images: decode every image, too.
     """
     for split, shards in manifest.splits.items():
@@ -110,11 +110,11 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
                 except UserError as error:
                     faults.lines.append(str(error))
                 else:
-                    _look_through(shard, info, len(manifest.classes), images, faults)
+                    _check_records(shard, info, len(manifest.classes), images, faults)
             yield faults
 
 
-def _look_through(shard: MappedShard, info: ShardInfo, classes: int, images: bool, faults: ShardFaults) -> None:
+def _check_records(shard: MappedShard, info: ShardInfo, classes: int, images: bool, faults: ShardFaults) -> None:
     dropped = info.dropped or ()
     positions = (position for position in range(len(shard) + len(dropped)) if position not in dropped)
     for index, position in enumerate(positions):
@@ -153,22 +153,22 @@ def without_unreadable(manifest: Manifest, found: Iterable[ShardFaults]) -> Mani
 
 
 class SplitStatistics(NamedTuple):
-    """What the shards of a split hold."""
+    """Statistics of the shards of a split."""
 
     shards: int
     images: int
     bytes: int
-    """Of the shards."""
+    """Size of the shards, bytes."""
     labels: Counter[int]
-    """Images by class."""
+    """Number of images by class."""
     extensions: Counter[str]
-    """Images by form."""
+    """Number of images by file extension."""
     image_bytes: int
-    """Of the images alone."""
+    """Size of the encoded images alone, bytes."""
 
 
 def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitStatistics:
-    """Go through the shards of a split; UserError where one is damaged."""
+    """Count the content of the shards of a split; UserError where one is damaged."""
     labels, extensions, size = Counter[int](), Counter[str](), 0
     shards = manifest.splits[split]
     for info in shards:
@@ -183,7 +183,7 @@ def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitS
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Names of classes, one a line in the order of their labels."""
+    """Read names of classes, one per line in the order of their labels."""
     names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not names:
         raise UserError(f"{path}: no names of classes; expected one a line")

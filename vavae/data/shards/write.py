@@ -1,7 +1,7 @@
 """Writing a set of image shards.
 
 Each shard is a pure function of its plan and commits by itself, so any number of processes may write them in any order,
-be killed, and go on where they were.
+be killed, and resume.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class ShardRecord(BaseModel):
     plan: str
     """Digest of the plan that the shard belongs to."""
     shard: ShardInfo
-    """A shard without a single readable image has count 0 and no file."""
+    """Entry for the manifest; a shard without a single readable image has count 0 and no file."""
     skipped: tuple[str, ...]
     """Names of the images that could not be read."""
 
@@ -58,13 +58,13 @@ def _ignore(images: int) -> None:
 def write_shards(
     storage: Storage, prefix: str, config: ShardsConfig, progress: Callable[[int, int | None], None]
 ) -> Manifest:
-    """Make the shards of a configuration in this process; what is already there is not made again.
+    """Make the shards of a configuration in this process, except those that are done already.
 
     Args:
-        storage: where to.
+        storage: the target.
         prefix: folder of the shards.
         config: sources and form.
-        progress: told the images done, and of how many.
+        progress: called with the images done and their total.
 
     Raises:
         UserError: see `plan_shards`, `claim`, `write_shard` and `finish`.
@@ -84,9 +84,9 @@ def write_shards(
 
 
 def find_shards(storage: Storage, prefix: str, config: ShardsConfig) -> Manifest | None:
-    """The manifest of shards that are done and whole; None where there is something to do. Writes nothing.
+    """Find the manifest of finished, intact shards; None where there is something to do. Writes nothing.
 
-    Sources are listed, which may take minutes, for shards alone that are done.
+    Sources are listed, which may take minutes, only if the shards are done.
 
     Raises:
         UserError: the shards that are done were made otherwise.
@@ -94,17 +94,17 @@ def find_shards(storage: Storage, prefix: str, config: ShardsConfig) -> Manifest
     artifact = read(storage, prefix)
     if artifact is None or not is_intact(storage, prefix, artifact):
         return None
-    _refuse_others(storage, prefix, config, describe_sources(config, storage))
+    _check_origin(storage, prefix, config, describe_sources(config, storage))
     return read_manifest(storage, prefix)
 
 
 def claim(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
-    """Take a folder for the shards of a configuration and its sources.
+    """Claim a folder for the shards of a configuration and its sources.
 
     Raises:
         UserError: it holds shards of another source or configuration, or anything else.
     """
-    _refuse_others(storage, prefix, config, sources)
+    _check_origin(storage, prefix, config, sources)
     storage.write_json(f"{prefix}/{_PLAN}", origin(config, sources))
 
 
@@ -114,10 +114,10 @@ def write_shard(
     """Write one shard and then its record, unless both are there.
 
     Args:
-        storage: where to.
+        storage: the target.
         prefix: folder of the shards.
         shard: what to write.
-        advance: told how many images are done since the last call.
+        advance: called with the number of images done since the last call.
 
     Raises:
         UserError: the source is damaged. An image that cannot be decoded is left out and recorded instead.
@@ -142,7 +142,7 @@ def write_shard(
 
 
 def read_record(storage: Storage, prefix: str, shard: PlannedShard) -> ShardRecord | None:
-    """The record of a shard that is done; None where it is not, or not by this plan."""
+    """Read the record of a shard that is done; None where it is not, or not by this plan."""
     try:
         record = ShardRecord.model_validate_json(storage.read_bytes(f"{prefix}/{shard.name}.json"))
         intact = not record.shard.count or storage.size(f"{prefix}/{shard.name}.tar") == record.shard.bytes
@@ -164,7 +164,7 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
 
 
 def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
-    """The manifest of the shards that were written."""
+    """Build the manifest of the shards that were written."""
     records = {shard.name: read_record(storage, prefix, shard) for shard in plan.shards}
     splits: dict[str, list[ShardInfo]] = {}
     skipped: list[str] = []
@@ -186,18 +186,20 @@ def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     )
 
 
-def _refuse_others(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
+def _check_origin(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
     if not storage.exists(f"{prefix}/{_PLAN}"):
         if storage.sizes(prefix):
             raise UserError(f"{storage.url(prefix)} holds something else than shards: delete it, or take another name")
         return
     found = differences(storage.read_json(f"{prefix}/{_PLAN}"), {"config": config, "sources": sources})
     if found:
-        raise UserError(f"{storage.url(prefix)} holds shards made {_otherwise(found)}: delete it, or take another name")
+        raise UserError(
+            f"{storage.url(prefix)} holds shards made {_describe_difference(found)}: delete it, or take another name"
+        )
 
 
-def _otherwise(found: list[tuple[str, Any, Any]]) -> str:
-    """The most telling of the differences between two origins: configuration, then contents, then their digest."""
+def _describe_difference(found: list[tuple[str, Any, Any]]) -> str:
+    """Describe the most telling difference of two origins: configuration, then contents, then their digest."""
     path, before, now = min(found, key=lambda item: (not item[0].startswith("config."), item[0].endswith(".digest")))
     if path.startswith("config."):
         return f"with {path.removeprefix('config.')}={before}, not {now}"
@@ -207,7 +209,7 @@ def _otherwise(found: list[tuple[str, Any, Any]]) -> str:
 
 
 def _fill(tar: ShardWriter, source: Source, shard: PlannedShard, advance: Callable[[int], None]) -> list[str]:
-    """Write the samples of a shard; the names of those left out."""
+    """Write the samples of a shard; return the names of those left out."""
     skipped = []
     for index, image in enumerate(shard.records, shard.first_index):
         data = source.read(image)  # a source that fails is an error, not a bad image

@@ -1,1 +1,1 @@
-"""Where images come from: folders, archives and data sets, each as a list of records with random access."""
+"""Sources of images: folders, archives and data sets, each as a list of records with random access."""

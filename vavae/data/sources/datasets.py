@@ -26,13 +26,13 @@ class DigitsSource:
         self._labels = [int(label) for label in digits.target]
 
     def listing(self) -> Listing:
-        """See :class:`~vavae.data.sources.listing.Source`; the keys look like `7/0042`."""
+        """List all digits, as :class:`~vavae.data.sources.listing.Source` does; the keys look like `7/0042`."""
         return _listing("digits", [str(digit) for digit in range(10)], self._labels)
 
     def read(self, record: Record) -> bytes:
-        """A PNG."""
-        grey = (self._images[record.position] * (255 / 16)).round().astype(np.uint8)
-        image = Image.fromarray(grey).resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC)
+        """Read one image as a PNG."""
+        gray = (self._images[record.position] * (255 / 16)).round().astype(np.uint8)
+        image = Image.fromarray(gray).resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC)
         return encode_image(image.convert("RGB"), "png").data
 
 
@@ -53,11 +53,11 @@ class HuggingFaceSource:
         self._images = data.select_columns([image]).cast_column(image, package.Image(decode=False))[image]
 
     def listing(self) -> Listing:
-        """See :class:`~vavae.data.sources.listing.Source`; the keys are the class and the row."""
+        """List all images, as :class:`~vavae.data.sources.listing.Source` does; the keys are class and row."""
         return _listing(self._kind, self._classes, self._labels)
 
     def read(self, record: Record) -> bytes:
-        """The file as the data set stores it."""
+        """Read one image file as the data set stores it."""
         image = self._images[record.position]
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
@@ -78,15 +78,15 @@ class TorchvisionSource:
         maker = getattr(package, name, None)
         if not inspect.isclass(maker):
             raise UserError(f"source {self._kind}: torchvision.datasets has no class {name}")
-        asked = {"root": str(folder), "train": split in ("", "train"), "split": split or "train", "download": True}
+        options = {"root": str(folder), "train": split in ("", "train"), "split": split or "train", "download": True}
         known = inspect.signature(maker).parameters
         try:
-            self._data: Any = maker(**{key: value for key, value in asked.items() if key in known})
+            self._data: Any = maker(**{key: value for key, value in options.items() if key in known})
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"source {self._kind}: {str(error).splitlines()[0]}") from error
 
     def listing(self) -> Listing:
-        """See :class:`~vavae.data.sources.listing.Source`; the keys are the class and the index."""
+        """List all images, as :class:`~vavae.data.sources.listing.Source` does; the keys are class and index."""
         named = next((name for name in ("targets", "labels", "_labels") if hasattr(self._data, name)), None)
         found = getattr(self._data, named) if named else self._labels_one_by_one()
         labels = [int(label) for label in found]
@@ -94,7 +94,7 @@ class TorchvisionSource:
         return _listing(self._kind, [_class_name(name) for name in classes], labels)
 
     def read(self, record: Record) -> bytes:
-        """The image as a PNG, because torchvision hands out pixels."""
+        """Read one image as a PNG, because torchvision hands out pixels."""
         return encode_image(self._data[record.position][0].convert("RGB"), "png").data
 
     def _labels_one_by_one(self) -> list[int]:
@@ -102,7 +102,7 @@ class TorchvisionSource:
 
 
 def _listing(kind: str, classes: Sequence[str], labels: Sequence[int]) -> Listing:
-    """Records of a set that is an array of images and an array of labels."""
+    """Listing of a set that is an array of images and an array of labels."""
     if not labels:
         raise UserError(f"source {kind}: no images")
     if min(labels) < 0:
@@ -113,7 +113,7 @@ def _listing(kind: str, classes: Sequence[str], labels: Sequence[int]) -> Listin
 
 
 def _class_name(name: object) -> str:
-    """ImageNet's classes are tuples of synonyms."""
+    """Name of a class; the first synonym of ImageNet's tuples."""
     return str(name[0] if isinstance(name, tuple) else name)
 
 

@@ -1,4 +1,4 @@
-"""Class folders in a folder, a zip or a tar."""
+"""Sources that are class folders in a folder, a zip or a tar."""
 
 import gzip
 import os
@@ -33,12 +33,12 @@ class FolderSource:
         self._storage, self._arrange = storage, arrange
 
     def listing(self) -> Listing:
-        """See :class:`~vavae.data.sources.listing.Source`; folders within a class folder belong to the class."""
+        """List all images of the folder; folders within a class folder belong to the class."""
         files = (File(path, 0, size) for path, size in self._storage.sizes().items())
         return self._arrange("folder", self._storage.root, files)
 
     def read(self, record: Record) -> bytes:
-        """The file."""
+        """Read one image file."""
         return self._storage.read_bytes(record.key)
 
 
@@ -54,7 +54,7 @@ class ZipSource:
         self._file = path.open("rb")
 
     def listing(self) -> Listing:
-        """See :class:`~vavae.data.sources.listing.Source`."""
+        """List all images of the archive, as :class:`~vavae.data.sources.listing.Source` does."""
         try:
             with zipfile.ZipFile(self._path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
@@ -64,12 +64,12 @@ class ZipSource:
             raise UserError(f"source {self._path}: encrypted; unpack it and name the folder")
         link = next((member.filename for member in members if stat.S_ISLNK(member.external_attr >> 16)), None)
         if link:
-            raise _no_file(self._path, link)
+            raise _not_a_file(self._path, link)
         files = (File(member.filename, member.header_offset, member.file_size) for member in members)
         return self._arrange("zip", str(self._path), files, self._inside)
 
     def read(self, record: Record) -> bytes:
-        """The member, verified by its checksum."""
+        """Read one member, verified by its checksum."""
         try:
             return self._member(record)
         except (zipfile.BadZipFile, zlib.error, struct.error) as error:
@@ -86,7 +86,7 @@ class ZipSource:
         if method == zipfile.ZIP_STORED:
             data = self._file.read(record.size)
         elif method == zipfile.ZIP_DEFLATED:
-            data = self._inflated()
+            data = self._inflate()
         else:
             raise zipfile.BadZipFile(f"packed by method {method}, not stored or deflated")
         if flags & _CHECKSUM_FOLLOWS:
@@ -96,15 +96,15 @@ class ZipSource:
             raise zipfile.BadZipFile("its checksum is another")
         return data
 
-    def _inflated(self) -> bytes:
-        """What was deflated from here on; the file stands at its end then."""
-        inflate, data = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
-        while not inflate.eof:
+    def _inflate(self) -> bytes:
+        """Inflate the member at the file's position, and leave the file at the member's end."""
+        decompressor, data = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
+        while not decompressor.eof:
             packed = self._file.read(_CHUNK_BYTES)
             if not packed:
                 raise zipfile.BadZipFile("it ends early")
-            data += inflate.decompress(packed)
-        self._file.seek(-len(inflate.unused_data), os.SEEK_CUR)
+            data += decompressor.decompress(packed)
+        self._file.seek(-len(decompressor.unused_data), os.SEEK_CUR)
         return bytes(data)
 
 
@@ -122,14 +122,14 @@ class TarSource:
             raise UserError(f"source {path}: damaged gzip ({error}); fetch it again") from error
 
     def listing(self) -> Listing:
-        """See :class:`~vavae.data.sources.listing.Source`."""
+        """List all images of the archive, as :class:`~vavae.data.sources.listing.Source` does."""
         try:
             return self._arrange("tar", str(self._path), self._members(), self._inside)
         except tarfile.TarError as error:
             raise UserError(f"source {self._path}: no zip or tar archive, or a damaged one ({error})") from error
 
     def read(self, record: Record) -> bytes:
-        """The member, without reading what lies before it."""
+        """Read one member, without reading what lies before it."""
         data = os.pread(self._file.fileno(), record.size, record.position)
         if len(data) != record.size:
             raise UserError(f"source {self._path}: ends within {record.key}; fetch the archive again")
@@ -145,19 +145,19 @@ class TarSource:
                 yield from (file._replace(path=f"{folder}/{file.path}") for file in inner)
 
 
-def _no_file(path: Path, member: str) -> UserError:
+def _not_a_file(path: Path, member: str) -> UserError:
     return UserError(f"source {path}: {member} is a link or a device: pack the images themselves (tar --dereference)")
 
 
 def _regular_files(path: Path, file: IO[bytes], start: int) -> Iterator[File]:
-    """Files of the plain tar that begins at a byte; their positions count from the beginning of the file."""
+    """Yield the files of the plain tar that begins at a byte; their positions count from the beginning of the file."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.isreg():
                 yield File(member.name.removeprefix("./"), member.offset_data, member.size)
             elif not member.isdir():
-                raise _no_file(path, member.name)
+                raise _not_a_file(path, member.name)
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
 
 

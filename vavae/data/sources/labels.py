@@ -1,4 +1,4 @@
-"""Images in one flat folder and a file that says their classes, as ImageNet's validation set comes."""
+"""Sources with all images in one flat folder and a file of their classes, as ImageNet's validation set comes."""
 
 import io
 import posixpath
@@ -24,7 +24,7 @@ class LabelFile:
     in_order: tuple[str, ...]
 
     def arrange(self, kind: str, place: str, files: Iterable[File], inside: str = "") -> Listing:
-        """The listing of a flat set; arguments as of :func:`~vavae.data.sources.listing.list_class_folders`.
+        """List the images of a flat set; arguments as of :func:`~vavae.data.sources.listing.list_class_folders`.
 
         Raises:
             UserError: an image without a class, or another number of images than of classes.

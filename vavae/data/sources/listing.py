@@ -1,4 +1,4 @@
-"""What a source says about its images before any of them is read."""
+"""Listings of sources: names, classes and sizes of images before any of them is read."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ class Record(NamedTuple):
     """One image of a source, not yet read."""
 
     key: str
-    """Its name in the source, with "/" between the parts."""
+    """Name in the source, with "/" between the parts."""
     label: int
-    """Index of its class."""
+    """Index of the class."""
     position: int
-    """Where the source finds it: a byte offset or an index; sources that go by the key set 0."""
+    """Byte offset or index at which the source finds the image; 0 in sources that go by the key."""
     size: int
-    """Bytes, as far as the source knows without reading; otherwise 0."""
+    """Size in bytes, as far as the source knows without reading; otherwise 0."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Listing:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What can be told of the images from names, classes and sizes."""
+        """Digest of names, classes and sizes, with the kind, the classes and the number of images."""
         names = ((record.key, record.label, record.size) for record in self.records)
         images = len(self.records)
         return {"kind": self.kind, "classes": [*self.classes], "images": images, "digest": digest_of_rows(names)}
@@ -66,17 +66,17 @@ class Source(Protocol):
     """Images with random access. Opening one is cheap where that can be; listing it is not."""
 
     def listing(self) -> Listing:
-        """All images; UserError where they are not arranged in classes, or where there are none."""
+        """List all images; UserError where they are not arranged in classes, or where there are none."""
 
     def read(self, record: Record) -> bytes:
-        """The bytes of an image file as the source has them; UserError where the source is damaged."""
+        """Read the bytes of an image file as the source has them; UserError where the source is damaged."""
 
 
 class Arrange(Protocol):
-    """Gives files their classes."""
+    """A function that arranges files by class."""
 
     def __call__(self, kind: str, place: str, files: Iterable["File"], inside: str = "") -> Listing:
-        """See `list_class_folders`."""
+        """Arrange files by class; arguments as of `list_class_folders`."""
 
 
 class File(NamedTuple):
@@ -91,7 +91,7 @@ def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str
     """Arrange files by class folder: `class/.../name.jpg`, beneath any number of folders that wrap all classes.
 
     Args:
-        kind: what holds the files.
+        kind: kind of source that holds the files.
         place: its name, for errors.
         files: all files in it; those that are no images, and hidden ones, are left out.
         inside: the folder to stay within; "" for all.
@@ -147,7 +147,7 @@ def _part(file: File, depth: int) -> str:
 
 
 def _wrapping_folders(files: list[File]) -> int:
-    """How many leading folders are common to all files and leave a class folder and a name below them."""
+    """Number of leading folders common to all files that leave a class folder and a name below them."""
     depth = 0
     while all(file.path.count("/") > depth + 1 and _part(file, depth) == _part(files[0], depth) for file in files):
         depth += 1

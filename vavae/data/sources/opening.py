@@ -1,4 +1,4 @@
-"""From the name of a source to the source."""
+"""Opening of sources by name."""
 
 import re
 import tarfile
@@ -11,7 +11,7 @@ from vavae.data.shards.manifest import MANIFEST
 from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
 from vavae.data.sources.files import FolderSource, TarSource, ZipSource
 from vavae.data.sources.labels import LabelFile, read_label_file
-from vavae.data.sources.listing import Arrange, Fingerprint, Source, list_class_folders
+from vavae.data.sources.listing import Arrange, Source, list_class_folders
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
@@ -51,18 +51,13 @@ def open_source(name: str, storage: Storage, labels: str | None = None) -> Sourc
 
 
 def reopen_source(name: str, storage: Storage, fingerprint: str) -> Source:
-    """An open source for reading many shards in one process; another content is another source."""
+    """Return an open source for reading many shards in one process; another content is another source."""
     return _reopen(name, storage.cache, storage.options, fingerprint)
 
 
 @lru_cache(maxsize=2)
 def _reopen(name: str, cache: str, options: StorageOptions, fingerprint: str) -> Source:
     return open_source(name, Storage(".", cache, options))
-
-
-def describe(name: str, storage: Storage) -> Fingerprint:
-    """What a source holds, without reading an image: kind, classes, number of images, digest of names and sizes."""
-    return open_source(name, storage).listing().fingerprint
 
 
 def _index(folder: str, storage: Storage, source: str) -> Storage:

@@ -1,1 +1,1 @@
-"""Pretrained networks that are only looked through: where their weights come from, and how they are frozen."""
+"""Frozen pretrained networks: configuration, weights, loading and normalization of their images."""

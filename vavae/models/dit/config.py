@@ -10,7 +10,7 @@ from vavae.errors import UserError
 
 
 class TransformerShape(NamedTuple):
-    """What sets the size of a transformer."""
+    """Depth, width and number of heads of a transformer."""
 
     depth: int
     width: int
@@ -50,11 +50,11 @@ class LightningDiTConfig(Config):
     classes: int | None = Field(None, ge=1)
     """Labels; one more embedding stands for "no label". Null takes as many as the latents have."""
     qk_norm: bool = True
-    """Normalise queries and keys per head; the released weights have it off, long runs diverge without it."""
+    """Normalize queries and keys per head; the released weights have it off, long runs diverge without it."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward layer; both have about the same number of weights."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation: RMSNorm with a weight, or the LayerNorm of DiT without one."""
+    """Normalization: RMSNorm with a weight, or the LayerNorm of DiT without one."""
     rope: bool = True
     """Rotate queries and keys by row and column, beside the sin-cos embedding that is always added."""
     shift: bool = True

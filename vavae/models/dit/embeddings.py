@@ -1,4 +1,4 @@
-"""What enters the transformer as vectors: patches, positions, time and label.
+"""Embeddings of the transformer's inputs: patches, positions, time and label.
 
 Shapes: B batch, C latent channels, H x W latent grid, h x w = N tokens, D width, P patch size.
 """

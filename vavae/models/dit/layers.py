@@ -8,7 +8,7 @@ from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.embeddings import Rotation, rotate
 
 EPS = 1e-6
-"""Of every normalization over the width (released code)."""
+"""Epsilon of every normalization over the width (released code)."""
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised x [..., D], of its dtype."""
+        """Normalize x [..., D]; same shape and dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), EPS)
 
 
@@ -97,7 +97,7 @@ class Modulation(nn.Sequential):
         self.chunks = chunks
 
     def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
-        """From silu(condition) [B, D] to `chunks` tensors [B, 1, D]."""
+        """Map silu(condition) [B, D] to `chunks` tensors [B, 1, D]."""
         return super().forward(activated)[:, None].chunk(self.chunks, dim=-1)
 
 
@@ -120,7 +120,7 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(width, 6 if config.shift else 4)
 
     def forward(self, x: Tensor, activated: Tensor, rotation: Rotation | None) -> Tensor:
-        """Tokens x [B, N, D] under silu(condition) [B, D]."""
+        """Transform tokens x [B, N, D] under silu(condition) [B, D]; same shape."""
         modulation = self.adaLN_modulation(activated)
         shift1 = shift2 = None
         if self.shift:
@@ -142,6 +142,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """Tokens x [B, N, D] under silu(condition) [B, D] -> [B, N, outputs]."""
+        """Map tokens x [B, N, D] under silu(condition) [B, D] to [B, N, outputs]."""
         shift, scale = self.adaLN_modulation(activated)
         return self.linear(modulate(self.norm_final(x), scale, shift))

@@ -24,11 +24,16 @@ from vavae.models.dit.layers import Block, FinalLayer
 
 
 class LightningDiT(nn.Module):
-    """velocity(x_t, t, y) for latents of one grid.
+    """The transformer velocity(x_t, t, y) for latents of one grid.
 
-    latent_dim: C. grid: H and W, or both as one number; the position tables are computed from it, see `at_grid`.
-    generator: draws the initial weights; None takes the global one.
-    Raises UserError where the patches do not tile the grid.
+    Args:
+        config: sizes and switches.
+        latent_dim: C.
+        grid: H and W, or both as one number; the position tables are computed from it, see `at_grid`.
+        rng: draws the initial weights; None takes torch's global one.
+
+    Raises:
+        UserError: the patches do not tile the grid.
     """
 
     pos_embed: Tensor
@@ -38,7 +43,7 @@ class LightningDiT(nn.Module):
         config: LightningDiTConfig,
         latent_dim: int,
         grid: int | tuple[int, int],
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         patch, shape = config.patch_size, config.shape
@@ -52,10 +57,10 @@ class LightningDiT(nn.Module):
         self._lay_out(grid)
         self.blocks = nn.ModuleList(Block(config) for _ in range(shape.depth))
         self.final_layer = FinalLayer(config, patch * patch * latent_dim)
-        initialize(self, generator)
+        initialize(self, rng)
 
     def _lay_out(self, grid: int | tuple[int, int], span: tuple[int, int] | None = None) -> None:
-        """Set the grid and compute the position tables for it, beside the weights and in their dtype."""
+        """Set the grid and compute its position tables, on the device and in the dtype of the weights."""
         patch, shape, weight = self.config.patch_size, self.config.shape, self.x_embedder.proj.weight
         height, width = (grid, grid) if isinstance(grid, int) else grid
         if height % patch or width % patch:
@@ -74,7 +79,9 @@ class LightningDiT(nn.Module):
         apart, as in a model that is built for the new grid (released code). With `rescale` the positions stay within
         the range that this model knows, with fractions between them (EVA-02), so that a token keeps its place in
         the picture. Both tables are part of the state dict, so a checkpoint remembers which it was.
-        Raises UserError where the patches do not tile the grid.
+
+        Raises:
+            UserError: the patches do not tile the grid.
         """
         model = copy.deepcopy(self)
         model._lay_out(grid, self.span if rescale else None)
@@ -83,8 +90,10 @@ class LightningDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity [B, C, H, W], in the dtype of x.
 
-        x: noisy normalized latents [B, C, H, W]. t: [B] in [0, 1]. y: int64 [B] in [0, classes], where
-        `null_label` = classes asks for the unconditional velocity.
+        Args:
+            x: noisy normalized latents [B, C, H, W].
+            t: timesteps [B] in [0, 1].
+            y: labels int64 [B] in [0, classes]; `null_label` = classes asks for the unconditional velocity.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
@@ -99,21 +108,21 @@ class LightningDiT(nn.Module):
         return self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """[B, N, P · P · C] -> [B, C, H, W]; within a token the channel varies fastest."""
+        """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""
         patch = self.config.patch_size
         x = tokens.unflatten(1, self.tokens).unflatten(-1, (patch, patch, self.latent_dim))  # [B, h, w, P, P, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.latent_dim, *self.grid)
 
 
 @torch.no_grad()
-def initialize(model: LightningDiT, generator: torch.Generator | None = None) -> None:
-    """Set all parameters as published: Xavier, but zero where blocks and output start silent (adaLN-zero)."""
+def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
+    """Set all parameters as published: Xavier, but zero for the modulations and the output (adaLN-zero)."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
             nn.init.zeros_(parameter)
         elif name.startswith(("t_embedder", "y_embedder")):
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+            nn.init.normal_(parameter, std=0.02, generator=rng)
         elif parameter.ndim == 1:
             nn.init.ones_(parameter)  # the weight of a norm
         else:
-            nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)  # a convolution as the linear map it is
+            nn.init.xavier_uniform_(parameter.flatten(1), generator=rng)  # a convolution as the linear map it is

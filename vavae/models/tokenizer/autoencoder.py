@@ -1,4 +1,4 @@
-"""The VA-VAE as a whole."""
+"""The autoencoder of VA-VAE: encoder, posterior and decoder."""
 
 from torch import Tensor, nn
 

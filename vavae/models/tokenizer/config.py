@@ -1,4 +1,4 @@
-"""The sizes of the autoencoder, and the choice of its teacher."""
+"""Configuration of the autoencoder and of its teacher."""
 
 import difflib
 
@@ -26,7 +26,7 @@ TEACHERS = {
     "siglip2_base": "vit_base_patch16_siglip_256.v2_webli",
     "siglip2_large": "vit_large_patch16_siglip_256.v2_webli",
 }
-"""Short names of the teachers in use and what timm calls them; the released tokenizers saw large DINOv2 or MAE."""
+"""Short names of the teachers in use and their names in timm; the released tokenizers used large DINOv2 or MAE."""
 
 
 class TokenizerConfig(Config):
@@ -39,7 +39,7 @@ class TokenizerConfig(Config):
     """Channels of the first level; each level has this times its multiplier."""
 
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """One level each, from the image inwards; every level but the last halves the resolution."""
+    """Multiplier of each level's channels, from the image inwards; every level but the last halves the resolution."""
 
     res_blocks: int = Field(2, gt=0)
     """Residual blocks per level of the encoder; the decoder has one more."""
@@ -81,10 +81,10 @@ class TeacherConfig(BackboneConfig):
     """Give the teacher the image statistics that it was trained with; false hands it [-1, 1], as the released code."""
 
     stage_stride: int | None = Field(None, gt=0)
-    """Of a teacher whose resolution falls stage by stage: pixels per feature at the stage to use; none means 16."""
+    """Pixels per feature at the feature level to use, in a teacher of falling resolution; none means 16."""
 
     project: bool = False
-    """Send the tokens through the linear head that the class token has: of CLIP, into the space that it shares with
+    """Project the tokens by the linear head that the class token has: of CLIP, into the space that it shares with
     text. The authors took the 512 projected channels of CLIP, as `{name: clip_base, project: true}` gives them."""
 
     @field_validator("name")

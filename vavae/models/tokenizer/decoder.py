@@ -1,4 +1,4 @@
-"""From a latent back to an image."""
+"""The decoder of the autoencoder: latents to images."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Images from latents that have passed ``post_quant_conv``."""
+        """Decode latents [B, latent_dim, h, w] that have passed ``post_quant_conv`` to images [B, 3, f·h, f·w]."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)

@@ -1,4 +1,4 @@
-"""From an image to the raw moments of its posterior."""
+"""The encoder of the autoencoder: images to the raw moments of their posteriors."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_dim, kernel_size=3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raw moments, before ``quant_conv``."""
+        """Encode images [B, 3, H, W] to raw moments [B, 2·latent_dim, H/f, W/f], before ``quant_conv``."""
         h = self.conv_in(images)
         for level in self.down:
             h = level(h)

@@ -56,7 +56,7 @@ class AttentionBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """What happens at one resolution: residual blocks, each followed by attention or not, then a change of size.
+    """The layers of one resolution: residual blocks, each followed by attention or not, then a change of size.
 
     A decoder applies the same parts in the same order; its change of size is an :class:`Upsample`. With `recompute`,
     a graph through it keeps only what enters its blocks.
@@ -72,7 +72,7 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttentionBlock(out_channels, groups) for _ in widths if attention)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C_out, H', W']."""
+        """Apply the layers: [B, C_in, H, W] -> [B, C_out, H', W']."""
         for index, block in enumerate(self.block):
             x = self._run(block, x)
             if self.attn:
@@ -98,29 +98,29 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> same."""
+        """Apply the three blocks: [B, C, H, W] -> same."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Downsample(nn.Module):
-    """Half the resolution: one row and column of zeros at the far edges, then a 3x3 convolution of stride 2."""
+    """Downsampling by 2: one row and column of zeros at the far edges, then a 3x3 convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        """Halve the resolution: [B, C, H, W] -> [B, C, H/2, W/2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbor, then a 3x3 convolution."""
+    """Upsampling by 2: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        """Double the resolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,4 +1,4 @@
-"""The seam between the latents of the tokenizer and those that the diffusion model sees."""
+"""Normalization between the latents of the tokenizer and those of the diffusion model."""
 
 from torch import Tensor, nn
 
@@ -7,8 +7,8 @@ class LatentNormalizer(nn.Module):
     """Whiten latents per channel: the model's latent is (z - mean) / std.
 
     Args:
-        mean: of the latents of the training set, [C].
-        std: standard deviation likewise, [C], positive.
+        mean: mean [C] of the latents of the training set.
+        std: standard deviation [C] likewise, positive.
     """
 
     mean: Tensor

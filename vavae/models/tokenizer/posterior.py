@@ -37,9 +37,9 @@ class DiagonalGaussian:
         """The latent mean + std · noise; standard normal noise makes it a sample that gradients flow through."""
         return self.mean + self.std * noise
 
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """One sample per position, [B, C, h, w], drawn from a generator of the same device."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+    def sample(self, rng: torch.Generator) -> Tensor:
+        """One sample per position, [B, C, h, w], drawn from an rng of the same device."""
+        noise = torch.randn(self.mean.shape, generator=rng, device=self.mean.device, dtype=self.mean.dtype)
         return self.at(noise)
 
     def kl(self) -> Tensor:

@@ -12,33 +12,33 @@ from vavae.models.backbones.load import LoadBackbone, freeze, load_backbone, met
 from vavae.models.backbones.normalize import ImageNormalizer
 from vavae.models.tokenizer.config import TeacherConfig
 
-_DEFAULT_STAGE_STRIDE = 16
+_DEFAULT_STRIDE = 16
 
 
 class TeacherGeometry(NamedTuple):
-    """What of a teacher is looked at; known without its weights."""
+    """Feature level of a teacher and its sizes; known without its weights."""
 
-    stage: int
-    """Index of the intermediate output that gives the features."""
+    level: int
+    """Feature level: index of the intermediate output that gives the features."""
     stride: int
     """Pixels per feature along one side: the patch of a transformer."""
     feature_dim: int
     """Channels of a feature."""
     isotropic: bool
-    """One resolution throughout (a plain transformer), whose features pass the final normalization."""
+    """True for a plain transformer: one resolution at all levels, and features that pass the final normalization."""
     timm_kwargs: dict[str, bool]
-    """What lets the model take images of another size than in pretraining, where it has to be told."""
+    """Arguments of timm that let the model take images of another size than in pretraining."""
 
     def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the image that gives one feature per position of a grid (h, w)."""
+        """Height and width in pixels of the image that gives one feature per position of a grid (h, w)."""
         return grid[0] * self.stride, grid[1] * self.stride
 
 
 def check_teacher(config: TeacherConfig, grid: tuple[int, int]) -> None:
-    """Find out before workers start, and without its weights, whether a teacher can give features on a grid (h, w).
+    """Check before workers start, and without its weights, that a teacher can give features on a grid (h, w).
 
     Raises:
-        UserError: it is unknown, has no such stage or projection, or refuses images of the size.
+        UserError: it is unknown, has no such feature level or projection, or refuses images of the size.
     """
     geometry = teacher_geometry(config)
     height, width = geometry.image_size(grid)
@@ -53,29 +53,30 @@ def check_teacher(config: TeacherConfig, grid: tuple[int, int]) -> None:
 
 
 def teacher_geometry(config: TeacherConfig) -> TeacherGeometry:
-    """Find the stage of a teacher from its architecture alone.
+    """Find the feature level of a teacher from its architecture alone.
 
     Raises:
-        UserError: timm does not know the teacher, or it has no stage of the stride asked for.
+        UserError: timm does not know the teacher, or it has no feature level of the requested stride.
     """
     model: Any = meta_backbone(config.backbone)
-    stages = list(model.feature_info)
-    strides = [stage["reduction"] for stage in stages]
+    levels = list(model.feature_info)
+    strides = [level["reduction"] for level in levels]
     isotropic = len(set(strides)) == 1
-    stride = config.stage_stride or (strides[-1] if isotropic else _DEFAULT_STAGE_STRIDE)
+    stride = config.stage_stride or (strides[-1] if isotropic else _DEFAULT_STRIDE)
     if stride not in strides:
         raise UserError(
-            f"teacher {config.name} has no stage of stride {stride}: stage_stride is one of {sorted(set(strides))}"
+            f"teacher {config.name} has no feature level of stride {stride}: stage_stride is one of "
+            f"{sorted(set(strides))}"
         )
-    stage = len(stages) - 1 if isotropic else strides.index(stride)
-    feature_dim = model.num_features if isotropic else stages[stage]["num_chs"]
+    level = len(levels) - 1 if isotropic else strides.index(stride)
+    feature_dim = model.num_features if isotropic else levels[level]["num_chs"]
     if config.project:
-        # Behind a pooled token only: it stands on the final norm of all tokens, so it can stand on theirs too.
+        # Only with a pooled token: the head follows the final norm of all tokens, so it can be applied to each of them.
         if not isinstance(getattr(model, "head", None), nn.Linear) or model.global_pool != "token":
             raise UserError(f"teacher {config.name} has no projection of its tokens, as CLIP has: set project=false")
         feature_dim = model.head.out_features
     timm_kwargs = {"dynamic_img_size": True} if hasattr(model, "dynamic_img_size") else {}
-    return TeacherGeometry(stage, stride, feature_dim, isotropic, timm_kwargs)
+    return TeacherGeometry(level, stride, feature_dim, isotropic, timm_kwargs)
 
 
 class VisionFoundationTeacher(nn.Module):
@@ -84,8 +85,8 @@ class VisionFoundationTeacher(nn.Module):
     The image is resized so that the teacher's own grid equals the latent grid; feature maps are never interpolated.
 
     Args:
-        config: the network, and what of it to look at.
-        load: gives the network; another than `load_backbone` where its sizes alone matter.
+        config: the network and its feature level.
+        load: loads the network; another than `load_backbone` where its sizes alone matter.
     """
 
     def __init__(self, config: TeacherConfig, load: LoadBackbone = load_backbone) -> None:
@@ -103,13 +104,13 @@ class VisionFoundationTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features of images [B, 3, H, W] in [-1, 1] on a grid (h, w): [B, feature_dim, h, w].
+        """Features [B, feature_dim, h, w] on a grid (h, w), of images [B, 3, H, W] in [-1, 1].
 
         Transformers give their patch tokens after the final norm, without class, distillation or register tokens and
         before any pooling, as the released code has it of DINOv2 and MAE; position embeddings are resampled by timm. Of
-        SAM, which has no such norm, they are the image embeddings behind its neck: what timm, too, calls its features,
+        SAM, which has no such norm, they are the image embeddings after its neck: what timm, too, calls its features,
         and what SAM was trained to give (the paper does not say which it took). Convolutional networks give the output
-        of one stage.
+        of one feature level.
         """
         size = self.geometry.image_size(grid)
         if images.shape[2:] != size:
@@ -117,28 +118,28 @@ class VisionFoundationTeacher(nn.Module):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         if self.config.normalize:
             images = self.normalizer(images)
-        (features,) = self._intermediates(images, [self.geometry.stage])
+        (features,) = self._intermediates(images, [self.geometry.level])
         if self.config.project:
             features = self.model.head(features.movedim(1, -1)).movedim(-1, 1)
         assert features.shape[1:] == (self.feature_dim, *grid), f"teacher gave {tuple(features.shape)} for grid {grid}"
         return features
 
     def early_features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps [B, C_i, H_i, W_i] of all stages before the teacher's own, from images [B, 3, H, W] in [-1, 1].
+        """Feature maps [B, C_i, H_i, W_i] of all levels before the teacher's own, from images [B, 3, H, W] in [-1, 1].
 
         Gradients flow to the images. For a distance between images; it always uses the teacher's image statistics.
 
         Raises:
-            UserError: the teacher has no such stages.
+            UserError: the teacher has no such levels.
         """
-        if self.geometry.isotropic or self.geometry.stage == 0:
+        if self.geometry.isotropic or self.geometry.level == 0:
             raise UserError(
-                f"teacher {self.config.name} has no early stages to compare images by: take a convolutional one, such "
-                f"as {EMBEDDED}, or another perceptual distance"
+                f"teacher {self.config.name} has no early feature levels to compare images by: take a convolutional "
+                f"one, such as {EMBEDDED}, or another perceptual distance"
             )
-        return self._intermediates(self.normalizer(images), list(range(self.geometry.stage)))
+        return self._intermediates(self.normalizer(images), list(range(self.geometry.level)))
 
-    def _intermediates(self, images: Tensor, stages: list[int]) -> list[Tensor]:
+    def _intermediates(self, images: Tensor, levels: list[int]) -> list[Tensor]:
         return self.model.forward_intermediates(
-            images, indices=stages, norm=self.geometry.isotropic, stop_early=True, intermediates_only=True
+            images, indices=levels, norm=self.geometry.isotropic, stop_early=True, intermediates_only=True
         )
