@@ -18,82 +18,18 @@ DOCUMENTS = [
 ]
 
 IDENTIFIERS = set(
-    [
-        "ImageSlice",
-        "LatentSlice",
-        "SliceKey",
-        "SliceSource",
-        "slice_size",
-        "load_slices",
-        "slices",
-        "Round",
-        "rounds_of",
-        "Observer",
-        "observers",
-        "observe",
-        "keep_preview",
-        "StepMemory",
-        "recall_state",
-        "Board",
-        "News",
-        "lament",
-        "Watch",
-        "watched",
-        "told",
-        "Workshop",
-        "hearers",
-        "heard",
-        "_Speech",
-        "Fragment",
-        "fragments",
-        "fragments_of",
-        "load_fragments",
-        "save_fragments",
-        "dealt",
-        "entire",
-        "undivided",
-        "whole_moments",
-        "settle",
-        "settle_arithmetic",
-        "seal",
-        "advanced",
-        "behind",
-        "below",
-        "kinds",
-        "lend",
-        "lend_files",
-        "_borrow",
-        "Artefact",
-        "artefact",
-        "CheckpointMeasures",
-        "Measuring",
-        "measure_checkpoint",
-        "measure_waiting",
-        "drop_measured",
-        "COLUMNS",
-        "BESIDE",
-        "Column",
-        "Meter",
-        "STAGES",
-        "TokenizerStage",
-        "TokenizerStageConfig",
-        "tokenizer_stages",
-        "StagePlan",
-        "StageStatus",
-        "open_generator",
-        "Sized",
-        "sized",
-        "Contest",
-        "contests",
-        "compete",
-        "Rival",
-        "rivals",
-        "NOTHING",
-        "Works",
-        "_Loop",
-        "_Way",
-        "go_on",
-    ]
+    re.findall(
+        r"\w+",
+        """
+        ImageSlice LatentSlice SliceKey SliceSource slice_size load_slices slices Round rounds_of
+        Observer observers observe keep_preview StepMemory Board News lament Watch watched Workshop hearers heard _Speech
+        Fragment fragments fragments_of load_fragments save_fragments dealt entire undivided whole_moments
+        settle settle_arithmetic seal behind lend lend_files _borrow Artefact artefact CheckpointMeasures Measuring
+        measure_checkpoint measure_waiting drop_measured COLUMNS BESIDE Column Meter STAGES TokenizerStage
+        TokenizerStageConfig tokenizer_stages StagePlan StageStatus open_generator Contest contests compete Rival rivals
+        Share NOTHING Works WORKS _Worker _Loop _Way go_on
+        """,
+    )
 )
 """Names that code no longer has, each with a successor of the field's vocabulary."""
 
@@ -107,7 +43,11 @@ BRITISH = re.compile(
     r"|favour|randomis|minimis|tokenis|judgement|grey)\w*",
     re.IGNORECASE,
 )
-STORED = {
+ALLOWED = {
+    "board",  # board.json, the Grafana dashboard's file
+    "tokeniser",  # keys with a mistake, which a test has corrected
+    "Unlabelled",  # a class of a test's torchvision
+    "utilisation",  # the former option, in the changes
     "artefact",  # artefact.json, the file of a commit record
     "artefact.json",
     "model_flop_utilisation",  # of the log and of Prometheus
@@ -115,7 +55,7 @@ STORED = {
     "neighbour",  # in the protocol of precision and recall, which metrics.json holds
     "labelled",  # in the protocol of samples with random labels
 }
-"""Words on storage, which never change."""
+"""Stored names, which never change, and quotations."""
 HERE = Path(__file__)
 
 
@@ -148,6 +88,6 @@ def test_the_words_are_the_field_s(pattern):
         if path != HERE
         for line, text in prose_of(path)
         for match in pattern.finditer(text)
-        if match[0] not in STORED
+        if match[0] not in ALLOWED
     ]
     assert not found

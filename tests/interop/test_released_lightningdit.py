@@ -154,7 +154,7 @@ def test_other_positions_are_another_model(saved, public, table):
         ({"patch_size": 3}, r"patch_size=3 does not divide the 8 x 8 latent"),
         ({"heads": 5}, r"width=48 must be a multiple of heads=5"),
         ({"mlp": "relu"}, r"mlp: Input should be 'swiglu' or 'gelu'"),
-        ({"colour": 3}, r"no setting colour; there are size, depth, width"),
+        ({"shade": 3}, r"no setting shade; there are size, depth, width"),
     ],
 )  # fmt: skip
 def test_an_override_that_the_tensors_contradict_is_refused_in_one_line(saved, public, overrides, message):

@@ -1,4 +1,4 @@
-"""The board and the alerts ask for metrics and labels that jobs really have."""
+"""The dashboard and the alerts ask for metrics and labels that jobs really have."""
 
 import json
 import re

@@ -32,7 +32,7 @@ def test_stages_groups_and_names_in_order():
         ("losses", "loss/total"),
         ("losses", "loss/kl"),
         ("adaptive weights", "loss/vf_weight"),
-        ("optimisation", "learning_rate"),
+        ("optimization", "learning_rate"),
         ("throughput", "data_wait"),
         ("others", "x"),
     ]

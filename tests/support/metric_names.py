@@ -5,7 +5,7 @@ from vavae.training.logging.metric_names import JOB_METRICS, METRICS, MetricInfo
 OF_NODES = frozenset(
     f"ray_node_{name}" for name in ("cpu_utilization", "mem_used", "network_receive_speed", "network_send_speed")
 )
-"""Metrics of Ray itself that the board shows."""
+"""Metrics of Ray itself that the dashboard shows."""
 
 
 def exported_name(name: str, column: MetricInfo) -> str:

@@ -1,4 +1,4 @@
-"""Contests of one core over shards in the page cache."""
+"""Benchmarks of one core over shards in the page cache."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Contests of starting: time and memory until the first batch of a set as large as ImageNet, and over an epoch of it.
+"""Benchmarks of starting: time and memory until the first batch of a set as large as ImageNet, and over an epoch of it.
 
 All shards of the set are one file under many names, so that a manifest of thousands needs no disk. Every turn has a
 process to itself. Memory is what the process alone holds (anonymous pages); mapped shards are the page cache's.

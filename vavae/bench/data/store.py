@@ -1,4 +1,4 @@
-"""Contests over a real S3 server on loopback, by the clock on the wall: the server works beside the readers."""
+"""Benchmarks over a real S3 server on loopback, by the clock on the wall: the server works beside the readers."""
 
 import io
 import os
