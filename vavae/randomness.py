@@ -23,12 +23,12 @@ def key_seed(seed: int, *key: int | str) -> int:
 
 
 def torch_generator(seed: int, *key: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
-    """A fresh generator for one key: equal keys give equal draws on one device type."""
+    """Create the rng of one key: equal keys give equal draws on one device type."""
     import torch
 
     return torch.Generator(device).manual_seed(key_seed(seed, *key))
 
 
 def numpy_generator(seed: int, *key: int | str) -> np.random.Generator:
-    """The NumPy counterpart of :func:`torch_generator`, for orders, crops and flips."""
+    """Create the NumPy counterpart of :func:`torch_generator`, for orders, crops and flips."""
     return np.random.default_rng(key_seed(seed, *key))

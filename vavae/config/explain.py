@@ -69,7 +69,7 @@ def _unknown(model: type[BaseModel], spot: Spot) -> str:
 
 
 def _expected(detail: Mapping[str, Any]) -> str:
-    """Pydantic's ``Input should be …``, without its subject."""
+    """Expectation from Pydantic's ``Input should be …``, without its subject."""
     message = " ".join(detail["msg"].split())
     return _EXPECTED.get(detail["type"]) or re.sub(r"^\w+ (?=should )", "", message)
 

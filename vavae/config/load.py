@@ -59,12 +59,12 @@ def dump(config: Config) -> str:
     return to_text(config.model_dump(mode="json"))
 
 
-def _read(path: Path, asked_by: str = "", above: tuple[Path, ...] = ()) -> Located:
+def _read(path: Path, prefix: str = "", above: tuple[Path, ...] = ()) -> Located:
     """Read one file laid over those that it inherits; ``above`` are the files that led here."""
     chain = (*above, path)
     if path.resolve() in [file.resolve() for file in above]:
-        raise UserError(f"{asked_by}a cycle: {' -> '.join(map(str, chain))}")
-    tree = _parse_file(path, asked_by)
+        raise UserError(f"{prefix}a cycle: {' -> '.join(map(str, chain))}")
+    tree = _parse_file(path, prefix)
     if tree.value is not None and not isinstance(tree.value, dict):
         raise UserError(f"{tree.place}: a configuration is a mapping of keys, not {show(plain(tree))}")
     entries = dict(tree.value or {})
@@ -83,13 +83,13 @@ def _names(inherit: Located) -> list[str]:
     return names
 
 
-def _parse_file(path: Path, asked_by: str) -> Located:
+def _parse_file(path: Path, prefix: str) -> Located:
     try:
         return parse(path.read_text(encoding="utf-8"), lambda line: f"{path}:{line}")
     except OSError as error:
-        raise UserError(f"{asked_by}{path}: {error.strerror}") from None
+        raise UserError(f"{prefix}{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{asked_by}{path}: not UTF-8 text") from None
+        raise UserError(f"{prefix}{path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         line = line_of(error)
         raise UserError(

@@ -28,7 +28,7 @@ class Located:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading by the plain scalars of YAML 1.2: ``1e-4`` is a number, ``no`` and ``2024-01-01`` are words."""
+    """Safe loader by the plain scalars of YAML 1.2: ``1e-4`` is a number, ``no`` and ``2024-01-01`` are words."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  PyYAML's own table
 
@@ -64,7 +64,7 @@ for _kind, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Blocks for mappings, one line for lists of scalars, no anchors."""
+    """Dumper with blocks for mappings, one line for lists of scalars, no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

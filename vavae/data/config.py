@@ -52,7 +52,7 @@ class ShardsConfig(Config):
     """Most images in a shard; keep a shard below 256 MB."""
 
     seed: int = Field(0, ge=0)
-    """Keys the order of the images and the choice of the held-out ones."""
+    """Seed that keys the order of the images and the choice of the held-out ones."""
 
     @model_validator(mode="after")
     def _labels_need_images(self) -> Self:

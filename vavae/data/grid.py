@@ -15,7 +15,7 @@ def enlargement(size: int) -> int:
 
 
 def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 2) -> Image.Image:
-    """Images in reading order; given class after class with ``columns`` of each, rows are classes.
+    """Lay out images in reading order; given class after class with ``columns`` of each, rows are classes.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -32,7 +32,7 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 2
 def pair_grid(
     originals: Tensor, reconstructions: Tensor, columns: int, *, scale: int = 1, padding: int = 2
 ) -> Image.Image:
-    """Rows of originals, each right above the row of its reconstructions; a wider gap follows.
+    """Lay out rows of originals, each right above the row of its reconstructions; a wider gap follows.
 
     Arguments as in :func:`image_grid`; the two sets have one shape.
     """

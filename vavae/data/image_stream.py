@@ -36,9 +36,9 @@ class ImageMicroBatch(NamedTuple):
     lane: int
     step: int
     images: Tensor
-    """uint8 [S, 3, H, W]; in memory the channels of a pixel lie together, until floats are made of them."""
+    """Images uint8 [S, 3, H, W]; in memory the channels of a pixel lie together, until floats are made of them."""
     labels: Tensor
-    """int64 [S]."""
+    """Classes int64 [S]."""
     unreadable: Sequence[str] = ()
     """Names, `<split>/<shard>#<key>`, of images that could not be read and were replaced by others."""
 

@@ -25,9 +25,9 @@ class LabeledImages(NamedTuple):
     """A batch of images and their classes."""
 
     images: Tensor
-    """uint8 [B, 3, H, W]."""
+    """Images uint8 [B, 3, H, W]."""
     labels: Tensor
-    """int64 [B]."""
+    """Classes int64 [B]."""
 
 
 def shard_records(

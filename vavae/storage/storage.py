@@ -91,7 +91,7 @@ class Storage:
         return self._kind(path) == "file"
 
     def size(self, path: str) -> int:
-        """Bytes of a file."""
+        """Size of a file, bytes."""
         return self._info(path)["size"]
 
     def modified(self, path: str) -> datetime | None:
@@ -103,7 +103,7 @@ class Storage:
             return None
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Bytes of every file beneath a folder, at any depth, by sorted path; empty where there is no such folder."""
+        """Sizes in bytes of all files beneath a folder, at any depth, by sorted path; empty without such a folder."""
         name = self._name(prefix)
         if self.is_local:
             return dict(sorted((self._relative(path), size) for path, size in local_sizes(name)))

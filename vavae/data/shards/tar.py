@@ -23,7 +23,7 @@ _BINARY = b"\x80"  # begins a size that is not written in octal digits
 
 
 class ShardWriter:
-    """Writes samples of members `<key>.<extension>` into an open tar."""
+    """Writer of samples with members `<key>.<extension>` into an open tar."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
