@@ -22,7 +22,8 @@ IDENTIFIERS = set(
         r"\w+",
         """
         ImageSlice LatentSlice SliceKey SliceSource slice_size load_slices slices Round rounds_of
-        Observer observers observe keep_preview StepMemory Board News lament Watch watched Workshop hearers heard _Speech
+        Observer observers observe keep_preview StepMemory Board News lament Watch watched Workshop hearers heard
+        _Speech
         Fragment fragments fragments_of load_fragments save_fragments dealt entire undivided whole_moments
         settle settle_arithmetic seal behind lend lend_files _borrow Artefact artefact CheckpointMeasures Measuring
         measure_checkpoint measure_waiting drop_measured COLUMNS BESIDE Column Meter STAGES TokenizerStage
