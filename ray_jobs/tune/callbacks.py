@@ -4,8 +4,10 @@ import importlib.util
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
@@ -55,24 +57,31 @@ class LedgerCallback(Callback):
         why = self._why(trial)
         write_entry(self._sweep, Entry(trial.config[POINT], "failed", why))
         print(f"{name_of(trial)}  failed  {why}", flush=True)
-        if not isinstance(getattr(trial.get_pickled_error(), "cause", None), UserError):
+        if not _is_user_error(trial):
             print(f"{name_of(trial)}  traceback in {trial.error_file}", flush=True)
         self._write()
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `tune.Callback`."""
-        print(f"{name_of(trial)}  is tried again  {self._why(trial)}", flush=True)
+        print(f"{name_of(trial)}  is retried  {self._why(trial)}", flush=True)
 
     def _why(self, trial: Trial) -> str:
         """What the trial wrote down of its failure; what Ray says where its process had no time for that."""
         entry = read_ledger(self._sweep).get(name_of(trial))
-        return entry.why if entry and entry.why else f"its process was lost: {last_line(str(trial.get_error()))}"
+        return entry.why if entry and entry.why else last_line(Path(trial.error_file).read_text())
 
     def _write(self) -> None:
         """Write the results so far, unless that was done within the last minute: in a store it takes many requests."""
         if time.monotonic() - self._written > _WRITE_SECONDS:
             write_sweep(self._sweep)
             self._written = time.monotonic()
+
+
+def _is_user_error(trial: Trial) -> bool:
+    """Return whether a trial ended with an error that its user can mend."""
+    # Tune's file on this machine: Tune itself would read the copy in storage, which is not there yet.
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()) if trial.pickled_error_file else None
+    return isinstance(getattr(error, "cause", None), UserError)
 
 
 def tune_callbacks(sweep: Sweep) -> list[Callback]:

@@ -116,7 +116,7 @@ def test_a_failed_trial_is_retried_then_marked_failed_and_the_sweep_continues(
     assert read_ledger(sweep)[broken].why == "RuntimeError: the toy broke"
     assert made(tmp_path).count("failed") == 2, "once, and once again"
     shown = capfd.readouterr()
-    assert f"{broken}  is tried again  RuntimeError: the toy broke\n" in shown.out
+    assert f"{broken}  is retried  RuntimeError: the toy broke\n" in shown.out
     assert f"{broken}  failed  RuntimeError: the toy broke\n" in shown.out
     assert "1 failed, 2 finished" in shown.out
     assert "Traceback" not in shown.out + shown.err
