@@ -1,7 +1,9 @@
-"""``vavae plan``."""
+"""``vavae plan``: what a run would take on a cluster."""
 
 import argparse
+from typing import Any
 
+from vavae.cli.arguments import add_config
 from vavae.config.load import load
 from vavae.errors import UserError
 from vavae.planning.offer import Offer, parse_gpus
@@ -10,11 +12,12 @@ from vavae.runs.config import RunConfig
 IMAGENET_IMAGES = 1_281_167
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``vavae plan`` takes besides a configuration; ``act`` of the arguments returns the exit status."""
+def add_commands(commands: Any) -> None:
+    """Add ``vavae plan``; ``act`` of its arguments returns the exit status."""
+    plan = commands.add_parser("plan", help="say what a run would take on a cluster: time, money, bytes, bottlenecks")
     default = Offer("H100", 1)
-    parser.add_argument("--gpus", required=True, metavar="NxNAME", help="such as 64xH100")
-    parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
+    plan.add_argument("--gpus", required=True, metavar="NxNAME", help="such as 64xH100")
+    plan.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
     for option, kind, value, text in (
         ("--utilization", float, default.utilization, "share of the GPU's best rate that the networks reach"),
         ("--node-gpus", int, default.node_gpus, "GPUs of one machine"),
@@ -23,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--hours-between-failures", float, default.hours_between_failures, "of the whole cluster, with evictions"),
         ("--images", int, IMAGENET_IMAGES, "of the data set"),
     ):
-        parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text}; default: %(default)g")
-    parser.add_argument("--image-bytes", type=float, metavar="N", help="mean size of a stored image; default: guessed")
-    parser.set_defaults(act=plan)
+        plan.add_argument(option, type=kind, default=value, metavar="N", help=f"{text}; default: %(default)g")
+    plan.add_argument("--image-bytes", type=float, metavar="N", help="mean size of a stored image; default: guessed")
+    add_config(plan)
+    plan.set_defaults(act=_plan)
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    """Print the plan."""
+def _plan(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import.
     from vavae.planning.stages import Dataset, estimate_jobs
     from vavae.planning.tables import print_table
