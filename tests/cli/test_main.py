@@ -34,5 +34,7 @@ def test_what_no_command_takes_is_refused(words, capsys):
 
 
 def test_overrides_may_stand_after_an_option(capsys):
-    assert main(["status", "--config", "configs/tiny.yaml", "stream.lanes=0", "--hourly-price", "2", "stream.lans=1"]) == 2
+    assert (
+        main(["status", "--config", "configs/tiny.yaml", "stream.lanes=0", "--hourly-price", "2", "stream.lans=1"]) == 2
+    )
     assert "stream.lans (command line)" in capsys.readouterr().err
