@@ -96,7 +96,7 @@ def stored_bytes(config: RunConfig, dataset: Dataset) -> float:
 
 
 def tokenizer_flops(config: RunConfig) -> float:
-    """FLOPs of one image in a training step of the tokenizer, on average over its phases, without and with adversary."""
+    """Mean FLOPs of one image in a training step of the tokenizer, over its phases, without and with adversary."""
     budget = config.train_vavae.images
     changes = {0, budget}
     for phase in config.tokenizer_phases():
