@@ -1,11 +1,11 @@
-"""What this machine is."""
+"""Hardware of this machine."""
 
 import platform
 from pathlib import Path
 
 
 def processor_name() -> str:
-    """As its maker calls it, where the system tells."""
+    """Name of the processor, as its maker calls it where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:

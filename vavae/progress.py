@@ -1,4 +1,4 @@
-"""How far a long operation is, and the line or the bar that says so."""
+"""Progress of a long operation, and the line or the bar that shows it."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,28 +10,28 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as MovingBar
 
 NAME_WIDTH = 18
-"""Room for the name of a stage."""
+"""Width of the name of a job, characters."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One moment of a stage."""
+    """Progress of a job at one moment."""
 
-    stage: str
+    job: str
     done: int
     total: int | None
     unit: str = "images"
     rate: float | None = None
-    """Units per second of late."""
+    """Recent rate, units per second."""
     terms: Mapping[str, float] = field(default_factory=dict)
-    """A few figures worth seeing, such as the loss."""
+    """A few metrics worth seeing, such as the loss."""
 
     def line(self) -> str:
-        """`train_vavae  1,280/19,200 images  61 images/s  4:53 left  loss 0.123`."""
-        return f"{self.stage:<{NAME_WIDTH}} {self.figures()}"
+        """Line such as `train_vavae  1,280/19,200 images  61 images/s  4:53 left  loss 0.123`."""
+        return f"{self.job:<{NAME_WIDTH}} {self.summary()}"
 
-    def figures(self) -> str:
-        """The line without the stage."""
+    def summary(self) -> str:
+        """Line without the job."""
         total = "" if self.total is None else f"/{self.total:,}"
         parts = [f"{self.done:,}{total} {self.unit}"]
         if self.rate:
@@ -53,7 +53,7 @@ class Rate:
         self._marks: list[tuple[float, int]] = []
 
     def update(self, done: int) -> float | None:
-        """Note how much is done now; the rate, once there are two marks."""
+        """Note how much is done now, and return the rate once there are two marks."""
         now = time.monotonic()
         recent = [mark for mark in self._marks if now - mark[0] <= self._window]
         self._marks = [*(recent or self._marks[-1:]), (now, done)]
@@ -62,49 +62,45 @@ class Rate:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as `4:53` or `1:02:03`."""
+    """Format seconds as `4:53` or `1:02:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def show(progress: Progress) -> None:
-    """Print the line."""
+    """Print the line of a moment."""
     print(progress.line(), flush=True)
 
 
 @contextmanager
-def display(stage: str, console: Console | None = None) -> Iterator[Callable[[Progress | str], None]]:
-    """Show a stage: as a bar that moves on a terminal and vanishes at the end, elsewhere as a line each time.
+def display(job: str, console: Console | None = None) -> Iterator[Callable[[Progress | str], None]]:
+    """Show a job: as a bar that moves on a terminal and vanishes at the end, elsewhere as a line each time.
 
     Args:
-        stage: name of the stage.
+        job: its name.
         console: where; standard output by default.
 
     Yields:
-        What shows a moment of the stage, or a word about it.
+        Function that shows a moment of the job, or a word about it.
     """
-    console = console or Console()
+    console, name = console or Console(), f"{job:<{NAME_WIDTH}}"
     if not console.is_terminal:
-        yield lambda moment: show(moment) if isinstance(moment, Progress) else _print(stage, moment)
+        yield lambda moment: print(moment.line() if isinstance(moment, Progress) else f"{name} {moment}", flush=True)
         return
     columns = TextColumn(f"{{task.description:<{NAME_WIDTH}}}"), BarColumn(20), TaskProgressColumn()
-    with MovingBar(*columns, TextColumn("{task.fields[figures]}"), console=console, transient=True) as bar:
-        task = bar.add_task(stage, total=None, figures="")
+    with MovingBar(*columns, TextColumn("{task.fields[summary]}"), console=console, transient=True) as bar:
+        task = bar.add_task(job, total=None, summary="")
 
         def move(moment: Progress | str) -> None:
             if isinstance(moment, str):
-                bar.update(task, figures=moment)
+                bar.update(task, summary=moment)
             else:
-                bar.update(task, completed=moment.done, total=moment.total, figures=moment.figures())
+                bar.update(task, completed=moment.done, total=moment.total, summary=moment.summary())
 
         yield move
 
 
-def _print(stage: str, word: str) -> None:
-    print(f"{stage:<{NAME_WIDTH}} {word}", flush=True)
-
-
 def _term(name: str, value: float) -> str:
-    """`loss/total 0.1235`; what is waited for is a share."""
+    """Format a term as `loss/total 0.1235`, a share of the time waited as a percentage."""
     return f"{name} {value:.1%}" if name.endswith("_wait") else f"{name} {value:.4g}"

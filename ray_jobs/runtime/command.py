@@ -19,7 +19,7 @@ from vavae.config.load import dump, load
 from vavae.config.paths import written_path
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
-from vavae.planning.estimate import bytes_to_write
+from vavae.planning.sizes import bytes_to_write
 from vavae.progress import clock
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.events import Event, EventLog

@@ -41,14 +41,14 @@ def add_commands(commands: Any) -> None:
         "--pip", action="append", default=[], metavar="REQUIREMENT", help="a package that the job installs first"
     )
     jobs = commands.add_parser("jobs", help="list the jobs of the cluster")
-    jobs.set_defaults(act=_jobs, overrides=None)
+    jobs.set_defaults(act=_jobs)
     logs = commands.add_parser("logs", help="show what a job has printed")
-    logs.set_defaults(act=_logs, overrides=None)
+    logs.set_defaults(act=_logs)
     logs.add_argument(
         "--follow", action="store_true", help="follow the log until the job ends, and end with its status"
     )
     stop = commands.add_parser("stop", help="let a job save a checkpoint and stop")
-    stop.set_defaults(act=_stop, overrides=None)
+    stop.set_defaults(act=_stop)
     for command in (logs, stop):
         command.add_argument("name", metavar="NAME", help="as vavae submit and vavae jobs say it")
 

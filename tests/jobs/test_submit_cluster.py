@@ -14,7 +14,7 @@ import pytest
 from support.ray_head import Head, ray_head
 from support.sockets import beyond_loopback
 
-from vavae.cli.status import Training, run_status
+from vavae.cli.status import TrainingStatus, run_status
 from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.runs.config import RunConfig
@@ -63,7 +63,7 @@ def test_nobody_is_let_in_without_the_token(head: Head, tmp_path: Path) -> None:
     assert head.token not in text
 
 
-def stopped_in_training(head: Head, *submit: str) -> Training:
+def stopped_in_training(head: Head, *submit: str) -> TrainingStatus:
     """Submit a job with an endless training, leave it alone once that has begun, and stop it; how far it came."""
     endless = [f"train_vavae.{key}=1_000_000" for key in ("images", "checkpoint_images")]
     follower = vavae(*submit, *endless, "--env", "NOTE=two words", environment={**head.environment})

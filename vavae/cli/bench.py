@@ -7,9 +7,10 @@ from typing import Any
 from vavae.bench.benchmark import LeftOut, machine, table_head, table_line
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add the benchmarks to the parser of ``vavae bench``; ``act`` of the arguments returns the exit status."""
-    commands = parser.add_subparsers(required=True, metavar="WHAT")
+def add_commands(commands: Any) -> None:
+    """Add ``vavae bench`` with its benchmarks; ``act`` of their arguments returns the exit status."""
+    bench = commands.add_parser("bench", help="measure parts of this machine's pipeline")
+    commands = bench.add_subparsers(required=True, metavar="WHAT")
     text = "compare readers of shards: rates, ratios to other readers (above 1: vavae is better), and their range"
     _command(commands, "data", text, 7, _data)
     text = (

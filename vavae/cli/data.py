@@ -1,4 +1,4 @@
-"""``vavae data index | verify | stats``."""
+"""``vavae data index | verify | stats``: shards of images, indexed, verified and described."""
 
 import argparse
 from collections.abc import Callable
@@ -13,9 +13,10 @@ from vavae.storage.config import DEFAULT_CACHE, StorageOptions
 from vavae.storage.storage import Storage
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of ``vavae data`` its commands; ``act`` of the arguments returns the exit status."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_commands(commands: Any) -> None:
+    """Add ``vavae data`` with its commands; ``act`` of their arguments returns the exit status."""
+    data = commands.add_parser("data", help="index, verify and describe shards of images")
+    commands = data.add_subparsers(required=True, metavar="COMMAND")
     index = _command(commands, "index", "write the manifest of WebDataset shards made by others", _index)
     index.add_argument("--train", nargs="+", required=True, metavar="URL", help="shards, or folders of .tar files")
     index.add_argument("--validation", nargs="+", required=True, metavar="URL", help="held-out ones likewise")
@@ -31,7 +32,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _storage(arguments: argparse.Namespace) -> Storage:
-    """The folder. Endpoint, region, profile and authorities of S3 come from its usual variables (AWS_PROFILE, ...)."""
+    """Folder of the shards; S3's endpoint, region, keys and authorities come from its variables (AWS_PROFILE, ...)."""
     return Storage(arguments.folder, arguments.cache, StorageOptions(anonymous=arguments.anonymous))
 
 

@@ -1,20 +1,23 @@
-"""``vavae plan``."""
+"""``vavae plan``: what a run would take on a cluster."""
 
 import argparse
+from typing import Any
 
+from vavae.cli.arguments import add_config
 from vavae.config.load import load
 from vavae.errors import UserError
-from vavae.planning.offer import Offer, parse_gpus
+from vavae.planning.cluster import ClusterSpec, parse_gpus
 from vavae.runs.config import RunConfig
 
 IMAGENET_IMAGES = 1_281_167
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``vavae plan`` takes besides a configuration; ``act`` of the arguments returns the exit status."""
-    default = Offer("H100", 1)
-    parser.add_argument("--gpus", required=True, metavar="NxNAME", help="such as 64xH100")
-    parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
+def add_commands(commands: Any) -> None:
+    """Add ``vavae plan``; ``act`` of its arguments returns the exit status."""
+    plan = commands.add_parser("plan", help="say what a run would take on a cluster: time, money, bytes, bottlenecks")
+    default = ClusterSpec("H100", 1)
+    plan.add_argument("--gpus", required=True, metavar="NxNAME", help="such as 64xH100")
+    plan.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
     for option, kind, value, text in (
         ("--utilization", float, default.utilization, "share of the GPU's best rate that the networks reach"),
         ("--node-gpus", int, default.node_gpus, "GPUs of one machine"),
@@ -23,33 +26,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--hours-between-failures", float, default.hours_between_failures, "of the whole cluster, with evictions"),
         ("--images", int, IMAGENET_IMAGES, "of the data set"),
     ):
-        parser.add_argument(option, type=kind, default=value, metavar="N", help=f"{text}; default: %(default)g")
-    parser.add_argument("--image-bytes", type=float, metavar="N", help="mean size of a stored image; default: guessed")
-    parser.set_defaults(act=plan)
+        plan.add_argument(option, type=kind, default=value, metavar="N", help=f"{text}; default: %(default)g")
+    plan.add_argument("--image-bytes", type=float, metavar="N", help="mean size of a stored image; default: guessed")
+    add_config(plan)
+    plan.set_defaults(act=_plan)
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    """Print the plan."""
+def _plan(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import.
-    from vavae.planning.stages import Dataset, estimate_jobs
-    from vavae.planning.tables import print_table
+    from vavae.planning.jobs import Dataset, estimate_jobs
+    from vavae.planning.tables import print_plan
 
-    offer = _offer(arguments)
-    settings = _settings(load(RunConfig, arguments.config, arguments.overrides), offer)
+    cluster = _cluster(arguments)
+    settings = _settings(load(RunConfig, arguments.config, arguments.overrides), cluster)
     config = load(RunConfig, arguments.config, [*arguments.overrides, *settings])
-    stages = estimate_jobs(config, offer, Dataset(arguments.images, arguments.image_bytes))
-    print_table(stages, offer)
+    jobs = estimate_jobs(config, cluster, Dataset(arguments.images, arguments.image_bytes))
+    print_plan(jobs, cluster)
     print(f"run it with {' '.join(settings)}")
     print(
-        f"assumed: {arguments.images:,} images; {offer.utilization:.0%} of the GPU's best rate; "
-        f"{offer.node_gpus} GPUs a machine, {offer.network * 8e-9:g} Gbit/s to others, {offer.store * 8e-9:g} to the "
-        f"store; a failure in {offer.hours_between_failures:g} h. `vavae plan --help` says how to change it, "
+        f"assumed: {arguments.images:,} images; {cluster.utilization:.0%} of the GPU's best rate; "
+        f"{cluster.node_gpus} GPUs a machine, {cluster.network * 8e-9:g} Gbit/s to others, {cluster.store * 8e-9:g} to "
+        f"the store; a failure in {cluster.hours_between_failures:g} h. `vavae plan --help` says how to change it, "
         "vavae/planning/formulas.py what is computed"
     )
     return 0
 
 
-def _offer(arguments: argparse.Namespace) -> Offer:
+def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
     count, name = parse_gpus(arguments.gpus)
     options = ("price", "utilization", "node_gpus", "network_gbit", "store_gbit", "hours_between_failures")
     for option in (*options, "images", "image_bytes"):
@@ -58,7 +61,7 @@ def _offer(arguments: argparse.Namespace) -> Offer:
             raise UserError(f"--{option.replace('_', '-')} {value:g}: give a number above 0")
     if arguments.utilization > 1:
         raise UserError(f"--utilization {arguments.utilization:g}: give a share, at most 1")
-    return Offer(
+    return ClusterSpec(
         name,
         count,
         arguments.node_gpus,
@@ -70,9 +73,9 @@ def _offer(arguments: argparse.Namespace) -> Offer:
     )
 
 
-def _settings(config: RunConfig, offer: Offer) -> list[str]:
-    """The overrides with which a run uses the whole offer."""
-    lanes = [f"stream.lanes={offer.count}"] if config.stream.lanes < offer.count else []
-    actors = int(offer.count / config.latents.gpus)
-    workers = [f"workers.count={offer.count}", "workers.use_gpu=true"]
-    return [*lanes, *workers, f"latents.actors={actors}", f"sample.actors={offer.count}"]
+def _settings(config: RunConfig, cluster: ClusterSpec) -> list[str]:
+    """Overrides with which a run uses the whole cluster."""
+    lanes = [f"stream.lanes={cluster.count}"] if config.stream.lanes < cluster.count else []
+    actors = int(cluster.count / config.latents.gpus)
+    workers = [f"workers.count={cluster.count}", "workers.use_gpu=true"]
+    return [*lanes, *workers, f"latents.actors={actors}", f"sample.actors={cluster.count}"]

@@ -1,23 +1,34 @@
-"""``vavae report RUN [RUN …]``: the report of a run made again, or several runs side by side."""
+"""``vavae report``: the report of a run made again, or several runs side by side."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vavae.config import load
+from vavae.cli.arguments import add_hourly_price
+from vavae.config.load import load
 from vavae.errors import UserError
-from vavae.report.comparison import Comparison, compare_configurations, render_comparison
-from vavae.report.curves import compared_curves
-from vavae.report.html import render
-from vavae.report.run_report import log_rows, run_report
 from vavae.runs.config import RunConfig
-from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.run import Run
 
 
-def write_report(arguments: argparse.Namespace) -> int:
-    """Write the page of the runs that were named, and say where it is."""
-    runs = open_runs(arguments.runs, arguments.hourly_price)
+def add_commands(commands: Any) -> None:
+    """Add ``vavae report``; ``act`` of its arguments returns the exit status."""
+    report = commands.add_parser("report", help="make the report of a run again, or put runs side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder or URL of a run, or its YAML configuration")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="default: %(default)s")
+    add_hourly_price(report)
+    report.set_defaults(act=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from vavae.report.comparison import Comparison, compare_configurations, render_comparison
+    from vavae.report.curves import compared_curves
+    from vavae.report.html import render
+    from vavae.report.run_report import log_rows, run_report
+    from vavae.runs.evaluation_inputs import ReportInputs
+
+    runs = _open_runs(arguments.runs, arguments.hourly_price)
     inputs = {name: ReportInputs.of(run) for name, run in runs.items()}
     if len(inputs) == 1:
         text = render(run_report(*inputs.values()))
@@ -36,18 +47,18 @@ def write_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def open_runs(places: Sequence[str], hourly_price: float | None = None) -> Mapping[str, Run]:
-    """The runs at some places, by their names, or by their places where names are not enough.
+def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str, Run]:
+    """Open the runs at some places, by their names, or by their places where names are not enough.
 
     Args:
         places: folders of runs (paths or storage URLs), or configuration files.
-        hourly_price: of a worker, in place of the configured one.
+        hourly_price: what a worker costs in an hour, in place of the configured price; None keeps that.
 
     Raises:
         UserError: there is no run at one of them.
     """
     prices = [] if hourly_price is None else [f"workers.hourly_price={hourly_price}"]
-    runs = [_open(place, prices) for place in places]
+    runs = [_open_run(place, prices) for place in places]
     names = [run.config.name for run in runs]
     labels = names if len({*names}) == len(names) else [run.storage.url() for run in runs]
     if len({*labels}) < len(labels):
@@ -55,7 +66,7 @@ def open_runs(places: Sequence[str], hourly_price: float | None = None) -> Mappi
     return dict(zip(labels, runs, strict=True))
 
 
-def _open(place: str, overrides: Sequence[str]) -> Run:
+def _open_run(place: str, overrides: Sequence[str]) -> Run:
     if not place.endswith((".yaml", ".yml")):
         return Run.at(place, overrides)
     run = Run(load(RunConfig, place, overrides))

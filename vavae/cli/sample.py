@@ -1,43 +1,55 @@
-"""What ``vavae sample`` does: images of given classes from a trained run, in this process, into one file."""
+"""``vavae sample``: images of given classes from a trained run, made in this process, into one file."""
 
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+import argparse
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from vavae.data.grid import enlargement, image_grid, png_bytes
-from vavae.distributed.torch_settings import configure_torch
-from vavae.errors import UserError
-from vavae.latents.manifest import read_latent_manifest
+from vavae.cli.arguments import add_overrides
 from vavae.progress import Progress, Rate, show
-from vavae.runs.sampling_inputs import SamplingInputs
-from vavae.sampling.files import SampleRequest, parse_seeds, write_array, write_shard
-from vavae.sampling.labels import find_classes
-from vavae.sampling.sampler import Sampler
 
-_PICTURE_IMAGES = 10_000
-
-Writer = Callable[[Path, SampleRequest, Iterable[Tensor]], None]
-"""Writes batches of images, uint8 [B, 3, H, W], into a local file."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def sample(inputs: SamplingInputs, classes: str, seeds: str, out: str) -> None:
-    """Generate an image of every class with every seed.
+def add_commands(commands: Any) -> None:
+    """Add ``vavae sample``; ``act`` of its arguments returns the exit status."""
+    sample = commands.add_parser("sample", help="make images of given classes from a trained run")
+    sample.add_argument("--run", required=True, metavar="FOLDER", help="path or URL of the folder of the run")
+    sample.add_argument("--classes", required=True, metavar="LIST", help="names or numbers, such as 207,360")
+    sample.add_argument(
+        "--seeds",
+        required=True,
+        metavar="LIST",
+        help="such as 0-9 or 0,3,8: every class with each; seed i gives the noise of image i of the run's samples",
+    )
+    sample.add_argument("--guidance", metavar="SCALE", help="short for guidance.scale=SCALE; default: the run's")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        metavar="FILE",
+        help="path or URL ending in .png (a class a row), .tar (WebDataset) or .npz (one array); default: %(default)s",
+    )
+    add_overrides(sample)
+    sample.set_defaults(act=_sample)
 
-    Args:
-        inputs: those of a trained run.
-        classes: names or numbers, separated by commas.
-        seeds: such as `0-9`.
-        out: path or URL of a file: .png for a picture with a class a row, .tar for a shard, .npz for one array.
 
-    Raises:
-        UserError: there is no such class, seed or kind of file, or a model is missing.
-    """
-    config, names = inputs.config, [name.strip() for name in classes.split(",")]
+def _sample(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from vavae.distributed.torch_settings import configure_torch
+    from vavae.latents.manifest import read_latent_manifest
+    from vavae.runs.sampling_inputs import SamplingInputs
+    from vavae.sampling.files import SampleRequest, parse_seeds, writer_of
+    from vavae.sampling.labels import find_classes
+    from vavae.sampling.sampler import Sampler
+
+    guidance = [] if arguments.guidance is None else [f"guidance.scale={arguments.guidance}"]
+    inputs = SamplingInputs.at(arguments.run, [*arguments.overrides, *guidance])
+    config, names = inputs.config, [name.strip() for name in arguments.classes.split(",")]
     known = read_latent_manifest(inputs.latents.folder).classes
-    request = SampleRequest(find_classes(names, known, "--classes"), parse_seeds(seeds))
-    write = _writer(out, len(request.indices))
+    request = SampleRequest(find_classes(names, known, "--classes"), parse_seeds(arguments.seeds))
+    out, count = arguments.out, len(request.indices)
+    write = writer_of(out, count)
     # Nothing else runs here, so the threads are not those of one worker among many.
     configure_torch(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
     batches = Sampler.load(inputs).batches(
@@ -45,34 +57,14 @@ def sample(inputs: SamplingInputs, classes: str, seeds: str, out: str) -> None:
     )
     folder, slash, name = out.rpartition("/")
     with inputs.output.run.at(folder or slash or ".").create(name) as local:
-        write(local, request, _shown(batches, len(request.indices)))
-    of = f"{len(request.classes)} classes with {len(request.seeds)} seeds"
-    print(f"{out}: {of}, {config.solver.summary}, {config.guidance.summary}")
+        write(local, request, _with_progress(batches, count))
+    made = f"{len(request.classes)} classes with {len(request.seeds)} seeds"
+    print(f"{out}: {made}, {config.solver.summary}, {config.guidance.summary}")
+    return 0
 
 
-def _writer(out: str, images: int) -> Writer:
-    """What writes a file of this name.
-
-    Raises:
-        UserError: there is no such kind of file, or it can't hold so many images.
-    """
-    writers: dict[str, Writer] = {".png": _write_picture, ".tar": write_shard, ".npz": write_array}
-    kind = PurePosixPath(out).suffix
-    if kind not in writers:
-        raise UserError(f"--out={out}: name a file that ends in {', '.join(writers)}")
-    if kind == ".png" and images > _PICTURE_IMAGES:
-        raise UserError(f"--out={out}: {images:,} images are too many for one picture; take .tar or .npz")
-    return writers[kind]
-
-
-def _write_picture(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
-    images = torch.cat(list(batches))
-    picture = image_grid(images, len(request.seeds), scale=enlargement(images.shape[-1]))
-    path.write_bytes(png_bytes(picture))
-
-
-def _shown(batches: Iterable[Tensor], total: int) -> Iterator[Tensor]:
-    """The batches, with a line of progress for each."""
+def _with_progress(batches: Iterable["Tensor"], total: int) -> Iterator["Tensor"]:
+    """Yield the batches, and print a line of progress for each."""
     rate, done = Rate(), 0
     rate.update(done)
     for batch in batches:

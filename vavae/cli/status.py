@@ -1,40 +1,73 @@
-"""How far a run is, from what lies on its storage alone: no cluster, no images and no process is asked."""
+"""``vavae status``: progress of a run, from its storage alone: without its cluster, its images or its processes."""
 
+import argparse
 from collections.abc import Mapping
-from datetime import datetime
-from typing import NamedTuple
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
 
+from vavae.cli.arguments import add_hourly_price
+from vavae.config.load import load
+from vavae.errors import UserError
 from vavae.progress import NAME_WIDTH, Progress, clock
 from vavae.report.run_facts import hardware_of, training_cost
+from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Plan, Run
 from vavae.storage.artifact import RECORD, read
 from vavae.training.logging.log import latest_row, read_rows
 
 
-class Training(NamedTuple):
-    """How far a training is."""
+def add_commands(commands: Any) -> None:
+    """Add ``vavae status``; ``act`` of its arguments returns the exit status."""
+    status = commands.add_parser("status", help="say what a run has and what is still to do, from its storage alone")
+    status.set_defaults(act=_status)
+    status.add_argument(
+        "--config", metavar="FILE", help="the YAML configuration of the run, in place of its folder: compares the two"
+    )
+    add_hourly_price(status)
+    status.add_argument(
+        "overrides", nargs="*", metavar="RUN | key.path=value", help="folder or URL of the run; set one key"
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    if arguments.config is not None:
+        run = Run(load(RunConfig, arguments.config, arguments.overrides))
+    elif arguments.overrides:
+        run = Run.at(arguments.overrides[0], arguments.overrides[1:])
+    else:
+        raise UserError("name the run: the folder storage.root/name, or --config FILE")
+    for job in run_status(run, run.plans(sources=arguments.config is not None)):
+        print(job.line(datetime.now(timezone.utc)))
+    price = run.config.workers.hourly_price if arguments.hourly_price is None else arguments.hourly_price
+    if price is not None:
+        print(f"cost so far: {run_cost(run, price):,.2f} at {price:g} per worker and hour")
+    return 0
+
+
+class TrainingStatus(NamedTuple):
+    """Progress of a training."""
 
     seen: int
     """Images at the newest checkpoint."""
     budget: int
     saved_at: datetime | None
-    """When that was written, where the store tells it."""
+    """Time at which it was written, where the store tells it."""
     rate: float | None
     """Images per second of late."""
 
 
 class JobStatus(NamedTuple):
-    """One stage of a run."""
+    """Progress of one job of a run."""
 
     job: Job
     plan: Plan
-    training: Training | None
-    """Of a training that has begun."""
+    training: TrainingStatus | None
+    """Progress of a training that has begun; None for other jobs."""
     shards: int
-    """Shards that a stage has written so far."""
+    """Shards that the job has written so far; 0 for trainings."""
 
     def line(self, now: datetime) -> str:
-        """`train_vavae  6,400/19,200 images  61 images/s  3:29 left  saved 0:12 ago`, or whether it is done and why."""
+        """Line such as `train_vavae  6,400/19,200 images  61 images/s  3:29 left  saved 0:12 ago`, or done and why."""
         training = self.training
         if self.plan.done or training is None:
             so_far = f"  shards so far: {self.shards:,}" if self.shards and not self.plan.done else ""
@@ -45,16 +78,21 @@ class JobStatus(NamedTuple):
 
 
 def run_status(run: Run, plans: Mapping[Job, Plan]) -> list[JobStatus]:
-    """Every stage, given what there is to do."""
-    return [JobStatus(job, plan, _training(run, job), _shards(run, job)) for job, plan in plans.items()]
-
-
-def run_cost(run: Run, hourly_price: float) -> float:
-    """What the trainings have cost so far.
+    """Progress of every job.
 
     Args:
         run: begun or done.
-        hourly_price: of a worker.
+        plans: what each job has to do.
+    """
+    return [JobStatus(job, plan, _training_status(run, job), _shards(run, job)) for job, plan in plans.items()]
+
+
+def run_cost(run: Run, hourly_price: float) -> float:
+    """Cost of the trainings so far.
+
+    Args:
+        run: begun or done.
+        hourly_price: what a worker costs in an hour.
     """
     return sum(
         training_cost(read_rows(run.training_folder(job).child("log")), hardware.workers, hourly_price)
@@ -63,7 +101,7 @@ def run_cost(run: Run, hourly_price: float) -> float:
     )
 
 
-def _training(run: Run, job: Job) -> Training | None:
+def _training_status(run: Run, job: Job) -> TrainingStatus | None:
     budget = run.budget(job)
     if budget is None or not _has_inputs(run, job):
         return None
@@ -73,7 +111,7 @@ def _training(run: Run, job: Job) -> Training | None:
     if record is None or record.images_seen is None:
         return None
     rate = latest_row(run.training_folder(job).child("log")).get("images_per_second")
-    return Training(record.images_seen, budget, checkpoints.modified(committed[-1]), rate)
+    return TrainingStatus(record.images_seen, budget, checkpoints.modified(committed[-1]), rate)
 
 
 def _has_inputs(run: Run, job: Job) -> bool:

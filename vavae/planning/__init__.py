@@ -1,1 +1,1 @@
-"""What a run takes on a cluster, computed before there is one: time, money, bytes, and what holds it up."""
+"""Estimates of what a run takes on a cluster, before there is one: time, money, bytes, bottlenecks."""

@@ -1,4 +1,4 @@
-"""What the backward pass needs of the forward pass, in bytes, counted on tensors without memory."""
+"""Bytes that the backward pass needs of the forward pass, counted on tensors without memory."""
 
 from collections import Counter
 
@@ -11,15 +11,15 @@ from vavae.runs.run import Job
 from vavae.training.flops.meta_models import MetaModel, lightningdit_step, tokenizer_step
 
 
-class _Ledger:
-    """Bytes of the tensors that graphs hold, parameters left out: now, and at most."""
+class _SavedBytes:
+    """Bytes of the tensors that autograd graphs hold, parameters left out: now, and at most."""
 
-    def __init__(self, task: MetaModel) -> None:
-        self._free = {_storage(t) for module in task.modules for t in (*module.parameters(), *module.buffers())}
+    def __init__(self, model: MetaModel) -> None:
+        self._free = {_storage(t) for module in model.modules for t in (*module.parameters(), *module.buffers())}
         self._holders: Counter[int] = Counter()
         self._now = self.peak = 0
 
-    def take(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         key = _storage(tensor)
         if key not in self._free:
             self._holders[key] += 1
@@ -35,34 +35,39 @@ class _Ledger:
                 self._now -= tensor.untyped_storage().nbytes()
 
 
-class _Held:
-    """A tensor for as long as a graph holds it."""
+class _SavedTensor:
+    """Tensor that counts as saved for as long as a graph holds it."""
 
-    def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
-        self.tensor, self._ledger = tensor, ledger
-        ledger.take(tensor)
+    def __init__(self, tensor: Tensor, saved: _SavedBytes) -> None:
+        self.tensor, self._saved = tensor, saved
+        saved.add(tensor)
 
     def __del__(self) -> None:
-        self._ledger.release(self.tensor)
+        self._saved.release(self.tensor)
 
 
 def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
-    """At most held for the backward pass of a micro-batch of so many images, nothing recomputed, in eager mode.
+    """Peak bytes held for the backward pass of a micro-batch, nothing recomputed, in eager mode.
 
-    For the tokenizer it is its first stage, with the adversary if there is one in any.
+    For the tokenizer it is its first phase, with the adversary if there is one in any.
+
+    Args:
+        config: of the run.
+        job: the training.
+        images: in the micro-batch.
     """
     if job == "train_lightningdit":
-        task, precision = lightningdit_step(config, images), config.train_lightningdit.precision
+        model, precision = lightningdit_step(config, images), config.train_lightningdit.precision
     else:
-        stage, precision = config.tokenizer_phases()[0], config.train_vavae.precision
-        task = tokenizer_step(config, stage, images, adversary=config.adversarial, measures=True)
-    with task.ready() as work:
-        ledger = _Ledger(task)
+        phase, precision = config.tokenizer_phases()[0], config.train_vavae.precision
+        model = tokenizer_step(config, phase, images, adversary=config.adversarial, measures=True)
+    with model.ready() as step:
+        saved = _SavedBytes(model)
         # As the engines set it.
         half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
-        with half, saved_tensors_hooks(lambda tensor: _Held(tensor, ledger), lambda held: held.tensor):
-            work()
-    return ledger.peak
+        with half, saved_tensors_hooks(lambda tensor: _SavedTensor(tensor, saved), lambda held: held.tensor):
+            step()
+    return saved.peak
 
 
 def _storage(tensor: Tensor) -> int:

@@ -7,43 +7,43 @@ import math
 from typing import Literal
 
 from vavae.distributed.config import Precision
-from vavae.planning.estimate import FLOAT_BYTES
+from vavae.planning.sizes import FLOAT_BYTES
 from vavae.training.flops.gpus import Gpu
 
 Arithmetic = Literal["bf16", "tf32", "fp32"]
 
 
 def arithmetic_of(precision: Precision, tf32: bool) -> Arithmetic:
-    """What convolutions and matrix products are computed in; `tf32` is that of `workers`."""
+    """Arithmetic of convolutions and matrix products; `tf32` is that of `workers`."""
     if precision == "bf16":
         return "bf16"
     return "tf32" if tf32 else "fp32"
 
 
-def best_rate(gpu: Gpu, arithmetic: Arithmetic) -> float:
-    """FLOP/s that a GPU can do at most."""
+def peak_rate(gpu: Gpu, arithmetic: Arithmetic) -> float:
+    """Peak FLOP/s of a GPU."""
     return {"bf16": gpu.bf16, "tf32": gpu.tf32, "fp32": gpu.fp32}[arithmetic]
 
 
 def accumulation_steps_of(lanes: int, workers: int) -> int:
-    """Slices that a worker takes in a step: ⌈L / W⌉, the last of which may be empty for some workers."""
+    """Micro-batches that a worker takes in a step: ⌈L / W⌉; the last may be empty for some workers."""
     return -(-lanes // workers)
 
 
 def gradient_bytes(parameters: int, workers: int, zero_stage: int, accumulation_steps: int) -> float:
     """Bytes that leave a worker in a step: ZeRO, arXiv 1910.02054, section 7, with fp32 throughout.
 
-    A ring sends (W - 1) / W of what it reduces, and as much of what it gathers. Stages 0 and 1 reduce and gather once a
-    step; stage 2 reduces in every round and gathers once; stage 3 reduces once and gathers twice in every round.
+    A ring sends (W - 1) / W of what it reduces, and as much of what it gathers. ZeRO stages 0 and 1 reduce and
+    gather once a step; 2 reduces in every accumulation step and gathers once; 3 reduces once and gathers twice in each.
     """
     passes = {0: 2, 1: 2, 2: 1 + accumulation_steps, 3: 3 * accumulation_steps}[zero_stage]
     return passes * FLOAT_BYTES * parameters * (workers - 1) / workers
 
 
 def exposed_seconds(communication: float, compute: float, zero_stage: int) -> float:
-    """The part of a communication that training waits for.
+    """Seconds of a communication that training waits for.
 
-    DeepSpeed overlaps it in stage 3 alone (its default); the backward pass, which hides it, is two thirds of a step.
+    DeepSpeed overlaps it in ZeRO stage 3 alone (its default); it is hidden by the backward pass, two thirds of a step.
     """
     return max(0.0, communication - 2 / 3 * compute) if zero_stage == 3 else communication
 
@@ -67,6 +67,6 @@ def checkpoint_interval(stall: float, between_failures: float) -> float:
     return math.sqrt(2 * stall * between_failures)
 
 
-def lost_share(stall: float, interval: float, between_failures: float) -> float:
-    """Share of the time that stalls take and that a failure makes do again, half an interval each time (Young)."""
+def lost_fraction(stall: float, interval: float, between_failures: float) -> float:
+    """Fraction of the time lost to stalls and to what failures make do again, half an interval each time (Young)."""
     return stall / interval + interval / (2 * between_failures)

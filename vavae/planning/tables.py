@@ -1,4 +1,4 @@
-"""A plan as tables on a terminal."""
+"""A plan as a table on a terminal."""
 
 import sys
 from collections.abc import Sequence
@@ -7,82 +7,81 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from vavae.planning.offer import Offer
-from vavae.planning.stages import JobEstimate
+from vavae.planning.cluster import ClusterSpec
+from vavae.planning.jobs import JobEstimate
 from vavae.progress import clock
 
 _WIDTH = 118
 
 
-def print_table(stages: Sequence[JobEstimate], offer: Offer) -> None:
-    """Print a column for each stage, and the sum."""
-    table = Table(title=f"{offer.count} x {offer.gpu_name} in {offer.nodes} machines", title_justify="left")
-    for column in ("", *(stage.job for stage in stages)):
+def print_plan(jobs: Sequence[JobEstimate], cluster: ClusterSpec) -> None:
+    """Print a column for each job, and the sum."""
+    table = Table(title=f"{cluster.count} x {cluster.gpu_name} in {cluster.nodes} machines", title_justify="left")
+    for column in ("", *(job.job for job in jobs)):
         table.add_column(column, justify="right" if column else "left")
     for rows in (_work, _limits, _checkpoints, _memory):
-        columns = [rows(stage, offer) for stage in stages]
+        columns = [rows(job, cluster) for job in jobs]
         for name in dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column):
             table.add_row(name, *(column.get(name, "") for column in columns))
         table.add_section()
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH).print(table)
-    hours = sum(stage.hours for stage in stages)
-    price = "" if offer.price is None else f", {_price(hours, offer)}"
-    print(f"in all {_hours(hours)} of {offer.count} GPUs{price}; evaluate is not counted")
-    if any(stage.arithmetic == "fp32" for stage in stages):
-        print(
-            f"workers.tf32=true would compute what is in fp32 up to {offer.gpu.tf32 / offer.gpu.fp32:.1f} times as fast"
-        )
+    hours = sum(job.hours for job in jobs)
+    price = "" if cluster.price is None else f", {_price(hours, cluster)}"
+    print(f"in all {_hours(hours)} of {cluster.count} GPUs{price}; evaluate is not counted")
+    if any(job.arithmetic == "fp32" for job in jobs):
+        speedup = cluster.gpu.tf32 / cluster.gpu.fp32
+        print(f"workers.tf32=true would compute what is in fp32 up to {speedup:.1f} times as fast")
 
 
-def _work(stage: JobEstimate, offer: Offer) -> dict[str, str]:
-    rows = {"images": f"{stage.images:,}"}
-    if stage.steps is not None:
-        rows["steps"] = f"{stage.steps:,}"
-    if stage.arithmetic is not None:
-        rows["GFLOP per image"] = f"{stage.flops / 1e9:{',.0f' if stage.flops > 1e10 else '.2g'}}"
-        rows["arithmetic"] = stage.arithmetic
+def _work(job: JobEstimate, cluster: ClusterSpec) -> dict[str, str]:
+    rows = {"images": f"{job.images:,}"}
+    if job.steps is not None:
+        rows["steps"] = f"{job.steps:,}"
+    if job.arithmetic is not None:
+        rows["GFLOP per image"] = f"{job.flops / 1e9:{',.0f' if job.flops > 1e10 else '.2g'}}"
+        rows["arithmetic"] = job.arithmetic
     rows |= {
-        "expected images/s": f"{stage.images_per_second:,.0f}",
-        "bound by": stage.bottleneck,
-        "time": _hours(stage.hours),
+        "expected images/s": f"{job.images_per_second:,.0f}",
+        "bound by": job.bottleneck,
+        "time": _hours(job.hours),
     }
-    if offer.price is not None:
-        rows["cost"] = _price(stage.hours, offer)
-    rows["writes"] = _bytes(stage.bytes_written)
-    if stage.bytes_read:
-        rows["reads/s of a machine"] = _bytes(stage.bytes_read * stage.images_per_second / offer.nodes)
+    if cluster.price is not None:
+        rows["cost"] = _price(job.hours, cluster)
+    rows["writes"] = _bytes(job.bytes_written)
+    if job.bytes_read:
+        rows["reads/s of a machine"] = _bytes(job.bytes_read * job.images_per_second / cluster.nodes)
     return rows
 
 
-def _limits(stage: JobEstimate, _: Offer) -> dict[str, str]:
-    """What would be the rate if there were only one limit."""
-    return {f"images/s of {name}": f"{rate:,.0f}" for name, rate in stage.rates.items()}
+def _limits(job: JobEstimate, _: ClusterSpec) -> dict[str, str]:
+    """Rates with only one limit each."""
+    return {f"images/s of {name}": f"{rate:,.0f}" for name, rate in job.rates.items()}
 
 
-def _checkpoints(stage: JobEstimate, _: Offer) -> dict[str, str]:
-    if stage.safety is None:
+def _checkpoints(job: JobEstimate, _: ClusterSpec) -> dict[str, str]:
+    if job.training is None:
         return {}
-    safety = stage.safety
+    training = job.training
     return {
-        "trained weights": f"{safety.parameters / 1e6:,.1f} M",
-        "checkpoint": _bytes(safety.checkpoint),
-        "copied in": f"{safety.stall_seconds:.3f} s",
-        "uploaded in": f"{safety.upload_seconds:.2f} s",
-        "best every": clock(safety.advised_seconds),
-        "in images": f"{safety.advised_seconds * stage.images_per_second:,.0f}",
-        "as configured every": clock(safety.configured_seconds),
-        "which loses": f"{safety.lost:.2%}",
+        "trained weights": f"{training.parameters / 1e6:,.1f} M",
+        "checkpoint": _bytes(training.checkpoint),
+        "copied in": f"{training.stall_seconds:.3f} s",
+        "uploaded in": f"{training.upload_seconds:.2f} s",
+        "best every": clock(training.advised_seconds),
+        "in images": f"{training.advised_seconds * job.images_per_second:,.0f}",
+        "as configured every": clock(training.configured_seconds),
+        "which loses": f"{training.lost:.2%}",
     }
 
 
-def _memory(stage: JobEstimate, offer: Offer) -> dict[str, str]:
-    """Of one GPU."""
-    if stage.safety is None:
+def _memory(job: JobEstimate, cluster: ClusterSpec) -> dict[str, str]:
+    """Memory of one GPU in every ZeRO stage."""
+    if job.training is None:
         return {}
-    rows = {"activations of a slice": _bytes(stage.safety.activations)}
-    for zero, count in enumerate(stage.safety.memory):
-        too_much = "too much: " if count > offer.gpu.memory_bytes else ""
-        rows[f"memory in ZeRO stage {zero}"] = f"{too_much}{_bytes(count)}"
+    rows = {"activations of a micro-batch": _bytes(job.training.activations)}
+    for zero_stage, bytes_held in enumerate(job.training.memory):
+        too_much = "too much: " if bytes_held > cluster.gpu.memory_bytes else ""
+        rows[f"memory in ZeRO stage {zero_stage}"] = f"{too_much}{_bytes(bytes_held)}"
     return rows
 
 
@@ -94,6 +93,6 @@ def _hours(hours: float) -> str:
     return clock(hours * 3600)
 
 
-def _price(hours: float, offer: Offer) -> str:
-    assert offer.price is not None, "an offer without a price"
-    return f"{hours * offer.count * offer.price:,.2f}"
+def _price(hours: float, cluster: ClusterSpec) -> str:
+    assert cluster.price is not None, "a cluster without a price"
+    return f"{hours * cluster.count * cluster.price:,.2f}"

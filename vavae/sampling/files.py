@@ -1,12 +1,13 @@
 """Files of generated images: a WebDataset shard, one array, a picture; and the images that are asked for."""
 
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from zipfile import ZipFile, ZipInfo
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vavae.data.grid import enlargement, image_grid, png_bytes
@@ -17,6 +18,7 @@ from vavae.sampling.sample_shards import SampleSet, add_image
 from vavae.storage.storage import Storage
 
 _PICTURE_CLASSES = 20
+_PICTURE_IMAGES = 10_000
 
 
 class SampleRequest(NamedTuple):
@@ -52,6 +54,36 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"--seeds={text}: {part!r} is no number and no ascending range, such as 7 or 0-9")
         seeds += range(int(ends[0]), int(ends[1]) + 1)
     return seeds
+
+
+Writer = Callable[[Path, SampleRequest, Iterable[Tensor]], None]
+"""Writes batches of images, uint8 [B, 3, H, W] each, into a local file."""
+
+
+def writer_of(out: str, images: int) -> Writer:
+    """Writer of the kind of file that a name asks for.
+
+    Args:
+        out: path or URL: .png for a picture with a class a row, .tar for a shard, .npz for one array.
+        images: how many there are to write.
+
+    Raises:
+        UserError: there is no such kind of file, or it can't hold so many images.
+    """
+    writers: dict[str, Writer] = {".png": write_picture, ".tar": write_shard, ".npz": write_array}
+    kind = PurePosixPath(out).suffix
+    if kind not in writers:
+        raise UserError(f"--out={out}: name a file that ends in {', '.join(writers)}")
+    if kind == ".png" and images > _PICTURE_IMAGES:
+        raise UserError(f"--out={out}: {images:,} images are too many for one picture; take .tar or .npz")
+    return writers[kind]
+
+
+def write_picture(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
+    """Write images into a PNG file with a class a row; arguments as of :func:`write_shard`."""
+    images = torch.cat(list(batches))
+    picture = image_grid(images, len(request.seeds), scale=enlargement(images.shape[-1]))
+    path.write_bytes(png_bytes(picture))
 
 
 def write_shard(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:

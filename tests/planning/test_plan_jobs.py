@@ -8,13 +8,14 @@ from support.image_shards import CLASSES
 from support.training_steps import BATCH, tiny_config
 
 from vavae.cli.main import main
-from vavae.config import load
+from vavae.config.load import load
 from vavae.models.dit.model import LightningDiT
-from vavae.planning import safety, stages
+from vavae.planning import jobs
+from vavae.planning import training as training_estimate
 from vavae.planning.activations import activation_bytes
-from vavae.planning.estimate import checkpoint_bytes, trained_parameters
-from vavae.planning.offer import Offer
-from vavae.planning.stages import Dataset, estimate_jobs, evaluations, tokenizer_flops
+from vavae.planning.cluster import ClusterSpec
+from vavae.planning.jobs import Dataset, estimate_jobs, tokenizer_flops, velocity_evaluations
+from vavae.planning.sizes import checkpoint_bytes, trained_parameters
 from vavae.runs.config import RunConfig
 
 XL = "configs/imagenet/lightningdit_xl_64_epochs.yaml"
@@ -27,32 +28,32 @@ LIGHT = "losses.perceptual.kind=none"
 def xl():
     """Eight H100 at half of their best rate, with a store that is never in the way."""
     config = load(RunConfig, XL, ["workers.count=8", "workers.tf32=true", "train_vavae.stages=[]"])
-    found = estimate_jobs(config, Offer("H100", 8, utilization=0.5, store=1e12), Dataset(1_281_167, 100_000))
-    return {stage.job: stage for stage in found}
+    found = estimate_jobs(config, ClusterSpec("H100", 8, utilization=0.5, store=1e12), Dataset(1_281_167, 100_000))
+    return {job.job: job for job in found}
 
 
 def test_lightningdit_xl_on_eight_h100(xl):
     """695 images/s of each; a step of 1024 waits 2 · 7/8 · 4 B · 674 M / 450 GB/s for gradients."""
-    stage = xl["train_lightningdit"]
-    assert (stage.images, stage.steps) == (81_920_000, 80_000)
-    assert stage.rates["compute"] == pytest.approx(8 * 695, rel=2e-3)
-    assert stage.rates["network"] == pytest.approx(1024 / (2 * 7 / 8 * 4 * 674e6 / 450e9), rel=1e-3)
+    job = xl["train_lightningdit"]
+    assert (job.images, job.steps) == (81_920_000, 80_000)
+    assert job.rates["compute"] == pytest.approx(8 * 695, rel=2e-3)
+    assert job.rates["network"] == pytest.approx(1024 / (2 * 7 / 8 * 4 * 674e6 / 450e9), rel=1e-3)
     step = 1024 / (8 * 695) + 2 * 7 / 8 * 4 * 674e6 / 450e9
-    assert stage.images_per_second == pytest.approx(1024 / step, rel=2e-3)
-    assert stage.hours * (1 - stage.safety.lost) == pytest.approx(80_000 * step / 3600, rel=2e-3)
-    assert stage.bottleneck == "compute"
-    assert stage.bytes_read == 2 * 2 * 32 * 16 * 16 * 2 + 2560
+    assert job.images_per_second == pytest.approx(1024 / step, rel=2e-3)
+    assert job.hours * (1 - job.training.lost) == pytest.approx(80_000 * step / 3600, rel=2e-3)
+    assert job.bottleneck == "compute"
+    assert job.bytes_read == 2 * 2 * 32 * 16 * 16 * 2 + 2560
 
 
 def test_checkpoints_of_lightningdit_xl(xl):
     """10.8 GB with the average, copied at 25 GB/s by each of eight GPUs."""
-    safety = xl["train_lightningdit"].safety
-    assert safety.checkpoint == pytest.approx(10.8e9, rel=2e-3)
-    assert safety.stall_seconds == pytest.approx(0.054, rel=2e-3)
-    assert safety.upload_seconds == pytest.approx(0.0108, rel=2e-3)
-    assert safety.advised_seconds == pytest.approx((2 * 0.054 * 86_400) ** 0.5, rel=2e-3)
-    assert safety.configured_seconds == pytest.approx(5_120_000 / xl["train_lightningdit"].images_per_second)
-    states = [safety.memory[0] - memory for memory in safety.memory]
+    training = xl["train_lightningdit"].training
+    assert training.checkpoint == pytest.approx(10.8e9, rel=2e-3)
+    assert training.stall_seconds == pytest.approx(0.054, rel=2e-3)
+    assert training.upload_seconds == pytest.approx(0.0108, rel=2e-3)
+    assert training.advised_seconds == pytest.approx((2 * 0.054 * 86_400) ** 0.5, rel=2e-3)
+    assert training.configured_seconds == pytest.approx(5_120_000 / xl["train_lightningdit"].images_per_second)
+    states = [training.memory[0] - memory for memory in training.memory]
     assert states[3] == pytest.approx(4 * 674e6 * (4 - 5 / 8), rel=2e-3)
 
 
@@ -66,22 +67,22 @@ def test_tokenizer_and_latents_on_eight_h100(xl):
     assert tokenizer.rates["compute"] == pytest.approx(8 * 0.5 * 494.7e12 / tokenizer.flops)
     assert tokenizer.flops / 2e9 == pytest.approx(878.6, rel=1e-3)
     frozen = 4 * (304.4e6 + 14.7e6)  # DINOv2-L and the convolutions of VGG16
-    without = tokenizer.safety.memory[0] - tokenizer.safety.activations - 16 * tokenizer.safety.parameters
+    without = tokenizer.training.memory[0] - tokenizer.training.activations - 16 * tokenizer.training.parameters
     assert without == pytest.approx(frozen, rel=2e-3)
 
 
 def test_samples_on_eight_h100(xl):
-    """Euler, 249 steps, of which 181 lie in the interval and take two evaluations, in TF32."""
-    stage = xl["sample"]
-    assert stage.rates["compute"] == pytest.approx(8 * 0.5 / ((249 + 181) * 237.25e9 / 494.7e12), rel=5e-3)
-    assert stage.bytes_written == 50_000 * 3 * 256**2
+    """Euler, 249 steps, of which 181 lie in the interval and take two velocity_evaluations, in TF32."""
+    job = xl["sample"]
+    assert job.rates["compute"] == pytest.approx(8 * 0.5 / ((249 + 181) * 237.25e9 / 494.7e12), rel=5e-3)
+    assert job.bytes_written == 50_000 * 3 * 256**2
 
 
 @pytest.fixture
 def remembered(monkeypatch):
     """Counting takes seconds, and what is counted does not depend on the machines."""
-    names = {stages: ("training_flops", "encoding_flops", "decoding_flops", "velocity_flops")}
-    for module, counts in {**names, safety: ("activation_bytes",)}.items():
+    names = {jobs: ("training_flops", "encoding_flops", "decoding_flops", "velocity_flops")}
+    for module, counts in {**names, training_estimate: ("activation_bytes",)}.items():
         for name in counts:
             monkeypatch.setattr(module, name, partial(_remember, getattr(module, name)))
 
@@ -106,41 +107,43 @@ def _remember(count, config, *arguments):
     ],
 )
 def test_evaluations_of_a_sample(overrides, count):
-    assert evaluations(load(RunConfig, TINY, overrides)) == count
+    assert velocity_evaluations(load(RunConfig, TINY, overrides)) == count
 
 
 def test_evaluations_of_adaptive_steps_grow_with_what_is_asked_of_them():
-    loose, tight = (evaluations(load(RunConfig, TINY, [f"solver={{name: dopri5, rtol: {r}}}"])) for r in (1e-2, 1e-5))
+    loose, tight = (
+        velocity_evaluations(load(RunConfig, TINY, [f"solver={{name: dopri5, rtol: {r}}}"])) for r in (1e-2, 1e-5)
+    )
     assert 6 < loose < tight
 
 
 @pytest.mark.parametrize(
-    ("image_bytes", "offer", "bottleneck"),
+    ("image_bytes", "cluster", "bottleneck"),
     [
         (1e12, {"store": 1e15}, "store"),
         (None, {"network": 1.0, "node_gpus": 1, "store": 1e15}, "network"),
         (1.0, {"store": 1e6}, "checkpoints"),
     ],
 )
-def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, offer, bottleneck):
+def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, cluster, bottleneck):
     config = load(RunConfig, TINY, [LIGHT])
-    stage = estimate_jobs(config, Offer("L4", 4, **offer), Dataset(1000, image_bytes))[1]
-    assert (stage.job, stage.bottleneck) == ("train_vavae", bottleneck)
-    assert stage.images_per_second <= min(stage.rates.values())
+    job = estimate_jobs(config, ClusterSpec("L4", 4, **cluster), Dataset(1000, image_bytes))[1]
+    assert (job.job, job.bottleneck) == ("train_vavae", bottleneck)
+    assert job.images_per_second <= min(job.rates.values())
 
 
-def test_an_uneven_share_of_lanes_costs_a_round(remembered):
-    """Four lanes on three workers take two rounds, as on two."""
+def test_an_uneven_share_of_lanes_costs_an_accumulation_step(remembered):
+    """Four lanes on three workers take two accumulation steps, as on two."""
     config = load(RunConfig, TINY, [LIGHT])
-    two, three = (estimate_jobs(config, Offer("L4", count), Dataset(1000))[3] for count in (2, 3))
+    two, three = (estimate_jobs(config, ClusterSpec("L4", count), Dataset(1000))[3] for count in (2, 3))
     assert two.job == "train_lightningdit"
     assert two.rates["compute"] == three.rates["compute"]
 
 
-def test_the_tokenizer_is_planned_over_its_stages(remembered):
+def test_the_tokenizer_is_planned_over_its_phases(remembered):
     """Half of its images without an adversary, then half with."""
     config = load(RunConfig, TINY, [LIGHT])
-    before, after = (stages.training_flops(config, "train_vavae", seen) for seen in (0, 64))
+    before, after = (jobs.training_flops(config, "train_vavae", seen) for seen in (0, 64))
     assert before < after
     assert tokenizer_flops(config) == pytest.approx((before + after) / 2)
 
@@ -163,7 +166,7 @@ def test_activations_are_what_a_real_forward_pass_leaves_behind():
     assert found <= planned <= found + losses
 
 
-def test_activations_grow_with_the_slice_and_shrink_in_bf16():
+def test_activations_grow_with_the_micro_batch_and_shrink_in_bf16():
     full, half = tiny_config(), tiny_config(precision="bf16")
     one, two, four = (activation_bytes(full, "train_lightningdit", images) for images in (1, 2, 4))
     assert four - two == 2 * (two - one)

@@ -1,4 +1,4 @@
-"""Bytes that the jobs of a run write, estimated before they run."""
+"""Sizes of what the jobs of a run write, in bytes, estimated before they run."""
 
 from torch import nn
 
@@ -12,9 +12,9 @@ from vavae.training.flops.meta_models import lightningdit_of, on_meta
 FLOAT_BYTES = 4
 _HALF_BYTES = 2
 _TAR_BYTES = 5 * 512
-"""Per latent: two headers, the label, and what rounds the array up to blocks."""
+"""Overhead per latent: two headers, the label, and what rounds the array up to blocks."""
 _ADAM_FLOATS = 3
-"""Per parameter in a checkpoint: the weight and two moments."""
+"""Numbers per parameter in a checkpoint: the weight and two moments."""
 
 
 def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> int | None:
@@ -57,7 +57,7 @@ def trained_parameters(config: RunConfig, job: Job) -> dict[str, int]:
 
 
 def checkpoint_bytes(config: RunConfig, job: Job) -> int:
-    """Of one checkpoint: weights and moments of all engines, and the average of the first where it is taken."""
+    """Bytes of one checkpoint: weights and moments of all engines, and the average of the first where it is taken."""
     training: TrainingConfig = getattr(config, job)
     first, *others = trained_parameters(config, job).values()
     averaged = training.ema_decay is not None
@@ -65,7 +65,7 @@ def checkpoint_bytes(config: RunConfig, job: Job) -> int:
 
 
 def training_bytes(config: RunConfig, job: Job) -> int:
-    """The checkpoints that a training keeps, and its export."""
+    """Bytes of the checkpoints that a training keeps, and of its export."""
     training: TrainingConfig = getattr(config, job)
     exported = next(iter(trained_parameters(config, job).values()))
     kept = training.keep_checkpoints + (training.keep_best.count if training.keep_best else 0)

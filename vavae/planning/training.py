@@ -1,4 +1,4 @@
-"""What a training holds in memory, and what its checkpoints cost and save."""
+"""Memory of a training, and what its checkpoints cost and save."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,20 @@ from torch import nn
 
 from vavae.models.backbones.load import meta_backbone
 from vavae.planning.activations import activation_bytes
-from vavae.planning.estimate import FLOAT_BYTES, checkpoint_bytes, trained_parameters
-from vavae.planning.formulas import checkpoint_interval, lost_share, state_bytes
-from vavae.planning.offer import Offer
+from vavae.planning.cluster import ClusterSpec
+from vavae.planning.formulas import checkpoint_interval, lost_fraction, state_bytes
+from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, trained_parameters
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
 
-_COPY = 25e9
-"""Bytes/s from a GPU to the memory of its machine."""
-ZERO_STAGES = (0, 1, 2, 3)
+_COPY_BYTES_PER_SECOND = 25e9
+"""Rate from a GPU to the memory of its machine."""
+_ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Safety:
-    """Of one training."""
+class TrainingEstimate:
+    """Memory and checkpoints of one training."""
 
     parameters: int
     """Trained weights, of all engines."""
@@ -30,19 +30,26 @@ class Safety:
     checkpoint: int
     """Bytes of one checkpoint."""
     stall_seconds: float
-    """That training waits for the copy in memory."""
+    """Seconds that training waits for the copy in memory."""
     upload_seconds: float
-    """Until it is in the store, beside training."""
+    """Seconds until it is in the store, while training continues."""
     advised_seconds: float
-    """Between two checkpoints, at which the least is lost, and no checkpoint waits for the one before."""
+    """Interval between checkpoints at which the least is lost and no checkpoint waits for the one before."""
     configured_seconds: float
-    """Between two checkpoints as `checkpoint_images` has it."""
+    """Interval between checkpoints as `checkpoint_images` has it."""
     lost: float
-    """Share of the time that goes into checkpoints, and into what failures make do again, as configured."""
+    """Fraction of the time that goes into checkpoints and what failures make do again, as configured."""
 
 
-def safety_of(config: RunConfig, offer: Offer, job: Job, images_per_second: float) -> Safety:
-    """Of a training at a rate of images/s over all machines."""
+def estimate_training(config: RunConfig, cluster: ClusterSpec, job: Job, images_per_second: float) -> TrainingEstimate:
+    """Estimate memory and checkpoints of a training.
+
+    Args:
+        config: of the run.
+        cluster: that it runs on.
+        job: the training.
+        images_per_second: rate of all machines together.
+    """
     training: TrainingConfig = getattr(config, job)
     counts = trained_parameters(config, job)
     averaged, offloaded = training.ema_decay is not None, training.engine.offload_optimizer
@@ -51,16 +58,16 @@ def safety_of(config: RunConfig, offer: Offer, job: Job, images_per_second: floa
         activations
         + frozen_bytes(config, job)
         + sum(
-            state_bytes(count, offer.count, stage, averaged=averaged and not i, offloaded=offloaded)
+            state_bytes(count, cluster.count, zero_stage, averaged=averaged and not i, offloaded=offloaded)
             for i, count in enumerate(counts.values())
         )
-        for stage in ZERO_STAGES
+        for zero_stage in _ZERO_STAGES
     )
     size = checkpoint_bytes(config, job)
-    stall, upload = size / offer.count / _COPY, size / offer.nodes / offer.store
-    between_failures = offer.hours_between_failures * 3600
+    stall, upload = size / cluster.count / _COPY_BYTES_PER_SECOND, size / cluster.nodes / cluster.store
+    between_failures = cluster.hours_between_failures * 3600
     configured = training.checkpoint_images / images_per_second
-    return Safety(
+    return TrainingEstimate(
         sum(counts.values()),
         memory,
         activations,
@@ -69,12 +76,12 @@ def safety_of(config: RunConfig, offer: Offer, job: Job, images_per_second: floa
         upload,
         max(upload, checkpoint_interval(stall, between_failures)),
         configured,
-        lost_share(stall, configured, between_failures),
+        lost_fraction(stall, configured, between_failures),
     )
 
 
 def frozen_bytes(config: RunConfig, job: Job) -> int:
-    """Of the networks on a GPU that only look: the teacher, and VGG16 for LPIPS."""
+    """Bytes of the frozen networks on a GPU: the teacher, and VGG16 for LPIPS."""
     if job != "train_vavae":
         return 0
     networks: list[nn.Module] = [meta_backbone(config.teacher.backbone)]

@@ -1,4 +1,4 @@
-"""The machines that a plan is made for, and what is assumed of them. Without torch."""
+"""The cluster that a plan is made for, and what is assumed of it. Without torch."""
 
 import re
 from dataclasses import dataclass
@@ -8,31 +8,31 @@ from vavae.training.flops.gpus import Gpu, gpu_named
 
 
 @dataclass(frozen=True)
-class Offer:
-    """So many GPUs of a kind, in nodes, with their lines to each other and to the store."""
+class ClusterSpec:
+    """GPUs of one kind in nodes, with their bandwidth to each other and to the store."""
 
     gpu_name: str
     count: int
     node_gpus: int = 8
     price: float | None = None
-    """Of one GPU for an hour, in any currency."""
+    """Price of one GPU for an hour, in any currency."""
     utilization: float = 0.3
-    """Share of the GPU's best rate that convolutions and matrix products reach. The public code trains at 0.20."""
+    """Share of the GPU's peak rate that convolutions and matrix products reach. The public code trains at 0.20."""
     network: float = 50e9
     """Bytes/s of a node to the other nodes, in one direction; 50e9 are 400 Gbit/s."""
     store: float = 3e9
     """Bytes/s of a node to and from the store; 3e9 are 24 Gbit/s."""
     hours_between_failures: float = 24.0
-    """Of the whole cluster, evictions counted."""
+    """Mean time between failures of the whole cluster, evictions counted."""
 
     @property
     def gpu(self) -> Gpu:
-        """What one of them can do; UserError where its name is not known."""
+        """Rates and memory of one GPU; UserError where its name is not known."""
         return gpu_named(self.gpu_name)
 
     @property
     def nodes(self) -> int:
-        """Machines that hold them."""
+        """Number of machines that hold the GPUs."""
         return -(-self.count // self.node_gpus)
 
     @property
@@ -42,7 +42,7 @@ class Offer:
 
 
 def parse_gpus(text: str) -> tuple[int, str]:
-    """Number and name out of `64xH100`.
+    """Parse number and name out of `64xH100`.
 
     Raises:
         UserError: it is written otherwise, or the name is not known.

@@ -1,0 +1,45 @@
+"""``vavae train``: one training in this process, or under torchrun in several."""
+
+import argparse
+from typing import Any
+
+from vavae.cli.arguments import add_config
+from vavae.config.load import load
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Job, Run
+
+_JOBS: dict[str, Job] = {"vavae": "train_vavae", "lightningdit": "train_lightningdit"}
+"""The training of each model."""
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``vavae train``; ``act`` of its arguments returns the exit status."""
+    train = commands.add_parser("train", help="train one model in this process, or under torchrun in several")
+    train.add_argument("model", choices=list(_JOBS))
+    add_config(train)
+    train.set_defaults(act=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # torch and DeepSpeed take seconds to import.
+    from vavae.distributed.torch_settings import configure_torch
+    from vavae.distributed.world import World, process_group
+    from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
+    from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
+    from vavae.runs.events import EventLog
+    from vavae.runs.training_inputs import begin_training
+    from vavae.training.session import SignaledSession
+    from vavae.training.train import train
+
+    run = Run(load(RunConfig, arguments.config, arguments.overrides))
+    configure_torch(run.config.workers)
+    with process_group(run.config.workers.use_gpu):
+        job, session = _JOBS[arguments.model], SignaledSession(EventLog(run.storage))
+        world = World.current(run.config.workers.use_gpu)
+        with session.handle_signals():
+            train(begin_training(run, job, world), session, world)
+    if world.is_first and run.plan(job).done and job == "train_lightningdit":
+        evaluate_pending_checkpoints(CheckpointEvaluationInputs.of(run))
+    if session.stop_requested() and not run.plan(job).done:
+        raise KeyboardInterrupt
+    return 0

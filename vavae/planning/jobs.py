@@ -1,0 +1,220 @@
+"""Estimates of what each job of a run takes on a cluster."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vavae.diffusion.guidance import ClassifierFreeGuidance
+from vavae.diffusion.solvers import solve
+from vavae.planning.cluster import ClusterSpec
+from vavae.planning.formulas import (
+    Arithmetic,
+    accumulation_steps_of,
+    arithmetic_of,
+    exposed_seconds,
+    gradient_bytes,
+    peak_rate,
+)
+from vavae.planning.sizes import latent_bytes, sample_bytes, trained_parameters, training_bytes
+from vavae.planning.training import TrainingEstimate, estimate_training
+from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.run import Job
+from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
+
+_MEASURED_IMAGE_SIZE = 256
+_DECODED_PER_SECOND = {"jpeg": 3000.0, "png": 400.0}
+"""Images of 256 px that one core (AMD EPYC) decodes."""
+_PREPARED_PER_SECOND = {"jpeg": 300.0, "png": 70.0}
+"""Photographs of half a megapixel that one core decodes, scales to 256 px and encodes."""
+_LATENTS_PER_SECOND = 130_000.0
+"""Latents of 32 x 16 x 16 that one core gathers into batches; `vavae bench data`."""
+_BYTES_PER_PIXEL = {"jpeg": 0.8, "png": 1.85}
+"""Mean size of photographs at the default quality."""
+
+
+class Dataset(NamedTuple):
+    """Description of the images, which need not be here."""
+
+    images: int
+    image_bytes: float | None = None
+    """Mean size of a stored image; none takes what photographs have in the format of the shards."""
+
+
+@dataclass(frozen=True)
+class JobEstimate:
+    """Estimate of one job."""
+
+    job: Job
+    images: int
+    steps: int | None
+    flops: float
+    """FLOPs of one image, on average over the job."""
+    rates: dict[str, float]
+    """Images/s of all machines that each resource would allow by itself."""
+    images_per_second: float
+    """Expected rate of all machines, all resources together."""
+    bytes_read: float
+    """Bytes from the store for one image."""
+    bytes_written: float
+    """Bytes to the store in all."""
+    arithmetic: Arithmetic | None = None
+    """Arithmetic on GPUs; None where none is used."""
+    training: TrainingEstimate | None = None
+    """Memory and checkpoints of a training; None for other jobs."""
+
+    @property
+    def hours(self) -> float:
+        """Hours from start to end, with what checkpoints and failures cost."""
+        lost = 0.0 if self.training is None else self.training.lost
+        return self.images / self.images_per_second / (1 - lost) / 3600
+
+    @property
+    def bottleneck(self) -> str:
+        """Resource that allows the fewest images/s."""
+        return min(self.rates, key=self.rates.__getitem__)
+
+
+def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> list[JobEstimate]:
+    """Estimate all jobs but `evaluate`."""
+    return [
+        _prepare(config, cluster, dataset),
+        _train(config, cluster, "train_vavae", tokenizer_flops(config), stored_bytes(config, dataset)),
+        _extract(config, cluster, dataset),
+        _train(
+            config, cluster, "train_lightningdit", training_flops(config, "train_lightningdit"), latent_bytes(config)
+        ),
+        _sample(config, cluster),
+    ]
+
+
+def stored_bytes(config: RunConfig, dataset: Dataset) -> float:
+    """Mean bytes of one image among the shards."""
+    return dataset.image_bytes or _BYTES_PER_PIXEL[_image_format(config)] * config.shards.image_size**2
+
+
+def tokenizer_flops(config: RunConfig) -> float:
+    """Mean FLOPs of one image in a training step of the tokenizer, over its phases, without and with adversary."""
+    budget = config.train_vavae.images
+    changes = {0, budget}
+    for phase in config.tokenizer_phases():
+        changes |= {phase.from_images, phase.losses.adversarial.start_images}
+    mean = 0.0
+    for start, end in pairwise(sorted(change for change in changes if change <= budget)):
+        mean += training_flops(config, "train_vavae", start) * ((end - start) / budget)
+    return mean
+
+
+def velocity_evaluations(config: RunConfig) -> int:
+    """Evaluations of the LightningDiT for the velocity of one sample, guidance included.
+
+    `dopri5` is counted on the flow between two equal Gaussians, v = (2t - 1) / (t² + (1 - t)²) x; images take it more.
+    """
+    guidance = ClassifierFreeGuidance(lambda x, t, y: x, 0, config.guidance)
+    count = 0
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        nonlocal count
+        count += len(x) + int(guidance.active(t).sum())
+        return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
+
+    noise = torch.ones(1, config.tokenizer.latent_dim, config.grid, config.grid)
+    solve(velocity, noise, torch.zeros(1, dtype=torch.int64), config.solver, guidance.jumps)
+    return count
+
+
+def _image_format(config: RunConfig) -> str:
+    """Format in which most images are stored."""
+    return "jpeg" if config.shards.keep_original else config.shards.format
+
+
+def _at_image_size(config: RunConfig, rate: float) -> float:
+    """Images/s of a core at the run's image size, given the rate at the size that was measured."""
+    return rate * (_MEASURED_IMAGE_SIZE / config.shards.image_size) ** 2
+
+
+def _store_rate(cluster: ClusterSpec, bytes_per_image: float) -> float:
+    return cluster.nodes * cluster.store / bytes_per_image
+
+
+def _prepare(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEstimate:
+    written = stored_bytes(config, dataset)
+    rates = {
+        "encoding": cluster.count * _at_image_size(config, _PREPARED_PER_SECOND[_image_format(config)]),
+        "store": _store_rate(cluster, written),
+    }
+    total = dataset.images * written
+    return JobEstimate("prepare_shards", dataset.images, None, 0.0, rates, min(rates.values()), 0, total)
+
+
+def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEstimate:
+    """Estimate the extraction: an actor decodes and encodes in turns; those that share a GPU fill each other's gaps."""
+    flops = encoding_flops(config) * (1 + config.latents.flip)
+    arithmetic = arithmetic_of("fp32", config.workers.tf32)
+    computing = _gpu_seconds(flops, cluster, arithmetic)
+    decoding = 1 / _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
+    actors = cluster.count / config.latents.gpus
+    read, written = stored_bytes(config, dataset), latent_bytes(config)
+    rates = {
+        "compute": cluster.count / computing,
+        "decoding": actors / (decoding + computing),
+        "store": _store_rate(cluster, read + written),
+    }
+    total, rate = dataset.images * written, min(rates.values())
+    return JobEstimate("precompute_latents", dataset.images, None, flops, rates, rate, read, total, arithmetic)
+
+
+def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:
+    flops = velocity_flops(config) * velocity_evaluations(config) + decoding_flops(config)
+    arithmetic = arithmetic_of("fp32", config.workers.tf32)
+    rate = cluster.count / _gpu_seconds(flops, cluster, arithmetic)
+    images, written = config.sample.images, sample_bytes(config)
+    return JobEstimate("sample", images, None, flops, {"compute": rate}, rate, 0, written, arithmetic)
+
+
+def _gpu_seconds(flops: float, cluster: ClusterSpec, arithmetic: Arithmetic) -> float:
+    """Seconds of so many FLOPs on one GPU."""
+    return flops / peak_rate(cluster.gpu, arithmetic) / cluster.utilization
+
+
+def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, bytes_read: float) -> JobEstimate:
+    training: TrainingConfig = getattr(config, job)
+    lanes, batch, zero_stage = config.stream.lanes, training.batch_size, training.engine.zero_stage
+    accumulation_steps = accumulation_steps_of(lanes, cluster.count)
+    images_of_a_gpu = accumulation_steps * batch // lanes
+    arithmetic = arithmetic_of(training.precision, config.workers.tf32)
+    compute = images_of_a_gpu * _gpu_seconds(flops, cluster, arithmetic)
+    parameters = sum(trained_parameters(config, job).values())
+    leaving = gradient_bytes(parameters, cluster.count, zero_stage, accumulation_steps)
+    communication = leaving / cluster.interconnect
+    readers = cluster.count * max(1, config.stream.workers)
+    decoded = (
+        _LATENTS_PER_SECOND
+        if job == "train_lightningdit"
+        else _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
+    )
+    rates = {
+        "compute": batch / compute,
+        "decoding": readers * decoded,
+        "store": _store_rate(cluster, bytes_read),
+    }
+    if communication:
+        rates["network"] = batch / communication
+    together = batch / (compute + exposed_seconds(communication, compute, zero_stage))
+    rate = min(together, rates["decoding"], rates["store"])
+    estimate = estimate_training(config, cluster, job, rate)
+    rates["checkpoints"] = training.checkpoint_images / estimate.upload_seconds
+    return JobEstimate(
+        job,
+        training.steps * batch,
+        training.steps,
+        flops,
+        rates,
+        min(rate, rates["checkpoints"]),
+        bytes_read,
+        training_bytes(config, job),
+        arithmetic,
+        estimate,
+    )
