@@ -20,7 +20,7 @@ def test_the_path_equals_the_public_implementation_bit_for_bit_and_its_losses_do
     path = LinearPath.sample(golden["loss.x1"], golden["loss.x0"], golden["loss.t"])
     assert torch.equal(path.x_t, golden["loss.xt"])
     losses = FlowMatchingObjective(ObjectiveConfig())(path.x_t.tanh(), path.velocity)
-    # Equal to the last bit where a mean adds in the same order, which depends on the processor.
+    # Bitwise identical where a mean adds in the same order, which depends on the processor.
     torch.testing.assert_close(losses.velocity, golden["loss.mse"], atol=1e-6, rtol=0)
     torch.testing.assert_close(losses.direction, golden["loss.cos"], atol=1e-6, rtol=0)
     torch.testing.assert_close(losses.total, golden["loss.mse"] + golden["loss.cos"], atol=1e-6, rtol=0)

@@ -23,14 +23,14 @@ _TEXT = "#010203"
 """Stands for the page's text color until the picture is written."""
 _DECADES_FOR_LOG = 2
 _COLORS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
-"""Contrast of at least 3 to 1 with white and with a near-black page; told apart by the colour-blind."""
+"""Contrast of at least 3 to 1 with white and with a near-black page; distinguishable to the color-blind."""
 _DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
 _GROUPS = {
     "losses": r"loss/(?!.*weight)",
     "generation": r"generation_|inception_score",
     "adaptive weights": r".*weight",
-    "optimisation": r"learning_rate|gradient_norm",
+    "optimization": r"learning_rate|gradient_norm",
     "latent space": r"latent/",
     "throughput": r"images_per_second|.*_wait|forward|backward|optimizer|checkpoint|gpu_memory|flops|model_flop",
     "storage": r"storage/|unreadable_images",
@@ -91,15 +91,15 @@ def legend(runs: Sequence[str]) -> Markup:
     """Names of runs with samples of their lines, as HTML."""
     entries = Markup()
     for index, run in enumerate(runs):
-        colour, dashes = _look(index)
-        line = f'<line x1="1" x2="33" y1="6" y2="6" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
+        color, dashes = _look(index)
+        line = f'<line x1="1" x2="33" y1="6" y2="6" stroke="{color}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
         sample = f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{line}</svg>'
         entries += Markup(f"<li>{sample} {{}}</li>").format(run)
     return Markup('<ul class="legend">{}</ul>').format(entries)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Average in a Gaussian window, without lag; NaN stays and lends nothing to its neighbors."""
+    """Average in a Gaussian window, without lag; NaN stays and adds nothing to its neighbors."""
     position = np.arange(len(values))
     window = np.exp(-0.5 * ((position - position[:, None]) / max(1.0, _SMOOTHING * len(values))) ** 2)
     known = np.isfinite(values)
@@ -117,7 +117,7 @@ def _meaning(name: str) -> str:
 
 
 def _look(index: int) -> tuple[str, str]:
-    """Colour and dashes (as SVG writes them) of the line of a run; both change, for those who see no colors."""
+    """Color and dashes (as SVG writes them) of the line of a run; both change, for those who see no colors."""
     return _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
 
 
@@ -171,12 +171,12 @@ def _draw(stage: str, name: str, points: Mapping[str, Mapping[float, float]], ru
 
 def _plot(axes: Axes, line: _Line, alone: bool) -> None:
     """Draw a line smoothed; where it is alone, also as it is."""
-    colour, dashes = _look(line.place)
+    color, dashes = _look(line.place)
     style: Any = (0, tuple(map(float, dashes.split()))) if dashes else "-"
     if alone:
-        axes.plot(line.images, line.values, color=colour, alpha=0.35, linewidth=0.8)
+        axes.plot(line.images, line.values, color=color, alpha=0.35, linewidth=0.8)
     marker = "." if len(line.values) < 3 else None
-    axes.plot(line.images, smooth(line.values), color=colour, linewidth=1.6, linestyle=style, marker=marker)
+    axes.plot(line.images, smooth(line.values), color=color, linewidth=1.6, linestyle=style, marker=marker)
 
 
 def _decorate(axes: Axes) -> None:

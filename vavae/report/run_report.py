@@ -73,7 +73,7 @@ def _pictures(inputs: ReportInputs) -> list[Picture]:
             "Latent space",
             "Latent vectors of training images at one position each, mapped to the plane by t-SNE. Brighter is denser; "
             "the more even, the easier the space is to learn.",
-            "Scatter plot of latent vectors in the plane, in the colour of their density",
+            "Scatter plot of latent vectors in the plane, in the color of their density",
             smooth=True,
         ),
     )

@@ -1,4 +1,4 @@
-"""Recomputed activations: the same numbers to the last bit, with less kept."""
+"""Recomputed activations: bitwise identical numbers, with less memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
