@@ -107,7 +107,7 @@ def _compare(found: Outcome, expected: Outcome, exact: bool) -> None:
     assert found.seen == expected.seen, "the same samples with the same noise, whatever happened"
     if exact:
         assert found.rows == expected.rows
-        assert found.checkpoint == expected.checkpoint, "weights, optimizers and average bitwise"
+        assert found.checkpoint == expected.checkpoint, "weights, optimizers and average are bitwise identical"
         return
     for ours, theirs in zip(found.rows, expected.rows, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)

@@ -18,7 +18,7 @@ def test_different_keys_have_different_seeds(one, other):
     assert 0 <= key_seed(*one) < 2**63
 
 
-def test_neighbours_are_unrelated():
+def test_neighbors_are_unrelated():
     seeds = [key_seed(0, "noise", lane, step) for lane in range(20) for step in range(50)]
     bits = np.array([[(seed >> bit) & 1 for bit in range(63)] for seed in seeds])
     correlation = np.corrcoef(bits.T) - np.eye(63)

@@ -99,8 +99,8 @@ def points_to_run(sweep: Sweep) -> list[Point]:
         return [entry.point for entry in ledger.values()]
     if sweep.config.early_stopping.rule != "none":
         return sweep.points()
-    settled = {name for name, entry in ledger.items() if entry.state in ("finished", "stopped")}
-    return [point for point in sweep.points() if name_of_trial(point) not in settled]
+    ended = {name for name, entry in ledger.items() if entry.state in ("finished", "stopped")}
+    return [point for point in sweep.points() if name_of_trial(point) not in ended]
 
 
 def name_of(trial: Trial) -> str:

@@ -8,5 +8,5 @@ def test_a_checkpoint_is_compared_with_writing_it_at_once_and_with_the_copy() ->
     with stall_benchmark(parameters=2_000_000) as benchmark:
         rows = run_interleaved(benchmark, rounds=2)
     assert benchmark.name == "checkpoint of 22 MiB"
-    assert [row.baseline for row in rows] == ["writing at once", "the copy alone"]
-    assert all(row.vavae_side > 0 and len(row.ratios) == 2 for row in rows)
+    assert [row.against for row in rows] == ["writing at once", "the copy alone"]
+    assert all(row.vavae > 0 and len(row.ratios) == 2 for row in rows)

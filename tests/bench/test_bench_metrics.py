@@ -25,26 +25,26 @@ def test_the_command_prints_a_line_for_every_benchmark(capsys):
 
 def test_the_memory_of_a_turn_is_that_of_the_turn_that_was_timed(monkeypatch):
     costs = iter([statistics._Cost(1.0, 10.0), statistics._Cost(2.0, 20.0), statistics._Cost(3.0, 30.0)])
-    monkeypatch.setattr(statistics, "apart", lambda *_: next(costs))
-    side = statistics._Side(statistics._running, 1, 1)
+    monkeypatch.setattr(statistics, "run_in_process", lambda *_: next(costs))
+    side = statistics._Side(statistics._streamed_moments, 1, 1)
     assert [side.seconds() for _ in range(3)] == [1, 2, 3]
     assert [side.mebibytes() for _ in range(3)] == [10, 20, 30]
 
 
-@pytest.mark.parametrize("side", ["_gathered", "_sqrtm_distance"])
+@pytest.mark.parametrize("side", ["_gathered_moments", "_sqrtm_distance"])
 def test_unequal_outputs_are_not_measured(monkeypatch, side):
     wrong = {
-        "_gathered": lambda images, dimensions: Gaussian(*(2 * part for part in _moments(images, dimensions))),
+        "_gathered_moments": lambda images, dimensions: Gaussian(*(2 * part for part in _moments(images, dimensions))),
         "_sqrtm_distance": lambda a, b: 1.0,
     }
     monkeypatch.setattr(statistics, side, wrong[side])
-    monkeypatch.setattr(statistics, "apart", lambda *_: statistics._Cost(1.0, 1.0))
+    monkeypatch.setattr(statistics, "run_in_process", lambda *_: statistics._Cost(1.0, 1.0))
     with pytest.raises(AssertionError):
         [run_interleaved(benchmark, 1) for benchmark in statistics.benchmarks(100, 8)]
 
 
 def _moments(images: int, dimensions: int):
-    found = statistics._running(images, dimensions)
+    found = statistics._streamed_moments(images, dimensions)
     return found.mean, found.covariance
 
 

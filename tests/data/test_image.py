@@ -58,14 +58,14 @@ def test_a_fresh_process_knows_every_format(tmp_path):
 
 
 def test_other_modes():
-    grey = RGB[..., 0]
-    expected = np.repeat(grey[..., None], 3, 2)
-    assert (decode_image(saved(Image.fromarray(grey))) == expected).all()
-    assert (decode_image(saved(Image.fromarray(grey.astype(np.uint16) * 257))) == expected).all()
-    assert (decode_image(saved(Image.fromarray(grey.astype(np.int32) * 257), "TIFF")) == expected).all()
-    palette = Image.fromarray(grey).convert("P")
+    gray = RGB[..., 0]
+    expected = np.repeat(gray[..., None], 3, 2)
+    assert (decode_image(saved(Image.fromarray(gray))) == expected).all()
+    assert (decode_image(saved(Image.fromarray(gray.astype(np.uint16) * 257))) == expected).all()
+    assert (decode_image(saved(Image.fromarray(gray.astype(np.int32) * 257), "TIFF")) == expected).all()
+    palette = Image.fromarray(gray).convert("P")
     assert (decode_image(saved(palette, transparency=3)) == expected).all()
-    alpha = np.dstack([RGB, grey])
+    alpha = np.dstack([RGB, gray])
     assert (decode_image(saved(Image.fromarray(alpha))) == RGB).all()
     cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # cyan
     assert np.abs(decode_image(saved(cmyk, "JPEG")).astype(int) - (0, 255, 255)).max() <= 2
@@ -124,7 +124,7 @@ def test_a_jpeg_may_be_decoded_smaller_but_never_below_what_is_asked():
         assert np.abs(found - expected).mean() < 2
 
 
-def test_the_centre_is_adm_s_and_never_decoded_smaller():
+def test_the_center_is_adm_s_and_never_decoded_smaller():
     data = saved(SCENE.resize((1200, 900)), "JPEG")
     expected = center_crop_resize(Image.open(io.BytesIO(data)), 64)
     assert np.array_equal(prepare_image(data, 64), np.asarray(expected))

@@ -105,7 +105,7 @@ def test_named_classes(tmp_path, theirs, capsys):
         ({"png": image_shards.png(np.zeros((4, 4, 3), np.uint8))}, r"theirs/bad.tar#photos/n0: its class is b''"),
     ],
 )
-def test_records_that_are_no_labelled_images_are_named(tmp_path, capsys, members, message):
+def test_records_that_are_no_labeled_images_are_named(tmp_path, capsys, members, message):
     bad = write_tar(tmp_path / "theirs" / "bad.tar", [0], members=members)
     assert main(["data", "index", str(tmp_path / "i"), "--train", bad, "--validation", bad]) == 2
     error = capsys.readouterr().err

@@ -36,21 +36,21 @@ def velocity(labels, t=0.5):
     return Model()(X, times(t), labels)
 
 
-def test_scale_one_is_the_labelled_velocity_for_one_evaluation_each():
+def test_scale_one_is_the_labeled_velocity_for_one_evaluation_each():
     out, samples = guided(scale=1.0, channels=3)
     assert torch.equal(out, velocity(LABELS))
     assert samples == len(X)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 4.0])
-def test_guidance_is_linear_from_the_null_to_the_labelled_velocity(scale):
+def test_guidance_is_linear_from_the_null_to_the_labeled_velocity(scale):
     out, samples = guided(scale=scale)
     null = velocity(torch.full_like(LABELS, NULL))
     torch.testing.assert_close(out, null + scale * (velocity(LABELS) - null))
     assert samples == 2 * len(X)
 
 
-def test_channels_beyond_the_guided_ones_are_the_labelled_velocity():
+def test_channels_beyond_the_guided_ones_are_the_labeled_velocity():
     some, _ = guided(scale=4.0, channels=3)
     every, _ = guided(scale=4.0)
     assert torch.equal(some[:, :3], every[:, :3])

@@ -134,7 +134,7 @@ def _moment_bytes(world: World, config: dict[str, Any]) -> int:
     )
 
 
-def test_a_rank_keeps_its_share_of_the_optimiser(gloo: GlooLauncher) -> None:
+def test_a_rank_keeps_its_share_of_the_optimizer(gloo: GlooLauncher) -> None:
     alone = gloo.run(1, moment_bytes)[0]
     for world_size in (2, 4):
         for rank in gloo.run(world_size, moment_bytes):

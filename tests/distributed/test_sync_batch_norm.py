@@ -97,10 +97,10 @@ def half_precision(world: World) -> Tensor:
     return output.float()
 
 
-def test_half_precision_is_normalised_in_float32(gloo: GlooLauncher) -> None:
-    normalised = torch.cat(gloo.run(2, half_precision))
-    torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-2)
-    torch.testing.assert_close(normalised.var((0, 2, 3)), torch.ones(3), rtol=2e-2, atol=0)
+def test_half_precision_is_normalized_in_float32(gloo: GlooLauncher) -> None:
+    normalized = torch.cat(gloo.run(2, half_precision))
+    torch.testing.assert_close(normalized.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-2)
+    torch.testing.assert_close(normalized.var((0, 2, 3)), torch.ones(3), rtol=2e-2, atol=0)
 
 
 def test_names_and_values_are_kept() -> None:

@@ -24,7 +24,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS)
 def test_diffusers_computes_the_same_moments_and_images(tmp_path, config):
     diffusers = pytest.importorskip("diffusers")
-    autoencoder = small_models.randomised(VAVAE(config), scale=0.05)
+    autoencoder = small_models.randomized(VAVAE(config), scale=0.05)
     save_diffusers_tokenizer(str(tmp_path), autoencoder, image_size=16)
     theirs, report = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -38,7 +38,7 @@ def test_diffusers_computes_the_same_moments_and_images(tmp_path, config):
 
 
 def test_names_and_blocks_without_diffusers(tmp_path):
-    autoencoder = small_models.randomised(VAVAE(CONFIGS[1]))
+    autoencoder = small_models.randomized(VAVAE(CONFIGS[1]))
     storage = Storage(f"memory://{tmp_path.name}")
     save_diffusers_tokenizer(storage.url(), autoencoder, image_size=16)
     settings, tensors = (

@@ -42,7 +42,7 @@ LIGHTNINGDIT = LightningDiTDescription(
 
 @pytest.fixture
 def alignment():
-    return small_models.randomised(VisionFoundationLoss(LOSS, small_models.TOKENIZER.latent_dim, 6))
+    return small_models.randomized(VisionFoundationLoss(LOSS, small_models.TOKENIZER.latent_dim, 6))
 
 
 @pytest.fixture

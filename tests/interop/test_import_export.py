@@ -66,9 +66,9 @@ class Exchange:
         return main([verb, model, str(self.folder / name), "--config", str(self.folder / "run.yaml"), *words])
 
     def write_tokenizer(self, name="epoch=1.ckpt", features=FEATURES, **sizes):
-        model = small_models.randomised(VAVAE(small_models.TOKENIZER.model_copy(update=sizes)))
+        model = small_models.randomized(VAVAE(small_models.TOKENIZER.model_copy(update=sizes)))
         config = self.config.losses.vision_foundation
-        alignment = features and small_models.randomised(
+        alignment = features and small_models.randomized(
             VisionFoundationLoss(config, model.config.latent_dim, features)
         )
         save_released_tokenizer(self.folder / name, model, alignment or None)
@@ -78,7 +78,7 @@ class Exchange:
         config = self.config.lightningdit.with_classes(classes)
         model = LightningDiT(config, small_models.TOKENIZER.latent_dim, 8)
         positions = model.pos_embed.clone()
-        small_models.randomised(model).pos_embed.copy_(positions)
+        small_models.randomized(model).pos_embed.copy_(positions)
         save_released_lightningdit(self.folder / name, model)
         return model.state_dict()
 

@@ -128,7 +128,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, saved, released, suffi
     ],
 )
 def test_every_size_is_told_by_the_tensors(saved, config):
-    autoencoder = small_models.randomised(VAVAE(config))
+    autoencoder = small_models.randomized(VAVAE(config))
     loaded = load_released_tokenizer(saved(autoencoder.state_dict()))
     assert loaded.config == config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in autoencoder.state_dict().items())
@@ -137,7 +137,7 @@ def test_every_size_is_told_by_the_tensors(saved, config):
 @pytest.mark.parametrize("direction", ["latent_to_teacher", "teacher_to_latent"])
 def test_both_directions_of_the_projection(tmp_path, direction):
     config = VisionFoundationLossConfig(projection=direction, cos_margin=0.2)
-    alignment = small_models.randomised(VisionFoundationLoss(config, latent_dim=4, feature_dim=6))
+    alignment = small_models.randomized(VisionFoundationLoss(config, latent_dim=4, feature_dim=6))
     path = f"{tmp_path}/model.safetensors"
     save_released_tokenizer(path, small_models.tokenizer(), alignment)
     loaded = load_released_alignment(path, cos_margin=0.2, feature_dim=6)

@@ -121,7 +121,7 @@ def test_a_training_outlives_nodes_drivers_and_owners(cluster: Cluster, training
         both = training.wait(lambda saved: saved.workers == 2)
         cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
         alone = training.wait(lambda saved: saved.workers == 1)
-        assert alone.images_seen > both.images_seen, "it went on from a checkpoint"
+        assert alone.images_seen > both.images_seen, "it resumed from a checkpoint"
         cluster.add_node(num_cpus=1)
         again = training.wait(lambda saved: saved.workers == 2)
         assert again.images_seen > alone.images_seen

@@ -35,7 +35,7 @@ def test_initial_weights():
     assert not state["main.9.bias"].any()
 
 
-def test_group_normalisation_sees_each_image_alone():
+def test_group_normalization_sees_each_image_alone():
     config = AdversarialLossConfig(channels=16, layers=2, norm="group")
     discriminator = PatchDiscriminator(config)
     torch.testing.assert_close(discriminator(images(0))[:1], discriminator(images(0)[:1]), rtol=1e-4, atol=1e-6)

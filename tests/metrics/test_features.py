@@ -43,7 +43,7 @@ def test_features_do_not_depend_on_the_batch(extractor: TimmExtractor):
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_the_network_sees_its_own_normalisation(extractor: TimmExtractor):
+def test_the_network_sees_its_own_normalization(extractor: TimmExtractor):
     seen: list[Tensor] = []
     handle = extractor.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     extractor(torch.tensor([[0], [255]], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32))

@@ -41,7 +41,7 @@ def test_stages_groups_and_names_in_order():
     ]
 
 
-def test_a_curve_is_a_named_picture_in_the_colours_of_the_page():
+def test_a_curve_is_a_named_picture_in_the_colors_of_the_page():
     (curve,) = training_curves(rows('loss/"<total>"', [3.0, 2.0, 1.0]))
     element = ElementTree.fromstring(curve.svg)
     assert element.attrib["role"] == "img"
@@ -78,7 +78,7 @@ def test_long_runs_make_no_large_pages():
     assert len(curve.svg) < 30_000
 
 
-def test_runs_share_a_frame_and_differ_in_colour_and_dashes():
+def test_runs_share_a_frame_and_differ_in_color_and_dashes():
     by_run = {"a": rows("loss/total", [3.0, 1.0]), "b": [], "c": rows("loss/total", [2.0, math.nan, 4.0])}
     (curve,) = compared_curves(by_run)
     assert curve.meaning == "sum of all losses with their weights"
@@ -100,17 +100,17 @@ def test_names_in_a_legend_are_escaped():
 def test_lines_can_be_seen_on_light_and_dark_pages():
     """Contrast of 3 to 1 (WCAG 1.4.11) with white, the panels and a near-black page."""
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    def luminance(color: str) -> float:
+        parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    colours = {colour for colour, _ in re.findall(r'stroke="(#\w+)".*?dasharray="([^"]*)"', legend(["r"] * 4))}
-    assert len(colours) == 4
-    for colour in colours:
+    colors = {color for color, _ in re.findall(r'stroke="(#\w+)".*?dasharray="([^"]*)"', legend(["r"] * 4))}
+    assert len(colors) == 4
+    for color in colors:
         for page in ("#ffffff", "#f5f7f9", "#14171a", "#1d2226"):
-            dark, light = sorted((luminance(colour), luminance(page)))
-            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, page)
+            dark, light = sorted((luminance(color), luminance(page)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (color, page)
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone():

@@ -15,7 +15,7 @@ TOKENIZER = TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1, 1
 LIGHTNINGDIT = LightningDiTConfig(size=None, depth=1, width=32, heads=2, classes=len(CLASSES))
 
 
-def randomised(module, scale=0.2):
+def randomized(module, scale=0.2):
     """A module in evaluation mode with keyed weights, none of them zero."""
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():
@@ -24,8 +24,8 @@ def randomised(module, scale=0.2):
 
 
 def tokenizer():
-    return randomised(VAVAE(TOKENIZER))
+    return randomized(VAVAE(TOKENIZER))
 
 
 def lightningdit():
-    return randomised(LightningDiT(LIGHTNINGDIT, TOKENIZER.latent_dim, GRID), scale=0.3)
+    return randomized(LightningDiT(LIGHTNINGDIT, TOKENIZER.latent_dim, GRID), scale=0.3)

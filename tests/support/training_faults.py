@@ -183,7 +183,7 @@ class Outcome(NamedTuple):
     rows: list[dict[str, float]]
     """Every step, without what is the clock's."""
     checkpoint: str
-    """Digest of the last one: weights, optimizers and average of all ranks, bitwise."""
+    """Digest of the last one: all bits of weights, optimizers and average of all ranks."""
     seen: dict[str, set[str]]
     """Digests of micro-batches and of generators, by lane, step and purpose; a single one each, if all is well."""
 

@@ -30,7 +30,7 @@ def preview(storage, step, parts, world=World()):  # noqa: B008
     return storage.read_bytes("000000000008.png") if storage.exists("000000000008.png") else None
 
 
-def randomise(step):
+def randomize(step):
     """Weights that are not zero where a fresh model's are, in the model alone or in the average too."""
     with torch.no_grad():
         for parameter in step.engines["lightningdit"].module.parameters():
@@ -39,7 +39,7 @@ def randomise(step):
 
 def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     step = build_step("train_lightningdit", CONFIG, World())
-    randomise(step)
+    randomize(step)
     step.ema.load(step.engines["lightningdit"].weights())
     found = preview(storage, step, parts)
     generator = Sampler(parts[0], step.engines["lightningdit"].module.model.eval(), parts[1])
@@ -47,7 +47,7 @@ def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     images = generator.images(range(SHOWN), labels, CONFIG.seed, CONFIG.guidance, CONFIG.solver)
     assert images.float().std() > 1
     assert found == png_bytes(image_grid(images, 8, scale=enlargement(16)))
-    randomise(step)  # the average stays
+    randomize(step)  # the average stays
     assert preview(storage, step, parts) == found
     step.ema.load(step.engines["lightningdit"].weights())
     assert preview(storage, step, parts) != found

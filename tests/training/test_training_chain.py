@@ -140,7 +140,7 @@ def test_figures_hang_on_neither_actors_nor_batches(run: Run, monkeypatch: pytes
     missing = _evaluator(run).missing()
     assert [part.set_name for part in missing] == ["held_out"] * 4 + ["reconstructions"] * 4 + ["samples"] * 3
     found = _figures(run, missing)
-    assert _figures(run, missing[::-1]) == found, "bitwise"
+    assert _figures(run, missing[::-1]) == found, "bitwise identical"
     small = run.config.evaluate.model_copy(update={"batch_size": 7, "metrics": MetricsConfig(batch_size=5)})
     other = _figures(Run(run.config.model_copy(update={"evaluate": small})), missing)
     for name, value in found.items():

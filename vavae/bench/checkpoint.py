@@ -1,4 +1,4 @@
-"""For how long a checkpoint holds a training up."""
+"""Benchmark of how long a checkpoint holds a training up."""
 
 import tempfile
 import time
@@ -25,8 +25,8 @@ _WIDTH = 1024
 _FRESH = TrainState(images_seen=0, config="bench", data="bench")
 
 
-class _Trained:
-    """A model of so many parameters whose optimizer has its moments: as much of a step as a checkpoint asks for."""
+class _TrainedStep:
+    """Training step after one update, so that its optimizer has moments: as much of a step as a checkpoint needs."""
 
     ema, accumulation_steps = None, ()
 
@@ -39,34 +39,35 @@ class _Trained:
         self.stopwatch = Stopwatch(World().device)
 
     def source(self) -> MicroBatchSource[Any]:
-        """Nobody reads."""
+        """Refuse: nothing is read here."""
         raise NotImplementedError
 
     def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
-        """Nobody trains."""
+        """Refuse: nothing is trained here."""
         raise NotImplementedError
 
     def state_dict(self) -> StepState:
-        """Nothing."""
+        """Empty state."""
         return {}
 
-    def load_state_dict(self, memory: StepState) -> None:
-        """Nothing."""
+    def load_state_dict(self, state: StepState) -> None:
+        """Ignore the state, which is empty."""
 
     def tensors(self) -> list[Tensor]:
-        """All that a checkpoint holds."""
+        """Tensors that a checkpoint holds."""
         return [part.values for e in self.engines.values() for part in {**e.tensor_shards(), **e.moments()}.values()]
 
 
 @contextmanager
 def stall_benchmark(parameters: int) -> Iterator[Benchmark]:
-    """Seconds for which one checkpoint on a local disk holds a training up: written by a thread, as vavae does; written
-    at once; and no more than copied, which is the least that anything can do.
+    """Seconds for which one checkpoint on a local disk holds a training up.
+
+    It is written by a thread, as vavae does; written at once; and no more than copied, the least that anything can do.
 
     Args:
         parameters: of the model, about; a checkpoint holds three numbers of four bytes for each.
     """
-    trained, seen = _Trained(parameters), 0
+    trained, seen = _TrainedStep(parameters), 0
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
         checkpoints = Checkpoints(Storage(folder), _FRESH, Retention(1), World())
 
@@ -77,10 +78,10 @@ def stall_benchmark(parameters: int) -> Iterator[Benchmark]:
             checkpoints.save(trained, _FRESH.after(seen), {}, lambda: None)
             return time.perf_counter() - start
 
-        def vavae_side() -> float:
-            held_up = save()
+        def in_a_thread() -> float:
+            seconds = save()
             checkpoints.wait_for_pending_save()
-            return held_up
+            return seconds
 
         def at_once() -> float:
             start = time.perf_counter()
@@ -95,5 +96,5 @@ def stall_benchmark(parameters: int) -> Iterator[Benchmark]:
             assert len(copies) > 0, "a model has weights"
             return seconds
 
-        sides = {VAVAE_SIDE: vavae_side, "writing at once": at_once, "the copy alone": copied}
+        sides = {VAVAE_SIDE: in_a_thread, "writing at once": at_once, "the copy alone": copied}
         yield Benchmark(f"checkpoint of {12 * parameters // 2**20} MiB", "s held up", sides, less_is_better=True)

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from vavae.bench.benchmark import VAVAE_SIDE, Benchmark
-from vavae.bench.process import apart, most_mebibytes
+from vavae.bench.process import peak_mebibytes, run_in_process
 from vavae.errors import UserError
 from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vavae.randomness import torch_generator
 
 _BATCH, _CHECKED = 64, 1_000
 _SHIFT = 0.1
-"""Of one of two sets."""
-
-
+"""Added to the features of one of two sets."""
 _PAGE_MEBIBYTES = resource.getpagesize() / 2**20
-"""The least growth that the system tells: a ratio needs more than nothing."""
+"""Least growth that the system tells: a ratio needs more than nothing."""
 
 
 class _Cost(NamedTuple):
@@ -36,18 +34,22 @@ class _Cost(NamedTuple):
 
 
 def benchmarks(images: int, dimensions: int) -> Iterator[Benchmark]:
-    """Moments of so many features, in time and memory; then a distance between two sets of moments.
+    """Benchmarks of moments, in time and memory, then of a distance between two sets of moments.
+
+    Args:
+        images: in a set.
+        dimensions: of their features.
 
     Raises:
         UserError: torch-fidelity is not installed.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UserError("the other side is torch-fidelity, which is not installed: pip install -e '.[fidelity]'")
-    vavae_side, baseline_side = _running(_CHECKED, dimensions), _gathered(_CHECKED, dimensions)
-    torch.testing.assert_close(vavae_side.mean, baseline_side.mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(vavae_side.covariance, baseline_side.covariance, rtol=1e-5, atol=1e-6)
-    takes = {"torch-fidelity": _gathered, VAVAE_SIDE: _running}
-    sides = {name: _Side(take, images, dimensions) for name, take in takes.items()}
+    streamed, gathered = _streamed_moments(_CHECKED, dimensions), _gathered_moments(_CHECKED, dimensions)
+    torch.testing.assert_close(streamed.mean, gathered.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(streamed.covariance, gathered.covariance, rtol=1e-5, atol=1e-6)
+    moments = {"torch-fidelity": _gathered_moments, VAVAE_SIDE: _streamed_moments}
+    sides = {name: _Side(moments_of, images, dimensions) for name, moments_of in moments.items()}
     name = f"moments of {images:,}"
     yield Benchmark(name, "s of processor", {side: turns.seconds for side, turns in sides.items()}, less_is_better=True)
     yield Benchmark(name, "MiB more", {side: turns.mebibytes for side, turns in sides.items()}, less_is_better=True)
@@ -62,10 +64,10 @@ def benchmarks(images: int, dimensions: int) -> Iterator[Benchmark]:
 
 
 class _Side:
-    """Turns of one side over a set, timed; what memory each took is told afterwards, turn by turn."""
+    """Timed turns of one side over a set; the memory of each is returned afterwards, turn by turn."""
 
-    def __init__(self, take: Callable[[int, int], Gaussian], images: int, dimensions: int) -> None:
-        self._turn = partial(apart, _cost, take, images, dimensions)
+    def __init__(self, moments_of: Callable[[int, int], Gaussian], images: int, dimensions: int) -> None:
+        self._turn = partial(run_in_process, _cost, moments_of, images, dimensions)
         self._memory: list[float] = []
 
     def seconds(self) -> float:
@@ -77,11 +79,11 @@ class _Side:
         return self._memory.pop(0)
 
 
-def _cost(take: Callable[[int, int], Gaussian], images: int, dimensions: int) -> _Cost:
-    take(_BATCH, 2)  # imports, and what libraries set up at their first call
-    before = most_mebibytes()
-    seconds = _processor_seconds(lambda: take(images, dimensions))
-    return _Cost(seconds, max(most_mebibytes() - before, _PAGE_MEBIBYTES))
+def _cost(moments_of: Callable[[int, int], Gaussian], images: int, dimensions: int) -> _Cost:
+    moments_of(_BATCH, 2)  # imports, and what libraries set up at their first call
+    before = peak_mebibytes()
+    seconds = _processor_seconds(lambda: moments_of(images, dimensions))
+    return _Cost(seconds, max(peak_mebibytes() - before, _PAGE_MEBIBYTES))
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
@@ -91,28 +93,28 @@ def _processor_seconds(work: Callable[[], object]) -> float:
 
 
 def _features(images: int, dimensions: int, shift: float = 0.0) -> Iterator[Tensor]:
-    """float32 [B, D], positive as behind an activation."""
+    """Features float32 [B, D], positive as behind an activation."""
     for first in range(0, images, _BATCH):
         batch = torch.randn(min(_BATCH, images - first), dimensions, generator=torch_generator(0, "bench", first))
         yield batch.abs_().add_(shift)
 
 
-def _running(images: int, dimensions: int) -> Gaussian:
-    return _summed(_features(images, dimensions), dimensions)
+def _streamed_moments(images: int, dimensions: int) -> Gaussian:
+    return _accumulated_moments(_features(images, dimensions), dimensions)
 
 
 def _moments(images: int, dimensions: int, number: int) -> Gaussian:
-    return _summed(_features(images, dimensions, number * _SHIFT), dimensions)
+    return _accumulated_moments(_features(images, dimensions, number * _SHIFT), dimensions)
 
 
-def _summed(batches: Iterator[Tensor], dimensions: int) -> Gaussian:
+def _accumulated_moments(batches: Iterator[Tensor], dimensions: int) -> Gaussian:
     statistics = FeatureStatistics.empty(dimensions)
     for batch in batches:
         statistics.update(batch)
     return Gaussian(statistics.mean, statistics.covariance)
 
 
-def _gathered(images: int, dimensions: int) -> Gaussian:
+def _gathered_moments(images: int, dimensions: int) -> Gaussian:
     import vavae.torchvision_compat  # noqa: F401  (before torch-fidelity)
 
     # isort: split
@@ -133,7 +135,7 @@ def _fidelity_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _sqrtm_distance(a: Gaussian, b: Gaussian) -> float:
-    """The formula as it stands in the paper's code, with the square root of a matrix that is not symmetric."""
+    """Formula of the paper's code, with the square root of a matrix that is not symmetric."""
     from scipy.linalg import sqrtm
 
     first, second = a.covariance.numpy(), b.covariance.numpy()

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from vavae.bench.benchmark import LeftOut, machine, table_head, table_line
+from vavae.bench.benchmark import Skipped, machine, table_head, table_line
 
 
 def add_commands(commands: Any) -> None:
@@ -39,7 +39,7 @@ def _data(arguments: argparse.Namespace) -> int:
     print(f"{machine('webdataset', 'litdata', 'mosaicml-streaming')}\n\n{table_head()}", flush=True)
     left_out = []
     for found in run(arguments.rounds, Sizes()):
-        if isinstance(found, LeftOut):
+        if isinstance(found, Skipped):
             left_out.append(f"{found.benchmark} is left out: {found.reason}")
         else:
             print(table_line(found), flush=True)

@@ -53,7 +53,7 @@ def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) ->
     generated = evaluator.summarize(images, settings.images)
     metrics = generation_metrics(generated, evaluator.references(), config, evaluator.device)
     metrics = [metric for metric in metrics if math.isfinite(metric.value)]
-    # A folder of its own: TensorBoard follows the newest file of a folder, and the training writes its own.
+    # A folder of its own: TensorBoard follows the newest file of a folder, and the training keeps writing its own.
     tensorboard = inputs.evaluation.storage.child("tensorboard/train_lightningdit_measured")
     show_checkpoint_metrics(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
     checkpoints.write(images_seen, metrics_json(metrics))

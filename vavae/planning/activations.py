@@ -60,7 +60,7 @@ def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
         model, precision = lightningdit_step(config, images), config.train_lightningdit.precision
     else:
         phase, precision = config.tokenizer_phases()[0], config.train_vavae.precision
-        model = tokenizer_step(config, phase, images, adversary=config.adversarial, measures=True)
+        model = tokenizer_step(config, phase, images, adversary=config.adversarial, measure_weights=True)
     with model.ready() as step:
         saved = _SavedBytes(model)
         # As the engines set it.

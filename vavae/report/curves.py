@@ -23,7 +23,7 @@ _TEXT = "#010203"
 """Stands for the page's text color until the picture is written."""
 _DECADES_FOR_LOG = 2
 _COLORS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
-"""Contrast of at least 3 to 1 with white and with a near-black page; told apart by the color-blind."""
+"""Contrast of at least 3 to 1 with white and with a near-black page; distinguishable to the color-blind."""
 _DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
 _GROUPS = {
@@ -99,7 +99,7 @@ def legend(runs: Sequence[str]) -> Markup:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Average in a Gaussian window, without lag; NaN stays and lends nothing to its neighbors."""
+    """Average in a Gaussian window, without lag; NaN stays and adds nothing to its neighbors."""
     position = np.arange(len(values))
     window = np.exp(-0.5 * ((position - position[:, None]) / max(1.0, _SMOOTHING * len(values))) ** 2)
     known = np.isfinite(values)

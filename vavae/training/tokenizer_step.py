@@ -129,7 +129,7 @@ class TokenizerStep:
         training, losses = config.train_vavae, phase.losses
         self._config, self._losses, self._stream, self._world = config, losses, stream, world
         self.accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
-        self._measured: dict[int, AdaptiveWeights] = {}
+        self._adaptive_weights: dict[int, AdaptiveWeights] = {}
         self.stopwatch = Stopwatch(world.device)
         self.teacher = VisionFoundationTeacher(config.teacher).to(world.device)
         self._perceptual = build_perceptual(losses.perceptual, self.teacher.early_features)
@@ -198,8 +198,8 @@ class TokenizerStep:
                     judged = adversary.forward(images, reconstruction)
                 with self.stopwatch("backward"):
                     adversary.backward(judged.objective * accumulation_step.weight)
-                judgement = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
-                terms.add(accumulation_step, {_log_name(name): value for name, value in judgement.items()})
+                scores = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
+                terms.add(accumulation_step, {_log_name(name): value for name, value in scores.items()})
             training = self._config.train_vavae
             ratio = training.of_discriminator.learning_rate / training.optimizer.learning_rate
             with self.stopwatch("optimizer"):
@@ -214,8 +214,8 @@ class TokenizerStep:
         noise = torch.randn(shape, generator=rng, device=self._world.device)
         wanted = self._losses.vision_foundation.weight > 0
         teacher = partial(self.teacher, grid=(config.grid, config.grid)) if wanted else None
-        measures = item.step % self._losses.adaptive.every == 0
-        known = UNMEASURED if measures else self._measured.get(item.lane, UNMEASURED)
+        measure = item.step % self._losses.adaptive.every == 0
+        known = UNMEASURED if measure else self._adaptive_weights.get(item.lane, UNMEASURED)
         # The module itself, not the engine: a generator's gradient must not pass the discriminator's hooks.
         judge = None if adversary is None else adversary.module.discriminator
         if judge is not None:
@@ -223,7 +223,7 @@ class TokenizerStep:
         losses: TokenizerLosses = self._generator.forward(images, noise, teacher, self._perceptual, judge, known)
         if judge is not None:
             judge.requires_grad_(True)
-        self._measured[item.lane] = losses.adaptive
+        self._adaptive_weights[item.lane] = losses.adaptive
         return losses
 
     def weights(self) -> StepWeights:
@@ -237,12 +237,12 @@ class TokenizerStep:
             return {}
         return {
             str(lane): [None if weight is None else weight.item() for weight in weights]
-            for lane, weights in self._measured.items()
+            for lane, weights in self._adaptive_weights.items()
         }
 
     def load_state_dict(self, state: StepState) -> None:
         """See `Step.load_state_dict`."""
-        self._measured = {
+        self._adaptive_weights = {
             int(lane): AdaptiveWeights(
                 *(None if weight is None else torch.tensor(weight, device=self._world.device) for weight in weights)
             )

@@ -161,7 +161,7 @@ def test_the_classifier_can_be_dropped():
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))])
-def test_normalised_images_are_centred_on_the_mean(mean: Sequence[float], std: Sequence[float]):
+def test_normalized_images_are_centered_on_the_mean(mean: Sequence[float], std: Sequence[float]):
     normalizer = ImageNormalizer(mean, std)
     center = torch.tensor(mean).view(1, 3, 1, 1)
     deviation = torch.tensor(std).view(1, 3, 1, 1)

@@ -39,7 +39,7 @@ def test_samples_have_the_moments_and_repeat_with_the_generator():
     assert torch.equal(posterior.at(torch.zeros_like(mean)), posterior.mode)
 
 
-def test_normaliser_whitens_and_returns():
+def test_normalizer_whitens_and_returns():
     mean, std = torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.25])
     normalizer = LatentNormalizer(mean, std)
     z = mean.view(1, 2, 1, 1) + std.view(1, 2, 1, 1) * torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)
@@ -48,6 +48,6 @@ def test_normaliser_whitens_and_returns():
     assert set(normalizer.state_dict()) == {"mean", "std"}
 
 
-def test_normaliser_refuses_a_channel_that_does_not_vary():
+def test_normalizer_refuses_a_channel_that_does_not_vary():
     with pytest.raises(AssertionError, match="does not vary"):
         LatentNormalizer(torch.zeros(2), torch.tensor([1.0, 0.0]))

@@ -1,4 +1,4 @@
-"""Recomputed activations: bitwise identical numbers, with less kept."""
+"""Recomputed activations: bitwise identical numbers, with less memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -79,7 +79,7 @@ def test_images_are_resized_to_the_grid_and_features_are_not(transformer):
     assert torch.equal(transformer(batch, (4, 4)), transformer(resized, (4, 4)))
 
 
-def test_the_released_behaviour_hands_over_plain_images(transformer):
+def test_the_released_behavior_hands_over_plain_images(transformer):
     plain = VisionFoundationTeacher(transformer.config.model_copy(update={"normalize": False}))
     # This network's own statistics map [-1, 1] to itself.
     transformer.normalizer = plain.normalizer = ImageNormalizer((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

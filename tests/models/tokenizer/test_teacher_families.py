@@ -109,11 +109,11 @@ def expected_features(name: str, batch: torch.Tensor) -> torch.Tensor:
 def test_patch_tokens_of_the_network_built_for_the_size(teacher, name, grid):
     patch, _, (mean, std) = FAMILIES[name]
     batch = images(2, 3, grid[0] * patch, grid[1] * patch)
-    normalised = ((batch + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    normalized = ((batch + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     features = teacher(name)(batch, grid)
     assert features.dtype == torch.float32
     assert features.std() > 0.1
-    torch.testing.assert_close(features, expected_features(name, normalised), rtol=0, atol=1e-5)
+    torch.testing.assert_close(features, expected_features(name, normalized), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "side"), [("dinov2_small", 224), ("mae_base", 256)])

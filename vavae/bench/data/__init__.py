@@ -1,1 +1,1 @@
-"""Benchmarks of reading shards beside plain WebDataset pipelines."""
+"""Benchmarks of reading shards against plain WebDataset pipelines."""

@@ -1,4 +1,4 @@
-"""Other readers, as their documentation uses them: WebDataset, and LitData and MosaicML Streaming where installed."""
+"""Baselines, used as their documentation shows: WebDataset, and LitData and MosaicML Streaming where installed."""
 
 import importlib
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from vavae.bench.benchmark import installed
+from vavae.bench.benchmark import installed_version
 from vavae.bench.data.shards import BATCH
 
 _CHUNK = 64 << 20
@@ -27,23 +27,23 @@ class Baseline(NamedTuple):
 
     name: str
     records: Callable[[], Iterator[bytes]]
-    """The encoded images, in order."""
+    """Encoded images, in order."""
     batches: Callable[[], Iterator[Tensor]]
-    """The decoded ones: uint8 [B, 3, H, W]."""
+    """Decoded images, uint8 [B, 3, H, W]."""
 
 
 def baselines(tar: Path, files: Sequence[bytes], folder: Path) -> list[Baseline]:
-    """Whatever is installed here.
+    """Baselines that are installed here.
 
     Args:
         tar: the images as a shard.
         files: the images.
-        folder: for copies of them in the formats of the others.
+        folder: for copies of them in the formats of the baselines.
     """
     found = [_webdataset(tar)]
-    if installed("litdata"):
+    if installed_version("litdata"):
         found.append(_litdata(files, folder / "litdata"))
-    if installed("mosaicml-streaming"):
+    if installed_version("mosaicml-streaming"):
         found.append(_mosaicml(files, folder / "mosaicml"))
     return found
 
@@ -79,7 +79,7 @@ def _mosaicml(files: Sequence[bytes], folder: Path) -> Baseline:
 
 
 def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Baseline:
-    """A reader that leaves decoding to others, here to Pillow as WebDataset does."""
+    """Baseline that leaves decoding to Pillow, as WebDataset does."""
 
     def records() -> Iterator[bytes]:
         return (bytes(sample["jpg"]) for sample in dataset)
@@ -92,12 +92,12 @@ def _through_pillow(name: str, dataset: Iterable[dict[str, Any]]) -> Baseline:
 
 
 def streamed_batches(bodies: Iterable[io.BufferedIOBase]) -> Iterator[Tensor]:
-    """WebDataset's images of tars that come as streams: uint8 [B, 3, H, W]."""
+    """Batches of images that WebDataset reads from tars as they stream in, uint8 [B, 3, H, W]."""
     return _decoded(group_by_keys(tar_file_expander({"url": "", "stream": body} for body in bodies)))
 
 
 def latent_batches(tar: Path) -> Iterator[Tensor]:
-    """WebDataset's latents, with deviations and labels beside the means that are returned: float32 [B, C, H, W]."""
+    """Batches of latents that WebDataset reads, float32 [B, C, H, W]: means; deviations and labels are read, too."""
     for samples in in_batches(webdataset.WebDataset(str(tar), shardshuffle=False)):
         arrays = [np.load(io.BytesIO(sample["latent.npy"])) for sample in samples]
         torch.tensor([int(sample["cls"]) for sample in samples])
@@ -115,7 +115,7 @@ def _stacked(images: list[np.ndarray]) -> Tensor:
 
 
 def in_batches(items: Iterable[T]) -> Iterator[list[T]]:
-    """Lists of 32, the last shorter where they don't come out even."""
+    """Lists of 32 items, the last one shorter where they don't come out even."""
     iterator = iter(items)
     while batch := list(islice(iterator, BATCH)):
         yield batch

@@ -1,4 +1,4 @@
-"""Benchmarks of one core over shards in the page cache."""
+"""Benchmarks of one core reading shards in the page cache."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -18,7 +18,7 @@ _UNIT = "img/s of processor"
 
 
 def image_benchmarks(folder: Path, count: int) -> Iterator[Benchmark]:
-    """Records of a tar; batches of decoded JPEG images beside other readers, and beside the decoder alone."""
+    """Benchmarks of records of a tar, and of batches of decoded JPEG images, also against the decoder alone."""
     storage, files = Storage(str(folder)), make_images(count)
     manifest, steps = write_images(storage, files), range(count // BATCH)
     (shard,) = manifest.splits[SPLIT]
@@ -27,32 +27,32 @@ def image_benchmarks(folder: Path, count: int) -> Iterator[Benchmark]:
     readers = {**{other.name: other.records for other in others}, VAVAE_SIDE: lambda: tar_records(tar)}
     for name, records in readers.items():
         assert list(records()) == files, f"{name} reads other records"
-    yield Benchmark("tar records", _UNIT, {name: _counting(records) for name, records in readers.items()})
+    yield Benchmark("tar records", _UNIT, {name: _record_rate(records) for name, records in readers.items()})
 
     stream = image_stream(storage, manifest)
-    vavae_side = torch.cat([stream[MicroBatchKey(0, step)].images for step in steps])
+    images = torch.cat([stream[MicroBatchKey(0, step)].images for step in steps])
     for other in others:
         decoded = torch.cat(list(other.batches()))[places([shard], steps)]
-        assert torch.equal(decoded, vavae_side), f"{other.name} decodes other pixels"
+        assert torch.equal(decoded, images), f"{other.name} decodes other pixels"
     batches = processor_rate(lambda: read(image_stream(storage, manifest), steps))
     yield Benchmark(
-        "JPEG batches", _UNIT, {**{other.name: _adding(other.batches) for other in others}, VAVAE_SIDE: batches}
+        "JPEG batches", _UNIT, {**{other.name: _sample_rate(other.batches) for other in others}, VAVAE_SIDE: batches}
     )
-    yield Benchmark("JPEG batches", _UNIT, {"bare decoder": _adding(lambda: _decoded(files)), VAVAE_SIDE: batches})
+    yield Benchmark("JPEG batches", _UNIT, {"bare decoder": _sample_rate(lambda: _decoded(files)), VAVAE_SIDE: batches})
 
 
 def latent_benchmarks(folder: Path, count: int) -> Iterator[Benchmark]:
-    """Batches of latents."""
+    """Benchmark of batches of latents."""
     storage, steps = Storage(str(folder)), range(count // BATCH)
     manifest = write_latent_shard(storage, make_latents(count))
     (shard,) = manifest.splits[SPLIT]
     tar = storage.local_file(f"{SPLIT}/{shard.name}")
     stream = latent_stream(storage, manifest)
-    vavae_side = torch.cat([stream[MicroBatchKey(0, step)].mean for step in steps])
-    baseline_side = torch.cat(list(latent_batches(tar)))[places([shard], steps)]
-    assert torch.equal(baseline_side, vavae_side), "webdataset reads other latents"
+    means = torch.cat([stream[MicroBatchKey(0, step)].mean for step in steps])
+    expected = torch.cat(list(latent_batches(tar)))[places([shard], steps)]
+    assert torch.equal(means, expected), "webdataset reads other latents"
     sides = {
-        "webdataset": _adding(lambda: latent_batches(tar)),
+        "webdataset": _sample_rate(lambda: latent_batches(tar)),
         VAVAE_SIDE: processor_rate(lambda: read(latent_stream(storage, manifest), steps)),
     }
     yield Benchmark("latent batches", _UNIT, sides)
@@ -62,9 +62,9 @@ def _decoded(files: Iterable[bytes]) -> Iterator[list[np.ndarray]]:
     return ([decode_image(data) for data in batch] for batch in in_batches(files))
 
 
-def _counting(records: Callable[[], Iterator[bytes]]) -> Callable[[], float]:
+def _record_rate(records: Callable[[], Iterator[bytes]]) -> Callable[[], float]:
     return processor_rate(lambda: sum(1 for _ in records()))
 
 
-def _adding(batches: Callable[[], Iterator[Sized]]) -> Callable[[], float]:
+def _sample_rate(batches: Callable[[], Iterator[Sized]]) -> Callable[[], float]:
     return processor_rate(lambda: sum(len(batch) for batch in batches()))

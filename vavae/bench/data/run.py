@@ -8,24 +8,24 @@ from typing import NamedTuple
 
 import torch
 
-from vavae.bench.benchmark import Benchmark, LeftOut, Row, run_interleaved
+from vavae.bench.benchmark import Benchmark, Row, Skipped, run_interleaved
 from vavae.bench.data.local import image_benchmarks, latent_benchmarks
 from vavae.bench.data.start import start_benchmarks
 from vavae.bench.data.store import store_benchmarks
 
 
 class Sizes(NamedTuple):
-    """How much the sides go through."""
+    """Sizes of what the sides read."""
 
     images: int = 1536
-    """In the shards of images, 256 x 256 pixels each; a multiple of 128."""
+    """Images of 256 x 256 pixels in the shards; a multiple of 128."""
     latents: int = 1024
-    """In a shard of latents, 32 x 16 x 16 each."""
+    """Latents of 32 x 16 x 16 in a shard."""
     shards: int = 1250
-    """Of latents, where starting is measured."""
+    """Shards of latents, where starting is measured."""
 
 
-def run(rounds: int, sizes: Sizes) -> Iterator[Row | LeftOut]:
+def run(rounds: int, sizes: Sizes) -> Iterator[Row | Skipped]:
     """Run every benchmark; torch has one thread meanwhile.
 
     Args:

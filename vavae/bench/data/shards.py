@@ -21,7 +21,7 @@ _CLASSES = tuple(str(label) for label in range(10))
 
 
 def make_images(count: int) -> list[bytes]:
-    """JPEG files of 256 x 256 pixels."""
+    """Make JPEG files of 256 x 256 pixels."""
     random = numpy_generator(0, "bench")
     files = []
     for _ in range(count):
@@ -46,7 +46,7 @@ def write_images(storage: Storage, files: Sequence[bytes], shards: int = 1) -> M
 
 
 def make_latents(count: int) -> np.ndarray:
-    """Means and standard deviations of posteriors: float16 [N, 2, C, H, W]."""
+    """Make means and standard deviations of posteriors, float16 [N, 2, C, H, W]."""
     return numpy_generator(0, "bench").standard_normal((count, 2, *_LATENT), np.float32).astype(np.float16)
 
 
@@ -60,7 +60,7 @@ def write_latent_shard(storage: Storage, arrays: np.ndarray) -> LatentManifest:
 
 
 def labels_of(count: int) -> list[int]:
-    """Their classes."""
+    """Class of each of so many samples."""
     return [index % len(_CLASSES) for index in range(count)]
 
 

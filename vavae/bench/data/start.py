@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, LeftOut, Row
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, Row, Skipped
 from vavae.bench.data.shards import SPLIT, labels_of, make_latents, write_latent_shard
-from vavae.bench.process import STATUS, apart, own_mebibytes
+from vavae.bench.process import STATUS, anonymous_mebibytes, run_in_process
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import SampleOrder, order_of
@@ -29,7 +29,7 @@ _CONFIG, _MICRO_BATCH = StreamConfig(), 32
 
 
 class _Set(NamedTuple):
-    """A set of latents: a folder with its manifest for vavae; files for the baseline, here one that stands for all."""
+    """Set of latents: a folder with its manifest for vavae; files for the baseline, here one that stands for all."""
 
     folder: str
     file: str
@@ -37,7 +37,7 @@ class _Set(NamedTuple):
 
 
 class _Started(NamedTuple):
-    """A reader after its first batch, with all that it keeps."""
+    """Reader after its first batch, with all that it keeps."""
 
     batch: Tensor
     kept: object
@@ -53,8 +53,8 @@ class _Reader(NamedTuple):
     stream: LatentStream
 
 
-def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchmark | Row | LeftOut]:
-    """Until the first batch, beside an entry per latent as the public reader keeps it; then an epoch of vavae.
+def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchmark | Row | Skipped]:
+    """Benchmarks until the first batch, against an entry per latent as the public reader keeps it; an epoch of vavae.
 
     Args:
         folder: for the files.
@@ -62,41 +62,41 @@ def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchm
         shards: how many.
     """
     if not STATUS.exists():
-        yield LeftOut("start-up", f"there is no {STATUS}, where Linux tells the memory of a process")
+        yield Skipped("start-up", f"there is no {STATUS}, where Linux tells the memory of a process")
         return
     latent_set = _write_set(folder, latents, shards)
     order = order_of([latents] * shards, 0, _CONFIG)
     places = [place for lane in range(_CONFIG.lanes) for place in order.micro_batch(lane, 0, _MICRO_BATCH)]
-    baseline_side = _gather(_list_entries(latent_set), [place.shard * latents + place.record for place in places])
-    assert torch.equal(baseline_side, _start_vavae(latent_set).batch), "an entry per latent leads to other latents"
+    expected = _gather(_list_entries(latent_set), [place.shard * latents + place.record for place in places])
+    assert torch.equal(expected, _start_vavae(latent_set).batch), "an entry per latent leads to other latents"
     sides = {"an entry each": _start_with_entries, VAVAE_SIDE: _start_vavae}
     for unit, part in (("s of processor", 0), ("MiB", 1)):
         turns = {side: partial(_turn, start, latent_set, part) for side, start in sides.items()}
         yield Benchmark(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
-    yield Row("memory over an epoch", "MiB more", "", None, apart(_growth, latent_set), ())
+    yield Row("memory over an epoch", "MiB more", "", None, run_in_process(_growth, latent_set), ())
 
 
 def _turn(start: Callable[[_Set], _Started], latent_set: _Set, part: int) -> float:
-    return apart(_cost, start, latent_set)[part]
+    return run_in_process(_cost, start, latent_set)[part]
 
 
 def _cost(start: Callable[[_Set], _Started], latent_set: _Set) -> _Cost:
-    memory, clock = own_mebibytes(), time.process_time()
+    memory, clock = anonymous_mebibytes(), time.process_time()
     started = start(latent_set)
-    cost = _Cost(time.process_time() - clock, own_mebibytes() - memory)
+    cost = _Cost(time.process_time() - clock, anonymous_mebibytes() - memory)
     assert len(started.batch) == _CONFIG.lanes * _MICRO_BATCH
     return cost
 
 
 def _growth(latent_set: _Set) -> float:
-    """MiB by which the most memory in an epoch exceeds the most in its first tenth."""
+    """Excess of the peak memory in an epoch over that in its first tenth, MiB."""
     order, stream = _open_vavae(latent_set)
     steps = order.records_per_lane // _MICRO_BATCH
     memory = []
     for step in range(steps):
         for lane in range(_CONFIG.lanes):
             stream[MicroBatchKey(lane, step)]
-        memory.append(own_mebibytes())
+        memory.append(anonymous_mebibytes())
     return max(memory) - max(memory[: max(1, steps // 10)])
 
 

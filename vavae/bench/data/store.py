@@ -1,4 +1,4 @@
-"""Benchmarks over a real S3 server on loopback, by the clock on the wall: the server works beside the readers."""
+"""Benchmarks of a real S3 server on loopback, by the wall clock: the server shares the cores with the readers."""
 
 import io
 import os
@@ -12,7 +12,7 @@ import botocore.session
 import torch
 from torch import Tensor
 
-from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, LeftOut, wall_rate
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, Skipped, wall_rate
 from vavae.bench.data.baselines import streamed_batches
 from vavae.bench.data.shards import BATCH, SPLIT, make_images, write_images
 from vavae.bench.data.vavae_readers import image_stream, places
@@ -28,30 +28,28 @@ _BUCKET, _PREFIX, _SHARDS = "bench", "images", 4
 _URL, _BUFFER_BYTES = f"s3://{_BUCKET}/{_PREFIX}", 1 << 20
 
 
-def store_benchmarks(folder: Path, count: int) -> Iterator[Benchmark | LeftOut]:
-    """Batches of decoded JPEG images: vavae in the first epoch, with an empty cache, and in the second."""
+def store_benchmarks(folder: Path, count: int) -> Iterator[Benchmark | Skipped]:
+    """Benchmarks of batches of decoded JPEG images in the first epoch, with an empty cache, and in the second."""
     reason = why_no_s3_server()
     if reason:
-        yield LeftOut(_NAME, reason)
+        yield Skipped(_NAME, reason)
         return
     with s3_server(folder / "server", _BUCKET) as server, _environment(server.environment):
         manifest, steps = write_images(Storage(_URL), make_images(count), _SHARDS), range(count // BATCH)
-        vavae_side, baseline_side = _Epochs(manifest, len(steps), folder), _Bodies(manifest)
-        decoded = torch.cat(list(streamed_batches(baseline_side.open())))[
+        epochs, client = _Epochs(manifest, len(steps), folder), _PlainClient(manifest)
+        decoded = torch.cat(list(streamed_batches(client.open())))[
             places(manifest.splits[SPLIT], range(count // BATCH))
         ]
-        assert torch.equal(decoded, torch.cat(list(vavae_side.read_first()))), "webdataset decodes other pixels"
-        reference = wall_rate(lambda: sum(len(batch) for batch in streamed_batches(baseline_side.open())))
+        assert torch.equal(decoded, torch.cat(list(epochs.read_first()))), "webdataset decodes other pixels"
+        reference = wall_rate(lambda: sum(len(batch) for batch in streamed_batches(client.open())))
+        yield Benchmark(f"{_NAME}, first epoch", _UNIT, {"webdataset": reference, VAVAE_SIDE: wall_rate(epochs.first)})
         yield Benchmark(
-            f"{_NAME}, first epoch", _UNIT, {"webdataset": reference, VAVAE_SIDE: wall_rate(vavae_side.first)}
-        )
-        yield Benchmark(
-            f"{_NAME}, second epoch", _UNIT, {"webdataset": reference, VAVAE_SIDE: wall_rate(vavae_side.second)}
+            f"{_NAME}, second epoch", _UNIT, {"webdataset": reference, VAVAE_SIDE: wall_rate(epochs.second)}
         )
 
 
 class _Epochs:
-    """Two epochs of our stream as training reads it, through a cache that is empty before the first."""
+    """Two epochs of the stream as training reads it, through a cache that is empty before the first."""
 
     def __init__(self, manifest: Manifest, batches: int, folder: Path) -> None:
         self._manifest, self._folder, self._batches = manifest, folder, batches
@@ -63,7 +61,7 @@ class _Epochs:
         return sum(len(images) for images in self._read(self._batches))
 
     def read_first(self) -> Iterator[Tensor]:
-        """The images of the first epoch: uint8 [B, 3, H, W]."""
+        """Images of the first epoch, uint8 [B, 3, H, W]."""
         cache = tempfile.mkdtemp(prefix="cache-", dir=self._folder)
         self._stream = image_stream(Storage(_URL, cache), self._manifest)
         return self._read(0)
@@ -73,15 +71,15 @@ class _Epochs:
             yield from (micro_batches[0].images for micro_batches in islice(steps, self._batches))
 
 
-class _Bodies:
-    """The shards as a plain client streams them."""
+class _PlainClient:
+    """Client that streams the shards without a cache."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._names = [shard.name for shard in manifest.splits[SPLIT]]
         self._client = botocore.session.get_session().create_client("s3")
 
     def open(self) -> Iterator[io.BufferedReader]:
-        """One after the other."""
+        """Open one shard after the other."""
         for name in self._names:
             body = self._client.get_object(Bucket=_BUCKET, Key=f"{_PREFIX}/{SPLIT}/{name}")["Body"]
             yield io.BufferedReader(body, _BUFFER_BYTES)
@@ -89,7 +87,7 @@ class _Bodies:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The server's endpoint and keys in place of all others that the environment may name."""
+    """Set the server's endpoint and keys in place of all others that the environment may name."""
     before = dict(os.environ)
     for name in [name for name in before if name.startswith("AWS_")]:
         del os.environ[name]

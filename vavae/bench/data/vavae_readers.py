@@ -1,4 +1,4 @@
-"""The readers of vavae: the streams of training, one lane, over the shards of the benchmarks."""
+"""Readers of vavae: the streams of training, one lane, over the shards of the benchmarks."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from vavae.storage.storage import Storage
 
 
 def tar_records(tar: Path) -> Iterator[bytes]:
-    """The encoded images of a shard, in order."""
+    """Encoded images of a shard, in order."""
     shard = MappedShard(tar)
     return (shard[index]["jpg"] for index in range(len(shard)))
 
@@ -32,12 +32,12 @@ def latent_stream(storage: Storage, manifest: LatentManifest) -> LatentStream:
 
 
 def read(stream: ImageStream | LatentStream, steps: range) -> int:
-    """How many samples the batches of these steps have, all of them read, each there until the next one is."""
+    """Read the batches of some steps, each held until the next one is there, and return how many samples they have."""
     return sum(len(batch.labels) for batch in (stream[MicroBatchKey(0, step)] for step in steps))
 
 
 def places(shards: Sequence[ShardInfo], steps: range) -> list[int]:
-    """Which records these steps give, counted through all shards, which are of one length."""
+    """Indices of the records of some steps, counted through all shards, which are of one length."""
     order = _order(shards)
     found = [location for step in steps for location in order.micro_batch(0, step, BATCH)]
     return [location.shard * shards[0].count + location.record for location in found]

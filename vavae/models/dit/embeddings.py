@@ -94,7 +94,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, grid: tuple[int, int], span: tuple[int, int] | None = None) -> None:
         super().__init__()
-        # In float32 from here on, in this order of operations, the tables are bitwise identical to the released ones.
+        # In float32 from here on, and in this order of operations, the tables are bitwise those of the release.
         exponent = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
         frequency = 1 / MAX_PERIOD**exponent
         angle = torch.stack(token_positions(grid, span), dim=1).float()[:, :, None] * frequency  # [N, 2, head_dim / 4]

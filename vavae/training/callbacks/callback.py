@@ -21,7 +21,7 @@ PREVIEWS = "previews"
 
 
 class Callback(Protocol):
-    """An observer of the model at intervals of images seen."""
+    """Function of the model that is called at intervals of images seen."""
 
     every_images: int
     """Images between two calls."""

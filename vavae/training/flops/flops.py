@@ -39,10 +39,10 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     phase = next(phase for phase in phases if images_seen < phase.until_images)
     adversarial, every = phase.losses.adversarial, phase.losses.adaptive.every
     adversary = adversarial.weight > 0 and images_seen >= adversarial.start_images
-    measured = _count(tokenizer_step(config, phase, 1, adversary=adversary, measures=True))
+    measured = _count(tokenizer_step(config, phase, 1, adversary=adversary, measure_weights=True))
     if every == 1:
         return measured
-    known = _count(tokenizer_step(config, phase, 1, adversary=adversary, measures=False))
+    known = _count(tokenizer_step(config, phase, 1, adversary=adversary, measure_weights=False))
     return (measured + known * (every - 1)) / every
 
 

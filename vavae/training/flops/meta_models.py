@@ -80,7 +80,7 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
 
 
 def tokenizer_step(
-    config: RunConfig, phase: TokenizerPhase, images: int, *, adversary: bool, measures: bool
+    config: RunConfig, phase: TokenizerPhase, images: int, *, adversary: bool, measure_weights: bool
 ) -> MetaModel:
     """Tokenizer on one micro-batch: the generator with all its losses, then the discriminator.
 
@@ -89,7 +89,7 @@ def tokenizer_step(
         phase: losses and frozen parts.
         images: images in the micro-batch.
         adversary: the discriminator has started.
-        measures: the adaptive weights are measured in this step.
+        measure_weights: the adaptive weights are measured in this step.
     """
     losses, grid = phase.losses, (config.grid, config.grid)
     teacher = on_meta(lambda: VisionFoundationTeacher(config.teacher, meta_backbone))
@@ -101,7 +101,7 @@ def tokenizer_step(
     def step() -> None:
         batch = images_of(config, images)
         features = partial(teacher, grid=grid) if losses.vision_foundation.weight > 0 else None
-        known = UNMEASURED if measures else AdaptiveWeights(torch.ones(()), torch.ones(()))
+        known = UNMEASURED if measure_weights else AdaptiveWeights(torch.ones(()), torch.ones(()))
         judge.requires_grad_(False)
         out = model(
             batch,
