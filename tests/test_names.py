@@ -25,7 +25,7 @@ RETIRED = """
     callbacks: Observer observer observers observe keep_preview diffusion_observer tokenizer_observer
         _tokenizer_observers tokenizer_observers
     states: StepMemory recall_state
-    progress: Board _board _BoardActor News lament Watch _watch watched _Speech hear heard hearers _hearers
+    progress: Board _board _BoardActor News lament Watch _watch watched told _Speech hear heard hearers _hearers
     shared tasks: Workshop _workshop _WorkshopActor
     shards of tensors: Fragment fragment fragments_of load_fragments save_fragments dealt entire undivided whole_moments
         _divided_moments _update_whole _moment_of_stage_3

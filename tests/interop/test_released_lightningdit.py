@@ -53,8 +53,8 @@ def test_every_switch_of_the_public_code(saved, patch, on):
     switches = dict(zip(SWITCHES, on, strict=True))
     public = PublicLightningDiT(patch_size=patch, **switches)
     path = saved({"model": {f"module.{name}": tensor for name, tensor in public.state_dict().items()}, "opt": {}})
-    told = {} if switches["use_qknorm"] or switches["use_rope"] else {"heads": 3}
-    model = load_released_lightningdit(path, **told)
+    heads = {} if switches["use_qknorm"] or switches["use_rope"] else {"heads": 3}
+    model = load_released_lightningdit(path, **heads)
     assert model.config == LightningDiTConfig(
         size=None, depth=2, width=48, heads=3, patch_size=patch, classes=5,
         qk_norm=switches["use_qknorm"],

@@ -1,4 +1,4 @@
-"""The composed objective: its terms, and the adaptive weights that it measures, limits, or is told.
+"""The composed objective: its terms, and the adaptive weights that it measures, limits, or is given.
 
 That its value and its gradient are those of the released loss is checked in `test_released_loss.py`.
 """
@@ -160,8 +160,8 @@ def test_what_is_known_is_not_measured(known, passes):
     """The reconstruction is differentiated once for the one weight and twice for the other, or not at all."""
     case = Case(setting())
     measured = case.objective()
-    told = UNMEASURED._replace(**{name: getattr(measured.adaptive, name) for name in known})
-    result = case.objective(told)
+    weights = UNMEASURED._replace(**{name: getattr(measured.adaptive, name) for name in known})
+    result = case.objective(weights)
     assert case.passes == passes
     assert result.adaptive == measured.adaptive
     assert result.terms == measured.terms
