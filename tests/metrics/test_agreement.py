@@ -44,7 +44,7 @@ def test_one_class_cannot_disagree():
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
-    with pytest.raises(UserError, match=r"vavae\[quickstart\]"):
+    with pytest.raises(UserError, match=r"\.\[quickstart\]"):
         class_agreement(images(), LABELS, images(), LABELS, seed=0)
 
 

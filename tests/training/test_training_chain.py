@@ -78,7 +78,10 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     found, metrics = measures.found(), json.loads(run.storage.read_bytes("metrics.json"))
     of_generation = {name for name in metrics if name.startswith("generation_")}
     assert of_generation >= {"generation_frechet_distance", "generation_precision"}
-    assert found[256] == {name: metrics[name] for name in of_generation}
+    assert found[256].keys() == of_generation
+    for name, metric in found[256].items():
+        # Samples come in other batches, and where a matrix product ends a sum depends on the processor.
+        assert metric == {**metrics[name], "value": pytest.approx(metrics[name]["value"], rel=1e-12)}
     assert found[128]["generation_frechet_distance"]["value"] != found[256]["generation_frechet_distance"]["value"]
     folder = run.storage.child(run.training_prefix("train_lightningdit"))
     assert len(folder.list("checkpoints")) == run.config.train_lightningdit.keep_checkpoints

@@ -56,7 +56,7 @@ def test_the_embedded_weights_are_installed_with_the_tests():
 
 def test_without_the_package_the_message_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vavae\[quickstart\]"):
+    with pytest.raises(UserError, match=r"\.\[quickstart\]"):
         check_weights(BackboneConfig(name="efficientnet_lite0"))
 
 

@@ -101,5 +101,5 @@ def test_what_torch_has_downloaded_before_is_taken(config, tmp_path, monkeypatch
 
 def test_without_torch_fidelity_the_extra_is_named(config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vavae\[fidelity\]"):
+    with pytest.raises(UserError, match=r"\.\[fidelity\]"):
         check_inception(config)
