@@ -77,7 +77,7 @@ def test_a_run_is_found_by_its_folder_alone(run):
 
 def test_a_finished_training_shows_what_it_made(run):
     run.storage.write_bytes("tokenizer/export/model", b"")
-    commit(run.storage, "tokenizer/export", run.record("train_vavae", "ab" * 32, {}, images_seen=400))
+    run.output("train_vavae").commit("ab" * 32, {}, images_seen=400)
     assert lines_of(run)[1:3] == ["train_vavae        done   abababababab", "precompute_latents to do  not there yet"]
     run.storage.write_bytes(f"{run.prefix('precompute_latents')}/train/000000.tar", b"")
     assert lines_of(run)[2] == "precompute_latents to do  not there yet  shards so far: 1"

@@ -15,7 +15,7 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TokenizerTrainingConfig
 from vavae.runs.run import JOBS, TRAININGS, Run
 from vavae.runs.training_inputs import begin_training
-from vavae.storage.artifact import FileInfo, commit
+from vavae.storage.artifact import FileInfo
 
 JOBS = list(JOBS)
 SHARDS, TOKENIZER, LATENTS, LIGHTNINGDIT, SAMPLES, MEASURES = JOBS
@@ -57,7 +57,7 @@ def do(run, job):
         run.storage.write_bytes("samples.png", b"picture")
         beside = {"beside": {"samples.png": len(b"picture")}}
     files = {"made": FileInfo(bytes=len(content), sha256="")}
-    commit(run.storage, run.prefix(job), run.record(job, content, files, images_seen=run.budget(job), **beside))
+    run.output(job).commit(content, files, images_seen=run.budget(job), **beside)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """One run on storage: its artifacts, their inputs, and the jobs that are still to do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -318,24 +318,3 @@ class Run:
         if begun or (record is not None and IMPORTED not in record.details):
             raise UserError(f"{self.storage.url()} has its own {JOBS[job].makes}; give the run another name")
         return self.output(job)
-
-    def record(self, job: Job, content: str, files: Mapping[str, Any], **details: Any) -> Artifact:
-        """Make the commit record of an artifact that is just finished.
-
-        Args:
-            job: the job.
-            content: digest of what it made.
-            files: size and checksum by path below `prefix(job)`.
-            details: whatever else a reader may like to know; `beside` maps files in the run's own folder that belong
-                to it to their sizes.
-        """
-        identity_now = self.identity(job)
-        return Artifact(
-            kind=JOBS[job].makes,
-            digest=content,
-            config=digest(identity_now),
-            inputs=self.inputs(job),
-            images_seen=details.pop("images_seen", None),
-            files=dict(files),
-            details={"identity": identity_now, **details},
-        )
