@@ -1,1 +1,1 @@
-"""What all jobs share: command line, cluster, workers, actors, progress and metrics."""
+"""The machinery that all jobs share: command line, cluster, workers, actors, progress and metrics."""

@@ -22,7 +22,7 @@ Work = Callable[[Any, Advance], None]
 
 
 class Resources(NamedTuple):
-    """What one actor, worker or task takes of a cluster."""
+    """CPUs and GPUs of one actor, worker or task."""
 
     cpus: float
     gpus: float
@@ -35,7 +35,7 @@ class Resources(NamedTuple):
 
     @staticmethod
     def for_checkpoint_evaluation(config: RunConfig) -> "Resources":
-        """What evaluating checkpoints takes beside the workers; none where it is done after the training, or never."""
+        """Resources for evaluating checkpoints beside the workers; none where that comes after the training, or never."""
         evaluation = config.train_lightningdit.measure
         if evaluation is None or evaluation.when == "after":
             return NO_RESOURCES

@@ -17,7 +17,7 @@ from vavae.runs.events import Event
 
 
 class ProgressUpdate(NamedTuple):
-    """What the workers have reported, as the driver reads it."""
+    """Reports of the workers since the driver read them last."""
 
     progress: Progress | None
     """The latest progress of a training; None for pooled tasks, which advance."""

@@ -66,7 +66,7 @@ class LedgerCallback(Callback):
         print(f"{name_of(trial)}  is retried  {self._why(trial)}", flush=True)
 
     def _why(self, trial: Trial) -> str:
-        """What the trial wrote down of its failure; what Ray says where its process had no time for that."""
+        """Reason of a failure as the trial wrote it down, or as Ray gives it where the process was lost."""
         entry = read_ledger(self._sweep).get(name_of(trial))
         return entry.why if entry and entry.why else last_line(Path(trial.error_file).read_text())
 
