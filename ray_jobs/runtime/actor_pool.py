@@ -35,7 +35,7 @@ class Resources(NamedTuple):
 
     @staticmethod
     def for_checkpoint_evaluation(config: RunConfig) -> "Resources":
-        """Resources for evaluating checkpoints beside the workers; none where that comes after the training, or never."""
+        """Resources for evaluating checkpoints beside the workers; none where that comes after training, or never."""
         evaluation = config.train_lightningdit.measure
         if evaluation is None or evaluation.when == "after":
             return NO_RESOURCES
