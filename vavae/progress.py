@@ -86,7 +86,7 @@ def display(job: str, console: Console | None = None) -> Iterator[Callable[[Prog
     """
     console, name = console or Console(), f"{job:<{NAME_WIDTH}}"
     if not console.is_terminal:
-        yield lambda moment: print(moment.line() if isinstance(moment, Progress) else f"{name} {moment}", flush=True)
+        yield lambda moment: show(moment) if isinstance(moment, Progress) else print(f"{name} {moment}", flush=True)
         return
     columns = TextColumn(f"{{task.description:<{NAME_WIDTH}}}"), BarColumn(20), TaskProgressColumn()
     with MovingBar(*columns, TextColumn("{task.fields[summary]}"), console=console, transient=True) as bar:

@@ -31,10 +31,11 @@ from ray_jobs.runtime import command
 from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
 from ray_jobs.runtime.cluster import cluster
+from ray_jobs.runtime.progress_monitor import redirect_progress
 from ray_jobs.runtime.prometheus import Exporter
-from vavae import progress
 from vavae.cli.status import run_status
 from vavae.config import load
+from vavae.progress import Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
 from vavae.runs.run import JOBS, Run
@@ -354,18 +355,18 @@ def test_an_actor_too_large_for_every_node_is_refused(arguments: list[str], capf
 
 
 def test_ctrl_c_saves_and_more_images_go_on_from_there_with_another_number_of_workers(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = load(RunConfig, CONFIG, arguments[2:])
     before = config.train_lightningdit.images
+    interrupted: list[Progress] = []
 
-    def interrupt(moment: progress.Progress) -> None:
-        if moment.done > before:
-            patch.undo()
+    def interrupt(moment: Progress | str) -> None:
+        if isinstance(moment, Progress) and moment.done > before and not interrupted:
+            interrupted.append(moment)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "show", interrupt)
+    with redirect_progress(interrupt):
         endless = [f"train_lightningdit.{key}=1_000_000" for key in ("images", "checkpoint_images")]
         assert run_pipeline(arguments, *endless) == 130
     run = Run(config)
