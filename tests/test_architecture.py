@@ -106,7 +106,7 @@ def is_allowed(importer, imported):
         ("vavae.data.shards.verify", "vavae.latents.manifest", False),
         ("vavae.sampling.sampler", "vavae.interop.export", True),
         ("vavae.interop.export", "vavae.sampling.sampler", False),
-        ("vavae.models.dit.model", "vavae.models.tokenizer.layers", False),
+        ("vavae.models.dit.model", "vavae.models.tokenizer.autoencoder", False),
         ("vavae.metrics.features", "vavae.models.backbones.load", True),
         ("vavae.models.backbones.load", "vavae.models.tokenizer.config", False),
         ("vavae.storage.config", "vavae.config", True),

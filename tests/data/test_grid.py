@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae.data.grid import image_grid, pair_grid, png_bytes
+from vavae.data.pixels import image_grid, pair_grid, png_bytes
 
 
 def images(count: int, height: int = 3, width: int = 2) -> Tensor:

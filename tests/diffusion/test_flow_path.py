@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vavae.diffusion.path import LinearPath
+from vavae.diffusion.flow_matching import LinearPath
 
 DATA, NOISE = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 

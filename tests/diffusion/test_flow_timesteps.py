@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from vavae.diffusion.config import TimestepConfig
-from vavae.diffusion.timesteps import sample_timesteps
+from vavae.diffusion.flow_matching import sample_timesteps
 
 N = 100_000
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from vavae.data.image import encode_image
 from vavae.data.shards.tar import write_tar
 from vavae.evaluation.generation import Reference, evaluate_generation, further_distances, sample_batches
+from vavae.metrics.features import FeatureSummary
 from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vavae.metrics.inception_score import ClassSums
 from vavae.metrics.reference import ReferenceFile
-from vavae.metrics.summary import FeatureSummary
 from vavae.storage.storage import Storage
 
 

@@ -5,8 +5,8 @@ import torch
 
 from vavae.evaluation import parts
 from vavae.evaluation.parts import PartFiles, concatenate, pack, spans, unpack
+from vavae.metrics.features import FeatureSummary
 from vavae.metrics.frechet import FeatureStatistics
-from vavae.metrics.summary import FeatureSummary
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])

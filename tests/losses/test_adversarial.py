@@ -6,9 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vavae.losses.adaptive import adaptive_weight
 from vavae.losses.adversarial import DiscriminatorObjective, PatchDiscriminator, generator_loss, hinge, vanilla
 from vavae.losses.config import AdaptiveWeightConfig, AdversarialLossConfig
+from vavae.losses.objective import adaptive_weight
 from vavae.randomness import torch_generator
 
 SMALL = AdversarialLossConfig(channels=16, layers=2)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from vavae.diffusion.config import ObjectiveConfig
-from vavae.diffusion.objective import FlowMatchingObjective
-from vavae.losses.adaptive import adaptive_weight
+from vavae.diffusion.flow_matching import FlowMatchingObjective
 from vavae.losses.adversarial import generator_loss, hinge, vanilla
+from vavae.losses.objective import adaptive_weight
 from vavae.losses.perceptual import squared_distances
 from vavae.losses.vision_foundation import marginal_cosine, marginal_distance_matrix
-from vavae.models.tokenizer.posterior import DiagonalGaussian
+from vavae.models.tokenizer.autoencoder import DiagonalGaussian
 from vavae.randomness import torch_generator
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vavae.metrics.latent_probes import effective_rank, local_to_global, probe_latents, spectrum_slope
+from vavae.metrics.latent_space import effective_rank, local_to_global, probe_latents, spectrum_slope
 from vavae.randomness import torch_generator
 
 

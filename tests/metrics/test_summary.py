@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vavae.metrics.features import Description, FeatureExtractor, Features
+from vavae.metrics.features import Description, FeatureExtractor, Features, FeatureSummary, join, summarize
 from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.inception_score import inception_score
-from vavae.metrics.summary import FeatureSummary, join, summarize
 
 
 class Projections(FeatureExtractor):

@@ -5,7 +5,7 @@ import torch
 from support.html_page import HOSTILE, Page
 from support.training_steps import tiny_config
 
-from vavae.data.grid import image_grid, png_bytes
+from vavae.data.pixels import image_grid, png_bytes
 from vavae.evaluation.metric import Metric
 from vavae.report.comparison import Comparison, compare_configurations, render_comparison
 from vavae.report.curves import compared_curves

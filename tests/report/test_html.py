@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.html_page import HOSTILE, Page
 
-from vavae.data.grid import image_grid, png_bytes
+from vavae.data.pixels import image_grid, png_bytes
 from vavae.evaluation.metric import Metric
 from vavae.report.curves import training_curves
 from vavae.report.html import Picture, Report, render

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.training_steps import CLASSES, Notes, build_step, tiny_config
 
-from vavae.data.grid import enlargement, image_grid, png_bytes
+from vavae.data.pixels import enlargement, image_grid, png_bytes
 from vavae.distributed.world import World
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.normalizer import LatentNormalizer

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 from vavae.config import load
 from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import assign_lanes
-from vavae.diffusion.objective import TIMESTEP_BINS
+from vavae.diffusion.flow_matching import TIMESTEP_BINS
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.models.dit.config import SIZES

@@ -10,7 +10,7 @@ from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.interop.export import load_alignment, load_tokenizer
-from vavae.metrics.latent_probes import LatentProbes
+from vavae.metrics.latent_space import LatentProbes
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training

@@ -11,10 +11,9 @@ from support import image_shards
 from support.image_shards import write_image_shards
 from support.training_steps import Notes, build_step, tiny_config
 
-from vavae.data.grid import enlargement
-from vavae.data.pixels import to_float, to_uint8
+from vavae.data.pixels import enlargement, to_float, to_uint8
 from vavae.distributed.world import World
-from vavae.metrics.latent_probes import LatentProbes
+from vavae.metrics.latent_space import LatentProbes
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.tokenizer import SHOWN, LatentProbe, ReconstructionPreview, held_out_images

@@ -1,6 +1,10 @@
-"""Conversion between the two ranges of pixels: uint8 in shards, pictures and metrics; [-1, 1] for the tokenizer."""
+"""Pixels in their two ranges, uint8 in shards and pictures and [-1, 1] for the tokenizer; pictures of many images."""
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -13,3 +17,70 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Convert float [B, 3, H, W], nominally in [-1, 1], to uint8, clamped; exact inverse of `to_float`."""
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+_PICTURE_PIXELS = 64
+
+
+def enlargement(size: int) -> int:
+    """Whole-number factor by which images of `size` pixels per side are enlarged in pictures."""
+    return max(1, _PICTURE_PIXELS // size)
+
+
+def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 2) -> Image.Image:
+    """Lay out images in reading order; given class after class with ``columns`` of each, rows are classes.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        columns: images in a row; the last row may be shorter.
+        scale: whole-number enlargement, each pixel a square.
+        padding: gap between images, in pixels of the picture.
+
+    Returns:
+        The picture, RGBA.
+    """
+    return _lay_out(_tiles(images, scale), columns, padding)
+
+
+def pair_grid(
+    originals: Tensor, reconstructions: Tensor, columns: int, *, scale: int = 1, padding: int = 2
+) -> Image.Image:
+    """Lay out rows of originals, each right above the row of its reconstructions; a wider gap follows.
+
+    Arguments as in :func:`image_grid`; the two sets have one shape.
+    """
+    assert originals.shape == reconstructions.shape, f"{originals.shape} and {reconstructions.shape} do not pair"
+    above, below = _tiles(originals, scale), _tiles(reconstructions, scale)
+    gap = np.zeros((len(above), padding, *above.shape[2:]), np.uint8)
+    return _lay_out(np.concatenate([above, gap, below], axis=1), columns, padding, row_padding=4 * padding)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _tiles(images: Tensor, scale: int) -> np.ndarray:
+    """Enlarged opaque tiles [N, H scale, W scale, 4]."""
+    assert images.shape[1] == 3, f"images are [N, 3, H, W], not {tuple(images.shape)}"
+    pixels = images.cpu().permute(0, 2, 3, 1).numpy()
+    assert pixels.dtype == np.uint8, f"images are uint8, not {pixels.dtype}"
+    opaque = np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=3)
+    return opaque.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _lay_out(tiles: np.ndarray, columns: int, padding: int, row_padding: int | None = None) -> Image.Image:
+    """Place tiles [N, H, W, 4] on a transparent canvas, with gaps between them only."""
+    assert len(tiles) > 0, "a picture needs at least one image"
+    row_padding = padding if row_padding is None else row_padding
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    _, height, width, _ = tiles.shape
+    shape = (rows * (height + row_padding) - row_padding, columns * (width + padding) - padding, 4)
+    canvas = np.zeros(shape, np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = index // columns * (height + row_padding), index % columns * (width + padding)
+        canvas[top : top + height, left : left + width] = tile
+    return Image.fromarray(canvas)

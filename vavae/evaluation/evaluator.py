@@ -20,9 +20,8 @@ from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenat
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.losses.perceptual import LPIPS
-from vavae.metrics.features import FeatureExtractor, describe, load_extractor
+from vavae.metrics.features import FeatureExtractor, Summaries, Summarizer, describe, join, load_extractor, summarize
 from vavae.metrics.reference import ReferenceFile, read_reference, reference_images
-from vavae.metrics.summary import Summaries, Summarizer, join, summarize
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.evaluation_inputs import EvaluationInputs
 from vavae.runs.run import StoredArtifact

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vavae.metrics.features import FeatureSummary, Summaries
 from vavae.metrics.inception_score import SPLIT_IMAGES
-from vavae.metrics.summary import FeatureSummary, Summaries
 from vavae.storage.storage import Storage
 
 SetName = Literal["held_out", "train", "file", "reconstructions", "samples"]

@@ -10,9 +10,9 @@ from vavae.data.pixels import to_float, to_uint8
 from vavae.data.shard_reader import LabeledImages
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.metrics.features import Summaries
 from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
-from vavae.metrics.summary import Summaries
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator

@@ -1,14 +1,19 @@
-"""Density metrics of a latent space, Table 6 of the paper, by the published procedure.
+"""Metrics of a latent space: densities by the published procedure (Table 6 of the paper), and cheap probes.
 
 A token is the latent vector of one image at one position. Tokens are mapped to the plane by t-SNE, their density there
 is estimated with Gaussian kernels, and three numbers say how far the densities at the points are from being equal. A
 space that is filled evenly is easier to learn for a diffusion model.
+
+The probes show a latent space going wrong from a handful of latents, in milliseconds.
+Shapes: N images, C channels, a grid of H x W positions (tokens).
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.stats import gaussian_kde
+from torch import Tensor
 
 PERPLEXITY = 30
 """Perplexity of the published map."""
@@ -71,3 +76,82 @@ def map_latents(tokens: np.ndarray) -> LatentMap:
         points = TSNE(2, perplexity=PERPLEXITY, init="pca", random_state=_SEED).fit_transform(tokens)
         points = points.astype(np.float64)
         return LatentMap(points, kernel_densities(points))
+
+
+class LatentProbes(NamedTuple):
+    """Probes of a latent space from a few of its latents. Slope and similarity are of latents whitened per channel."""
+
+    spectrum_slope: float
+    """Exponent of the power spectrum over spatial frequency: 0 is white noise, -2 what photographs have. A slope that
+    rises towards 0 means noise at high frequencies, which a diffusion model must learn (arXiv 2502.14831). NaN on a
+    grid with fewer than two frequencies."""
+    effective_rank: float
+    """Directions that the channels make use of, 1 to C: the exponential of the entropy of the eigenvalues of their
+    covariance (Roy and Vetterli, 2007)."""
+    channel_std_min: float
+    """Standard deviation of the channel that varies least: a dead channel is blown up by whitening."""
+    channel_std_max: float
+    """Standard deviation of the channel that varies most."""
+    local_to_global: float
+    """Cosine similarity of tokens that are near each other, minus that of distant ones of the same image, -2 to 2: how
+    much spatial structure there is (LDS in arXiv 2512.10794). NaN on a grid without distant tokens."""
+
+
+def probe_latents(latents: Tensor) -> LatentProbes:
+    """Probe latents [N, C, H, W]; NaN where one is not finite."""
+    latents = latents.double().cpu()
+    if not latents.isfinite().all():
+        return LatentProbes(*[float("nan")] * len(LatentProbes._fields))
+    std = latents.std((0, 2, 3), correction=0)
+    centered = latents - latents.mean((0, 2, 3), keepdim=True)
+    whitened = centered / std.clamp_min(torch.finfo(std.dtype).tiny)[:, None, None]
+    return LatentProbes(
+        spectrum_slope(whitened),
+        effective_rank(centered),
+        std.min().item(),
+        std.max().item(),
+        local_to_global(whitened),
+    )
+
+
+def spectrum_slope(latents: Tensor) -> float:
+    """Slope of log power over log frequency, power being the mean over images, channels and directions [N, C, H, W].
+
+    Frequencies are rounded to whole cycles per grid, from one to the highest that every direction has.
+    """
+    height, width = latents.shape[2:]
+    power = torch.fft.fft2(latents).abs().square().mean((0, 1))  # [H, W]
+    rows, columns = (torch.fft.fftfreq(size, 1 / size) for size in (height, width))
+    radius = torch.hypot(rows[:, None], columns).round().long()
+    frequencies = range(1, min(height, width) // 2 + 1)
+    if len(frequencies) < 2:
+        return float("nan")
+    means = [power[radius == frequency].mean().clamp_min(torch.finfo(power.dtype).tiny) for frequency in frequencies]
+    return float(np.polyfit(np.log(frequencies), torch.stack(means).log().numpy(), 1)[0])
+
+
+def effective_rank(centered: Tensor) -> float:
+    """Effective rank, see `LatentProbes`; latents [N, C, H, W] whose channels have mean zero."""
+    tokens = centered.movedim(1, -1).flatten(0, 2)  # [N · H · W, C]
+    eigenvalues = torch.linalg.eigvalsh(tokens.T @ tokens).clamp_min(0)
+    shares = eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def local_to_global(latents: Tensor) -> float:
+    """Near minus distant similarity of latents [N, C, H, W], see `LatentProbes`.
+
+    Near are fewer steps along the grid than half of its side.
+    """
+    height, width = latents.shape[2:]
+    rows, columns = (
+        axis.flatten() for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    )
+    distance = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()  # [H · W, H · W]
+    limit = min(height, width) / 2
+    near, distant = (distance > 0) & (distance < limit), distance >= limit
+    if not near.any() or not distant.any():
+        return float("nan")
+    tokens = torch.nn.functional.normalize(latents.flatten(2).mT, dim=-1)  # [N, H · W, C]
+    similarity = torch.stack([image @ image.T for image in tokens]).mean(0)
+    return (similarity[near].mean() - similarity[distant].mean()).item()

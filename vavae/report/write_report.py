@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from vavae.config import digest
-from vavae.data.grid import enlargement, pair_grid, png_bytes
+from vavae.data.pixels import enlargement, pair_grid, png_bytes
 from vavae.evaluation.evaluate import Evaluation
 from vavae.evaluation.metric import metrics_json
 from vavae.metrics.latent_space import LatentMap

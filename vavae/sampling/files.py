@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vavae.data.grid import enlargement, image_grid, png_bytes
+from vavae.data.pixels import enlargement, image_grid, png_bytes
 from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
 from vavae.runs.files import NPZ, SAMPLES

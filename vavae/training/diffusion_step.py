@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from vavae.data.sample_order import assign_lanes
+from vavae.diffusion.flow_matching import (
+    TIMESTEP_BINS,
+    FlowMatchingObjective,
+    LinearPath,
+    TimestepBins,
+    bin_by_timestep,
+    sample_timesteps,
+)
 from vavae.diffusion.guidance import drop_labels
-from vavae.diffusion.objective import TIMESTEP_BINS, FlowMatchingObjective, TimestepBins, bin_by_timestep
-from vavae.diffusion.path import LinearPath
-from vavae.diffusion.timesteps import sample_timesteps
 from vavae.distributed.build import build_engine
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World

@@ -12,8 +12,7 @@ from torch import nn
 
 from vavae.errors import UserError
 from vavae.models.backbones.config import BackboneConfig
-from vavae.models.backbones.load import load_backbone, meta_backbone
-from vavae.models.backbones.normalize import ImageNormalizer
+from vavae.models.backbones.load import ImageNormalizer, load_backbone, meta_backbone
 from vavae.models.backbones.weights import embedded_file
 
 EMBEDDED = BackboneConfig(name="efficientnet_lite0")

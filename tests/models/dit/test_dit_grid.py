@@ -5,8 +5,7 @@ import torch
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
-from vavae.models.dit.embeddings import rotate
-from vavae.models.dit.model import LightningDiT
+from vavae.models.dit.model import LightningDiT, rotate
 
 DIM = 3
 

@@ -6,8 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vavae.models.dit.config import SIZES
-from vavae.models.dit.embeddings import RotaryEmbedding, rotate, sincos_position_embedding, token_positions
-from vavae.models.dit.layers import RMSNorm, SwiGLU
+from vavae.models.dit.model import RMSNorm, RotaryEmbedding, SwiGLU, rotate, sincos_position_embedding, token_positions
 
 GRID = (5, 7)
 HEAD_DIM = 16

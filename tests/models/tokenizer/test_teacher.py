@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from vavae.errors import UserError
-from vavae.models.backbones.load import meta_backbone
-from vavae.models.backbones.normalize import ImageNormalizer
+from vavae.models.backbones.load import ImageNormalizer, meta_backbone
 from vavae.models.backbones.weights import timm_name
 from vavae.models.tokenizer.config import TEACHERS, TeacherConfig
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher, check_teacher, teacher_geometry

@@ -1,10 +1,12 @@
-"""LightningDiT (arXiv 2501.01423, table 1) with the released parameter names.
+"""LightningDiT (arXiv 2501.01423, table 1): embeddings, block and model, with the released parameter names.
 
 Time runs from noise (t = 0) to data (t = 1); the model predicts the velocity data - noise.
 Shapes: B batch, C latent channels, H x W latent grid, h x w = N tokens, D width, P patch size.
 """
 
 import copy
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,250 @@ from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
-from vavae.models.dit.embeddings import (
-    LabelEmbedding,
-    PatchEmbedding,
-    RotaryEmbedding,
-    TimestepEmbedding,
-    sincos_position_embedding,
-)
-from vavae.models.dit.layers import Block, FinalLayer
+
+MAX_PERIOD = 10_000.0
+"""Longest wavelength, over 2π, of every sinusoid in the model."""
+
+
+class PatchEmbedding(nn.Module):
+    """Linear map of non-overlapping P x P patches, [B, C, H, W] -> [B, N, D], tokens row by row."""
+
+    def __init__(self, latent_dim: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(latent_dim, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens of latents [B, C, H, W]."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of t and a two-layer perceptron, [B] -> [B, D]; t in [0, 1] is not scaled up (released code)."""
+
+    def __init__(self, width: int, frequencies: int = 128) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeddings of timesteps [B] in [0, 1]; the sinusoids are float32 whatever the weights are."""
+        exponent = torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
+        angle = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponent)  # [B, frequencies]
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """A vector per class and, last, one for the null label, [B] -> [B, D]."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Embeddings of int64 labels [B] in [0, classes]."""
+        return self.embedding_table(y)
+
+
+def sincos_position_embedding(width: int, grid: tuple[int, int], span: tuple[int, int] | None = None) -> Tensor:
+    """The fixed embedding of a token grid (h, w), float32 [1, N, D]; for `span` see :func:`token_positions`.
+
+    The first half of the channels encodes the column, the second the row, each as [sin | cos] (released code).
+    """
+    row, column = token_positions(grid, span)
+    exponent = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    angle = torch.stack([column, row], dim=1)[:, :, None] * MAX_PERIOD**-exponent  # [N, 2, D/4]
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)[None].float()
+
+
+def token_positions(grid: tuple[int, int], span: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Row and column of each token of a grid (h, w), both float64 [N], in the order of :class:`PatchEmbedding`.
+
+    Neighbors are one apart; with a span (h', w') they are h' / h and w' / w apart, so that the grid reaches as far as
+    one of h' x w' tokens.
+    """
+    ends = zip(grid, span or grid, strict=True)
+    sides = [torch.arange(count, dtype=torch.float64) * (reach / count) for count, reach in ends]
+    row, column = torch.meshgrid(*sides, indexing="ij")
+    return row.flatten(), column.flatten()
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each token and channel, both [N, 1, head_dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding on a grid (EVA-02 form), as tables under the released buffer names.
+
+    Consecutive pairs of channels are rotated, in the first half of the head by row and in the second by column.
+    For `span` see :func:`token_positions`.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], span: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        # In float32 from here on, and in this order of operations, the tables are bitwise those of the release.
+        exponent = torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4)
+        frequency = 1 / MAX_PERIOD**exponent
+        angle = torch.stack(token_positions(grid, span), dim=1).float()[:, :, None] * frequency  # [N, 2, head_dim / 4]
+        angle = angle.flatten(1).repeat_interleave(2, dim=1)  # [N, head_dim]
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+    def forward(self) -> Rotation:
+        """The tables in the shape that :func:`rotate` takes, the same for every head."""
+        return Rotation(self.freqs_cos[:, None], self.freqs_sin[:, None])
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate each channel pair (x0, x1) of x [B, N, heads, head_dim] by the angle of its token and frequency."""
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)  # by a right angle
+    return torch.addcmul(x * rotation.cos, turned, rotation.sin).type_as(x)
+
+
+EPS = 1e-6
+"""Epsilon of every normalization over the width (released code)."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; the mean is taken in float32 for any dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [..., D]; same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), EPS)
+
+
+def token_norm(config: LightningDiTConfig) -> nn.Module:
+    """The normalization of tokens, before attention, feed-forward and output."""
+    width = config.shape.width
+    return RMSNorm(width) if config.norm == "rmsnorm" else nn.LayerNorm(width, EPS, elementwise_affine=False)
+
+
+def head_norm(config: LightningDiTConfig) -> nn.Module:
+    """The normalization of queries and keys, per head."""
+    if not config.qk_norm:
+        return nn.Identity()
+    return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.shape.head_dim)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; queries and keys are normalized, then rotated."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        _, width, self.heads = config.shape
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = head_norm(config)
+        self.k_norm = head_norm(config)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """Attend among tokens x [B, N, D]; rotation None leaves queries and keys as they are."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, heads, head_dim]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) · b) with (a, b) = w12(x). The hidden width is two thirds of four times D, rounded down."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = 8 * width // 3
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens x [B, N, D]."""
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class GELUPerceptron(nn.Module):
+    """fc2(gelu(fc1(x))) with the tanh approximation, hidden width 4 D: the feed-forward layer of DiT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens x [B, N, D]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Modulation(nn.Sequential):
+    """The linear map from silu(condition) to `chunks` vectors of the token width (adaLN-zero).
+
+    The SiLU depends on the condition alone, so the model applies it once for all blocks. Index 0 holds its
+    place: the released names count it.
+    """
+
+    def __init__(self, width: int, chunks: int) -> None:
+        super().__init__(nn.Identity(), nn.Linear(width, chunks * width))
+        self.chunks = chunks
+
+    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
+        """Map silu(condition) [B, D] to `chunks` tensors [B, 1, D]."""
+        return super().forward(activated)[:, None].chunk(self.chunks, dim=-1)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """x · (1 + scale) + shift, for tokens x [B, N, D] and scale, shift [B, 1, D]."""
+    return x * (1 + scale) if shift is None else torch.addcmul(shift, x, 1 + scale)
+
+
+class Block(nn.Module):
+    """x + gate · attention(modulated norm(x)), then the same with the feed-forward layer."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        width = config.shape.width
+        self.shift = config.shift
+        self.norm1 = token_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = token_norm(config)
+        self.mlp = SwiGLU(width) if config.mlp == "swiglu" else GELUPerceptron(width)
+        self.adaLN_modulation = Modulation(width, 6 if config.shift else 4)
+
+    def forward(self, x: Tensor, activated: Tensor, rotation: Rotation | None) -> Tensor:
+        """Transform tokens x [B, N, D] under silu(condition) [B, D]; same shape."""
+        modulation = self.adaLN_modulation(activated)
+        shift1 = shift2 = None
+        if self.shift:
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        else:
+            scale1, gate1, scale2, gate2 = modulation
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), scale1, shift1), rotation))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), scale2, shift2)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the linear map to the P · P · C values of each token."""
+
+    def __init__(self, config: LightningDiTConfig, outputs: int) -> None:
+        super().__init__()
+        width = config.shape.width
+        self.norm_final = token_norm(config)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
+        """Map tokens x [B, N, D] under silu(condition) [B, D] to [B, N, outputs]."""
+        shift, scale = self.adaLN_modulation(activated)
+        return self.linear(modulate(self.norm_final(x), scale, shift))
 
 
 class LightningDiT(nn.Module):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from vavae.errors import UserError
 from vavae.models.backbones.config import EMBEDDED
-from vavae.models.backbones.load import LoadBackbone, freeze, load_backbone, meta_backbone
-from vavae.models.backbones.normalize import ImageNormalizer
+from vavae.models.backbones.load import ImageNormalizer, LoadBackbone, freeze, load_backbone, meta_backbone
 from vavae.models.tokenizer.config import TeacherConfig
 
 _DEFAULT_STRIDE = 16

@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from vavae.data.grid import png_bytes
+from vavae.data.pixels import png_bytes
 from vavae.distributed.world import World
 from vavae.interop.export import strip_prefix
 from vavae.storage.storage import Storage

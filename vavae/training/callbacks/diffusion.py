@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vavae.data.grid import enlargement, image_grid
+from vavae.data.pixels import enlargement, image_grid
 from vavae.distributed.world import World
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vavae.data.grid import enlargement, image_grid
-from vavae.data.pixels import to_float, to_uint8
+from vavae.data.pixels import enlargement, image_grid, to_float, to_uint8
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import Manifest
 from vavae.distributed.world import World
-from vavae.metrics.latent_probes import probe_latents
+from vavae.metrics.latent_space import probe_latents
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig

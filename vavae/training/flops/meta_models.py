@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vavae.diffusion.objective import FlowMatchingObjective
+from vavae.diffusion.flow_matching import FlowMatchingObjective
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual

@@ -1,4 +1,7 @@
-"""The flow-matching losses. Time runs from noise (t = 0) to data (t = 1); velocity = data - noise."""
+"""Flow matching on the straight path between noise and data: the path, the law of the timesteps, and the losses.
+
+Time runs from noise (t = 0) to data (t = 1); velocity = data - noise.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vavae.diffusion.config import ObjectiveConfig
+from vavae.diffusion.config import ObjectiveConfig, TimestepConfig
+
+
+class PathSample(NamedTuple):
+    """A point on the path from noise to data, and the direction there."""
+
+    x_t: Tensor
+    """Point on the path, [B, C, H, W]."""
+    velocity: Tensor
+    """Direction dx/dt, [B, C, H, W]."""
+
+
+class LinearPath:
+    """The path x_t = t · data + (1 - t) · noise (rectified flow, arXiv 2209.03003)."""
+
+    @staticmethod
+    def sample(data: Tensor, noise: Tensor, t: Tensor) -> PathSample:
+        """Point and velocity at t [B] for normalized latents and unit noise, both [B, C, H, W]; exact at both ends."""
+        weight = t.to(data.dtype).view(-1, 1, 1, 1)
+        return PathSample(weight * data + (1 - weight) * noise, data - noise)
+
+
+def sample_timesteps(config: TimestepConfig, batch_size: int, images_seen: int, rng: torch.Generator) -> Tensor:
+    """Draw timesteps float32 [batch_size] in [0, 1], on the device of the rng.
+
+    Logit-normal timesteps (SD3, arXiv 2403.03206, section 3.1) dwell in the middle of the path, where the
+    velocity is hardest to predict; images_seen decides whether the law has been switched to uniform.
+    """
+    switched = config.uniform_after_images is not None and images_seen >= config.uniform_after_images
+    if switched or config.law == "uniform":
+        return torch.rand(batch_size, generator=rng, device=rng.device)
+    normal = torch.randn(batch_size, generator=rng, device=rng.device)
+    return torch.sigmoid(config.mean + config.std * normal)
+
 
 TIMESTEP_BINS = 10
 """Number of equal parts of [0, 1] over which a loss is reported."""
