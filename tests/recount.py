@@ -122,7 +122,8 @@ def on_the_way_of_an_image() -> dict[str, set[str]]:
         if event != "call" or code in done:
             return
         calls[code] += 1
-        if calls[code] > ENOUGH or not code.co_filename.startswith(OURS) or code.co_name.startswith("<"):
+        ours = code.co_filename.startswith(OURS) and not code.co_filename.endswith(OF_WEIGHTS)
+        if calls[code] > ENOUGH or not ours or code.co_name.startswith("<"):
             done.add(code)
             return
         count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
@@ -145,6 +146,8 @@ def on_the_way_of_an_image() -> dict[str, set[str]]:
 
 
 OURS = tuple(f"{ROOT / package}/" for package in PACKAGES)
+OF_WEIGHTS = ("/distributed/sharded_tensors.py", "/interop/export.py")
+"""Files whose functions are handed weights alone, which look like images to the trace."""
 FEW_STEPS = (
     "train_vavae={images: 32, log_images: 16, checkpoint_images: 32, probe_images: 32, preview_images: 32}",
     "train_lightningdit={images: 64, log_images: 32, checkpoint_images: 64, preview_images: 64}",
@@ -179,9 +182,9 @@ def _is_image(value: object) -> bool:
 
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value[:8]).startswith(IMAGE_BYTES)
-    return (isinstance(value, (Tensor, np.ndarray, Image)) and not isinstance(value, Parameter)) or type(
-        value
-    ).__name__ == "Metric"
+    if isinstance(value, Tensor):
+        return not (isinstance(value, Parameter) or value.is_meta)
+    return isinstance(value, (np.ndarray, Image)) or type(value).__name__ == "Metric"
 
 
 def recount() -> dict[str, int]:

@@ -17,8 +17,7 @@ from vavae.latents.config import LatentsConfig
 from vavae.latents.extract import Extraction
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.shards import MappedLatents
-from vavae.latents.statistics import LatentStatistics, read_statistics
-from vavae.models.tokenizer.normalizer import LatentNormalizer
+from vavae.latents.statistics import LatentNormalizer, LatentStatistics, read_statistics
 from vavae.storage.storage import Storage
 
 COUNTS = {"train": (5, 3), "validation": (2,)}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vavae.errors import UserError
-from vavae.metrics.agreement import class_agreement, within_class_variety
+from vavae.metrics.generation import class_agreement, within_class_variety
 
 CLASSES, PER_CLASS = 3, 20
 LABELS = torch.arange(CLASSES).repeat_interleave(PER_CLASS)

@@ -10,7 +10,7 @@ import vavae.torchvision_compat  # noqa: F401  (before torchmetrics and torch-fi
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from vavae.metrics.kernel_distance import kernel_distance
+from vavae.metrics.generation import kernel_distance
 
 
 def features(count: int, shift: float = 0.0, seed: int = 0, dimensions: int = 6) -> Tensor:

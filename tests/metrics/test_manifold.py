@@ -9,8 +9,8 @@ import vavae.torchvision_compat  # noqa: F401  (before torch-fidelity)
 # isort: split
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from vavae.metrics import manifold
-from vavae.metrics.manifold import PrecisionRecall, precision_recall
+from vavae.metrics import generation
+from vavae.metrics.generation import PrecisionRecall, precision_recall
 
 
 def features(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -39,7 +39,7 @@ def test_on_a_line_by_hand():
 
 @pytest.mark.parametrize("rows", [7, 1_000])
 def test_agrees_with_torch_fidelity_whatever_the_number_of_rows_at_a_time(monkeypatch, rows: int):
-    monkeypatch.setattr(manifold, "_ROWS", rows)
+    monkeypatch.setattr(generation, "_ROWS", rows)
     generated, real = features(80, 0.8), features(60, seed=1)
     precision, recall = calculate_precision_recall_full(generated, real)
     found = precision_recall(generated, real)

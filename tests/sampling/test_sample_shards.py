@@ -13,7 +13,7 @@ from support import image_shards, small_models
 from vavae.data.image import decode_image
 from vavae.data.shard_reader import gather
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
-from vavae.models.tokenizer.normalizer import LatentNormalizer
+from vavae.latents.statistics import LatentNormalizer
 from vavae.sampling import sample_shards
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.sample_shards import SampleSet, read_samples

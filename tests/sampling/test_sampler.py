@@ -10,7 +10,7 @@ from support.trained_run import DIGEST, MEAN, STD, trained_run
 from vavae.data.pixels import to_uint8
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
-from vavae.models.tokenizer.normalizer import LatentNormalizer
+from vavae.latents.statistics import LatentNormalizer
 from vavae.randomness import torch_generator
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sampler import Sampler, noise_of

@@ -7,8 +7,8 @@ import torch
 
 from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
 from vavae.distributed.world import World
+from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import TRAININGS, Job

@@ -7,8 +7,8 @@ from support.training_steps import CLASSES, Notes, build_step, tiny_config
 
 from vavae.data.pixels import enlargement, image_grid, png_bytes
 from vavae.distributed.world import World
+from vavae.latents.statistics import LatentNormalizer
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.sampling.sampler import Sampler
 from vavae.training.callbacks.diffusion import SHOWN, SamplePreview
 from vavae.training.initialize import initialized

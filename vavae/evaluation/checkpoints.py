@@ -9,9 +9,8 @@ from vavae.evaluation.metric import metrics_json
 from vavae.evaluation.metrics import generation_metrics
 from vavae.interop.export import load_tokenizer
 from vavae.latents.manifest import read_latent_manifest
-from vavae.latents.statistics import read_statistics
+from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.runs.config import LightningDiTTrainingConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.sampling.labels import label_law

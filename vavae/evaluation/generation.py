@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 
 from vavae.data.shard_reader import LabeledImages
-from vavae.metrics.agreement import class_agreement, within_class_variety
 from vavae.metrics.features import FeatureSummary, Summaries
 from vavae.metrics.frechet import Moments, frechet_distance
+from vavae.metrics.generation import (
+    NEIGHBOR,
+    KernelDistance,
+    PrecisionRecall,
+    class_agreement,
+    kernel_distance,
+    precision_recall,
+    within_class_variety,
+)
 from vavae.metrics.inception_score import inception_score
-from vavae.metrics.kernel_distance import KernelDistance, kernel_distance
-from vavae.metrics.manifold import NEIGHBOR, PrecisionRecall, precision_recall
 from vavae.metrics.reference import ReferenceFile
 from vavae.sampling.sample_shards import read_samples
 from vavae.storage.storage import Storage

@@ -11,8 +11,8 @@ from vavae.evaluation.metric import Metric
 from vavae.evaluation.reconstruction import Reconstruction
 from vavae.metrics.config import ExtractorName
 from vavae.metrics.features import Description, Summaries, describe
+from vavae.metrics.generation import SUBSETS
 from vavae.metrics.inception_score import SPLIT_IMAGES
-from vavae.metrics.kernel_distance import SUBSETS
 from vavae.metrics.latent_space import PERPLEXITY
 from vavae.runs.config import RunConfig
 

@@ -12,10 +12,9 @@ from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
 from vavae.errors import UserError
 from vavae.interop.export import load_lightningdit, load_tokenizer
-from vavae.latents.statistics import read_statistics
+from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
 from vavae.runs.sampling_inputs import SamplingInputs
 

@@ -19,10 +19,10 @@ from vavae.diffusion.guidance import drop_labels
 from vavae.distributed.build import build_engine
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
+from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.ema import ExponentialMovingAverage

@@ -20,9 +20,8 @@ from vavae.interop.export import (
     strip_prefix,
 )
 from vavae.latents.manifest import read_latents_of
-from vavae.latents.statistics import read_statistics
+from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.latents.stream import LatentStream
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.runs.training_inputs import LightningDiTTrainingInputs, TokenizerTrainingInputs, TrainingInputs
 from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from vavae.latents.statistics import LatentNormalizer
 from vavae.models.tokenizer.autoencoder import DiagonalGaussian
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.randomness import torch_generator
 
 

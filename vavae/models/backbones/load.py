@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import vavae.torchvision_compat  # noqa: F401  (before timm)
+
+# isort: split
+import timm
+from timm.models import load_state_dict
+
 from vavae.errors import UserError
 from vavae.models.backbones.config import EMBEDDED, BackboneConfig
 from vavae.models.backbones.weights import timm_name, weights_file

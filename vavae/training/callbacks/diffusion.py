@@ -8,10 +8,10 @@ from torch import Tensor
 
 from vavae.data.pixels import enlargement, image_grid
 from vavae.distributed.world import World
+from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.models.tokenizer.normalizer import LatentNormalizer
 from vavae.runs.config import RunConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler

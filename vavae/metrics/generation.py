@@ -1,10 +1,89 @@
-"""Class agreement and within-class variety of class-conditional images, for small images."""
+"""Metrics of generated images beside the Fréchet distance: kernel distance, precision and recall, class agreement."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
+
+# isort: split
+from torchmetrics.image.kid import poly_mmd
+
 from vavae.errors import UserError
 from vavae.randomness import torch_generator
+
+SUBSETS, SUBSET_FEATURES = 100, 1_000
+"""Published number of subsets, and of features drawn from both sets for each, without replacement."""
+
+
+class KernelDistance(NamedTuple):
+    """Squared maximum mean discrepancy under the kernel (x·y / D + 1)³, without bias, so it may fall below 0."""
+
+    mean: float
+    std: float
+    """Standard deviation over the subsets."""
+    subset: int
+    """Number of features in one subset."""
+
+
+def kernel_distance(
+    a: Tensor, b: Tensor, *, seed: int, subsets: int = SUBSETS, subset_features: int = SUBSET_FEATURES
+) -> KernelDistance:
+    """Kernel distance of features [N, D] and [M, D], in float64; of smaller sets than a subset all are taken.
+
+    Args:
+        a: features of one set, [N, D].
+        b: features of the other set, [M, D].
+        seed: with the number of the subset it keys which features are drawn; their order in a set counts.
+        subsets: number of subsets.
+        subset_features: number of features in each.
+    """
+    size = min(subset_features, len(a), len(b))
+    assert size > 1, f"no kernel distance of {len(a)} and {len(b)} features"
+    distances = torch.stack([_subset_distance(a, b, size, seed, number) for number in range(subsets)])
+    return KernelDistance(distances.mean().item(), distances.std(correction=0).item(), size)
+
+
+def _subset_distance(a: Tensor, b: Tensor, size: int, seed: int, number: int) -> Tensor:
+    rng = torch_generator(seed, "kernel distance", number)
+    first, second = (features[torch.randperm(len(features), generator=rng)[:size]] for features in (a, b))
+    return poly_mmd(first.double(), second.double())
+
+
+NEIGHBOR = 3
+"""Rank of the neighbor that a feature's ball reaches to (as published and in ADM's evaluation)."""
+_ROWS = 1_024
+
+
+class PrecisionRecall(NamedTuple):
+    """Precision and recall, shares in [0, 1]."""
+
+    precision: float
+    """Share of generated features inside a ball of a real one: how good they look."""
+    recall: float
+    """Share of real features inside a ball of a generated one: how much of the real set is covered."""
+
+
+def precision_recall(generated: Tensor, real: Tensor) -> PrecisionRecall:
+    """Precision and recall of features [N, D] and [M, D], more than three each; exact, in memory linear in N + M."""
+    return PrecisionRecall(_covered(generated, real), _covered(real, generated))
+
+
+def _covered(queries: Tensor, centers: Tensor) -> float:
+    """Share of the queries that lie in the ball of any center."""
+    assert len(centers) > NEIGHBOR, f"{len(centers)} features have no neighbor number {NEIGHBOR}"
+    # A feature is the nearest to itself.
+    radii = [rows.topk(NEIGHBOR + 1, largest=False).values[:, -1] for rows in _distances(centers, centers)]
+    reach = torch.cat(radii)
+    inside = [(rows <= reach).any(dim=1) for rows in _distances(queries, centers)]
+    return torch.cat(inside).double().mean().item()
+
+
+def _distances(queries: Tensor, centers: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances to all centers, some queries at a time."""
+    return (torch.cdist(rows, centers) for rows in queries.split(_ROWS))
 
 
 def class_agreement(
