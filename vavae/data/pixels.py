@@ -7,6 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vavae.data.image import encode_image
+
+_PICTURE_PIXELS = 64
+
 
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 [B, 3, H, W] in 0..255 to float32 in [-1, 1], contiguous however the pixels lie in memory."""
@@ -19,7 +23,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-_PICTURE_PIXELS = 64
+def encode_png(image: Tensor) -> bytes:
+    """Encode an image, uint8 [3, H, W], as a PNG file."""
+    return encode_image(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), "png").data
 
 
 def enlargement(size: int) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import enlargement, image_grid, png_bytes
+from vavae.data.pixels import encode_png, enlargement, image_grid, png_bytes
 from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
 from vavae.runs.files import NPZ, SAMPLES
-from vavae.sampling.sample_shards import SampleSet, add_image
+from vavae.sampling.sample_shards import SampleSet
 from vavae.storage.storage import Storage
 
 _PICTURE_CLASSES = 20
@@ -99,7 +99,7 @@ def write_shard(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -
         for batch in batches:
             for image in batch:
                 seed = json.dumps({"seed": seeds[tar.count]}).encode()
-                add_image(tar, tar.count, labels[tar.count], image, json=seed)
+                tar.add(tar.count, {"png": encode_png(image), "cls": b"%d" % labels[tar.count], "json": seed})
 
 
 def write_array(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vavae.data.image import decode_image, encode_image
+from vavae.data.image import decode_image
 from vavae.data.image_stream import image_bytes
+from vavae.data.pixels import encode_png
 from vavae.data.shard_reader import LabeledImages, labeled_images, shard_records
-from vavae.data.shards.tar import ShardWriter, write_tar
+from vavae.data.shards.tar import write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.latents.manifest import read_latent_manifest
 from vavae.runs.sampling_inputs import SamplingInputs
@@ -97,7 +97,7 @@ class SampleSet:
             with write_tar(local) as tar:
                 for batch in batches:
                     for image in batch:
-                        add_image(tar, indices[tar.count], labels[tar.count], image)
+                        tar.add(indices[tar.count], {"png": encode_png(image), "cls": b"%d" % labels[tar.count]})
                     advance(len(batch))
             info = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
         record = SampleShardRecord(origin=self._origin, images=len(indices), file=info)
@@ -146,20 +146,6 @@ class SampleSet:
     def _indices(self, shard: int) -> list[int]:
         first = shard * self.config.shard_images
         return list(range(first, min(first + self.config.shard_images, self.config.images)))
-
-
-def add_image(tar: ShardWriter, index: int, label: int, image: torch.Tensor, **members: bytes) -> None:
-    """Append an image to a shard.
-
-    Args:
-        tar: the shard.
-        index: key of the record.
-        label: class of the image.
-        image: uint8 [3, H, W].
-        members: further files of the record, by extension.
-    """
-    pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    tar.add(index, {"png": encode_image(pixels, "png").data, "cls": b"%d" % label, **members})
 
 
 def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabeledImages]:

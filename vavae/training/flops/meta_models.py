@@ -107,8 +107,9 @@ def tokenizer_step(
             batch,
             latents_of(config, images),
             features,
-            None if perceptual is None else lambda real, leaf: perceptual(real, _beyond(leaf)),
-            (lambda leaf: judge.discriminator(_beyond(leaf))) if adversary else None,
+            # Copied, for the counter of FLOPs takes no leaf that enters a module and is differentiated for itself.
+            None if perceptual is None else lambda real, leaf: perceptual(real, leaf * 1),
+            (lambda leaf: judge.discriminator(leaf * 1)) if adversary else None,
             known,
         )
         out.objective.backward()
@@ -117,8 +118,3 @@ def tokenizer_step(
             judge(batch, out.reconstruction).objective.backward()
 
     return MetaModel(step, tuple(module for module in (teacher, perceptual, model, judge) if module is not None))
-
-
-def _beyond(leaf: Tensor) -> Tensor:
-    """Copy a leaf: the counter of FLOPs takes no leaf that enters a module and is differentiated for itself."""
-    return leaf * 1
