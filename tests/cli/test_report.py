@@ -10,7 +10,7 @@ from support.training_steps import tiny_config
 
 from vavae.cli.main import main
 from vavae.config.load import dump
-from vavae.data.pixels import png_bytes
+from vavae.data.image import png_bytes
 from vavae.report.run_facts import run_summary, training_seconds
 from vavae.runs.run import Run
 from vavae.storage.artifact import Artifact, FileInfo, commit

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae.data.pixels import image_grid, pair_grid, png_bytes
+from vavae.data.image import png_bytes
+from vavae.data.pixels import image_grid, pair_grid
 
 
 def images(count: int, height: int = 3, width: int = 2) -> Tensor:

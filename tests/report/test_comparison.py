@@ -5,10 +5,11 @@ import torch
 from support.html_page import HOSTILE, Page
 from support.training_steps import tiny_config
 
-from vavae.data.pixels import image_grid, png_bytes
+from vavae.data.image import png_bytes
+from vavae.data.pixels import image_grid
 from vavae.evaluation.metric import Metric
 from vavae.report.comparison import Comparison, compare_configurations, render_comparison
-from vavae.report.curves import compared_curves
+from vavae.report.figures import compared_curves
 from vavae.report.html import Picture, Report
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
+from vavae.data.image import png_bytes
 from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
 from vavae.distributed.world import World
 from vavae.latents.statistics import LatentNormalizer
@@ -12,6 +14,7 @@ from vavae.latents.stream import LatentMicroBatch
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import TRAININGS, Job
+from vavae.storage.storage import Storage
 from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
@@ -87,6 +90,7 @@ class Notes:
         """See `MetricsLog.add`."""
         self.row = row
 
-    def picture(self, images_seen: int, name: str, picture: Any) -> None:
+    def picture(self, images_seen: int, name: str, picture: Image, folder: Storage) -> None:
         """See `MetricsLog.picture`."""
         self.picture_name = name
+        folder.write_bytes(f"{images_seen:012d}.png", png_bytes(picture))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from support.training_steps import CLASSES, Notes, build_step, tiny_config
 
-from vavae.data.pixels import enlargement, image_grid, png_bytes
+from vavae.data.image import png_bytes
+from vavae.data.pixels import enlargement, image_grid
 from vavae.distributed.world import World
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.tokenizer.autoencoder import VAVAE

@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from vavae.report.comparison import Comparison, compare_configurations, render_comparison
-    from vavae.report.curves import compared_curves
+    from vavae.report.figures import compared_curves
     from vavae.report.html import render
     from vavae.report.run_report import log_rows, run_report
     from vavae.runs.evaluation_inputs import ReportInputs

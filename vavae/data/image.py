@@ -140,6 +140,13 @@ def encode_image(image: Image.Image, form: str, jpeg_quality: int = 95) -> Store
     return StoredImage(buffer.getvalue(), EXTENSIONS[form.upper()])
 
 
+def png_bytes(picture: Image.Image) -> bytes:
+    """The PNG file of a picture of any mode."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
+
+
 def _scale_shorter_side(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)

@@ -1,7 +1,5 @@
 """Pixels in their two ranges, uint8 in shards and pictures and [-1, 1] for the tokenizer; pictures of many images."""
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
@@ -59,13 +57,6 @@ def pair_grid(
     above, below = _tiles(originals, scale), _tiles(reconstructions, scale)
     gap = np.zeros((len(above), padding, *above.shape[2:]), np.uint8)
     return _lay_out(np.concatenate([above, gap, below], axis=1), columns, padding, row_padding=4 * padding)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
 
 
 def _tiles(images: Tensor, scale: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from vavae.config import differences
 from vavae.evaluation.metric import Metric
-from vavae.report.curves import Curve, legend
+from vavae.report.figures import Curve, legend
 from vavae.report.html import Report, page
 from vavae.runs.config import RunConfig
 

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vavae.evaluation.metric import Metric
-from vavae.report.curves import Curve
+from vavae.report.figures import Curve
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Report:
         facts: digests, images seen, time, hardware …
         metrics: the figures.
         pictures: image grids and plots.
-        curves: see :func:`vavae.report.curves.training_curves`.
+        curves: see :func:`vavae.report.figures.training_curves`.
         config: the resolved configuration as YAML.
     """
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from vavae.config.load import dump
 from vavae.evaluation.metric import read_metrics
 from vavae.evaluation.metrics import generation_protocol
-from vavae.report.curves import training_curves
+from vavae.report.figures import training_curves
 from vavae.report.html import Picture, Report
 from vavae.report.run_facts import run_facts, run_summary
 from vavae.runs.evaluation_inputs import ReportInputs

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import encode_png, enlargement, image_grid, png_bytes
+from vavae.data.image import png_bytes
+from vavae.data.pixels import encode_png, enlargement, image_grid
 from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
 from vavae.runs.files import NPZ, SAMPLES

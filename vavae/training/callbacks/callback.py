@@ -4,13 +4,10 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from vavae.data.pixels import png_bytes
 from vavae.distributed.world import World
 from vavae.interop.export import strip_prefix
-from vavae.storage.storage import Storage
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
 
@@ -52,9 +49,3 @@ def exported_module(step: Step, engine: str, prefix: str, build: Callable[[], Mo
         module = build()
     module.load_state_dict(strip_prefix(prefix, weights), assign=True)
     return module.eval().requires_grad_(False).to(world.device)
-
-
-def save_preview(folder: Storage, images_seen: int, name: str, picture: Image, log: MetricsLog) -> None:
-    """Write a picture into the folder, named by the images seen, and into TensorBoard."""
-    folder.write_bytes(f"{images_seen:012d}.png", png_bytes(picture))
-    log.picture(images_seen, name, picture)

@@ -16,7 +16,7 @@ from vavae.runs.config import RunConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage
-from vavae.training.callbacks.callback import exported_module, save_preview
+from vavae.training.callbacks.callback import exported_module
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
 
@@ -78,7 +78,7 @@ class SamplePreview:
             )
             return
         grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-1]))
-        save_preview(self._folder, images_seen, "samples", grid, log)
+        log.picture(images_seen, "samples", grid, self._folder)
 
     def _generate(self, model: LightningDiT) -> Tensor:
         """Sample the images, uint8 [N, 3, H, W]."""

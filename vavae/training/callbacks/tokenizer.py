@@ -14,7 +14,7 @@ from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.storage.storage import Storage
-from vavae.training.callbacks.callback import exported_module, save_preview
+from vavae.training.callbacks.callback import exported_module
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
 
@@ -73,7 +73,7 @@ class ReconstructionPreview:
         difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
         triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
         grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-1]))
-        save_preview(self._folder, images_seen, "reconstructions", grid, log)
+        log.picture(images_seen, "reconstructions", grid, self._folder)
 
 
 def held_out_images(shards: Storage, manifest: Manifest) -> Tensor:

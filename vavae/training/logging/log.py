@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL.Image import Image
 
+from vavae.data.image import png_bytes
 from vavae.storage.storage import Storage
 
 if TYPE_CHECKING:  # who only reads rows, as `vavae status`, needs no torch, which takes seconds to import
@@ -68,10 +69,11 @@ class MetricsLog:
         for name, value in row.items():
             self._writer.add_scalar(name, value, images_seen)
 
-    def picture(self, images_seen: int, name: str, picture: Image) -> None:
-        """Add a picture to TensorBoard."""
+    def picture(self, images_seen: int, name: str, picture: Image, folder: Storage) -> None:
+        """Keep a picture: in TensorBoard, and as a file of a folder, which is named by the images seen."""
         if not self._active:
             return
+        folder.write_bytes(f"{images_seen:012d}.png", png_bytes(picture))
         assert self._writer is not None, "rewind opens the log"
         self._writer.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
 

@@ -1,4 +1,7 @@
-"""Training curves as small SVG pictures, one scalar each, that take the text color of the page around them."""
+"""Figures of the report: training curves and the map of the latent space.
+
+Curves are small SVG pictures, one scalar each, that take the text color of the page around them.
+"""
 
 import io
 import re
@@ -10,9 +13,11 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from vavae.metrics.latent_space import LatentMap
 from vavae.training.logging.metric_names import metric_info
 
 _POINTS = 200
@@ -26,6 +31,11 @@ _COLORS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
 """Contrast of at least 3 to 1 with white and with a near-black page; distinguishable to the color-blind."""
 _DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
+_MAP_COLORS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, 256)))
+"""Without its ends, one of which would be lost on a dark page and the other on a light one."""
+_MAP_INCHES, _MAP_DPI = 5, 144
+_MAP_AREA = 20_000
+"""Area of all points of a map together, square points; few are drawn large."""
 _GROUPS = {
     "losses": r"loss/(?!.*weight)",
     "generation": r"generation_|inception_score",
@@ -96,6 +106,19 @@ def legend(runs: Sequence[str]) -> Markup:
         sample = f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{line}</svg>'
         entries += Markup(f"<li>{sample} {{}}</li>").format(run)
     return Markup('<ul class="legend">{}</ul>').format(entries)
+
+
+def latent_map_png(latent_map: LatentMap) -> bytes:
+    """Draw a map of the latent space as a PNG, each point in the color of its density, the densest brightest."""
+    figure = Figure(figsize=(_MAP_INCHES, _MAP_INCHES), dpi=_MAP_DPI, layout="constrained")
+    axes = figure.add_subplot(aspect="equal")
+    axes.set_axis_off()
+    order = np.argsort(latent_map.densities)  # the densest on top
+    x, y = latent_map.points[order].T
+    axes.scatter(x, y, _MAP_AREA / len(order), latent_map.densities[order], cmap=_MAP_COLORS, linewidths=0)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

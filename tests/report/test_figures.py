@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from vavae.report.curves import compared_curves, legend, smooth, training_curves
+from vavae.report.figures import compared_curves, legend, smooth, training_curves
 
 
 def rows(name: str, values: list, stage: str = "tokenizer") -> list[dict]:
