@@ -38,7 +38,8 @@ pytestmark = pytest.mark.jobs
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return whole_chain(tmp_path_factory.mktemp("runs"))
+    # In one shard, for a batch of samples ends with its shard, and that of a checkpoint does not: sums round otherwise.
+    return whole_chain(tmp_path_factory.mktemp("runs"), "sample.shard_images=40")
 
 
 def _log(run: Run) -> list[Mapping[str, float | str]]:
@@ -79,9 +80,7 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     of_generation = {name for name in metrics if name.startswith("generation_")}
     assert of_generation >= {"generation_frechet_distance", "generation_precision"}
     assert found[256].keys() == of_generation
-    for name, metric in found[256].items():
-        # On one machine the last digit of a Fréchet distance was seen to differ; why has not been found out.
-        assert metric == {**metrics[name], "value": pytest.approx(metrics[name]["value"], rel=1e-12)}
+    assert found[256] == {name: metrics[name] for name in found[256]}
     assert found[128]["generation_frechet_distance"]["value"] != found[256]["generation_frechet_distance"]["value"]
     folder = run.storage.child(run.training_prefix("train_lightningdit"))
     assert len(folder.list("checkpoints")) == run.config.train_lightningdit.keep_checkpoints
