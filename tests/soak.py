@@ -40,7 +40,7 @@ _KINDS = (*FATAL, "stop", "store")
 
 
 class Report(NamedTuple):
-    """What a soak went through."""
+    """Faults and restarts that a soak went through."""
 
     rounds: int
     attempts: int

@@ -46,7 +46,7 @@ def of_preset(path, folder):
 
 
 def of_sweep(path):
-    """Of every point of a sweep: the key of its entry in the ledger, and a digest of all those of its runs."""
+    """Digests of a sweep by point: the key of its entry in the ledger, and a digest of all those of its runs."""
     sweep = Sweep.load(path, [f"run.storage.root=memory://{uuid4()}"])
     found = {}
     for point in sweep.points() or sweep.space.examples():

@@ -274,7 +274,7 @@ def cropped(tmp_path_factory):
 
 
 def global_batches(stream, world_size, steps, workers):
-    """What all ranks together learn from: the micro-batches of each step in the order of the lanes."""
+    """Micro-batches that all ranks together learn from: those of each step in the order of the lanes."""
     lanes = {step: {} for step in steps}
     for rank in range(world_size):
         accumulation_steps = assign_lanes(stream.shards.order.lanes, rank, world_size)

@@ -44,7 +44,7 @@ class Reading(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What one rank has read."""
+    """Images that one rank has read."""
 
     micro_batches: list[str]
     """A digest of each, in order."""

@@ -114,7 +114,7 @@ def test_resuming_at_a_step_equals_going_through(order, size, first):
 
 
 def global_batch(order, size, world_size, step):
-    """What all ranks together learn from at a step: the records of each lane, in the order of the lanes."""
+    """Records that all ranks together learn from at a step, in the order of the lanes."""
     found = {}
     for rank in range(world_size):
         accumulation_steps = assign_lanes(order.lanes, rank, world_size)

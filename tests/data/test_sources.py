@@ -298,7 +298,7 @@ def test_a_damaged_member_is_an_error_of_the_source(tmp_path):
 
 
 class Unseekable(io.BytesIO):
-    """What is packed into it puts checksums and sizes behind the members."""
+    """A stream that cannot seek: a zip file packed into it has checksums and sizes behind its members."""
 
     def seekable(self):
         return False

@@ -53,7 +53,7 @@ class Training:
             return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
 
     def log(self) -> str:
-        """What all drivers have said."""
+        """Output of all drivers so far."""
         return self._log.read_text()
 
     def newest(self) -> Saved:

@@ -120,10 +120,10 @@ def run_pipeline(arguments: list[str], *overrides: str) -> int:
 
 
 class Finished(NamedTuple):
-    """What the pipeline has left."""
+    """A run that the pipeline has finished."""
 
     folder: Path
-    """Of the run, for nobody to change."""
+    """Folder of the run, for nobody to change."""
     output: str
 
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.timeout(1800)]
 CONFIG = "configs/tiny.yaml"
 SECONDS = 600
 BATCHES = 2
-"""Of the second submission, beyond the checkpoint of the first."""
+"""Batches that the second submission trains beyond the checkpoint of the first."""
 
 
 @pytest.fixture(scope="module")

@@ -343,7 +343,7 @@ class Killer:
 
 
 CHANGES = 3 * 3 + 2
-"""Of three shards (the old record goes, the shard, the record), the manifest and the statistics."""
+"""Writes of an extraction: per shard the old record goes, the shard and the record come; manifest and statistics."""
 
 
 @pytest.mark.parametrize("after", [False, True])

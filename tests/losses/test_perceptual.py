@@ -30,7 +30,7 @@ def images(seed: int) -> torch.Tensor:
 
 
 def value_and_gradient(distance):
-    """Of the distance of two batches, with respect to the second."""
+    """The distance of two batches, and its gradient with respect to the second."""
     reconstruction = images(1).requires_grad_()
     values = distance(images(0), reconstruction).flatten()
     return values.detach(), *torch.autograd.grad(values.sum(), reconstruction)

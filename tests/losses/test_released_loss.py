@@ -51,7 +51,7 @@ class Networks(nn.Module):
         self.adversary = DiscriminatorObjective(losses.adversarial)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What the generator's optimizer holds."""
+        """Parameters that the generator's optimizer holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("adversary")}
 
 
@@ -171,7 +171,7 @@ def by_public_names(objective: TokenizerObjective, disc_loss: Tensor, config: To
 
 
 def gradients(loss: Tensor, networks: Networks) -> dict[str, Tensor]:
-    """Of what the generator's optimizer holds; zero where the loss does not reach."""
+    """Gradients of all that the generator's optimizer holds; zero where the loss does not reach."""
     parameters = networks.trained()
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
     return {

@@ -125,7 +125,7 @@ class Footprint(NamedTuple):
 
 
 def footprint(side: int, tokens_at_once: int) -> Footprint:
-    """Of two images with eight features at side² positions."""
+    """Memory that the loss of two images takes, with eight features at side² positions."""
     loss = VisionFoundationLoss(VisionFoundationLossConfig(distmat_tokens_at_once=tokens_at_once), 4, 8)
     kept: list[int] = []
 

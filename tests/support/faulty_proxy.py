@@ -18,7 +18,7 @@ _HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"
 
 
 class Fault(enum.Enum):
-    """What happens to an answer."""
+    """A way in which an answer is broken."""
 
     RESET = "connection reset in the middle of the body"
     TRUNCATE = "connection closed in the middle of the body"

@@ -24,7 +24,7 @@ def golden_state(tensors):
 
 
 def vavae_configs(spec: Mapping[str, Any]) -> tuple[TokenizerConfig, TokenizerLossConfig]:
-    """Of `vavae_tiny`, from the metadata of the file."""
+    """Configurations of `vavae_tiny`, from the metadata of the file."""
     sizes, loss = spec["ddconfig"], spec["loss"]
     tokenizer = TokenizerConfig(
         latent_dim=spec["embed_dim"],

@@ -24,7 +24,7 @@ def is_loopback(address: str) -> bool:
 
 
 def beyond_loopback(process: psutil.Process) -> dict[str, set[str]]:
-    """What other machines can reach, of a process that listens at all."""
+    """Find the addresses of a process that other machines can reach; it listens at all."""
     found = listening(process)
     assert found, f"{process} listens nowhere"
     return {address: names for address, names in found.items() if not is_loopback(address)}

@@ -25,7 +25,7 @@ def _sweep(root: Path, *overrides: str) -> Sweep:
 
 
 def _run_all(sweep: Sweep, root: Path) -> list[list[dict[str, float]]]:
-    """What every trial reports."""
+    """Run all trials in this process; returns the reports of each."""
     reports: list[list[dict[str, float]]] = []
     for point in sweep.points():
         reports.append([])
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(root: Path) -> list[list[dict[str, float]]]:
-    """Of four trials with two seeds each, all finished."""
+    """Reports of four trials with two seeds each, all finished."""
     return _run_all(_sweep(root, "seeds=[0, 1]"), root)
 
 

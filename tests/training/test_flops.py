@@ -69,7 +69,7 @@ def test_autoencoder_is_its_closed_form():
 
 
 def test_published_tokenizer():
-    """Of f16d32, with DINOv2-L at 224 px, VGG16 at 256 px and the patch discriminator; in GMAC."""
+    """FLOPs of f16d32 with DINOv2-L at 224 px, VGG16 at 256 px and the patch discriminator; in GMAC."""
     config = load(RunConfig, JOBS)
     encoder, decoder, teacher, vgg, discriminator = 69.0, 126.1, 81.0, 20.0, 3.1
     assert encoding_flops(config) / 2e9 == pytest.approx(encoder, rel=1e-3)

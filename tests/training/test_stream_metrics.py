@@ -35,7 +35,7 @@ class Asking:
 
 
 def asked(before: Counts) -> Counts:
-    """What this process has counted since."""
+    """Counts of this process since an earlier reading."""
     return Counts(*(now - then for now, then in zip(COUNTERS.read(), before, strict=True)))
 
 

@@ -28,10 +28,10 @@ _HALF, _ALL, _ROW = 2 * BATCH, 4 * BATCH, 3 * BATCH
 
 
 class End(NamedTuple):
-    """What a rank is left with."""
+    """The end of a training on one rank."""
 
     weights: dict[str, Tensor]
-    """Of all engines, and the average."""
+    """Weights of all engines, and of the average."""
     rows: list[dict[str, float]]
     """All logged metrics, without those of the clock."""
     checkpoint: str
@@ -64,7 +64,7 @@ def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images:
 
 
 def _interrupted(folder: Path, copy: Path) -> Path:
-    """What a run leaves that died while it wrote its last checkpoint."""
+    """Copy a run as if it had died while it wrote its last checkpoint."""
     shutil.copytree(folder, copy)
     for job in JOBS:
         (copy / job / f"checkpoints/{_ALL:012d}" / RECORD).unlink()

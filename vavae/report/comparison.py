@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison shows.
+    """Content of a comparison.
 
     Args:
         reports: of the runs, by name.

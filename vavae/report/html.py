@@ -29,7 +29,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows, in plain values; empty parts are left out.
+    """Content of a report in plain values; empty parts are left out.
 
     Args:
         title: name of the run.

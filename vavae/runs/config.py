@@ -81,7 +81,7 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported; null exports the weights themselves."""
     precision: Precision = "fp32"
-    """Of the networks in the forward pass; `bf16` leaves weights, gradients, optimizer and losses in fp32."""
+    """Precision of the networks in the forward pass; `bf16` leaves weights, gradients, optimizer and losses in fp32."""
     engine: EngineConfig = EngineConfig()
     log_images: int = runtime(1024, ge=1)
     """Images between two rows of metrics."""
@@ -129,9 +129,9 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Training of the VA-VAE and its discriminator."""
 
     optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
-    """Of the generator, and of the discriminator where it has none of its own."""
+    """Optimizer of the generator, and of the discriminator where it has none of its own."""
     discriminator_optimizer: TokenizerOptimizerConfig | None = None
-    """Of the discriminator; its rate follows the same schedule."""
+    """Optimizer of the discriminator; its rate follows the same schedule."""
     start_from: Annotated[str, Field(min_length=1), LocalPath()] | None = None
     """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL."""
     frozen: tuple[Part, ...] = ()

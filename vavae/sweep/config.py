@@ -136,7 +136,7 @@ class EarlyStoppingConfig(Config):
     rule: Literal["none", "asha", "median"] = "none"
     """`asha` keeps the best at every rung; `median` stops a trial below the median of the others so far."""
     reduction_factor: int = Field(2, ge=2)
-    """Of ASHA: one trial of this many continues at a rung."""
+    """Share of the trials that ASHA continues at a rung: one of this many."""
 
 
 class ThresholdConfig(Config):

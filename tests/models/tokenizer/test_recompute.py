@@ -26,7 +26,7 @@ def reconstruct(model: VAVAE) -> Tensor:
 
 
 def gradients(model: VAVAE, times: int) -> list[Tensor]:
-    """Of one graph: at the two layers of the adaptive weights, again and again, then everywhere."""
+    """Gradients of one graph: at the two layers of the adaptive weights, again and again, then everywhere."""
     reconstruction = reconstruct(model)
     layers = [model.encoder.conv_out.weight, model.decoder.conv_out.weight]
     inner = [
