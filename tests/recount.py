@@ -20,7 +20,7 @@ LIMITS = {
     "functions of three lines with one caller": 80,
     "words of the README": 2200,
     "files at the top of vavae/training": 25,
-    WAY: 40,
+    WAY: 38,
 }
 """What each figure may be at most."""
 

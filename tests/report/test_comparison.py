@@ -9,8 +9,8 @@ from vavae.data.image import png_bytes
 from vavae.data.pixels import image_grid
 from vavae.evaluation.metric import Metric
 from vavae.report.comparison import Comparison, compare_configurations, render_comparison
-from vavae.report.figures import compared_curves
-from vavae.report.html import Picture, Report
+from vavae.report.figures import Picture, compared_curves
+from vavae.report.html import Report
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))
 

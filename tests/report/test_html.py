@@ -9,8 +9,8 @@ from support.html_page import HOSTILE, Page
 from vavae.data.image import png_bytes
 from vavae.data.pixels import image_grid
 from vavae.evaluation.metric import Metric
-from vavae.report.figures import training_curves
-from vavae.report.html import Picture, Report, render
+from vavae.report.figures import Picture, training_curves
+from vavae.report.html import Report, render
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))
 

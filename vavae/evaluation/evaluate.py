@@ -57,7 +57,8 @@ def evaluate(evaluator: Evaluator, advance: Callable[[int], None]) -> Evaluation
     if config.evaluate.class_agreement:
         train, held_out = (evaluator.first_images(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
         verdict = classify_generated(evaluator.samples(), train, held_out, config.seed)
-        metrics += classifier_metrics(verdict, config.sample.images, held_out, train, config)
+        counts = config.sample.images, len(held_out.images), len(train.images)
+        metrics += classifier_metrics(verdict, *counts, config)
     latent_space = evaluator.latent_space()
     if latent_space is not None:
         metrics += latent_space_metrics(latent_space)

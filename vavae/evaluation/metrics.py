@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 
-from vavae.data.shard_reader import LabeledImages
 from vavae.evaluation.generation import ClassifierVerdict, Reference, evaluate_generation, further_distances
 from vavae.evaluation.latent_space import LatentSpace
 from vavae.evaluation.metric import Metric
@@ -85,20 +84,20 @@ def generation_metrics(
 
 
 def classifier_metrics(
-    verdict: ClassifierVerdict, generated: int, held_out: LabeledImages, train: LabeledImages, config: RunConfig
+    verdict: ClassifierVerdict, generated: int, held_out: int, train: int, config: RunConfig
 ) -> list[Metric]:
     """Metrics of generated images by a classifier of real ones.
 
     Args:
         verdict: what the classifier found.
         generated: number of generated images.
-        held_out: images of the ceiling.
-        train: images that it was fitted to.
+        held_out: number of images of the ceiling.
+        train: number of images that it was fitted to.
         config: configuration of the run.
     """
     protocol = _generated(generated, config)
-    classifier = f"support vector machine on the pixels of {len(train.images):,} training images"
-    real = f"custom: {len(held_out.images):,} held-out images"
+    classifier = f"support vector machine on the pixels of {train:,} training images"
+    real = f"custom: {held_out:,} held-out images"
     return [
         Metric("class_agreement", verdict.class_agreement, "", f"{protocol}; {classifier}", "higher"),
         Metric("class_agreement_of_real_images", verdict.ceiling, "", f"{real}; {classifier}", "higher"),
@@ -106,7 +105,7 @@ def classifier_metrics(
             "within_class_variety",
             verdict.within_class_variety,
             "",
-            f"{protocol}; mean pixel distance within a class, over that of {len(train.images):,} training images",
+            f"{protocol}; mean pixel distance within a class, over that of {train:,} training images",
             "higher",
         ),
     ]

@@ -1,8 +1,9 @@
-"""Figures of the report: training curves and the map of the latent space.
+"""Figures of a report: pictures, training curves, and the map of the latent space.
 
 Curves are small SVG pictures, one scalar each, that take the text color of the page around them.
 """
 
+import base64
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,6 +67,22 @@ class Curve:
     name: str
     svg: Markup
     meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its explanation; ``alt`` says in words what is to be seen, ``smooth`` that it is no pixels."""
+
+    title: str
+    caption: str
+    png: bytes
+    alt: str
+    smooth: bool = False
+
+    @property
+    def source(self) -> str:
+        """The picture itself, as a URL."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:

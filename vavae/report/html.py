@@ -1,6 +1,5 @@
 """The report of a run: one HTML file that holds everything it shows and asks no network for anything."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,23 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vavae.evaluation.metric import Metric
-from vavae.report.figures import Curve
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture with its explanation; ``alt`` says in words what is to be seen, ``smooth`` that it is no pixels."""
-
-    title: str
-    caption: str
-    png: bytes
-    alt: str
-    smooth: bool = False
-
-    @property
-    def source(self) -> str:
-        """The picture itself, as a URL."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+from vavae.report.figures import Curve, Picture
 
 
 @dataclass(frozen=True)

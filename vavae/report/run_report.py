@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from vavae.config.load import dump
 from vavae.evaluation.metric import read_metrics
 from vavae.evaluation.metrics import generation_protocol
-from vavae.report.figures import training_curves
-from vavae.report.html import Picture, Report
+from vavae.report.figures import Picture, training_curves
+from vavae.report.html import Report
 from vavae.report.run_facts import run_facts, run_summary
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from vavae.config.load import dump
 from vavae.config.yaml_source import to_text
-from vavae.report.html import Picture, page
+from vavae.report.figures import Picture
+from vavae.report.html import page
 from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
 from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
