@@ -23,7 +23,7 @@ def work(run: Run) -> None:
         work_through(run, "prepare_shards", lambda: write, plan.shards, plan.images, actors, resources)
     manifest = finish(storage, prefix, plan)
     if manifest.skipped_count:
-        print(f"{manifest.skipped_count} unreadable images left out, such as {manifest.skipped[0]}", flush=True)
+        print(f"unreadable images left out: {manifest.skipped_count}, such as {manifest.skipped[0]}", flush=True)
 
 
 if __name__ == "__main__":
