@@ -1,4 +1,7 @@
-"""Pixels in their two ranges, uint8 in shards and pictures and [-1, 1] for the tokenizer; pictures of many images."""
+"""Pixels in their two ranges, uint8 in shards and pictures and [-1, 1] for the tokenizer; pictures of many images.
+
+Gaps between images are transparent, so that a picture suits any page.
+"""
 
 import numpy as np
 import torch

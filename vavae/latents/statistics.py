@@ -1,4 +1,7 @@
-"""Exact mean and standard deviation of latents per channel, summed in float64, and the normalization by them."""
+"""Exact mean and standard deviation of latents per channel, and the normalization by them.
+
+They are summed in float64 and stored beside the latents; the diffusion model learns latents that they normalize.
+"""
 
 import numpy as np
 from safetensors import SafetensorError

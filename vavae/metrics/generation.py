@@ -1,4 +1,9 @@
-"""Metrics of generated images beside the Fréchet distance: kernel distance, precision and recall, class agreement."""
+"""Metrics of generated images beside the Fréchet distance: kernel distance, precision and recall, class agreement.
+
+The kernel distance on features of Inception is KID (Bińkowski et al. 2018). Precision and recall are the improved ones
+(Kynkäänniemi et al. 2019): which features lie in the other set's neighborhoods. Class agreement and variety within a
+class look at pixels, so they are for small images.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
