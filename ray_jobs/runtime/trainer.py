@@ -1,5 +1,6 @@
 """Ray Train around the training loop: workers, restarts, and the errors that come back."""
 
+import math
 import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -44,7 +45,9 @@ def fit(run: Run, job: Job) -> None:
     trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config={"run": run, "job": job, "progress": progress, "owner": this_process()},
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if workers.use_gpu else "gloo", timeout_s=math.ceil(run.config.collective_seconds(job))
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers.count if workers.min_count is None else (workers.min_count, workers.count),
             use_gpu=workers.use_gpu,

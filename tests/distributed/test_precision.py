@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.engine_parity import TORCH, ZERO, Histories, Setup, error, train
 from support.gloo import GlooLauncher
+from support.training_steps import JOBS
 from torch import Tensor, nn
 
 from vavae.distributed.build import build_engine
@@ -67,3 +68,20 @@ def test_no_engine_changes_a_bit_of_it(gloo: GlooLauncher, plain: Histories, sta
     for name, parameter in plain["train_lightningdit"].after.items():
         # DeepSpeed clips by a factor of its own rounding, which may round a weight to the next bfloat16.
         assert error(did["train_lightningdit"].after[name], parameter) < 1e-4
+
+
+def exchanged(world: World) -> list[tuple[Histories, Histories]]:
+    """The same steps with gradients that travel in single and in half precision, by engine."""
+    engines = (TORCH, ZERO[0], ZERO[2], ZERO[3])
+    setups = [Setup(engine, lanes=2, recompute=engine == ZERO[3], steps=2) for engine in engines]
+    half = [setup._replace(engine={**setup.engine, "communication_data_type": "bf16"}) for setup in setups]
+    return [(train(world, a), train(world, b)) for a, b in zip(setups, half, strict=True)]
+
+
+def test_gradients_may_travel_in_half_precision(gloo: GlooLauncher) -> None:
+    for single, half in gloo.run(2, exchanged)[0]:
+        for job in JOBS:
+            norms = [name for name in single[job].figures[0] if name.startswith("gradient_norm")]
+            for name in norms:
+                first, rounded = (histories[job].figures[0][name] for histories in (single, half))
+                assert first != rounded == pytest.approx(first, rel=2**-8), (job, name)

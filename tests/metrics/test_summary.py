@@ -104,3 +104,19 @@ def test_progress_is_told():
 @pytest.mark.parametrize("extractor", EXTRACTORS.values())
 def test_an_extractor_is_what_torchmetrics_takes(extractor: FeatureExtractor):
     assert extractor(images(2)).shape == (2, extractor.num_features)
+
+
+def test_nothing_is_rounded_to_tf32_while_it_is_measured() -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, allowed = (matmul.allow_tf32, cudnn.allow_tf32), []
+
+    class Extractor(Projections):
+        def features(self, images: Tensor) -> Features:
+            allowed.append((matmul.allow_tf32, cudnn.allow_tf32))
+            return super().features(images)
+
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    summarize([images()], {"inception": Extractor(everything=False)}, keep=0)
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, True)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+    assert allowed == [(False, False)]

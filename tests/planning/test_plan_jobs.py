@@ -185,7 +185,7 @@ def test_checkpoints_hold_all_engines():
 
 
 def test_the_command_prints_a_plan(remembered, capsys):
-    options = ["--gpus", "8xL4", "--price", "0.5", "--images", "1535"]
+    options = ["--gpus", "8xL4", "--price", "0.5", "--images", "1535", "workers.tf32=false"]
     assert main(["plan", "--config", TINY, *options, LIGHT]) == 0
     printed = capsys.readouterr().out
     assert "8 x L4 in 1 machines" in printed

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from vavae.config import digest, dump, load
+from vavae.distributed.config import WorkersConfig
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TrainingConfig
 
@@ -110,3 +111,18 @@ def test_the_grid_is_the_size_over_the_downsampling(path):
 @pytest.mark.parametrize(("images", "steps"), [(1, 1), (64, 1), (65, 2), (640, 10)])
 def test_steps_cover_the_budget(images, steps):
     assert TrainingConfig(images=images, batch_size=64).steps == steps
+
+
+def test_collectives_outlast_the_watchdog_and_the_stores(path):
+    config = load(RunConfig, path, ["train_vavae.hang_seconds=100", "storage.operation_seconds=50"])
+    assert config.collective_seconds("train_vavae") == 150
+    waits = load(RunConfig, path, ["train_vavae.hang_seconds=null"])
+    assert waits.collective_seconds("train_vavae") > 24 * 3600
+
+
+@pytest.mark.parametrize(
+    ("workers", "rounds"),
+    [({}, False), ({"use_gpu": True}, True), ({"use_gpu": True, "deterministic": True}, False), ({"tf32": True}, True)],
+)
+def test_gpus_round_to_tf32_unless_bits_are_promised(workers, rounds):
+    assert WorkersConfig(**workers).rounds_to_tf32 is rounds

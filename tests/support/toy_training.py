@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import AccumulationStep
-from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
 from vavae.randomness import torch_generator
@@ -37,7 +37,7 @@ class ToyStep:
 
     def __init__(self) -> None:
         self.model = initialized(0, "toy", lambda: nn.Linear(3, 1))
-        self.engine = TorchEngine(self.model, OptimizerConfig(), World(), len(ROUNDS))
+        self.engine = TorchEngine(self.model, OptimizerConfig(), EngineConfig(), World(), len(ROUNDS))
         self.engines = {"toy": self.engine}
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
         self.accumulation_steps = ROUNDS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.sharded_tensors import load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
@@ -14,7 +14,7 @@ from vavae.training.ema import ExponentialMovingAverage
 
 
 def average_of(module: nn.Module, decay: float) -> ExponentialMovingAverage:
-    return ExponentialMovingAverage(TorchEngine(module, OptimizerConfig(), World(), 1), decay, World())
+    return ExponentialMovingAverage(TorchEngine(module, OptimizerConfig(), EngineConfig(), World(), 1), decay, World())
 
 
 def test_it_is_the_weighted_sum_of_all_weights():

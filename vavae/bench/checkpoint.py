@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vavae.bench.benchmark import VAVAE_SIDE, Benchmark
 from vavae.data.image_stream import MicroBatchSource
-from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import Engine, TorchEngine
 from vavae.distributed.world import World
 from vavae.storage.storage import Storage
@@ -32,7 +32,7 @@ class _TrainedStep:
 
     def __init__(self, parameters: int) -> None:
         layers = [nn.Linear(_WIDTH, _WIDTH) for _ in range(max(1, parameters // (_WIDTH * _WIDTH)))]
-        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), World(), accumulation_steps=1)
+        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), EngineConfig(), World(), accumulation_steps=1)
         engine.backward(engine.forward(torch.ones(1, _WIDTH)).sum())
         engine.update(1e-4)
         self.engines: Mapping[str, Engine] = {"model": engine}

@@ -33,8 +33,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
     configure_torch(run.config.workers)
-    with process_group(run.config.workers.use_gpu):
-        job, session = _JOBS[arguments.model], SignaledSession(EventLog(run.storage))
+    job, session = _JOBS[arguments.model], SignaledSession(EventLog(run.storage))
+    with process_group(run.config.workers.use_gpu, run.config.collective_seconds(job)):
         world = World.current(run.config.workers.use_gpu)
         with session.handle_signals():
             train(begin_training(run, job, world), session, world)

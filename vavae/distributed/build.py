@@ -33,7 +33,7 @@ def build_engine(
         # gradients in bf16. No cache: it would keep a second copy of all weights alive, full ones in ZeRO stage 3.
         module.forward = torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False)(module.forward)
     if config.backend == "torch":
-        return TorchEngine(module, optimizer, world, accumulation_steps)
+        return TorchEngine(module, optimizer, config, world, accumulation_steps)
     from vavae.distributed.deepspeed_engine import DeepSpeedEngine  # its import compiles and logs: only where used
 
     return DeepSpeedEngine(module, optimizer, config, world, accumulation_steps, micro_batch_size)

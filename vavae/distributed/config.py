@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, runtime
+from vavae.config import Config, added, runtime
 
 
 class WorkersConfig(Config):
@@ -26,8 +26,9 @@ class WorkersConfig(Config):
     """Share of a GPU that Ray reserves per worker, where `use_gpu`: two runs of 0.5 and one worker each share one."""
     threads: int = runtime(1, ge=1)
     """Threads of torch per worker; a fixed number keeps CPU results bitwise identical between runs."""
-    tf32: bool = runtime(False)
-    """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, which is several times faster."""
+    tf32: bool | None = runtime(None)
+    """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, which is several times faster; null
+    does where `use_gpu` and not `deterministic`. Metrics are computed without it."""
     peak_flops: float | None = runtime(None, gt=0)
     """FLOP/s that the device of a worker can do at most, for the utilization in the log; null looks known GPUs up."""
     deterministic: bool = runtime(False)
@@ -41,6 +42,11 @@ class WorkersConfig(Config):
     away with a notice do not count."""
     hourly_price: float | None = runtime(None, ge=0)
     """Price of a worker for an hour, in any currency: the report tells what the trainings cost."""
+
+    @property
+    def rounds_to_tf32(self) -> bool:
+        """Whether GPUs round the factors of fp32 products to TF32."""
+        return self.use_gpu and not self.deterministic if self.tf32 is None else self.tf32
 
     @model_validator(mode="after")
     def _minimum_below_count(self) -> Self:
@@ -68,6 +74,15 @@ class EngineConfig(Config):
     """ZeRO stage: partition nothing, the optimizer's state, gradients as well, and the weights as well."""
     persistence_threshold: int | None = runtime(None, ge=0)
     """Weights below which ZeRO stage 3 keeps a tensor in full on every rank; null is DeepSpeed's own choice."""
+    bucket_elements: int = runtime(50_000_000, ge=1)
+    """Most gradient values that are averaged over the ranks at once, while the backward pass goes on, and most weights
+    that ZeRO gathers at once. A larger tensor travels alone."""
+    communication_data_type: Precision = added("fp32")
+    """Precision in which gradients travel between the ranks; `bf16` halves the bytes and rounds them."""
+    max_live_parameters: int | None = runtime(None, ge=0)
+    """Gathered weights that ZeRO stage 3 keeps on a rank at most; null is DeepSpeed's own choice."""
+    max_reuse_distance: int | None = runtime(None, ge=0)
+    """ZeRO stage 3 keeps gathered weights that are used again within so many others; null is DeepSpeed's own choice."""
     offload_optimizer: bool = runtime(False)
     """Keep the optimizer's state in the host's memory and update there; for ZeRO stages 1 to 3."""
 

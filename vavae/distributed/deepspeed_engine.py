@@ -62,7 +62,9 @@ class DeepSpeedEngine:
                 "zero_optimization": _zero_section(config, world),
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
+                "communication_data_type": config.communication_data_type,
                 "steps_per_print": 1 << 62,
+                "timers": {"throughput": {"enabled": False}},  # it would synchronize the GPU twice per micro-batch
             },
             dist_init_required=False,
         )
@@ -175,12 +177,22 @@ class DeepSpeedEngine:
 
 def _zero_section(config: EngineConfig, world: World) -> dict[str, Any]:
     """Section `zero_optimization` of DeepSpeed's configuration."""
-    section: dict[str, Any] = {"stage": config.zero_stage}
+    on_gpu = world.device.type == "cuda"
+    section: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": on_gpu and world.size > 1,
+        "reduce_bucket_size": config.bucket_elements,
+        "allgather_bucket_size": config.bucket_elements,
+    }
     if config.offload_optimizer:
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
-    if config.persistence_threshold is not None:
-        section["stage3_param_persistence_threshold"] = config.persistence_threshold
-    return section
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    limits = {
+        "stage3_prefetch_bucket_size": config.bucket_elements,
+        "stage3_param_persistence_threshold": config.persistence_threshold,
+        "stage3_max_live_parameters": config.max_live_parameters,
+        "stage3_max_reuse_distance": config.max_reuse_distance,
+    }
+    return section | {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def _partition(parameter: nn.Parameter) -> Partition | None:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vavae.distributed.config import OptimizerConfig
+from vavae.distributed.config import EngineConfig, OptimizerConfig
+from vavae.distributed.gradient_buckets import GradientBuckets
 from vavae.distributed.sharded_tensors import (
     TensorShard,
     as_full_shard,
@@ -63,13 +64,26 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Engine of plain PyTorch: full weights and optimizer on every rank, gradients averaged in one flat reduction."""
+    """Engine of plain PyTorch: full weights and optimizer on every rank.
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, accumulation_steps: int) -> None:
+    Gradients are averaged in buckets during the last backward pass of a step. The adaptive weights, which differentiate
+    within the forward pass, do not come near: they accumulate nothing.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        world: World,
+        accumulation_steps: int,
+    ) -> None:
         self.module = module.to(world.device)
         self._world, self._accumulation_steps, self._max_norm = world, accumulation_steps, optimizer.max_grad_norm
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(self._parameters, optimizer)
+        self._buckets = GradientBuckets(self._parameters, config, world) if world.size > 1 else None
+        self._passes = 0
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Call the module, see `Engine.forward`."""
@@ -77,32 +91,31 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add gradients of one accumulation step, see `Engine.backward`."""
+        self._passes += 1
+        if self._buckets is not None and self._passes == self._accumulation_steps:
+            self._buckets.begin()
         (loss / self._accumulation_steps).backward()
 
     def update(self, learning_rate: float) -> float:
         """Apply the gradients of a step, see `Engine.update`."""
-        self._average_gradients()
+        assert self._passes == self._accumulation_steps, "update before the last accumulation step"
+        self._passes = 0
+        if self._buckets is not None:
+            self._buckets.average()
+        for parameter in self._parameters:
+            if parameter.grad is None:  # no loss reached it; so that any world size updates alike
+                parameter.grad = torch.zeros_like(parameter)
         limit = float("inf") if self._max_norm is None else self._max_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
         if norm.isfinite():
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._buckets is None:
+            self._optimizer.zero_grad(set_to_none=True)
+        else:
+            self._buckets.reset()
         return float(norm)
-
-    def _average_gradients(self) -> None:
-        """Average gradients over ranks. One that no loss reached is zero, so that any world size updates alike."""
-        gradients = []
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        if self._world.size == 1:
-            return
-        flat = self._world.sum(torch.cat([g.flatten() for g in gradients])) / self._world.size
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def tensor_shards(self) -> dict[str, TensorShard]:
         """Shards of the state dict, see `Engine.tensor_shards`."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,12 +12,24 @@ import torch.distributed as dist
 
 
 @contextmanager
-def process_group(use_gpu: bool) -> Iterator[None]:
-    """Join the process group of torchrun's environment; do nothing where torchrun did not start this process."""
+def process_group(use_gpu: bool, timeout_seconds: float) -> Iterator[None]:
+    """Join the process group of torchrun's environment; do nothing where torchrun did not start this process.
+
+    Args:
+        use_gpu: each rank has the GPU of its local rank, which is selected, and NCCL; otherwise gloo.
+        timeout_seconds: longest wait of a collective for other ranks.
+    """
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    device = World.current(use_gpu).device
+    timeout = timedelta(seconds=timeout_seconds)
+    if use_gpu:
+        # Collectives of objects and barriers take the selected GPU, which is the first one of every rank otherwise.
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from vavae.data.pixels import to_float, to_uint8
 from vavae.data.shard_reader import LabeledImages
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.metrics.features import Summaries
+from vavae.metrics.features import Summaries, without_tf32
 from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
 from vavae.models.tokenizer.autoencoder import VAVAE
@@ -65,18 +65,19 @@ def reconstruct(
     """
     tokenizer, alignment, teacher, lpips = reconstructor
     for batch in batches:
-        images = batch.images.to(device)
-        pixels = to_float(images)
-        posterior = tokenizer.encode(pixels)  # mean and deviation [B, C, h, w]
-        z = posterior.at(_noise(posterior.mean.shape, seed, first).to(device))
-        decoded = tokenizer.decode(z)
-        restored = to_uint8(decoded)
-        metrics = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
-        if lpips is not None:
-            metrics["lpips"] = lpips(pixels, decoded)
-        if alignment is not None and teacher is not None:
-            features = teacher(pixels, (z.shape[2], z.shape[3]))
-            metrics["alignment"] = alignment(z, features).alignment.expand(len(z))
+        with without_tf32():
+            images = batch.images.to(device)
+            pixels = to_float(images)
+            posterior = tokenizer.encode(pixels)  # mean and deviation [B, C, h, w]
+            z = posterior.at(_noise(posterior.mean.shape, seed, first).to(device))
+            decoded = tokenizer.decode(z)
+            restored = to_uint8(decoded)
+            metrics = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
+            if lpips is not None:
+                metrics["lpips"] = lpips(pixels, decoded)
+            if alignment is not None and teacher is not None:
+                features = teacher(pixels, (z.shape[2], z.shape[3]))
+                metrics["alignment"] = alignment(z, features).alignment.expand(len(z))
         first += len(z)
         yield ReconstructedBatch(images, restored, metrics)
 

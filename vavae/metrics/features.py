@@ -1,6 +1,7 @@
 """Features of images that the metrics of a set compare, and their summaries, which add up over parts of the set."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,18 @@ from vavae.metrics.frechet import FeatureStatistics
 from vavae.metrics.inception_score import ClassSums
 from vavae.models.backbones.inception import POOLED_DIM, load_inception
 from vavae.models.backbones.load import ImageNormalizer, load_backbone, meta_backbone
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute fp32 products on GPUs in full, as published metrics are, whatever the networks of a run may round."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class Features(NamedTuple):
@@ -213,6 +226,7 @@ class Summarizer:
         self._kept: dict[str, list[Tensor]] = {name: [] for name in extractors}
         self.count = 0
 
+    @without_tf32()
     def update(self, images: Tensor) -> None:
         """Take in images [B, 3, H, W] in uint8."""
         images = images.to(self._device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
+from vavae.distributed.config import Precision
 from vavae.planning.cluster import ClusterSpec
 from vavae.planning.formulas import (
     Arithmetic,
@@ -152,7 +153,7 @@ def _prepare(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEstimate:
     """Estimate the extraction: an actor decodes and encodes in turns; those that share a GPU fill each other's gaps."""
     flops = encoding_flops(config) * (1 + config.latents.flip)
-    arithmetic = arithmetic_of("fp32", config.workers.tf32)
+    arithmetic = _arithmetic(config, "fp32")
     computing = _gpu_seconds(flops, cluster, arithmetic)
     decoding = 1 / _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
     actors = cluster.count / config.latents.gpus
@@ -168,10 +169,15 @@ def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:
     flops = velocity_flops(config) * velocity_evaluations(config) + decoding_flops(config)
-    arithmetic = arithmetic_of("fp32", config.workers.tf32)
+    arithmetic = _arithmetic(config, "fp32")
     rate = cluster.count / _gpu_seconds(flops, cluster, arithmetic)
     images, written = config.sample.images, sample_bytes(config)
     return JobEstimate("sample", images, None, flops, {"compute": rate}, rate, 0, written, arithmetic)
+
+
+def _arithmetic(config: RunConfig, precision: Precision) -> Arithmetic:
+    """Arithmetic of GPUs, of which the configuration may know nothing yet."""
+    return arithmetic_of(precision, config.workers.model_copy(update={"use_gpu": True}).rounds_to_tf32)
 
 
 def _gpu_seconds(flops: float, cluster: ClusterSpec, arithmetic: Arithmetic) -> float:
@@ -184,7 +190,7 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
     lanes, batch, zero_stage = config.stream.lanes, training.batch_size, training.engine.zero_stage
     accumulation_steps = accumulation_steps_of(lanes, cluster.count)
     images_of_a_gpu = accumulation_steps * batch // lanes
-    arithmetic = arithmetic_of(training.precision, config.workers.tf32)
+    arithmetic = _arithmetic(config, training.precision)
     compute = images_of_a_gpu * _gpu_seconds(flops, cluster, arithmetic)
     parameters = sum(trained_parameters(config, job).values())
     leaving = gradient_bytes(parameters, cluster.count, zero_stage, accumulation_steps)

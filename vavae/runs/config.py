@@ -19,6 +19,8 @@ from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolv
 from vavae.sampling.config import SampleConfig
 from vavae.storage.config import StorageConfig
 
+_WEEK_SECONDS = 7 * 24 * 3600.0
+
 
 class ScheduleConfig(Config):
     """Learning rate over a training; all lengths in images seen."""
@@ -226,6 +228,15 @@ class RunConfig(Config):
         """Phases of the tokenizer's training, at least one, up to its budget or to more images than that."""
         training = self.train_vavae
         return resolve_phases(training.stages, self.losses, training.frozen, max(training.images, images))
+
+    def collective_seconds(self, job: str) -> float:
+        """Seconds that a rank of a training waits for the others in a collective.
+
+        It is longer than the watchdog lets any of them be silent and than a store is asked again, so that those end a
+        training, with a reason, and not the collective.
+        """
+        hang_seconds = getattr(self, job).hang_seconds
+        return self.storage.operation_seconds + (_WEEK_SECONDS if hang_seconds is None else hang_seconds)
 
     @property
     def adversarial(self) -> bool:

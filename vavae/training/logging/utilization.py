@@ -62,4 +62,4 @@ def _peak(config: RunConfig, job: Job, device: torch.device) -> float | None:
     training: TrainingConfig = getattr(config, job)
     if training.precision == "bf16":
         return gpu.bf16
-    return gpu.tf32 if config.workers.tf32 else gpu.fp32
+    return gpu.tf32 if config.workers.rounds_to_tf32 else gpu.fp32
