@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from support.engine_parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, error, train
 from support.gloo import GlooLauncher
 from support.training_steps import JOBS, LANES, build_step, tiny_config
@@ -16,6 +15,7 @@ from vavae.data.sample_order import assign_lanes
 from vavae.distributed.deepspeed_engine import DeepSpeedEngine
 from vavae.distributed.engine import MOMENTS
 from vavae.distributed.world import World
+from vavae.runs.run import Job
 
 pytestmark = pytest.mark.gloo
 
@@ -143,39 +143,61 @@ def test_a_rank_keeps_its_share_of_the_optimizer(gloo: GlooLauncher) -> None:
 
 
 class Met(NamedTuple):
-    """What became of a step in which only the last lane holds a value that is no number, and of a good one after it."""
+    """What became of a step in which the last rank's loss is no number, and of a good one after it."""
 
-    norms: list[float]
-    untouched: bool
-    updates: list[int]
+    norms: dict[str, list[float]]
+    """Of the steps, by engine."""
+    untouched: dict[str, bool]
+    """Whether the bad step changed no weight and no buffer, and both others did."""
+    updates: dict[str, list[int]]
+    average_follows: bool
+    """Whether the average sees the weights as they are after the steps."""
 
 
-def meet_no_number(world: World) -> list[Met]:
+def meet_no_number(world: World, job: Job) -> list[Met]:
     """By engine."""
-    return [_meet_no_number(world, engine) for engine in (TORCH, *ZERO, *OFFLOADED)]
+    return [_meet_no_number(world, job, engine) for engine in (TORCH, *ZERO, *OFFLOADED)]
 
 
-def _meet_no_number(world: World, config: dict[str, Any]) -> Met:
-    step = build_step("train_lightningdit", tiny_config(engine=config), world)
-    (engine,) = step.engines.values()
+def _meet_no_number(world: World, job: Job, config: dict[str, Any]) -> Met:
+    training = {"discriminator_optimizer": {"learning_rate": 1e-3}}
+    losses = {"adversarial": {"start_images": 0, "channels": 32, "layers": 2, "norm": "batch"}}
+    step = build_step(job, tiny_config(engine=config, train_vavae=training, losses=losses), world)
     micro_batches = next(load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
-    bad = [item._replace(mean=item.mean * torch.nan) if item.lane == LANES - 1 else item for item in micro_batches]
-    norms, updates, states = [], [], [engine.weights()]
-    for each in (micro_batches, bad, micro_batches):
-        norms += step.run(each, 0, 1e-3).gradient_norms.values()
-        states.append(engine.weights())
-        updates.append(engine.updates)
-    untouched = (
-        _difference(states[2], states[1])
+    average, (engine, *_) = step.ema, step.engines.values()
+    backward, bad = engine.backward, math.nan if world.rank == world.size - 1 else 1.0
+    results, updates, states = [], [], [{name: engine.weights() for name, engine in step.engines.items()}]
+    for factor in (1.0, bad, 1.0):
+        engine.backward = lambda loss, factor=factor: backward(loss * factor)  # type: ignore[method-assign]
+        results.append(step.run(micro_batches, 0, 1e-3).gradient_norms)
+        states.append({name: engine.weights() for name, engine in step.engines.items()})
+        updates.append({name: engine.updates for name, engine in step.engines.items()})
+    untouched = {
+        name: _difference(states[2][name], states[1][name])
         == 0
-        < min(_difference(states[1], states[0]), _difference(states[3], states[2]))
+        < min(_difference(states[1][name], states[0][name]), _difference(states[3][name], states[2][name]))
+        for name in step.engines
+    }
+    assert average is not None
+    for _ in range(200):
+        average.update()
+    present = engine.tensor_shards()
+    parts = [(part.values, present[name].values) for name, part in average.tensor_shards.items() if len(part.values)]
+    follows = max(error(ours, theirs) for ours, theirs in parts)
+    return Met(
+        {name: [result[f"gradient_norm/{name}"].item() for result in results] for name in step.engines},
+        untouched,
+        {name: [counts[name] for counts in updates] for name in step.engines},
+        follows < 1e-6,
     )
-    return Met(norms, untouched, updates)
 
 
-def test_all_ranks_learn_of_a_gradient_that_is_no_number_and_none_applies_it(gloo: GlooLauncher) -> None:
-    for rank in gloo.run(2, meet_no_number):
+@pytest.mark.parametrize("job", JOBS)
+def test_all_ranks_learn_of_a_gradient_that_is_no_number_and_none_applies_it(gloo: GlooLauncher, job: Job) -> None:
+    for rank in gloo.run(2, meet_no_number, job):
         for met in rank:
-            assert [*map(math.isfinite, met.norms)] == [True, False, True]
-            assert met.untouched
-            assert met.updates == [1, 1, 2]
+            for name, norms in met.norms.items():
+                assert [*map(math.isfinite, norms)] == [True, False, True], name
+                assert met.untouched[name], name
+                assert met.updates[name] == [1, 1, 2], name
+            assert met.average_follows

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training_steps import JOBS, LANES, build_step, tiny_config
+from support.training_steps import JOBS, LANES, build_step, figures_of, tiny_config
 
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
@@ -43,7 +43,7 @@ def steps(world: World, job: Job, count: int = 5, **training: Any) -> list[dict[
     figures = []
     for number in range(count):
         result = step.run(next(stream), number * LANES, 1e-4)
-        figures.append(world.sum_terms(result.terms) | dict(result.gradient_norms))
+        figures.append(figures_of(result, world))
     return figures
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from support.training_steps import BATCH, JOBS, LANES, build_step, tiny_config
+from support.training_steps import BATCH, JOBS, LANES, build_step, figures_of, tiny_config
 from torch import Tensor, nn
 
 import vavae.distributed.deepspeed_engine
@@ -101,7 +101,7 @@ def _train(world: World, job: Job, setup: Setup) -> History:
         if setup.smooth:
             smooth_images(micro_batches)
         result = step.run(micro_batches, number * training.batch_size, training.optimizer.learning_rate / (1 + number))
-        figures.append(world.sum_terms(result.terms) | dict(result.gradient_norms))
+        figures.append(figures_of(result, world))
     after = _parameters(step.engines)
     here = {
         f"{engine}.{name}": parameter.detach()

@@ -1,6 +1,6 @@
 """A training whose every step costs microseconds: one linear layer, for tests of what lies around the mathematics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,20 @@ class ToyStep:
     def __getitem__(self, key: MicroBatchKey) -> Tensor:
         return torch.randn(4, 3, generator=torch_generator(0, "toy", *key))
 
-    def run(self, micro_batches: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+    def run(
+        self,
+        micro_batches: Sequence[Tensor],
+        images_seen: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """See `Step.run`."""
         self.rates.append(learning_rate)
         with self.stopwatch("forward"):
             loss = self.engine.forward(micro_batches[0]).square().mean()
         with self.stopwatch("backward"):
             self.engine.backward(loss)
+        before_update()
         with self.stopwatch("optimizer"):
             norm = self.engine.update(learning_rate)
         return StepResult({"loss/total": loss.detach().double()}, {"gradient_norm/toy": norm})

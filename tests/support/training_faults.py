@@ -134,12 +134,12 @@ class _Witness:
         for module in (vavae.training.diffusion_step, vavae.training.tokenizer_step):
             module.torch_generator = self._generator  # type: ignore[attr-defined]
 
-    def run(self, micro_batches: Any, images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches: Any, *arguments: Any, **named: Any) -> StepResult:
         smooth_images(micro_batches)
         for item in micro_batches:
             data = b"".join(value.numpy().tobytes() for value in item if isinstance(value, torch.Tensor))
             self._write(["slice", item.lane, item.step], data)
-        result = self._run(micro_batches, images_seen, learning_rate)
+        result = self._run(micro_batches, *arguments, **named)
         self._file.flush()
         return result
 

@@ -16,7 +16,7 @@ from vavae.runs.config import RunConfig
 from vavae.runs.run import TRAININGS, Job
 from vavae.storage.storage import Storage
 from vavae.training.diffusion_step import DiffusionStep
-from vavae.training.step import Step
+from vavae.training.step import Step, StepResult
 from vavae.training.tokenizer_step import TokenizerStep
 
 JOBS: tuple[Job, ...] = TRAININGS
@@ -43,10 +43,13 @@ _RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_config(train_vavae: Mapping[str, Any] | None = None, **training: Any) -> RunConfig:
-    """The configuration, with some fields of both trainings replaced, and then some of the tokenizer's."""
+def tiny_config(
+    train_vavae: Mapping[str, Any] | None = None, losses: Mapping[str, Any] | None = None, **training: Any
+) -> RunConfig:
+    """The configuration, with some fields of both trainings replaced, then some of the tokenizer's and its losses."""
     sections = {job: {**_RUN[job], **training} for job in JOBS}
     sections["train_vavae"] |= train_vavae or {}
+    sections["losses"] = {**_RUN["losses"], **(losses or {})}
     return RunConfig.model_validate({**_RUN, **sections})
 
 
@@ -78,6 +81,11 @@ def build_step(job: Job, config: RunConfig, world: World) -> Step:
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
     return DiffusionStep(config, model, DrawnLatents(), normalizer, world)  # type: ignore[arg-type]
+
+
+def figures_of(result: StepResult, world: World) -> dict[str, float]:
+    """Terms of a step, means over the global batch, and its gradient norms."""
+    return world.sum_terms(result.terms) | {name: norm.item() for name, norm in result.gradient_norms.items()}
 
 
 class Notes:

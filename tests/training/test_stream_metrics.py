@@ -108,9 +108,9 @@ class ReadingStep(ToyStep):
         """See `Step.source`."""
         return self._stream
 
-    def run(self, micro_batches, images_seen: int, learning_rate: float) -> StepResult:
+    def run(self, micro_batches, images_seen: int, learning_rate: float, before_update) -> StepResult:
         """See `Step.run`."""
-        return super().run([torch.ones(4, 3)], images_seen, learning_rate)
+        return super().run([torch.ones(4, 3)], images_seen, learning_rate, before_update)
 
 
 def test_rows_count_unreadable_images(storage: Storage) -> None:

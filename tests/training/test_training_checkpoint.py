@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event
@@ -203,13 +203,19 @@ class Watching(ToyStep):
         self._storage, self._slow, self._release_at = storage, slow, release_at
         self.committed: list[list[str]] = []
 
-    def run(self, micro_batches: Sequence[Tensor], images_seen: int, learning_rate: float) -> StepResult:
+    def run(
+        self,
+        micro_batches: Sequence[Tensor],
+        images_seen: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """See `Step.run`."""
         names = _saved(self._storage)
         self.committed.append([name for name in names if self._storage.exists(f"checkpoints/{name}/{RECORD}")])
         if images_seen == self._release_at:
             self._slow.passage.set()
-        return super().run(micro_batches, images_seen, learning_rate)
+        return super().run(micro_batches, images_seen, learning_rate, before_update)
 
 
 def test_training_continues_while_a_checkpoint_is_written(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

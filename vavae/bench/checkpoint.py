@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,13 @@ class _TrainedStep:
         """Refuse: nothing is read here."""
         raise NotImplementedError
 
-    def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
+    def run(
+        self,
+        micro_batches: Sequence[Any],
+        images_seen: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Refuse: nothing is trained here."""
         raise NotImplementedError
 

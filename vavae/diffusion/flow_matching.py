@@ -89,5 +89,6 @@ class TimestepBins(NamedTuple):
 def bin_by_timestep(losses: Tensor, t: Tensor) -> TimestepBins:
     """Sort losses [B] by their timesteps t [B] into equal bins, each closed below; t = 1 falls into the last."""
     index = (t * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
-    member = F.one_hot(index, TIMESTEP_BINS).to(torch.float32)  # [B, bins]; a sum without atomics is deterministic
+    bins = torch.arange(TIMESTEP_BINS, device=t.device)
+    member = (index[:, None] == bins).float()  # [B, bins]; a sum without atomics is deterministic
     return TimestepBins(losses.detach().float() @ member, member.sum(0))

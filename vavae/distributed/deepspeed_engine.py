@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import safe_get_local_optimizer_state
 
-from vavae.distributed.engine import MOMENTS, begin_at, build_optimizer, full_moments, updates_of
+from vavae.distributed.engine import MOMENTS, begin_at, build_optimizer, full_moments, prepare_update, updates_of
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -91,26 +91,24 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def update(self, learning_rate: float) -> float:
-        """Apply the gradients of a step, see `Engine.update`."""
+    def update(self, learning_rate: float) -> Tensor:
+        """Apply the gradients of a step, see `Engine.update`. DeepSpeed waits for the device by itself."""
         assert self._engine.is_gradient_accumulation_boundary(), "update before the last accumulation step"
+        if self._zero_stage == 0:
+            return self._update_unpartitioned(learning_rate)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._zero_stage == 0:
-            return self._update_unpartitioned()
         self._engine.step()
         # What it does not apply it does not measure either.
-        return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
+        norm = math.inf if self._engine.optimizer.overflow else self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32)
 
-    def _update_unpartitioned(self) -> float:
+    def _update_unpartitioned(self, learning_rate: float) -> Tensor:
         """Update at ZeRO stage 0: plain averaged gradients, whose norm DeepSpeed neither returns nor checks."""
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
-        if norm.isfinite():
-            self._engine.step()
-        else:
-            self._engine.zero_grad()
-            self._engine.micro_steps += 1
-        return float(norm)
+        prepare_update(self.optimizer, learning_rate, norm)
+        self._engine.step()
+        return norm
 
     def tensor_shards(self) -> dict[str, TensorShard]:
         """Shards of the state dict, see `Engine.tensor_shards`."""

@@ -36,8 +36,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one accumulation step's loss; they are averaged over accumulation steps and ranks."""
 
-    def update(self, learning_rate: float) -> float:
-        """Apply the gradients of all accumulation steps; return their global norm before clipping.
+    def update(self, learning_rate: float) -> Tensor:
+        """Apply the gradients of all accumulation steps; return their global norm before clipping, float32 [].
 
         Where that is not finite nothing is applied, on any rank.
         """
@@ -96,8 +96,8 @@ class TorchEngine:
             self._buckets.begin()
         (loss / self._accumulation_steps).backward()
 
-    def update(self, learning_rate: float) -> float:
-        """Apply the gradients of a step, see `Engine.update`."""
+    def update(self, learning_rate: float) -> Tensor:
+        """Apply the gradients of a step, see `Engine.update`. The host waits for nothing."""
         assert self._passes == self._accumulation_steps, "update before the last accumulation step"
         self._passes = 0
         if self._buckets is not None:
@@ -107,15 +107,13 @@ class TorchEngine:
                 parameter.grad = torch.zeros_like(parameter)
         limit = float("inf") if self._max_norm is None else self._max_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        if norm.isfinite():
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
+        prepare_update(self._optimizer, learning_rate, norm)
+        self._optimizer.step()
         if self._buckets is None:
             self._optimizer.zero_grad(set_to_none=True)
         else:
             self._buckets.reset()
-        return float(norm)
+        return norm
 
     def tensor_shards(self) -> dict[str, TensorShard]:
         """Shards of the state dict, see `Engine.tensor_shards`."""
@@ -147,6 +145,16 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+
+
+def prepare_update(optimizer: torch.optim.Optimizer, learning_rate: float, norm: Tensor) -> None:
+    """Prepare a step of an optimizer of `build_optimizer`, which applies nothing where the norm is not finite.
+
+    The device finds that out by itself, as it does for a `GradScaler`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
 
 
 _STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")

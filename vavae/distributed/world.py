@@ -1,7 +1,7 @@
 """The ranks of a training run, and the few collectives that the loop needs."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,6 +34,30 @@ def process_group(use_gpu: bool, timeout_seconds: float) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class PendingSums:
+    """Sums over all ranks that are on their way to the host.
+
+    Args:
+        names: names of the sums.
+        total: the sums, float64 [n], in their order.
+    """
+
+    def __init__(self, names: Sequence[str], total: torch.Tensor) -> None:
+        self._names = names
+        self._arrived = torch.cuda.Event() if total.is_cuda else None
+        if self._arrived is None:
+            self._values = total
+        else:
+            self._values = torch.empty_like(total, device="cpu", pin_memory=True).copy_(total, non_blocking=True)
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """Wait for the sums; returns them by name."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,10 @@ class World:
 
     def sum_terms(self, terms: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Sum scalars of the same names over all ranks in one reduction, in float64 and in sorted order of name."""
+        return self.begin_sum(terms).read()
+
+    def begin_sum(self, terms: Mapping[str, torch.Tensor]) -> PendingSums:
+        """Begin what `sum_terms` does, without waiting for a GPU."""
         names = sorted(terms)
         total = torch.stack([terms[name].detach().to(self.device, torch.float64) for name in names])
-        return dict(zip(names, self.sum(total).tolist(), strict=True))
+        return PendingSums(names, self.sum(total))

@@ -1,6 +1,6 @@
 """One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,7 +120,13 @@ class DiffusionStep:
         """See `Step.source`."""
         return self._stream
 
-    def run(self, micro_batches: Sequence[LatentMicroBatch], images_seen: int, learning_rate: float) -> StepResult:
+    def run(
+        self,
+        micro_batches: Sequence[LatentMicroBatch],
+        images_seen: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """See `Step.run`."""
         terms = TermSum(self.accumulation_steps, self._world.size)
         bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
@@ -134,6 +140,7 @@ class DiffusionStep:
             if accumulation_step.weight > 0:
                 new = bin_by_timestep(per_sample, inputs.timesteps)
                 bins = TimestepBins(bins.total + new.total, bins.samples + new.samples)
+        before_update()
         with self.stopwatch("optimizer"):
             norms = {"gradient_norm/lightningdit": self._engine.update(learning_rate)}
         names = [f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}" for low in range(TIMESTEP_BINS)]

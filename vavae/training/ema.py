@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vavae.distributed.engine import Engine
-from vavae.distributed.sharded_tensors import TensorShard, gather_full
+from vavae.distributed.sharded_tensors import gather_full
 from vavae.distributed.world import World
 
 
@@ -23,24 +23,19 @@ class ExponentialMovingAverage:
 
     def __init__(self, engine: Engine, decay: float, world: World) -> None:
         self._engine, self._decay, self._world = engine, decay, world
-        self.tensor_shards = {name: part._replace(values=part.values.clone()) for name, part in self._present().items()}
-        """This rank's shards of the average, fp32, by the names of the module's state dict."""
-
-    def _present(self) -> dict[str, TensorShard]:
-        """This rank's shards of the engine's present weights, fp32."""
-        parts = self._engine.tensor_shards()
-        return {
-            name: part._replace(values=part.values.float())
-            for name, part in parts.items()
-            if part.values.is_floating_point()
+        present = {name: part for name, part in engine.tensor_shards().items() if part.values.is_floating_point()}
+        self.tensor_shards = {
+            name: part._replace(values=part.values.to(torch.float32, copy=True)) for name, part in present.items()
         }
+        """This rank's shards of the average, fp32, by the names of the module's state dict."""
+        # Views, which follow the weights: an engine updates and restores them in place.
+        self._weights = [part.values for part in present.values()]
+        self._averages = [part.values for part in self.tensor_shards.values()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the engine's present weights."""
-        present = self._present()
-        averages = [part.values for part in self.tensor_shards.values()]
-        torch._foreach_lerp_(averages, [present[name].values for name in self.tensor_shards], 1 - self._decay)
+        torch._foreach_lerp_(self._averages, [weights.float() for weights in self._weights], 1 - self._decay)
 
     def weights(self) -> dict[str, Tensor]:
         """Gather the full averaged state dict on the CPU of every rank; entries without average are as they are."""

@@ -1,6 +1,6 @@
 """The step object's interface: the mathematics of one optimizer step. The order of things is the trainer's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,8 @@ class StepResult:
 
     terms: Mapping[str, Tensor]
     """Scalars [] of this rank by name, float64; summed over ranks they are means over the global batch."""
-    gradient_norms: Mapping[str, float]
-    """Global gradient norm per engine that was updated; equal on all ranks."""
+    gradient_norms: Mapping[str, Tensor]
+    """Global gradient norm [] per engine; equal on all ranks. Where one is not finite no engine has been updated."""
     ratios: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Sums and counts [] of this rank, whose quotient after summing over ranks and steps is a mean."""
 
@@ -60,8 +60,22 @@ class Step(Protocol):
     def source(self) -> MicroBatchSource[Any]:
         """Return the source of micro-batches."""
 
-    def run(self, micro_batches: Sequence[Any], images_seen: int, learning_rate: float) -> StepResult:
-        """Run forward and backward for every micro-batch of this rank, then update the weights once."""
+    def run(
+        self,
+        micro_batches: Sequence[Any],
+        images_seen: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
+        """Run forward and backward for every micro-batch of this rank, then update the weights once.
+
+        Args:
+            micro_batches: one for each accumulation step.
+            images_seen: before the step.
+            learning_rate: of the first engine.
+            before_update: called before the weights change, while a GPU computes their gradients: work of the host
+                for which it does not wait.
+        """
 
     def state_dict(self) -> StepState:
         """Return the state besides weights and optimizers that a checkpoint holds, for the lanes of this rank."""

@@ -1,6 +1,5 @@
 """One optimizer step of the VA-VAE and its discriminator."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -175,11 +174,18 @@ class TokenizerStep:
         """See `Step.source`."""
         return self._stream
 
-    def run(self, micro_batches: Sequence[ImageMicroBatch], images_seen: int, learning_rate: float) -> StepResult:
+    def run(
+        self,
+        micro_batches: Sequence[ImageMicroBatch],
+        images_seen: int,
+        learning_rate: float,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """See `Step.run`."""
         adversarial = self._losses.adversarial
         started = adversarial.weight > 0 and images_seen >= adversarial.start_images
         adversary = self._adversary if started else None
+        statistics = [] if adversary is None else [buffer.clone() for buffer in adversary.module.buffers()]
         terms = TermSum(self.accumulation_steps, self._world.size)
         pairs = []
         for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
@@ -190,16 +196,22 @@ class TokenizerStep:
                 self._generator.backward(losses.objective * accumulation_step.weight)
             terms.add(accumulation_step, {_log_name(name): value for name, value in losses.terms.items()})
             pairs.append((accumulation_step, images, losses.reconstruction))
+        before_update()
         with self.stopwatch("optimizer"):
-            norms = {"gradient_norm/generator": self._generator.update(learning_rate)}
-        if adversary is not None and math.isfinite(norms["gradient_norm/generator"]):
+            norm = self._generator.update(learning_rate)
+        norms = {"gradient_norm/generator": norm}
+        if adversary is not None:
+            # A loss that is not finite, so that the discriminator is not updated where the generator was not.
+            guard = torch.where(norm.isfinite(), 1.0, torch.nan).to(self._world.device, non_blocking=True)
             for accumulation_step, images, reconstruction in pairs:
                 with self.stopwatch("forward"):
                     judged = adversary.forward(images, reconstruction)
                 with self.stopwatch("backward"):
-                    adversary.backward(judged.objective * accumulation_step.weight)
+                    adversary.backward(judged.objective * accumulation_step.weight * guard)
                 scores = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
                 terms.add(accumulation_step, {_log_name(name): value for name, value in scores.items()})
+            for buffer, before in zip(adversary.module.buffers(), statistics, strict=True):
+                buffer.copy_(torch.where(guard.isfinite(), buffer, before))
             training = self._config.train_vavae
             ratio = training.of_discriminator.learning_rate / training.optimizer.learning_rate
             with self.stopwatch("optimizer"):

@@ -15,7 +15,7 @@ import torch
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import ImageStream
 from vavae.data.loader import load_micro_batches
-from vavae.distributed.world import World
+from vavae.distributed.world import PendingSums, World
 from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
 from vavae.runs.config import ScheduleConfig, TrainingConfig
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _LOSS = "loss/total"
+_SKIPPED, _STOP, _CHECK_DUE = "skipped", "stop", "check_due"
 _PROGRESS_TERMS = (_LOSS, "data_wait")
 
 
@@ -46,15 +47,14 @@ class _DivergedError(Exception):
     """Too many steps in a row with gradients that are not finite."""
 
 
-class _Signals(NamedTuple):
-    """Facts about a step that every rank needs."""
+class _PendingStep(NamedTuple):
+    """A step of which the host does not know yet what came of it."""
 
-    stop: bool
-    """Some rank was asked to save and leave."""
-    check_due: bool
-    """It is time to ask `Session.must_save`."""
-    loss: float
-    """Mean over the global batch."""
+    images_seen: int
+    """Before the step."""
+    result: StepResult
+    sums: PendingSums
+    """Mean loss over the global batch, and how many ranks say that it was skipped, ask to stop or want a check."""
 
 
 def learning_rate(peak: float, config: ScheduleConfig, images_seen: int) -> float:
@@ -136,17 +136,22 @@ class Trainer:
         self._rate, self._spikes = Rate(), SpikeDetector(self.config.spike_deviations)
         self._row: dict[str, float] = {}
         self._shown_at, self._skipped_in_a_row = -math.inf, 0
-        stop = False
+        self._pending: _PendingStep | None = None
+        self._stop = self._check_due = self._diverged = False
         with closing(self._load_micro_batches()) as stream:
-            while not stop:
+            while not self._stop:
                 self._watchdog.feed()
                 before = self._state.images_seen
-                signals = self._step(stream)
-                self._run_callbacks(before)
+                self._step(stream)
                 done = self._state.images_seen >= until
-                stop = signals.stop or done
-                must_save = signals.check_due and self.session.must_save()
-                self._log_and_checkpoint(before, save=stop or must_save, done=done)
+                if done or self._stop or self._check_due or self._is_shown(before):
+                    self._settle()
+                    self._raise_if_diverged()
+                self._run_callbacks(before)
+                self._stop |= done
+                must_save = self._check_due and self.session.must_save()
+                self._check_due = False
+                self._log_and_checkpoint(before, save=self._stop or must_save, done=done)
         return self._state
 
     def _load_micro_batches(self) -> Generator[list[Any], None, None]:
@@ -160,57 +165,84 @@ class Trainer:
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
         )
 
-    def _step(self, stream: Iterator[list[Any]]) -> _Signals:
-        """Load, run, and account for one optimizer step.
+    def _step(self, stream: Iterator[list[Any]]) -> None:
+        """Load and run one optimizer step, in which the one before is settled.
 
         Raises:
-            _DivergedError: like too many before it, it has gradients that are not finite.
+            _DivergedError: the one before was skipped, like too many before it. This one is dropped with the weights.
         """
         before = self._state.images_seen
         with self._meter.waiting("data_wait"):
             micro_batches = next(stream)
-        result = self.step.run(micro_batches, before, self._learning_rate(before))
+        result = self.step.run(micro_batches, before, self._learning_rate(before), before_update=self._settle)
+        self._raise_if_diverged()
         self._state = self._state.after(self.config.batch_size)
-        signals = self._exchange_signals(result)
-        if not all(map(math.isfinite, result.gradient_norms.values())):
-            self._count_skipped(result, before)
-            return signals
-        self._skipped_in_a_row = 0
-        self._meter.add(result, self.config.batch_size)
-        if self.step.ema is not None:
-            with self.step.stopwatch("optimizer"):
-                self.step.ema.update()
-        if self._spikes.is_spike(signals.loss):
-            self._meter.spike()
-            self._report_step("loss_spike", "has a loss far above those before it", result, before)
-        return signals
+        self._pending = _PendingStep(before, result, self._begin_exchange(result))
 
     def _learning_rate(self, images_seen: int) -> float:
         return learning_rate(self.config.optimizer.learning_rate, self.config.schedule, images_seen)
 
-    def _exchange_signals(self, result: StepResult) -> _Signals:
-        """Share the loss and the session's requests among all ranks, in one reduction."""
-        flags = {"stop": self.session.stop_requested(), "check_due": self.session.save_check_due()}
-        total = self.world.sum_terms(
-            {_LOSS: result.terms[_LOSS], **{name: torch.tensor(float(flag)) for name, flag in flags.items()}}
+    def _begin_exchange(self, result: StepResult) -> PendingSums:
+        """Share the loss, the outcome and the session's requests among all ranks, in the one reduction of a step."""
+        norms = [norm.to(self.world.device, non_blocking=True) for norm in result.gradient_norms.values()]
+        flags = {_STOP: self.session.stop_requested(), _CHECK_DUE: self.session.save_check_due()}
+        return self.world.begin_sum(
+            {
+                _LOSS: result.terms[_LOSS],
+                _SKIPPED: torch.stack(norms).isfinite().logical_not().any(),
+                **{name: torch.tensor(float(flag)) for name, flag in flags.items()},
+            }
         )
-        return _Signals(total["stop"] > 0, total["check_due"] > 0, total[_LOSS])
 
-    def _count_skipped(self, result: StepResult, before: int) -> None:
+    def _settle(self) -> None:
+        """Account for the last step, if that has not been done yet: whether it was applied, and what its exchange says.
+
+        The host learns it during the step after, so that a GPU always has work; or when somebody is to see the result.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        total = pending.sums.read()
+        self._stop |= total[_STOP] > 0
+        self._check_due |= total[_CHECK_DUE] > 0
+        if total[_SKIPPED] > 0:
+            self._count_skipped(pending)
+            return
+        self._skipped_in_a_row = 0
+        self._meter.add(pending.result, self.config.batch_size)
+        if self.step.ema is not None:
+            with self.step.stopwatch("optimizer"):
+                self.step.ema.update()
+        if self._spikes.is_spike(total[_LOSS]):
+            self._meter.spike()
+            self._report_step("loss_spike", "has a loss far above those before it", pending)
+
+    def _raise_if_diverged(self) -> None:
+        if self._diverged:
+            raise _DivergedError
+
+    def _is_shown(self, before: int) -> bool:
+        """Return whether the result of a step is logged, saved or handed to a callback."""
+        intervals = [self.config.log_images, self.config.checkpoint_images]
+        intervals += [callback.every_images for callback in self.callbacks]
+        seen = self._state.images_seen
+        return any(_crosses(before, seen, interval) for interval in intervals) or self.checkpoints.is_due(seen)
+
+    def _count_skipped(self, pending: _PendingStep) -> None:
         """Count a step that no engine has applied."""
         self._skipped_in_a_row += 1
         self._meter.skip(self.config.batch_size)
-        self._report_step("skipped_step", "is skipped", result, before)
-        if self._skipped_in_a_row > self.config.skip_limit:
-            raise _DivergedError
+        self._report_step("skipped_step", "is skipped", pending)
+        self._diverged = self._skipped_in_a_row > self.config.skip_limit
 
-    def _report_step(self, kind: Kind, what: str, result: StepResult, images_seen: int) -> None:
+    def _report_step(self, kind: Kind, what: str, pending: _PendingStep) -> None:
         """Log a remarkable step in detail, and record it as an event."""
-        terms = self.world.sum_terms(result.terms)
+        terms, seen = self.world.sum_terms(pending.result.terms), pending.images_seen
         if self.world.is_first:
-            figures = ", ".join(f"{name} {value:g}" for name, value in {**result.gradient_norms, **terms}.items())
-            logger.warning("%s: the step at %s images %s: %s", self.job, f"{images_seen:,}", what, figures)
-            self._record_event(kind, images_seen, figures=figures)
+            norms = {name: norm.item() for name, norm in pending.result.gradient_norms.items()}
+            figures = ", ".join(f"{name} {value:g}" for name, value in {**norms, **terms}.items())
+            logger.warning("%s: the step at %s images %s: %s", self.job, f"{seen:,}", what, figures)
+            self._record_event(kind, seen, figures=figures)
 
     def _run_callbacks(self, before: int) -> None:
         for callback in self.callbacks:

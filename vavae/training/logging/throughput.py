@@ -38,7 +38,7 @@ class ThroughputMeter:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._ratios: dict[str, Tensor] = {}
-        self._norms: dict[str, list[float]] = {}
+        self._norms: dict[str, list[Tensor]] = {}
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
@@ -82,7 +82,7 @@ class ThroughputMeter:
             name, kind = part.split("#")
             if kind == "total" and sums[f"{name}#count"]:
                 row[name] = sums[part] / sums[f"{name}#count"]
-        row |= {name: sum(norms) / len(norms) for name, norms in self._norms.items()}
+        row |= {name: sum(torch.stack(norms).tolist()) / len(norms) for name, norms in self._norms.items()}
         row["images_per_second"] = self._images / seconds
         row |= {name: part / seconds for name, part in spent.items()}
         if sums[_SAVED_BYTES]:
