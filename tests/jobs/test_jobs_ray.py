@@ -21,6 +21,7 @@ import psutil
 import pytest
 import ray
 import torch
+from support.loader_process import is_alive
 from support.metric_names import EXPORTED, OF_NODES, exported_name
 from support.sockets import beyond_loopback
 from support.trained_run import trained_run
@@ -284,6 +285,25 @@ def one_killed(
     killer.join()
 
 
+@contextmanager
+def loader_processes() -> Iterator[dict[int, bool]]:
+    """The loader processes below this one: whether each had Ray's library when it was seen last."""
+    seen, ended = dict[int, bool](), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess, OSError):
+                    if process.name() == "pt_data_worker":  # so torch calls them
+                        seen[process.pid] = "_raylet" in Path(f"/proc/{process.pid}/maps").read_text()
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    yield seen
+    ended.set()
+    looking.join()
+
+
 @pytest.mark.parametrize("by", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_deleted_training_comes_back_bit_for_bit_though_a_worker_dies_or_hangs(
     arguments: list[str], by: signal.Signals
@@ -300,10 +320,13 @@ def test_deleted_training_comes_back_bit_for_bit_though_a_worker_dies_or_hangs(
         return [event["event"] for event in read_events(run.storage)].count("restart")
 
     known = restarts()
-    with one_killed("ray::RayTrainWorker", a_checkpoint_is_there, by):
-        more = ("train_lightningdit.checkpoint_images=32", "train_lightningdit.hang_seconds=20")
-        assert run_pipeline(arguments, *more) == 0
+    with one_killed("ray::RayTrainWorker", a_checkpoint_is_there, by), loader_processes() as loaders:
+        more = [f"train_lightningdit.{setting}" for setting in ("checkpoint_images=32", "hang_seconds=20")]
+        assert run_pipeline(arguments, *more, "stream.workers=2") == 0
     assert restarts() == known + 1
+    assert len(loaders) > 2 * 2, "two of each worker, and of those that were restarted"
+    assert not any(loaders.values()), "a loader process needs nothing of Ray"
+    wait_until(lambda: not any(map(is_alive, loaders)), why=lambda: loaders)
     assert run.require("train_lightningdit").digest == before
 
 

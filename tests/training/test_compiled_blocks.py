@@ -1,5 +1,6 @@
 """Blocks that are compiled do what they did, keep their names, and are refused where they can't work."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,11 +8,18 @@ import torch
 from pydantic import ValidationError
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
-from support.training_steps import LANES, build_step, tiny_config
+from support.trained_run import trained_run
+from support.training_steps import LANES, build_step, figures_of, tiny_config
 
+from vavae.config import load
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
+from vavae.runs.config import RunConfig
+from vavae.runs.run import Run
+from vavae.runs.training_inputs import LightningDiTTrainingInputs
+from vavae.training import train as train_module
+from vavae.training.session import LocalSession
 
 
 def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tuple[list[str], list[dict[str, float]]]:
@@ -27,7 +35,7 @@ def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tu
     stream = load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
     results = [step.run(next(stream), 0, 1e-3) for _ in range(4)]
     (trained,) = step.engines.values()
-    return [*trained.weights()], [world.sum_terms(each.terms) | dict(each.gradient_norms) for each in results]
+    return [*trained.weights()], [figures_of(each, world) for each in results]
 
 
 @pytest.mark.gloo
@@ -51,6 +59,31 @@ def test_zero_stage_3_cannot_be_compiled() -> None:
 def test_only_sharded_optimizers_are_offloaded(engine: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="offload_optimizer=true with backend="):
         tiny_config(engine={**engine, "offload_optimizer": True})
+
+
+@pytest.mark.parametrize(
+    ("offloads", "threads", "rank", "lines"), [(True, 3, 0, 1), (True, 4, 0, 0), (True, 3, 1, 0), (False, 1, 0, 0)]
+)
+def test_an_offloaded_optimizer_with_few_threads_is_one_warning(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    offloads: bool,
+    threads: int,
+    rank: int,
+    lines: int,
+) -> None:
+    config = trained_run(tmp_path).storage.local_file("config.yaml")
+    settings = [f"workers.threads={threads}", f"train_lightningdit.engine.offload_optimizer={offloads}"]
+    inputs = LightningDiTTrainingInputs.of(Run(load(RunConfig, config, settings)))
+    monkeypatch.setattr(train_module, "train_lightningdit", lambda *_: None)
+    train_module.train(inputs, LocalSession(), World(rank=rank, size=2))
+    assert len(caplog.messages) == lines
+    for line in caplog.messages:
+        assert "train_lightningdit.engine.offload_optimizer=true" in line
+        assert "workers.threads=3" in line
+        assert "set workers.threads and workers.cpus to 4 or more" in line
+        assert "\n" not in line
 
 
 def test_a_minimum_above_the_number_of_workers_is_refused() -> None:

@@ -1,9 +1,14 @@
 """Loading of micro-batches into a training process: loader processes, their counters, prefetched shards."""
 
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import count
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -47,7 +52,7 @@ def load_micro_batches(
     """Yield the micro-batches of one rank: a list per step from `first_step` on, one micro-batch per accumulation step.
 
     Args:
-        source: makes a micro-batch from its key.
+        source: makes a micro-batch from its key; with loader processes, of a class of an importable module.
         accumulation_steps: the lanes of this rank.
         first_step: the step to begin with.
         workers: loader processes; 0 makes micro-batches in the training process. Their number changes nothing.
@@ -68,17 +73,44 @@ def load_micro_batches(
         num_workers=workers,
         multiprocessing_context=processes if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_live_as_long_as_the_training_process,
         prefetch_factor=prefetch_factor(source, len(accumulation_steps), workers, prefetch_bytes) if workers else None,
     )
     context: AbstractContextManager[ShardPrefetcher | None] = nullcontext()
     if prefetch_bytes and isinstance(source, ShardStream) and not source.shards.are_local:
         context = closing(ShardPrefetcher(source.shards, accumulation_steps, first_step, prefetch_bytes, ranks))
     with context as prefetcher:
-        loaded = iter(loader)
+        with _main_module_left_out():
+            loaded = iter(loader)
         for step in count(first_step):
             if prefetcher is not None:
                 prefetcher.reached(step)
             yield [_unwrap(source, next(loaded)) for _ in accumulation_steps]
+
+
+@contextmanager
+def _main_module_left_out() -> Iterator[None]:
+    """Start processes without the main module, which each would import again: that of a Ray worker imports Ray."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _live_as_long_as_the_training_process(worker: int) -> None:
+    """Prepare a loader process: Ctrl-C does not end it before its training process, and it does not outlive that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a training saves a checkpoint first, and may need data until then
+    training_process = multiprocessing.parent_process()
+    assert training_process is not None, "loader processes are started by multiprocessing"
+
+    def end_with_it() -> None:
+        training_process.join()
+        os._exit(1)
+
+    # torch looks whether the process that forked this one is alive: the fork server, which lives as long as its forks.
+    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def prefetch_factor(source: MicroBatchSource[Any], accumulation_steps: int, workers: int, limit: int) -> int:

@@ -1,5 +1,6 @@
 """The two trainings as a whole: data, step, loop, export. The same under Ray, torchrun and in a test."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,7 +41,11 @@ from vavae.training.tokenizer_step import TokenizerStep
 from vavae.training.trainer import Trainer
 from vavae.training.warm_start import starting_weights
 
+logger = logging.getLogger(__name__)
+
 SPLIT = "train"
+_OFFLOAD_THREADS = 4
+"""Threads of a worker below which an update in the host's memory keeps its GPU waiting."""
 
 
 class _Attempt:
@@ -98,6 +103,15 @@ class _Attempt:
 
 def train(inputs: TokenizerTrainingInputs | LightningDiTTrainingInputs, session: Session, world: World) -> None:
     """Train the model of these inputs and export it. Every rank calls it."""
+    threads = inputs.config.workers.threads
+    if world.is_first and inputs.training.engine.offload_optimizer and threads < _OFFLOAD_THREADS:
+        logger.warning(
+            "%s.engine.offload_optimizer=true updates the weights with workers.threads=%d, which is slow; "
+            "set workers.threads and workers.cpus to %d or more",
+            inputs.job,
+            threads,
+            _OFFLOAD_THREADS,
+        )
     if isinstance(inputs, TokenizerTrainingInputs):
         train_vavae(inputs, session, world)
     else:
