@@ -2,17 +2,22 @@
 
 import pytest
 
+from vavae.distributed.config import EngineConfig
 from vavae.errors import UserError
 from vavae.planning.cluster import ClusterSpec, parse_gpus
 from vavae.planning.formulas import (
+    BufferBytes,
+    Traffic,
     accumulation_steps_of,
     arithmetic_of,
+    buffer_bytes,
     checkpoint_interval,
     exposed_seconds,
-    gradient_bytes,
+    live_parameters,
     lost_fraction,
     peak_rate,
     state_bytes,
+    step_traffic,
 )
 from vavae.training.flops.gpus import Gpu
 
@@ -40,20 +45,82 @@ def test_lanes_are_taken_in_accumulation_steps(lanes, workers, accumulation_step
     assert accumulation_steps_of(lanes, workers) == accumulation_steps
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "accumulation_steps", "sent"),
-    [(0, 1, 60), (1, 3, 60), (2, 1, 60), (2, 3, 120), (3, 1, 90), (3, 2, 180)],
-)
-def test_gradients_of_ten_weights_among_four_workers(zero_stage, accumulation_steps, sent):
-    assert gradient_bytes(10, 4, zero_stage, accumulation_steps) == sent
-    assert gradient_bytes(10, 1, zero_stage, accumulation_steps) == 0
+LIMITS = {"max_live_parameters": 0, "max_reuse_distance": 8}
+"""Ten weights, of which ZeRO stage 3 keeps four."""
+
+
+def _engine(**fields):
+    return EngineConfig.model_validate({"backend": "deepspeed", "bucket_elements": 6, **LIMITS, **fields})
 
 
 @pytest.mark.parametrize(
-    ("communication", "zero_stage", "waited"), [(5.0, 1, 5.0), (5.0, 3, 3.0), (2.0, 3, 0.0), (1.0, 0, 1.0)]
+    ("engine", "accumulation_steps", "traffic"),
+    [
+        ({"backend": "torch"}, 3, Traffic(last_backward=60)),
+        ({"backend": "torch", "communication_data_type": "bf16"}, 3, Traffic(last_backward=30)),
+        ({"zero_stage": 0}, 3, Traffic(after=60)),
+        ({"zero_stage": 1}, 3, Traffic(last_backward=60, after=30)),
+        ({"zero_stage": 1, "communication_data_type": "bf16"}, 3, Traffic(last_backward=30, after=30)),
+        ({"zero_stage": 2}, 1, Traffic(backward=60, after=30)),
+        ({"zero_stage": 2}, 3, Traffic(backward=180, after=30)),
+        ({"zero_stage": 3}, 1, Traffic(30, 30 * 0.6 + 30)),
+        ({"zero_stage": 3}, 2, Traffic(60, 2 * (30 * 0.6 + 30))),
+        ({"zero_stage": 3, "max_reuse_distance": None}, 1, Traffic(30, 30)),
+        ({"zero_stage": 3, "max_live_parameters": None, "communication_data_type": "bf16"}, 1, Traffic(30, 15)),
+    ],
 )
-def test_only_zero_stage_3_hides_what_it_sends_behind_its_backward_pass(communication, zero_stage, waited):
-    assert exposed_seconds(communication, 3.0, zero_stage) == waited
+def test_traffic_of_ten_weights_among_four_workers(engine, accumulation_steps, traffic):
+    assert step_traffic(10, 4, _engine(**engine), accumulation_steps) == pytest.approx(traffic)
+    assert step_traffic(10, 1, _engine(**engine), accumulation_steps).total == 0
+
+
+@pytest.mark.parametrize(
+    ("traffic", "accumulation_steps", "waited"),
+    [
+        (Traffic(after=5), 1, 5),
+        (Traffic(forward=5), 1, 4),
+        (Traffic(backward=5), 1, 3),
+        (Traffic(backward=5), 2, 3),
+        (Traffic(last_backward=5), 1, 3),
+        (Traffic(last_backward=5), 2, 4),
+        (Traffic(1, 1, 1, 1), 1, 1),
+    ],
+)
+def test_what_is_computed_hides_what_is_sent_meanwhile(traffic, accumulation_steps, waited):
+    """A second forward and two backward."""
+    assert exposed_seconds(traffic, 1.0, 3.0, accumulation_steps) == pytest.approx(waited)
+
+
+@pytest.mark.parametrize(
+    ("max_live_parameters", "max_reuse_distance", "kept"),
+    [(0, 0, 0), (0, 8, 4), (7, 8, 7), (0, 30, 10), (20, 0, 10), (None, 0, 10), (0, None, 10)],
+)
+def test_gathered_weights_are_limited_by_the_model_and_two_fields(max_live_parameters, max_reuse_distance, kept):
+    limits = {"max_live_parameters": max_live_parameters, "max_reuse_distance": max_reuse_distance}
+    assert live_parameters(10, _engine(**limits)) == kept
+
+
+@pytest.mark.parametrize(
+    ("engine", "held"),
+    [
+        ({"backend": "torch"}, BufferBytes()),
+        ({"backend": "torch", "communication_data_type": "bf16"}, BufferBytes(20)),
+        ({"zero_stage": 0}, BufferBytes(after=40)),
+        ({"zero_stage": 0, "communication_data_type": "bf16"}, BufferBytes(after=60)),
+        ({"zero_stage": 1}, BufferBytes(4 * (2 * 6 + 6))),
+        ({"zero_stage": 2, "communication_data_type": "bf16"}, BufferBytes(4 * (2 * 6 + 6) + 2 * 6)),
+        ({"zero_stage": 2, "bucket_elements": 100}, BufferBytes(4 * (2 * 100 + 10))),
+        ({"zero_stage": 3}, BufferBytes(4 * (6 + 6) + 4 * 4)),
+        ({"zero_stage": 3, "communication_data_type": "bf16"}, BufferBytes(2 * (6 + 6) + 4 * 4)),
+    ],
+)
+def test_buffers_for_ten_weights_among_four_workers(engine, held):
+    assert buffer_bytes(10, 4, _engine(**engine)) == held
+
+
+def test_one_worker_needs_one_bucket_and_gathers_nothing():
+    assert buffer_bytes(10, 1, _engine(zero_stage=1)).backward == 4 * (6 + 6)
+    assert buffer_bytes(10, 1, _engine(zero_stage=3)).backward == 4 * (6 + 6)
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,7 @@ def test_steps_take_what_is_counted(job, recompute):
 
 def test_a_measurement_that_serves_several_steps_is_shared_by_them(monkeypatch):
     """Eight for a step that measures and four for one that does not: (8 + 3 · 4) / 4."""
-    monkeypatch.setattr(flops, "tokenizer_step", lambda *_, measure_weights, **__: 8 if measure_weights else 4)
-    monkeypatch.setattr(flops, "_count", lambda steps: steps)
+    monkeypatch.setattr(flops, "_count_tokenizer_step", lambda *_, measure_weights: 8 if measure_weights else 4)
     counts = [
         training_flops(load(RunConfig, TINY, [f"losses.adaptive.every={every}"]), "train_vavae") for every in (1, 4)
     ]

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from vavae.distributed.config import Precision
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job
+from vavae.training.flops.flops import over_depth
 from vavae.training.flops.meta_models import MetaModel, lightningdit_step, tokenizer_step
 
 
@@ -57,10 +59,15 @@ def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
         images: in the micro-batch.
     """
     if job == "train_lightningdit":
-        model, precision = lightningdit_step(config, images), config.train_lightningdit.precision
-    else:
-        phase, precision = config.tokenizer_phases()[0], config.train_vavae.precision
-        model = tokenizer_step(config, phase, images, adversary=config.adversarial, measure_weights=True)
+        precision = config.train_lightningdit.precision
+        return over_depth(config, lambda shallow: saved_bytes(lightningdit_step(shallow, images), precision))
+    phase = config.tokenizer_phases()[0]
+    step = tokenizer_step(config, phase, images, adversary=config.adversarial, measure_weights=True)
+    return saved_bytes(step, config.train_vavae.precision)
+
+
+def saved_bytes(model: MetaModel, precision: Precision) -> int:
+    """Peak bytes that the graphs of some work hold."""
     with model.ready() as step:
         saved = _SavedBytes(model)
         # As the engines set it.

@@ -16,8 +16,8 @@ from vavae.planning.formulas import (
     accumulation_steps_of,
     arithmetic_of,
     exposed_seconds,
-    gradient_bytes,
     peak_rate,
+    step_traffic,
 )
 from vavae.planning.sizes import latent_bytes, sample_bytes, trained_parameters, training_bytes
 from vavae.planning.training import TrainingEstimate, estimate_training
@@ -65,6 +65,8 @@ class JobEstimate:
     """Arithmetic on GPUs; None where none is used."""
     training: TrainingEstimate | None = None
     """Memory and checkpoints of a training; None for other jobs."""
+    bytes_sent: float = 0.0
+    """Bytes that leave a worker in a step of a training, for gradients and weights."""
 
     @property
     def hours(self) -> float:
@@ -187,14 +189,13 @@ def _gpu_seconds(flops: float, cluster: ClusterSpec, arithmetic: Arithmetic) -> 
 
 def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, bytes_read: float) -> JobEstimate:
     training: TrainingConfig = getattr(config, job)
-    lanes, batch, zero_stage = config.stream.lanes, training.batch_size, training.engine.zero_stage
+    lanes, batch = config.stream.lanes, training.batch_size
     accumulation_steps = accumulation_steps_of(lanes, cluster.count)
     images_of_a_gpu = accumulation_steps * batch // lanes
     arithmetic = _arithmetic(config, training.precision)
     compute = images_of_a_gpu * _gpu_seconds(flops, cluster, arithmetic)
     parameters = sum(trained_parameters(config, job).values())
-    leaving = gradient_bytes(parameters, cluster.count, zero_stage, accumulation_steps)
-    communication = leaving / cluster.interconnect
+    traffic = step_traffic(parameters, cluster.count, training.engine, accumulation_steps)
     readers = cluster.count * max(1, config.stream.workers)
     decoded = (
         _LATENTS_PER_SECOND
@@ -206,9 +207,9 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
         "decoding": readers * decoded,
         "store": _store_rate(cluster, bytes_read),
     }
-    if communication:
-        rates["network"] = batch / communication
-    together = batch / (compute + exposed_seconds(communication, compute, zero_stage))
+    if traffic.total:
+        rates["network"] = batch * cluster.interconnect / traffic.total
+    together = batch / (compute + exposed_seconds(traffic, cluster.interconnect, compute, accumulation_steps))
     rate = min(together, rates["decoding"], rates["store"])
     estimate = estimate_training(config, cluster, job, rate)
     rates["checkpoints"] = training.checkpoint_images / estimate.upload_seconds
@@ -223,4 +224,5 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
         training_bytes(config, job),
         arithmetic,
         estimate,
+        traffic.total,
     )

@@ -1,5 +1,8 @@
 """Sizes of what the jobs of a run write, in bytes, estimated before they run."""
 
+from collections.abc import Mapping
+from functools import cache
+
 from torch import nn
 
 from vavae.data.shards.manifest import Manifest
@@ -10,7 +13,7 @@ from vavae.runs.run import Job
 from vavae.training.flops.meta_models import lightningdit_of, on_meta
 
 FLOAT_BYTES = 4
-_HALF_BYTES = 2
+HALF_BYTES = 2
 _TAR_BYTES = 5 * 512
 """Overhead per latent: two headers, the label, and what rounds the array up to blocks."""
 _ADAM_FLOATS = 3
@@ -43,10 +46,11 @@ def sample_bytes(config: RunConfig) -> int:
 def latent_bytes(config: RunConfig) -> int:
     """Bytes of one image among the latents: mean and deviation in float16, mirrored too where they are."""
     values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
-    return values * _HALF_BYTES + _TAR_BYTES
+    return values * HALF_BYTES + _TAR_BYTES
 
 
-def trained_parameters(config: RunConfig, job: Job) -> dict[str, int]:
+@cache
+def trained_parameters(config: RunConfig, job: Job) -> Mapping[str, int]:
     """Numbers of weights that a training optimizes, by engine; the one that is exported comes first."""
     if job == "train_lightningdit":
         return {"lightningdit": _parameters(on_meta(lambda: lightningdit_of(config)))}

@@ -50,6 +50,8 @@ def _work(job: JobEstimate, cluster: ClusterSpec) -> dict[str, str]:
     rows["writes"] = _bytes(job.bytes_written)
     if job.bytes_read:
         rows["reads/s of a machine"] = _bytes(job.bytes_read * job.images_per_second / cluster.nodes)
+    if job.bytes_sent:
+        rows["sent/step of a worker"] = _bytes(job.bytes_sent)
     return rows
 
 

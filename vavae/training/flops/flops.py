@@ -4,11 +4,14 @@ What is counted are multiplications and additions of convolutions and matrix pro
 arXiv 2001.08361, count likewise); norms, activations and optimizers are left out, as in published utilizations.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig
+from vavae.runs.phases import TokenizerPhase
 from vavae.runs.run import Job
 from vavae.training.flops.meta_models import (
     MetaModel,
@@ -33,16 +36,16 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     if not recompute:
         config = _without_recomputation(config)
     if job == "train_lightningdit":
-        return _count(lightningdit_step(config, 1))
+        return over_depth(config, lambda shallow: _count(lightningdit_step(shallow, 1)))
     assert job == "train_vavae", f"{job} trains nothing"
     phases = config.tokenizer_phases(images_seen + 1)
     phase = next(phase for phase in phases if images_seen < phase.until_images)
     adversarial, every = phase.losses.adversarial, phase.losses.adaptive.every
     adversary = adversarial.weight > 0 and images_seen >= adversarial.start_images
-    measured = _count(tokenizer_step(config, phase, 1, adversary=adversary, measure_weights=True))
+    measured = _count_tokenizer_step(config, _without_magnitudes(phase), adversary, measure_weights=True)
     if every == 1:
         return measured
-    known = _count(tokenizer_step(config, phase, 1, adversary=adversary, measure_weights=False))
+    known = _count_tokenizer_step(config, _without_magnitudes(phase), adversary, measure_weights=False)
     return (measured + known * (every - 1)) / every
 
 
@@ -60,14 +63,38 @@ def decoding_flops(config: RunConfig) -> float:
 
 def velocity_flops(config: RunConfig) -> float:
     """FLOPs of one evaluation of the LightningDiT for one latent, without gradients."""
-    return _count(velocity(config))
+    return over_depth(config, lambda shallow: _count(velocity(shallow)))
 
 
-def _count(task: MetaModel) -> float:
+def over_depth(config: RunConfig, count: Callable[[RunConfig], int]) -> int:
+    """Count something of the LightningDiT to which each block adds as much, at a depth of one and of two."""
+    depth = config.lightningdit.shape.depth
+    one, two = (
+        count(config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update={"depth": shallow})}))
+        for shallow in (1, 2)
+    )
+    return one + (depth - 1) * (two - one)
+
+
+@cache
+def _count_tokenizer_step(config: RunConfig, phase: TokenizerPhase, adversary: bool, *, measure_weights: bool) -> float:
+    # With as many images as `activation_bytes` takes, so that operators are asked once for both.
+    images = config.train_vavae.batch_size // config.stream.lanes
+    return _count(tokenizer_step(config, phase, images, adversary=adversary, measure_weights=measure_weights)) / images
+
+
+def _without_magnitudes(phase: TokenizerPhase) -> TokenizerPhase:
+    """Give phases that differ in nothing but times, margins and weights above zero, which cost alike, one form."""
+    alignment = phase.losses.vision_foundation
+    plain = {"weight": float(alignment.weight > 0), "cos_margin": 0.0, "distmat_margin": 0.0}
+    losses = phase.losses.model_copy(update={"vision_foundation": alignment.model_copy(update=plain)})
+    return TokenizerPhase(0, 0, losses, phase.frozen)
+
+
+def _count(task: MetaModel) -> int:
     """Count the FLOPs of some work, attention as plain matrix products: the counter knows those on every device."""
-    with task.ready() as work, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work()
-    return counter.get_total_flops()
+    with task.ready() as work, sdpa_kernel(SDPBackend.MATH):
+        return work()
 
 
 def _without_recomputation(config: RunConfig) -> RunConfig:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,14 +11,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vavae.diffusion.flow_matching import FlowMatchingObjective
 from vavae.losses.adversarial import DiscriminatorObjective
+from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual
 from vavae.models.backbones.load import meta_backbone
 from vavae.models.dit.model import LightningDiT
+from vavae.models.tokenizer.config import TeacherConfig
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import TokenizerPhase
 from vavae.training.diffusion_step import FlowMatchingModel
+from vavae.training.flops.remembered import RememberedOperators
 from vavae.training.tokenizer_step import TokenizerModel
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module | None)
@@ -31,12 +34,26 @@ class MetaModel(NamedTuple):
     modules: tuple[nn.Module, ...]
 
     @contextmanager
-    def ready(self) -> Iterator[Callable[[], Any]]:
-        """Give fake tensors to the modules; the work is called within."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
+    def ready(self) -> Iterator[Callable[[], int]]:
+        """Give fake tensors to the modules; the work is called within, and returns its FLOPs."""
+        operators = _operators()
+
+        def counted_work() -> int:
+            before = operators.flops
+            self.work()
+            return operators.flops - before
+
+        with operators.fakes, operators:
             for module in self.modules:
-                module.to_empty(device="cpu")
-            yield self.work
+                if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+                    module.to_empty(device="cpu")
+            yield counted_work
+
+
+@cache
+def _operators() -> RememberedOperators:
+    """One memory for all models: they share blocks, and the frozen networks."""
+    return RememberedOperators(FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
@@ -79,6 +96,20 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
     return MetaModel(step, (model,))
 
 
+class FrozenNetworks(NamedTuple):
+    """Networks of the tokenizer's losses that are not trained."""
+
+    teacher: VisionFoundationTeacher
+    perceptual: nn.Module | None
+
+
+@cache
+def frozen_networks(teacher: TeacherConfig, perceptual: PerceptualLossConfig) -> FrozenNetworks:
+    """Build the frozen networks, once for all steps that share them."""
+    built = on_meta(lambda: VisionFoundationTeacher(teacher, meta_backbone))
+    return FrozenNetworks(built, on_meta(lambda: build_perceptual(perceptual, built.early_features, meta_backbone)))
+
+
 def tokenizer_step(
     config: RunConfig, phase: TokenizerPhase, images: int, *, adversary: bool, measure_weights: bool
 ) -> MetaModel:
@@ -92,8 +123,7 @@ def tokenizer_step(
         measure_weights: the adaptive weights are measured in this step.
     """
     losses, grid = phase.losses, (config.grid, config.grid)
-    teacher = on_meta(lambda: VisionFoundationTeacher(config.teacher, meta_backbone))
-    perceptual = on_meta(lambda: build_perceptual(losses.perceptual, teacher.early_features, meta_backbone))
+    teacher, perceptual = frozen_networks(config.teacher, losses.perceptual)
     model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim))
     model.freeze(phase.frozen)
     judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial))
