@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import MicroBatchKey
 from vavae.data.loader import load_micro_batches
-from vavae.data.sample_order import Location, SampleOrder, assign_lanes, order_of
+from vavae.data.sample_order import Location, SampleOrder, assign_lanes, group_lanes, order_of
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
 
@@ -172,3 +172,22 @@ def test_too_few_records_is_one_line_with_a_remedy():
 def test_more_workers_than_lanes_is_refused():
     with pytest.raises(UserError, match=r"workers.count=5.*stream.lanes=4"):
         assign_lanes(4, 0, 5)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)).filter(lambda s: s[1] <= s[0]), at_once=st.integers(1, 12)
+)
+def test_groups_of_lanes_weigh_every_lane_alike(sizes, at_once):
+    lanes, world_size = sizes
+    steps = [assign_lanes(lanes, rank, world_size) for rank in range(world_size)]
+    groups = [group_lanes(lanes, rank, world_size, at_once) for rank in range(world_size)]
+    (passes,) = {len(of_rank) for of_rank in groups}
+    share = dict.fromkeys(range(lanes), 0.0)
+    for own, of_rank in zip(steps, groups, strict=True):
+        for indices, weight in of_rank:
+            assert 1 <= len(indices) <= at_once
+            for index in indices:
+                share[own[index].lane] += weight / len(indices) / (passes * world_size)
+    assert [*share.values()] == pytest.approx([1 / lanes] * lanes)
+    if at_once == 1:
+        assert [[step.weight for step in own] for own in steps] == [[g.weight for g in of_rank] for of_rank in groups]

@@ -39,6 +39,7 @@ class Setup(NamedTuple):
     """An optimizer with which an error of a gradient is as large in the weights, instead of Adam."""
     precision: str = "fp32"
     steps: int = 10
+    lanes_at_once: int = 1
 
 
 class History(NamedTuple):
@@ -58,10 +59,7 @@ Histories = dict[Job, History]
 
 def train(world: World, setup: Setup) -> Histories:
     """A few steps of both trainings."""
-    if setup.sgd:
-        for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
-            module.build_optimizer = lambda parameters, config: torch.optim.SGD(parameters, config.learning_rate)
-    return {job: _train(world, job, setup) for job in JOBS}
+    return {job: train_job(world, job, setup) for job in JOBS}
 
 
 def _config(setup: Setup) -> RunConfig:
@@ -84,11 +82,18 @@ def _config(setup: Setup) -> RunConfig:
         "stream": config.stream.model_copy(update={"lanes": setup.lanes}),
         "tokenizer": config.tokenizer.model_copy(update=tokenizer),
         "lightningdit": config.lightningdit.model_copy(update={"checkpoint_activations": setup.recompute}),
+        "train_lightningdit": config.train_lightningdit.model_copy(update={"lanes_at_once": setup.lanes_at_once}),
     }
     return config.model_copy(update=sections)
 
 
-def _train(world: World, job: Job, setup: Setup) -> History:
+def train_job(world: World, job: Job, setup: Setup) -> History:
+    """A few steps of one training."""
+    if setup.sgd:
+        for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
+            module.build_optimizer = lambda parameters, config: torch.optim.SGD(
+                parameters, config.learning_rate, fused=True
+            )
     config = _config(setup)
     training = getattr(config, job)
     step = build_step(job, config, world)

@@ -132,3 +132,25 @@ def assign_lanes(lanes: int, rank: int, world_size: int) -> tuple[AccumulationSt
     own = np.array_split(np.arange(lanes), world_size)[rank].tolist()
     weight = count * world_size / lanes
     return (*(AccumulationStep(lane, weight) for lane in own), *[AccumulationStep(own[0], 0.0)] * (count - len(own)))
+
+
+class LaneGroup(NamedTuple):
+    """Lanes of a rank that one forward and backward pass takes together."""
+
+    indices: tuple[int, ...]
+    """Positions of their micro-batches among the rank's accumulation steps."""
+    weight: float
+    """Factor of the mean loss over the group."""
+
+
+def group_lanes(lanes: int, rank: int, world_size: int, at_once: int) -> tuple[LaneGroup, ...]:
+    """Group the lanes of a rank by `at_once`; every rank has as many groups.
+
+    With G groups on each of W ranks a group of k lanes weighs k · G · W / L, so that the mean over groups and ranks is
+    the mean over L lanes. Repeated micro-batches are left out, but where a rank would have nothing to do.
+    """
+    own = assign_lanes(lanes, rank, world_size)
+    real = [index for index, step in enumerate(own) if step.weight > 0]
+    count = -(-len(own) // at_once)
+    groups = [tuple(real[start : start + at_once]) for start in range(0, count * at_once, at_once)]
+    return tuple(LaneGroup(group or (0,), len(group) * count * world_size / lanes) for group in groups)

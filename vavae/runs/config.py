@@ -171,6 +171,9 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """As for the tokenizer; rarer, because training stands still while the first worker samples."""
     measure: CheckpointEvaluationConfig | None = runtime(None)
     """Null evaluates nothing before the end."""
+    lanes_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = runtime(1)
+    """Lanes that a worker takes in one forward and backward pass: fewer, larger passes for a GPU that has room. Only
+    the order of sums changes. `auto` takes as many as the plan says fit on GPUs that promise no bits, one elsewhere."""
     compile_blocks: bool = runtime(False)
     """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
 

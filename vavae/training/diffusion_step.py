@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vavae.data.sample_order import assign_lanes
+from vavae.data.sample_order import assign_lanes, group_lanes
 from vavae.diffusion.flow_matching import (
     TIMESTEP_BINS,
     FlowMatchingObjective,
@@ -92,7 +92,10 @@ class DiffusionStep:
     ) -> None:
         training = config.train_lightningdit
         self._config, self._stream, self._world = config, stream, world
-        self.accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
+        lanes, at_once = config.stream.lanes, training.lanes_at_once
+        assert isinstance(at_once, int), "lanes_at_once is resolved before the training"
+        self.accumulation_steps = assign_lanes(lanes, world.rank, world.size)
+        self._groups = group_lanes(lanes, world.rank, world.size, at_once)
         self.stopwatch = Stopwatch(world.device)
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
@@ -103,15 +106,14 @@ class DiffusionStep:
         if training.compile_blocks:
             for block in self.model.model.blocks:
                 block.compile()
-        micro_batch_size = training.batch_size // config.stream.lanes
         self._engine = build_engine(
             self.model,
             training.optimizer,
             training.engine,
             training.precision,
             world,
-            len(self.accumulation_steps),
-            micro_batch_size,
+            len(self._groups),
+            training.batch_size // lanes * at_once,
         )
         self.engines: dict[str, Engine] = {"lightningdit": self._engine}
         self.ema = ExponentialMovingAverage(self._engine, training.ema_decay, world) if training.ema_decay else None
@@ -128,16 +130,17 @@ class DiffusionStep:
         before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """See `Step.run`."""
-        terms = TermSum(self.accumulation_steps, self._world.size)
+        terms = TermSum(len(self._groups), self._world.size)
         bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
-        for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
+        for group in self._groups:
             with self.stopwatch("forward"):
-                inputs = self._draw(item, images_seen)
+                draws = [self._draw(micro_batches[index], images_seen) for index in group.indices]
+                inputs = _Inputs(*map(torch.cat, zip(*draws, strict=True)))
                 loss, values, per_sample = self._engine.forward(*inputs)
             with self.stopwatch("backward"):
-                self._engine.backward(loss * accumulation_step.weight)
-            terms.add(accumulation_step, values)
-            if accumulation_step.weight > 0:
+                self._engine.backward(loss * group.weight)
+            terms.add(group.weight, values)
+            if group.weight > 0:
                 new = bin_by_timestep(per_sample, inputs.timesteps)
                 bins = TimestepBins(bins.total + new.total, bins.samples + new.samples)
         before_update()

@@ -87,14 +87,14 @@ class Step(Protocol):
 class TermSum:
     """Weighted means of the terms of a step's micro-batches, kept on the device until somebody asks."""
 
-    def __init__(self, accumulation_steps: Sequence[AccumulationStep], world_size: int) -> None:
-        self._share = 1.0 / (len(accumulation_steps) * world_size)
+    def __init__(self, accumulation_steps: int, world_size: int) -> None:
+        self._share = 1.0 / (accumulation_steps * world_size)
         self.terms: dict[str, Tensor] = {}
 
-    def add(self, accumulation_step: AccumulationStep, terms: Mapping[str, Tensor]) -> None:
-        """Add the terms of one micro-batch, scalars []. One of weight 0 adds nothing, not even its NaN."""
-        if accumulation_step.weight == 0:
+    def add(self, weight: float, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of one accumulation step, scalars []. One of weight 0 adds nothing, not even its NaN."""
+        if weight == 0:
             return
         for name, value in terms.items():
-            part = value.detach().double() * (accumulation_step.weight * self._share)
+            part = value.detach().double() * (weight * self._share)
             self.terms[name] = self.terms[name] + part if name in self.terms else part

@@ -186,7 +186,7 @@ class TokenizerStep:
         started = adversarial.weight > 0 and images_seen >= adversarial.start_images
         adversary = self._adversary if started else None
         statistics = [] if adversary is None else [buffer.clone() for buffer in adversary.module.buffers()]
-        terms = TermSum(self.accumulation_steps, self._world.size)
+        terms = TermSum(len(self.accumulation_steps), self._world.size)
         pairs = []
         for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
@@ -194,7 +194,7 @@ class TokenizerStep:
                 losses = self._generate(images, item, adversary)
             with self.stopwatch("backward"):
                 self._generator.backward(losses.objective * accumulation_step.weight)
-            terms.add(accumulation_step, {_log_name(name): value for name, value in losses.terms.items()})
+            terms.add(accumulation_step.weight, {_log_name(name): value for name, value in losses.terms.items()})
             pairs.append((accumulation_step, images, losses.reconstruction))
         before_update()
         with self.stopwatch("optimizer"):
@@ -209,7 +209,7 @@ class TokenizerStep:
                 with self.stopwatch("backward"):
                     adversary.backward(judged.objective * accumulation_step.weight * guard)
                 scores = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
-                terms.add(accumulation_step, {_log_name(name): value for name, value in scores.items()})
+                terms.add(accumulation_step.weight, {_log_name(name): value for name, value in scores.items()})
             for buffer, before in zip(adversary.module.buffers(), statistics, strict=True):
                 buffer.copy_(torch.where(guard.isfinite(), buffer, before))
             training = self._config.train_vavae
