@@ -64,8 +64,9 @@ def _main(
     if arguments.dry_run:
         _dry_run(run, plan, functions)
         return 0
+    now = run.snapshot()
     try:
-        plans = plan(run)
+        plans = plan(now)
     except StorageUnavailableError as error:
         raise UserError(
             f"storage.root={written_path(config.storage.root)}: {error}; check it and storage.endpoint"
@@ -74,10 +75,10 @@ def _main(
     if to_do:
         if "prepare_shards" in to_do:
             check_sources(config.shards, run.storage)
-        missing = preflight(run, to_do)
+        missing = preflight(now, to_do)
         if missing:
             raise UserError(missing[0])
-        _print_plan(run, plans)
+        _print_plan(now, plans)
         run.storage.write_bytes(CONFIG, dump(config).encode())
         events = EventLog(run.storage)
         events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count}))
@@ -96,6 +97,7 @@ def _main(
 
 def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], jobs: Collection[Job]) -> None:
     """Print the plan, and what has to be fetched before it can be carried out; refuse a cluster that is too small."""
+    run = run.snapshot()
     missing = missing_sources(run.config.shards, run.storage) if "prepare_shards" in jobs else []
     plans = _plans_without_images(jobs) if missing else plan(run)
     missing += preflight(run, [job for job, found in plans.items() if not found.done])

@@ -86,9 +86,8 @@ def check_cache(run: Run, job: Job) -> None:
     folder = run.storage.child(run.prefix(source))
     manifest = read_manifest(folder) if job == "train_vavae" else read_latent_manifest(folder)
     infos = manifest.splits[TRAIN]
-    shards = OrderedShards(
-        folder, TRAIN, infos, order_of([info.count for info in infos], config.seed, config.stream), micro_batch_size=1
-    )
+    order = order_of(infos.counts, config.seed, config.stream)
+    shards = OrderedShards(folder, TRAIN, infos, order, micro_batch_size=1)
     if shards.are_local:
         return
     machines = config.workers.count if "RAY_ADDRESS" in os.environ else 1

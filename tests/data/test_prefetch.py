@@ -19,6 +19,7 @@ from vavae.data.image_stream import ImageStream, ShardStream
 from vavae.data.loader import load_micro_batches, prefetch_factor
 from vavae.data.prefetch import THREAD, OrderedShards, ShardPrefetcher
 from vavae.data.sample_order import SampleOrder, assign_lanes, order_of
+from vavae.data.shards.manifest import ShardList
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
@@ -110,7 +111,7 @@ def ordered_shards(draw):
     lanes = draw(st.integers(1, 5))
     counts = draw(st.lists(st.integers(0, 15), min_size=1, max_size=8).filter(lambda counts: sum(counts) >= lanes))
     order = SampleOrder(counts, draw(st.integers(0, 2**40)), lanes, draw(st.integers(1, 12)))
-    return OrderedShards(Storage("nowhere"), "train", (), order, draw(st.integers(1, 7)))
+    return OrderedShards(Storage("nowhere"), "train", ShardList([]), order, draw(st.integers(1, 7)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -272,7 +273,9 @@ def test_errors_are_the_streams(store, monkeypatch):
 
 
 def test_loader_processes_hold_as_many_slices_as_fit(tmp_path):
-    stream = ShardStream(OrderedShards(Storage(str(tmp_path)), "train", (), None, MICRO_BATCH), micro_batch_bytes=100)
+    stream = ShardStream(
+        OrderedShards(Storage(str(tmp_path)), "train", ShardList([]), None, MICRO_BATCH), micro_batch_bytes=100
+    )
     held = [prefetch_factor(stream, 16, 2, limit) for limit in (0, 199, 400, 1000, 10_000)]
     assert held == [1, 1, 2, 5, 8]
     assert prefetch_factor(stream, 1, 4, 10_000) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import image_shards
-from support.image_shards import write_image_shards
+from support.image_shards import find_shards, write_image_shards
 
 from vavae.cli.main import main
 from vavae.data.config import ShardsConfig, StreamConfig
@@ -18,7 +18,7 @@ from vavae.data.sample_order import order_of
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import ShardInfo, read_manifest, shard_file, write_manifest
 from vavae.data.shards.verify import ShardFaults, verify_shards, without_unreadable
-from vavae.data.shards.write import find_shards, write_shards
+from vavae.data.shards.write import write_shards
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
 from vavae.latents.manifest import LatentManifest

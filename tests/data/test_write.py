@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
+from support.image_shards import find_shards
 
 from vavae.config import digest
 from vavae.data.config import ShardsConfig
@@ -23,7 +24,7 @@ from vavae.data.image import decode_image
 from vavae.data.shards import write as writer
 from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.data.shards.plan import describe_sources, input_digests, is_held_out, plan_shards
-from vavae.data.shards.write import claim, find_shards, finish, write_shard, write_shards
+from vavae.data.shards.write import claim, finish, write_shard, write_shards
 from vavae.errors import UserError
 from vavae.storage import artifact as artifact
 from vavae.storage.storage import Storage

@@ -19,7 +19,7 @@ from support import image_shards
 
 from vavae.config import digest, dump, load
 from vavae.data.config import ShardsConfig
-from vavae.data.shards.write import find_shards, write_shards
+from vavae.data.shards.write import write_shards
 from vavae.errors import UserError
 from vavae.storage.config import StorageConfig, StorageOptions
 from vavae.storage.s3 import RetryingS3
@@ -128,7 +128,7 @@ def test_sources_of_images_are_reached_as_the_run_is(s3, tmp_path, monkeypatch):
         storage.write_bytes(f"images/{name}", image_shards.png(image_shards.image("train", 0)))
     config = ShardsConfig(source=storage.url("images"), validation_fraction=0, image_size=8)
     assert write_shards(storage, "shards", config, lambda done, total: None).count("train") == 3
-    assert find_shards(storage, "shards", config) is not None
+    assert image_shards.find_shards(storage, "shards", config) is not None
 
 
 @contextmanager

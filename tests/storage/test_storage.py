@@ -56,6 +56,17 @@ def test_missing_files(storage):
             ask("nothing")
 
 
+def test_many_small_files_are_read_in_order(storage, monkeypatch):
+    monkeypatch.setattr("vavae.storage.storage._SMALL_READS_AHEAD", 3)
+    for number in (0, 1, 3, 4, 5, 6):
+        storage.write_bytes(f"a/{number}", b"%d" % number)
+    paths = [f"a/{number}" for number in range(8)]
+    assert list(storage.read_many(paths)) == [b"0", b"1", None, b"3", b"4", b"5", b"6", None]
+    assert list(storage.read_many([])) == []
+    with pytest.raises(UserError, match="give a relative path"):
+        list(storage.read_many(["a/0", "../a/1"]))
+
+
 def test_child_and_url(storage):
     storage.child("run").write_bytes("x", b"1")
     assert storage.read_bytes("run/x") == b"1"

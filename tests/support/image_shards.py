@@ -6,9 +6,12 @@ import numpy as np
 from PIL import Image
 
 from vavae.data.image import encode_image
-from vavae.data.shards.manifest import Manifest, ShardInfo
+from vavae.data.shards.manifest import Manifest, ShardInfo, read_manifest
+from vavae.data.shards.plan import describe_sources
 from vavae.data.shards.tar import write_tar
+from vavae.data.shards.write import check_origin
 from vavae.randomness import numpy_generator
+from vavae.storage import artifact
 from vavae.storage.storage import sha256_of
 
 CLASSES = ("a", "b", "c")
@@ -18,6 +21,15 @@ SIZE = 8
 def image(split, index, height=SIZE, width=SIZE):
     """Pixels uint8 [H, W, 3] of the image at an index of a split."""
     return numpy_generator(0, split, index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def find_shards(storage, prefix, config):
+    """The manifest of finished shards, if they are there and made as a configuration says; None without any."""
+    record = artifact.read(storage, prefix)
+    if record is None or not artifact.is_intact(storage, prefix, record):
+        return None
+    check_origin(storage, prefix, config, describe_sources(config, storage))
+    return read_manifest(storage, prefix)
 
 
 def png(pixels):

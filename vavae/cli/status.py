@@ -36,6 +36,7 @@ def _status(arguments: argparse.Namespace) -> int:
         run = Run.at(arguments.overrides[0], arguments.overrides[1:])
     else:
         raise UserError("name the run: the folder storage.root/name, or --config FILE")
+    run = run.snapshot()
     for job in run_status(run, run.plans(sources=arguments.config is not None)):
         print(job.line(datetime.now(timezone.utc)))
     price = run.config.workers.hourly_price if arguments.hourly_price is None else arguments.hourly_price

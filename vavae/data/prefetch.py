@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from vavae.data.sample_order import AccumulationStep, SampleOrder
-from vavae.data.shards.manifest import ShardInfo, is_local, open_shard, shard_file
+from vavae.data.shards.manifest import ShardList, is_local, open_shard, shard_file
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
@@ -39,7 +39,7 @@ class OrderedShards:
     storage: Storage
     """The folder of the manifest."""
     split: str
-    infos: Sequence[ShardInfo]
+    infos: ShardList
     order: SampleOrder
     micro_batch_size: int
     """Records of a micro-batch."""
@@ -55,12 +55,12 @@ class OrderedShards:
 
     def bytes_of(self, shards: Iterable[int]) -> int:
         """Total size of some shards, bytes."""
-        return sum(self.infos[shard].bytes for shard in shards)
+        return int(self.infos.sizes[[*shards]].sum())
 
     @property
     def are_local(self) -> bool:
         """Return whether all shards surely lie on this machine."""
-        return self.storage.is_local and all(info.url is None for info in self.infos)
+        return self.storage.is_local and not self.infos.has_urls
 
     def open_bytes(self, lanes: Iterable[int]) -> int:
         """Most bytes of shards that some lanes draw from at the same time, computed from the first epoch."""

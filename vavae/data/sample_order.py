@@ -42,7 +42,7 @@ class SampleOrder:
         block: number of consecutive records of a lane that are shuffled together.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, lanes: int, block: int) -> None:
+    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, block: int) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.seed, self.lanes, self.block = seed, lanes, block
         self.records_per_lane = int(self.counts.sum()) // lanes
@@ -56,8 +56,8 @@ class SampleOrder:
         self._epoch = lru_cache(maxsize=2)(self._permuted_shards)
         self._shuffle = lru_cache(maxsize=4 * lanes)(self._permuted_block)
 
-    def __reduce__(self) -> tuple[type["SampleOrder"], tuple[Sequence[int], int, int, int]]:
-        return type(self), (self.counts.tolist(), self.seed, self.lanes, self.block)
+    def __reduce__(self) -> tuple[type["SampleOrder"], tuple[np.ndarray, int, int, int]]:
+        return type(self), (self.counts, self.seed, self.lanes, self.block)
 
     def micro_batch(self, lane: int, step: int, size: int) -> list[Location]:
         """The records of one lane's micro-batch of a step: positions [step · size, (step + 1) · size) of the lane."""
@@ -107,9 +107,9 @@ class SampleOrder:
         return numpy_generator(self.seed, "block", epoch, lane, block).permutation(size)
 
 
-def order_of(counts: Sequence[int], seed: int, config: StreamConfig) -> SampleOrder:
+def order_of(counts: Sequence[int] | np.ndarray, seed: int, config: StreamConfig) -> SampleOrder:
     """Build the order of a configuration; by default L · K, the records shuffled together, is min(N, 65,536)."""
-    block = config.block or max(1, -(-min(sum(counts), 65_536) // config.lanes))
+    block = config.block or max(1, -(-min(int(np.sum(counts)), 65_536) // config.lanes))
     return SampleOrder(counts, seed, config.lanes, block)
 
 

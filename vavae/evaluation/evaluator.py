@@ -205,7 +205,7 @@ class Evaluator:
     def _reconstructor(self) -> Reconstructor:
         export, perceptual = self.inputs.tokenizer, self.inputs.config.losses.perceptual
         tokenizer, description = load_tokenizer(export.folder)
-        aligned = ALIGNMENT in export.record.files  # an imported tokenizer may never have been
+        aligned = ALIGNMENT in export.files  # an imported tokenizer may never have been
         return Reconstructor(
             tokenizer,
             load_alignment(export.folder) if aligned else None,
@@ -234,7 +234,7 @@ class Evaluator:
 
     @cached_property
     def _sample_files(self) -> list[str]:
-        return sorted(name for name in self._samples.record.files if name.endswith(".tar"))
+        return sorted(name for name in self._samples.files if name.endswith(".tar"))
 
     def _files(self, name: SetName) -> PartFiles:
         folder = _OF_MODELS if name in ("reconstructions", "samples") else _OF_REAL_IMAGES

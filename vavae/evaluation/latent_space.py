@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from vavae.data.shards.manifest import ShardInfo, open_shard
+from vavae.data.shards.manifest import ShardInfo, ShardList, open_shard
 from vavae.errors import UserError
 from vavae.latents.manifest import LatentManifest, read_latent_manifest
 from vavae.latents.shards import MappedLatents
@@ -120,10 +120,10 @@ def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling
     return (z - mean) / std
 
 
-def _leading(infos: Sequence[ShardInfo], wanted: int) -> list[ShardInfo]:
+def _leading(infos: ShardList, wanted: int) -> list[ShardInfo]:
     """The first shards that hold `wanted` images together, or all."""
-    before = np.cumsum([0, *(info.count for info in infos[:-1])])
-    return [info for info, start in zip(infos, before, strict=True) if start < wanted]
+    before = np.cumsum(infos.counts) - infos.counts
+    return [infos[at] for at in np.flatnonzero(before < wanted).tolist()]
 
 
 def _open(latents: Storage, manifest: LatentManifest, info: ShardInfo) -> MappedLatents:

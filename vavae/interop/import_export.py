@@ -140,7 +140,7 @@ def export_tokenizer(tokenizer: StoredArtifact, path: str) -> None:
         UserError: the file can't be written.
     """
     autoencoder, _ = load_tokenizer(tokenizer.folder)
-    alignment = load_alignment(tokenizer.folder) if ALIGNMENT in tokenizer.record.files else None
+    alignment = load_alignment(tokenizer.folder) if ALIGNMENT in tokenizer.files else None
     save_released_tokenizer(path, autoencoder, alignment)
 
 

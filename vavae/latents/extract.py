@@ -28,7 +28,7 @@ from vavae.latents.shards import write_latents
 from vavae.latents.statistics import STATISTICS, LatentStatistics
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.extraction_inputs import ExtractionInputs
-from vavae.storage.artifact import FileInfo
+from vavae.storage.artifact import FileInfo, read_records
 from vavae.storage.storage import Storage, sha256_of
 
 _log = logging.getLogger(__name__)
@@ -103,10 +103,23 @@ class Extraction:
         source = self._manifest.splits[task.split][task.number]
         try:
             record = LatentShardRecord.model_validate_json(self._latents.read_bytes(_record_path(task.split, source)))
-            intact = self._latents.size(f"{task.split}/{record.shard.name}") == record.shard.bytes
+            size = self._latents.size(f"{task.split}/{record.shard.name}")
         except (FileNotFoundError, ValidationError):
             return None
-        return record if intact and record.origin == self._origin(task) else None
+        return record if self._is_done(task, record, size) else None
+
+    def _records(self) -> Iterator[tuple[ShardTask, LatentShardRecord | None]]:
+        """Yield every shard with its record as `record` returns it, with one listing for the sizes of all."""
+        tasks = self.tasks()
+        paths = [_record_path(task.split, self._manifest.splits[task.split][task.number]) for task in tasks]
+        sizes = self._latents.sizes()
+        for task, record in zip(tasks, read_records(self._latents, paths, LatentShardRecord), strict=True):
+            size = None if record is None else sizes.get(f"{task.split}/{record.shard.name}")
+            yield task, record if record is not None and self._is_done(task, record, size) else None
+
+    def _is_done(self, task: ShardTask, record: LatentShardRecord, size: int | None) -> bool:
+        """Whether a record is of the present inputs, and its shard has the size that it says."""
+        return size == record.shard.bytes and record.origin == self._origin(task)
 
     def _origin(self, task: ShardTask) -> str:
         return digest(
@@ -186,8 +199,7 @@ class Extraction:
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
         total = LatentStatistics(shape[0])
-        for task in self.tasks():
-            record = self.record(task)
+        for task, record in self._records():
             assert record is not None, f"latents of {task} are missing: encode every shard before finishing"
             splits[task.split].append(record.shard)
             if task.split == "train":

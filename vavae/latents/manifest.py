@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vavae.data.shards.manifest import Manifest, ShardInfo, read_manifest
+from vavae.data.shards.manifest import Manifest, ShardList, read_manifest
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
@@ -21,7 +21,7 @@ class LatentManifest(BaseModel):
     flip: bool
     """Whether mirror images are stored too."""
     classes: tuple[str, ...]
-    splits: dict[str, tuple[ShardInfo, ...]]
+    splits: dict[str, ShardList]
 
     @property
     def record_shape(self) -> tuple[int, int, int, int]:

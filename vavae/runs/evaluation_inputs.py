@@ -31,6 +31,7 @@ class EvaluationInputs:
         Raises:
             UserError: the tokenizer is missing, or latents that are asked for.
         """
+        run = run.snapshot()
         has_samples = run.artifact("sample") is not None
         measures_latents = has_samples and run.config.evaluate.latent_space is not None
         return cls(
@@ -84,6 +85,7 @@ class ReportInputs:
     @classmethod
     def of(cls, run: Run) -> "ReportInputs":
         """Resolve those of a run, finished or not."""
+        run = run.snapshot()
         found = {job: run.artifact(job) for job in JOBS}
         return cls(
             config=run.config,

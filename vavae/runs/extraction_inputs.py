@@ -28,6 +28,7 @@ class ExtractionInputs:
         Raises:
             UserError: the image shards or the tokenizer are missing.
         """
+        run = run.snapshot()
         images = run.folder("prepare_shards")
         return cls(
             config=run.config,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vavae.config import differences, digest, identity, load, resolve_paths
-from vavae.data.shards.write import find_shards
+from vavae.data.shards.plan import describe_sources
+from vavae.data.shards.write import check_origin
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.files import CONFIG, NPZ
@@ -73,19 +74,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """Folder and record of an artifact, as the inputs of a job hold it."""
+    """Artifact as the inputs of a job hold it: small, for every actor gets them, without the checksums of its files."""
 
     folder: Storage
-    record: Artifact
-
-    @property
-    def digest(self) -> str:
-        """Digest of its content."""
-        return self.record.digest
+    digest: str
+    """Digest of its content."""
+    files: tuple[str, ...]
+    """Paths of its files in the folder."""
 
 
 class Run:
     """The artifacts of one configuration on its storage.
+
+    It knows nothing of what is stored until it is asked, and reads it anew each time; what is decided from several
+    records is asked of a `snapshot`.
 
     Relative paths are resolved here, against the working directory of the command that makes the run: other processes
     work in other folders.
@@ -94,6 +96,10 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config = resolve_paths(config)
         self.storage = Storage.of(self.config.storage).child(config.name)
+
+    def snapshot(self) -> "RunSnapshot":
+        """The run at this moment, whose records are read once each."""
+        return RunSnapshot(self)
 
     @classmethod
     def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":
@@ -150,6 +156,9 @@ class Run:
 
     def artifact(self, job: Job) -> Artifact | None:
         """Record of a job's artifact, if all its files are there."""
+        return self.snapshot().artifact(job)
+
+    def _read_artifact(self, job: Job) -> Artifact | None:
         if job == "precompute_latents" and self.artifact("train_vavae") is None:
             return None
         record = read(self.storage, self.prefix(job))
@@ -182,8 +191,9 @@ class Run:
         Raises:
             UserError: there is none yet.
         """
-        record = self.require(job)
-        return StoredArtifact(self.folder(job), record)
+        run = self.snapshot()
+        record = run.require(job)
+        return StoredArtifact(run.folder(job), record.digest, tuple(record.files))
 
     def inputs(self, job: Job) -> dict[str, str]:
         """Digests of a job's inputs, by the job that made each.
@@ -191,7 +201,8 @@ class Run:
         Raises:
             UserError: an input is missing.
         """
-        return {name: self.require(name).digest for name in JOBS[job].inputs}
+        run = self.snapshot()
+        return {name: run.require(name).digest for name in JOBS[job].inputs}
 
     def plans(self, sources: bool = True) -> dict[Job, Plan]:
         """Plan every job, without any work.
@@ -203,10 +214,10 @@ class Run:
             UserError: an artifact was made with another configuration and is too precious to be made again under the
                 same name, or the sources of the images are not what they should be.
         """
-        plans: dict[Job, Plan] = {}
+        run, plans = self.snapshot(), dict[Job, Plan]()
         for job, spec in JOBS.items():
             missing = next((name for name in reversed(spec.inputs) if not plans[name].done), None)
-            plans[job] = self._plan(job, sources) if missing is None else Plan(False, f"after {JOBS[missing].makes}")
+            plans[job] = run._plan(job, sources) if missing is None else Plan(False, f"after {JOBS[missing].makes}")
         return plans
 
     def plan(self, job: Job) -> Plan:
@@ -215,25 +226,25 @@ class Run:
         Raises:
             UserError: as in `plans`; or an input is missing, or was made with another configuration.
         """
+        run = self.snapshot()
         for name in JOBS[job].inputs:
-            if self.require(name).config != self._configuration(name):
+            if run.require(name).config != self._configuration(name):
                 raise UserError(
                     f"{self.storage.url()}: the {JOBS[name].makes} was made with another configuration; "
                     f"run python -m ray_jobs.{name} with this one, or give the run another name"
                 )
-        return self._plan(job)
+        return run._plan(job)
 
     def _plan(self, job: Job, sources: bool = True) -> Plan:
-        if job == "prepare_shards" and not sources:
-            record = self.artifact(job)
-            return Plan(record is not None, record.digest[:12] if record else "not there yet")
-        if job == "prepare_shards":
-            manifest = find_shards(self.storage, self.prefix(job), self.config.shards)
-            return Plan(manifest is not None, manifest.digest[:12] if manifest else "not there yet")
         self._check_claim(job)
         record = self.artifact(job)
         if record is None:
             return Plan(False, "not there yet")
+        if job == "prepare_shards":
+            if sources:  # which may take minutes to list
+                shards = self.config.shards
+                check_origin(self.storage, self.prefix(job), shards, describe_sources(shards, self.storage))
+            return Plan(True, record.digest[:12])
         differs = self._differs(job, record)
         if differs and IMPORTED in record.details:
             raise UserError(f"{self.storage.url()}: the {JOBS[job].makes} was imported {differs}; import it again")
@@ -267,20 +278,25 @@ class Run:
         Raises:
             UserError: it was started under another one, or its weights were imported.
         """
-        self._check_claim(job)
-        record = self.artifact(job)
+        run = self.snapshot()
+        run._check_claim(job)
+        record = run.artifact(job)
         if record is not None and IMPORTED in record.details:
             raise UserError(
                 f"{self.storage.url()}: the {JOBS[job].makes} is imported from {record.details[IMPORTED]}; "
                 "give the run another name to train one"
             )
-        self.storage.write_json(self._claim_path(job), self.identity(job))
+        self.storage.write_json(run._claim_path(job), self.identity(job))
 
     def _check_claim(self, job: Job) -> None:
         """Refuse to resume a training under another configuration, naming the first field that differs."""
-        if job not in TRAININGS or not self.storage.exists(self._claim_path(job)):
+        if job not in TRAININGS:
             return
-        found = differences(self.storage.read_json(self._claim_path(job)), self._sections(job))
+        try:
+            begun = self.storage.read_json(self._claim_path(job))
+        except FileNotFoundError:
+            return
+        found = differences(begun, self._sections(job))
         if found:
             path, old, new = found[0]
             raise UserError(
@@ -297,12 +313,13 @@ class Run:
         Raises:
             UserError: an input is missing.
         """
-        prefix, identity_now = self.prefix(job), self.identity(job)
+        run = self.snapshot()
+        prefix, identity_now = run.prefix(job), self.identity(job)
         draft = Artifact(
             kind=JOBS[job].makes,
             digest="",
             config=digest(identity_now),
-            inputs=self.inputs(job),
+            inputs=run.inputs(job),
             details={"identity": identity_now},
         )
         return JobOutput(self.storage, prefix, draft)
@@ -313,8 +330,31 @@ class Run:
         Raises:
             UserError: the run has made its own, which a command of minutes must not replace; or an input is missing.
         """
-        record = self.artifact(job)
-        begun = job in TRAININGS and self.training_folder(job).exists("checkpoints")
+        run = self.snapshot()
+        record = run.artifact(job)
+        begun = job in TRAININGS and run.training_folder(job).exists("checkpoints")
         if begun or (record is not None and IMPORTED not in record.details):
             raise UserError(f"{self.storage.url()} has its own {JOBS[job].makes}; give the run another name")
-        return self.output(job)
+        return run.output(job)
+
+
+class RunSnapshot(Run):
+    """A run at one moment: each record is read when it is first asked for, and then stays as it was.
+
+    It serves one decision, such as a plan or the inputs of a job. It does not see what is made later, so it is not kept
+    for longer.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.config, self.storage = run.config, run.storage
+        self._records: dict[Job, Artifact | None] = {}
+
+    def snapshot(self) -> "RunSnapshot":
+        """Itself: it stays at its moment."""
+        return self
+
+    def artifact(self, job: Job) -> Artifact | None:
+        """See `Run.artifact`."""
+        if job not in self._records:
+            self._records[job] = self._read_artifact(job)
+        return self._records[job]

@@ -29,6 +29,7 @@ class SamplingInputs:
         Raises:
             UserError: a model or the latents are missing.
         """
+        run = run.snapshot()
         identity = run.identity("sample")
         # Where a set grows, the samples that are there stay.
         each = {key: value for key, value in identity["sample"].items() if key != "images"}

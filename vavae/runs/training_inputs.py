@@ -1,16 +1,22 @@
-"""The inputs of the trainings, resolved once before they begin."""
+"""The inputs of the trainings, resolved once before they begin, by one rank for all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from vavae.config import digest
+from vavae.data.shards.manifest import Manifest, read_manifest
+from vavae.errors import CommonError, UserError
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.output import JobOutput
 from vavae.runs.run import Job, Run
+from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from vavae.distributed.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class TokenizerTrainingInputs(TrainingInputs):
 
     shards: Storage
     """Folder of the image shards."""
+    manifest: Manifest
+    """Manifest of the image shards."""
 
     @classmethod
     def of(cls, run: Run) -> "TokenizerTrainingInputs":
@@ -57,13 +65,16 @@ class TokenizerTrainingInputs(TrainingInputs):
             UserError: an input is missing.
         """
         job: Job = "train_vavae"
+        run = run.snapshot()
+        shards = run.folder("prepare_shards")
         return cls(
             job,
             run.config,
             run.training_folder(job),
             run.storage.child(f"tensorboard/{job}"),
             run.output(job),
-            shards=run.folder("prepare_shards"),
+            shards=shards,
+            manifest=read_manifest(shards),
         )
 
 
@@ -85,6 +96,7 @@ class LightningDiTTrainingInputs(TrainingInputs):
             UserError: an input is missing.
         """
         job: Job = "train_lightningdit"
+        run = run.snapshot()
         return cls(
             job,
             run.config,
@@ -98,11 +110,41 @@ class LightningDiTTrainingInputs(TrainingInputs):
 
 
 def begin_training(run: Run, job: Job, world: "World") -> TokenizerTrainingInputs | LightningDiTTrainingInputs:
-    """Claim a training for the configuration of its run, on rank 0, and resolve its inputs. Every rank calls it.
+    """Claim a training for the configuration of its run and resolve its inputs, on rank 0. Every rank calls it.
 
     Raises:
-        UserError: it was begun under another configuration, its weights were imported, or an input is missing.
+        CommonError: it was begun under another configuration, its weights were imported, or an input is missing.
     """
+
+    def begin() -> TokenizerTrainingInputs | LightningDiTTrainingInputs:
+        now = run.snapshot()
+        now.claim(job)
+        return TokenizerTrainingInputs.of(now) if job == "train_vavae" else LightningDiTTrainingInputs.of(now)
+
+    return resolve_once(world, begin)
+
+
+def resolve_once(world: "World", resolve: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 reads from storage: a thousand ranks ask for it once. Every rank calls it.
+
+    Args:
+        world: the ranks.
+        resolve: called on rank 0 alone; its result is picklable.
+
+    Raises:
+        CommonError: it raised a UserError.
+        StorageUnavailableError: it did.
+    """
+    value: T | None = None
+    error: CommonError | StorageUnavailableError | None = None
     if world.is_first:
-        run.claim(job)
-    return TokenizerTrainingInputs.of(run) if job == "train_vavae" else LightningDiTTrainingInputs.of(run)
+        try:
+            value = resolve()
+        except UserError as found:
+            error = CommonError(str(found))
+        except StorageUnavailableError as found:
+            error = found
+    resolved, error = world.broadcast((value, error))
+    if error is not None:
+        raise error
+    return cast(T, resolved)

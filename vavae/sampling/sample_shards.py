@@ -17,7 +17,7 @@ from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler
-from vavae.storage.artifact import FileInfo
+from vavae.storage.artifact import FileInfo, read_records
 from vavae.storage.storage import Storage, sha256_of
 
 
@@ -107,18 +107,24 @@ class SampleSet:
         """The record of a shard; None where it is not done with these models and settings."""
         try:
             record = SampleShardRecord.model_validate_json(self._storage.read_bytes(_record_path(shard)))
-            intact = self._storage.size(_path(shard)) == record.file.bytes
+            size = self._storage.size(_path(shard))
         except (FileNotFoundError, ValidationError):
             return None
+        return record if self._is_done(shard, record, size) else None
+
+    def _is_done(self, shard: int, record: SampleShardRecord, size: int | None) -> bool:
+        """Whether a record is of the present models, settings and number, and its shard has the size that it says."""
         valid = record.origin == self._origin and record.images == len(self._indices(shard))
-        return record if intact and valid else None
+        return valid and size == record.file.bytes
 
     def files(self) -> dict[str, FileInfo]:
         """Size and checksum of all shards by name, once they are done."""
-        files = {}
-        for shard in self.shards():
-            record = self.record(shard)
-            assert record is not None, f"samples of shard {shard} are missing: generate every shard first"
+        files, sizes = {}, self._storage.sizes()
+        records = read_records(self._storage, [*map(_record_path, self.shards())], SampleShardRecord)
+        for shard, record in zip(self.shards(), records, strict=True):
+            missing = f"samples of shard {shard} are missing: generate every shard first"
+            assert record is not None, missing
+            assert self._is_done(shard, record, sizes.get(_path(shard))), missing
             files[_path(shard)] = record.file
         return files
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from multiprocessing.pool import ThreadPool
@@ -32,6 +32,8 @@ __all__ = ["Storage", "sha256_of"]
 
 _PART_BYTES = 16 << 20
 _FETCHES = 2
+_SMALL_READS, _SMALL_READS_AHEAD = 16, 512
+"""Small files that are asked for at the same time, and those that are held until they are wanted."""
 
 Result = TypeVar("Result")
 
@@ -127,6 +129,19 @@ class Storage:
         """The whole content of a file."""
         name = self._name(path)
         return self._read(path, lambda: self._fs.cat_file(name))
+
+    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Yield the whole contents of small files in order, read some at a time; None for one that is not there."""
+
+        def read(path: str) -> bytes | None:
+            try:
+                return self.read_bytes(path)
+            except FileNotFoundError:
+                return None
+
+        with ThreadPool(_SMALL_READS) as pool:
+            for first in range(0, len(paths), _SMALL_READS_AHEAD):
+                yield from pool.map(read, paths[first : first + _SMALL_READS_AHEAD])
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes ``start`` to before ``stop`` of a file, ``0 <= start < stop``; fewer where the file ends before."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from vavae.config import Config, digest
 from vavae.data.image_stream import ImageStream
 from vavae.data.sample_order import order_of
-from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.distributed.world import World
 from vavae.interop.export import (
     ALIGNMENT,
@@ -20,11 +19,16 @@ from vavae.interop.export import (
     save_export,
     strip_prefix,
 )
-from vavae.latents.manifest import read_latents_of
+from vavae.latents.manifest import LatentManifest, read_latents_of
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.latents.stream import LatentStream
 from vavae.models.tokenizer.teacher import teacher_geometry
-from vavae.runs.training_inputs import LightningDiTTrainingInputs, TokenizerTrainingInputs, TrainingInputs
+from vavae.runs.training_inputs import (
+    LightningDiTTrainingInputs,
+    TokenizerTrainingInputs,
+    TrainingInputs,
+    resolve_once,
+)
 from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights
 from vavae.training.callbacks.diffusion import SamplePreview
 from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview, held_out_images
@@ -120,15 +124,14 @@ def train(inputs: TokenizerTrainingInputs | LightningDiTTrainingInputs, session:
 
 def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World) -> None:
     """Train the tokenizer on image shards and export it. Every rank calls it."""
-    config = inputs.config
-    manifest = read_manifest(inputs.shards)
-    order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
+    config, manifest = inputs.config, inputs.manifest
+    order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(inputs.shards, manifest, SPLIT, order, size, config.stream, config.seed)
     attempt = _Attempt(inputs, session, world)
     seen = attempt.checkpoints.images_seen()
     start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
-    callbacks = _tokenizer_callbacks(inputs, manifest, world)
+    callbacks = _tokenizer_callbacks(inputs, world)
     for phase in config.tokenizer_phases(seen):
         if phase.until_images < seen:
             continue
@@ -155,17 +158,16 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     """Train the LightningDiT on latents and export it. Every rank calls it."""
     config, training = inputs.config, inputs.config.train_lightningdit
     shape = (config.tokenizer.latent_dim, config.grid, config.grid)
-    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape)
-    normalizer = LatentNormalizer(*read_statistics(inputs.latents))
+    manifest, normalizer = resolve_once(world, lambda: _read_latents(inputs, shape))
     model = config.lightningdit.with_classes(len(manifest.classes))
-    order = order_of([shard.count for shard in manifest.splits[SPLIT]], config.seed, config.stream)
+    order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = training.batch_size // config.stream.lanes
     stream = LatentStream(inputs.latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
     step = DiffusionStep(config, model, stream, normalizer, world)
     attempt = _Attempt(inputs, session, world)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
-        tokenizer, _ = load_tokenizer(inputs.tokenizer)
+        tokenizer = load_tokenizer(inputs.tokenizer)[0] if world.is_first else None  # only rank 0 decodes
         folder, classes = inputs.folder.child(PREVIEWS), manifest.classes
         callbacks.append(
             SamplePreview(config, model, tokenizer, normalizer, classes, training.preview_images, folder, world)
@@ -180,11 +182,19 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     attempt.export(description, {WEIGHTS: weights}, state)
 
 
-def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, manifest: Manifest, world: World) -> list[Callback]:
+def _read_latents(
+    inputs: LightningDiTTrainingInputs, shape: tuple[int, int, int]
+) -> tuple[LatentManifest, LatentNormalizer]:
+    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape)
+    return manifest, LatentNormalizer(*read_statistics(inputs.latents))
+
+
+def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, world: World) -> list[Callback]:
     config, training = inputs.config, inputs.config.train_vavae
     if training.probe_images is None and training.preview_images is None:
         return []
-    images = held_out_images(inputs.shards, manifest) if world.is_first else torch.empty(0)  # only rank 0 needs them
+    # Only rank 0 needs the images.
+    images = held_out_images(inputs.shards, inputs.manifest) if world.is_first else torch.empty(0)
     callbacks: list[Callback] = []
     if training.probe_images is not None:
         callbacks.append(LatentProbe(config, images, training.probe_images, world))

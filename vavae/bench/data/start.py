@@ -109,7 +109,7 @@ def _start_vavae(latent_set: _Set) -> _Started:
 def _open_vavae(latent_set: _Set) -> _Reader:
     storage = Storage(latent_set.folder)
     manifest = read_latent_manifest(storage)
-    order = order_of([shard.count for shard in manifest.splits[SPLIT]], 0, _CONFIG)
+    order = order_of(manifest.splits[SPLIT].counts, 0, _CONFIG)
     stream = LatentStream(storage, manifest, SPLIT, order, _MICRO_BATCH, seed=0, open_shards=_CONFIG.open_shards)
     return _Reader(order, stream)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from vavae.data.config import ShardsConfig
 from vavae.data.image import UnreadableImage, decode_image
 from vavae.data.image_stream import IMAGE_EXTENSIONS, image_bytes, label_of
-from vavae.data.shards.manifest import Manifest, ShardInfo, shard_file
+from vavae.data.shards.manifest import Manifest, ShardInfo, ShardList, shard_file
 from vavae.data.shards.mapped_shard import MappedShard
 from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
@@ -144,7 +144,7 @@ def without_unreadable(manifest: Manifest, found: Iterable[ShardFaults]) -> Mani
             update = {"count": info.count - len(faults.unreadable), "dropped": dropped}
             splits[faults.split][faults.number] = info.model_copy(update=update)
         names += [line.partition(": ")[0] for line in faults.unreadable.values()]
-    left = {split: tuple(shard for shard in shards if shard.count) for split, shards in splits.items()}
+    left = {split: ShardList.of(shard for shard in shards if shard.count) for split, shards in splits.items()}
     empty = next((split for split, shards in left.items() if not shards), None)
     if empty:
         raise UserError(f"no image of split {empty} can be read: nothing would be left of it")

@@ -7,7 +7,7 @@ be killed, and resume.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,11 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vavae.config import differences, digest
 from vavae.data.config import ShardsConfig
 from vavae.data.image import UnreadableImage, stored_image
-from vavae.data.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
+from vavae.data.shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
 from vavae.data.shards.plan import (
     PlannedShard,
     ShardPlan,
-    describe_sources,
     input_digests,
     origin,
     plan_shards,
@@ -29,7 +28,7 @@ from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.data.sources.listing import Fingerprint, Source
 from vavae.data.sources.opening import reopen_source
 from vavae.errors import UserError
-from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
+from vavae.storage.artifact import Artifact, FileInfo, commit, read_records
 from vavae.storage.storage import Storage, sha256_of
 
 KIND = "shards"
@@ -83,28 +82,13 @@ def write_shards(
     return finish(storage, prefix, plan)
 
 
-def find_shards(storage: Storage, prefix: str, config: ShardsConfig) -> Manifest | None:
-    """Find the manifest of finished, intact shards; None where there is something to do. Writes nothing.
-
-    Sources are listed, which may take minutes, only if the shards are done.
-
-    Raises:
-        UserError: the shards that are done were made otherwise.
-    """
-    artifact = read(storage, prefix)
-    if artifact is None or not is_intact(storage, prefix, artifact):
-        return None
-    _check_origin(storage, prefix, config, describe_sources(config, storage))
-    return read_manifest(storage, prefix)
-
-
 def claim(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
     """Claim a folder for the shards of a configuration and its sources.
 
     Raises:
         UserError: it holds shards of another source or configuration, or anything else.
     """
-    _check_origin(storage, prefix, config, sources)
+    check_origin(storage, prefix, config, sources)
     storage.write_json(f"{prefix}/{_PLAN}", origin(config, sources))
 
 
@@ -126,7 +110,7 @@ def write_shard(
     if present is not None:
         advance(len(shard.records))
         return present
-    path, record_path = f"{prefix}/{shard.name}.tar", f"{prefix}/{shard.name}.json"
+    path, record_path = _path(prefix, shard), _record_path(prefix, shard)
     storage.delete(record_path)
     source = reopen_source(shard.source, storage, shard.plan)
     with storage.create(path) as local:
@@ -144,11 +128,33 @@ def write_shard(
 def read_record(storage: Storage, prefix: str, shard: PlannedShard) -> ShardRecord | None:
     """Read the record of a shard that is done; None where it is not, or not by this plan."""
     try:
-        record = ShardRecord.model_validate_json(storage.read_bytes(f"{prefix}/{shard.name}.json"))
-        intact = not record.shard.count or storage.size(f"{prefix}/{shard.name}.tar") == record.shard.bytes
+        record = ShardRecord.model_validate_json(storage.read_bytes(_record_path(prefix, shard)))
+        size = storage.size(_path(prefix, shard)) if record.shard.count else None
     except (FileNotFoundError, ValidationError):
         return None
-    return record if intact and record.plan == shard.plan else None
+    return record if _is_done(shard, record, size) else None
+
+
+def _read_records(storage: Storage, prefix: str, plan: ShardPlan) -> Iterator[ShardRecord | None]:
+    """Yield the record of every shard as `read_record` returns it, with one listing for the sizes of all."""
+    records = read_records(storage, [_record_path(prefix, shard) for shard in plan.shards], ShardRecord)
+    sizes = storage.sizes(prefix) if plan.shards else {}
+    for shard, record in zip(plan.shards, records, strict=True):
+        done = record is not None and _is_done(shard, record, sizes.get(_path(prefix, shard)))
+        yield record if done else None
+
+
+def _is_done(shard: PlannedShard, record: ShardRecord, size: int | None) -> bool:
+    """Whether a record is of this plan, and its shard has the size that it says; None where there is no shard."""
+    return record.plan == shard.plan and (not record.shard.count or size == record.shard.bytes)
+
+
+def _path(prefix: str, shard: PlannedShard) -> str:
+    return f"{prefix}/{shard.name}.tar"
+
+
+def _record_path(prefix: str, shard: PlannedShard) -> str:
+    return f"{prefix}/{shard.name}.json"
 
 
 def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
@@ -165,12 +171,12 @@ def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
 
 def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     """Build the manifest of the shards that were written."""
-    records = {shard.name: read_record(storage, prefix, shard) for shard in plan.shards}
     splits: dict[str, list[ShardInfo]] = {}
     skipped: list[str] = []
-    for name, record in records.items():
-        assert record is not None, f"{storage.url(prefix)}/{name}.tar is missing: write every shard before finishing"
-        splits.setdefault(name.partition("/")[0], []).append(record.shard)
+    for shard, record in zip(plan.shards, _read_records(storage, prefix, plan), strict=True):
+        path = storage.url(_path(prefix, shard))
+        assert record is not None, f"{path} is missing: write every shard before finishing"
+        splits.setdefault(shard.name.partition("/")[0], []).append(record.shard)
         skipped += record.skipped
     empty = next((split for split, shards in splits.items() if not any(shard.count for shard in shards)), None)
     if empty:
@@ -186,12 +192,21 @@ def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
     )
 
 
-def _check_origin(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
-    if not storage.exists(f"{prefix}/{_PLAN}"):
+def check_origin(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
+    """Make sure that the shards in a folder, if there are any, are those of a configuration and its sources.
+
+    Raises:
+        UserError: they are of another source or configuration, or the folder holds anything else.
+    """
+    try:
+        made = storage.read_json(f"{prefix}/{_PLAN}")
+    except FileNotFoundError:
         if storage.sizes(prefix):
-            raise UserError(f"{storage.url(prefix)} holds something else than shards: delete it, or take another name")
+            raise UserError(
+                f"{storage.url(prefix)} holds something else than shards: delete it, or take another name"
+            ) from None
         return
-    found = differences(storage.read_json(f"{prefix}/{_PLAN}"), {"config": config, "sources": sources})
+    found = differences(made, {"config": config, "sources": sources})
     if found:
         raise UserError(
             f"{storage.url(prefix)} holds shards made {_describe_difference(found)}: delete it, or take another name"

@@ -33,7 +33,7 @@ class SamplePreview:
     Args:
         config: configuration of the run.
         model: sizes of the LightningDiT.
-        tokenizer: decodes the latents.
+        tokenizer: decodes the latents; None on the other ranks.
         normalizer: of the latents.
         classes: names of the classes.
         every_images: images of the training between two previews.
@@ -45,7 +45,7 @@ class SamplePreview:
         self,
         config: RunConfig,
         model: LightningDiTConfig,
-        tokenizer: VAVAE,
+        tokenizer: VAVAE | None,
         normalizer: LatentNormalizer,
         classes: Sequence[str],
         every_images: int,
@@ -83,6 +83,7 @@ class SamplePreview:
     def _generate(self, model: LightningDiT) -> Tensor:
         """Sample the images, uint8 [N, 3, H, W]."""
         config, device = self._config, self._world.device
+        assert self._tokenizer is not None, "rank 0 has the tokenizer"
         sampler = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device))
         batches = sampler.batches(
             range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size
