@@ -17,8 +17,8 @@ def work(run: Run) -> None:
     inputs, latents = ExtractionInputs.of(run), run.config.latents
     extraction = Extraction.of(inputs)
     resources = Resources.of(run.config.workers, latents.cpus, latents.gpus)
-    tasks, images = extraction.tasks(), extraction.images
-    work_through(run, "precompute_latents", partial(_make_work, inputs), tasks, images, latents.actors, resources)
+    tasks, images, make_work = extraction.tasks(), extraction.images, partial(_make_work, inputs)
+    work_through(run, "precompute_latents", make_work, tasks, images, latents.actors, resources, items_of_an_actor=2)
     inputs.output.commit(*extraction.finish(inputs.latent_shape))
 
 

@@ -18,7 +18,8 @@ def work(run: Run) -> None:
     """Generate every shard of samples that is missing, then the files beside them."""
     inputs, config = SamplingInputs.of(run), run.config.sample
     samples = SampleSet.of(inputs)
-    work_through(run, "sample", partial(_make_work, inputs), samples.shards(), config.images, config.actors)
+    make_work, shards = partial(_make_work, inputs), samples.shards()
+    work_through(run, "sample", make_work, shards, config.images, config.actors, items_of_an_actor=2)
     files = samples.files()
     content = digest({name: info.sha256 for name, info in files.items()})
     inputs.output.commit(content, files, beside={**write_sample_files(samples, run.storage)})

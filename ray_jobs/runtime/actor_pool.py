@@ -71,6 +71,7 @@ def work_through(
     images: int,
     actors: int,
     resources: Resources | None = None,
+    items_of_an_actor: int = 1,
 ) -> None:
     """Process all items with at most `actors` at a time, showing progress in images.
 
@@ -82,6 +83,8 @@ def work_through(
         images: total over all items.
         actors: upper limit; fewer where the cluster does not hold so many.
         resources: of each actor; None takes those of a training's worker.
+        items_of_an_actor: items that an actor processes at the same time, in threads; more than one where the work
+            takes turns at the device, so that one item is read and another one stored meanwhile.
 
     Raises:
         UserError: the cluster can't hold a single actor.
@@ -95,9 +98,9 @@ def work_through(
         num_gpus=resources.gpus,
         max_restarts=workers.max_failures,
         max_task_retries=workers.max_failures,
-    )(Worker)
+    )(Worker).options(max_concurrency=items_of_an_actor)
     with monitor_progress(run, job, progress, images):
-        pool = ActorPool([actor.remote(make_work, workers, progress) for _ in range(actors)])
+        pool = ActorPool([actor.remote(make_work, workers, progress) for _ in range(actors)] * items_of_an_actor)
         for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
             pass
 

@@ -1,5 +1,7 @@
 """Passes in shard order."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from PIL import Image
 from support import image_shards
 from support.image_shards import write_image_shards
 
-from vavae.data.image import center_crop_resize
+from vavae.data import shard_reader
+from vavae.data.image import center_crop_resize, prepare_image
 from vavae.data.shard_reader import gather, read_images, read_span
 from vavae.errors import UserError
 
@@ -42,6 +45,38 @@ def test_spans_side_by_side_share_no_image_though_one_cannot_be_read(storage):
     first, second = (gather(read_span(storage, manifest, "validation", s, 9)) for s in (range(3), range(3, 7)))
     expected = np.stack([image_shards.image("validation", index) for index in (0, 2, 3, 4, 5, 6)])
     assert np.array_equal(torch.cat([first.images, second.images]).permute(0, 2, 3, 1), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_change_neither_images_nor_batches_nor_what_is_left_out(storage, caplog, threads):
+    damaged = [("validation", index) for index in (1, 4)]
+    manifest = write_image_shards(storage, {"validation": COUNTS}, damaged=damaged)
+    batches = list(read_images(storage, manifest, "validation", 9, 2, threads))
+    expected = np.stack([image_shards.image("validation", index) for index in (0, 2, 3, 5, 6)])
+    assert [len(batch.images) for batch in batches] == [2, 2, 1]
+    assert np.array_equal(gather(batches).images.permute(0, 2, 3, 1), expected)
+    assert [record.args[0] for record in caplog.records] == [
+        "validation/000000.tar#000000001",
+        "validation/000001.tar#000000004",
+    ]
+
+
+def test_a_batch_is_decoded_while_the_one_before_is_used(storage, monkeypatch):
+    """Across the end of a shard, too."""
+    decoded = threading.Semaphore(0)
+
+    def decode(*arguments):
+        decoded.release()
+        return prepare_image(*arguments)
+
+    monkeypatch.setattr(shard_reader, "prepare_image", decode)
+    manifest = write_image_shards(storage, {"validation": COUNTS})
+    batches = read_span(storage, manifest, "validation", range(7), 2)
+    for _ in range(3):
+        next(batches)
+        assert decoded.acquire(timeout=30)
+        assert decoded.acquire(timeout=30), "of the batch"
+    assert decoded.acquire(timeout=30), "of the next batch"
 
 
 def test_larger_images_are_cut_as_adm_cuts_them(storage):

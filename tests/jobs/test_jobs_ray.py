@@ -43,6 +43,7 @@ from vavae.runs.run import JOBS, Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sampler import Sampler
 from vavae.storage.artifact import RECORD
+from vavae.storage.local import PARTIAL
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.metric_names import JOB_METRICS, METRICS
@@ -343,7 +344,11 @@ def test_latents_survive_a_killed_actor_whatever_their_number(arguments: list[st
     storage = Run(load(RunConfig, CONFIG, arguments[2:])).storage
     before = {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)}
     storage.delete("latents")
-    with one_killed("ray::Worker.do"):
+
+    def a_shard_is_begun() -> bool:
+        return any(Path(storage.root, "latents").rglob(f"*{PARTIAL}"))
+
+    with one_killed("ray::Worker", a_shard_is_begun):
         assert run_pipeline(arguments, "latents.actors=1") == 0
     assert {path: storage.read_bytes(path) for path in storage.list("latents", recursive=True)} == before
 
@@ -356,7 +361,7 @@ def test_samples_survive_a_killed_actor_and_come_as_one_array(tmp_path: Path) ->
     def a_shard_is_done() -> bool:
         return run.storage.exists("samples/000000.json")
 
-    with one_killed("ray::Worker.do", a_shard_is_done):
+    with one_killed("ray::Worker", a_shard_is_done):
         job = ["--config", str(config), *settings, "sample.actors=1", "sample.npz=true"]
         assert command.main("sample", DESCRIPTION, sample.work, job) == 0
     with np.load(tmp_path / "runs" / "trained" / "samples.npz") as array:

@@ -157,6 +157,24 @@ def test_whatever_is_slowest_is_the_bottleneck(remembered, image_bytes, cluster,
     assert job.images_per_second <= min(job.rates.values())
 
 
+@pytest.mark.parametrize(("section", "job"), [("latents", "precompute_latents"), ("sample", "sample")])
+def test_inference_is_planned_in_its_precision(remembered, section, job):
+    """The bf16 rate of an L4 is four times its fp32 rate."""
+    full, half = (
+        {
+            each.job: each
+            for each in estimate_jobs(
+                load(RunConfig, TINY, [LIGHT, f"{section}.precision={precision}"]), ClusterSpec("L4", 1), Dataset(1000)
+            )
+        }
+        for precision in ("fp32", "bf16")
+    )
+    changed = {name for name in full if full[name].arithmetic != half[name].arithmetic}
+    assert changed == {job}
+    assert half[job].arithmetic == "bf16"
+    assert half[job].rates["compute"] == pytest.approx(2 * full[job].rates["compute"], rel=0.01)
+
+
 def test_an_uneven_share_of_lanes_costs_an_accumulation_step(remembered):
     """Four lanes on three workers take two accumulation steps, as on two."""
     config = load(RunConfig, TINY, [LIGHT])

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import webdataset
 from support import image_shards, small_models
 
 from vavae.data.image import decode_image
+from vavae.data.pixels import encode_png
 from vavae.data.shard_reader import gather
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.latents.statistics import LatentNormalizer
@@ -44,8 +47,8 @@ def sampler():
     return Recorder()
 
 
-def samples(storage, origin="o", config=CONFIG):
-    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin, image_shards.CLASSES)
+def samples(storage, origin="o", config=CONFIG, threads=1):
+    return SampleSet(storage, config, SEED, GUIDANCE, SOLVER, origin, image_shards.CLASSES, threads)
 
 
 def ignore(count):
@@ -172,6 +175,71 @@ def test_shards_are_the_same_in_any_order_and_from_any_worker(storage, sampler, 
     for shard in reversed(samples(other).shards()):
         samples(other).generate(shard, Recorder(), ignore)
     assert samples(other).files() == files
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_byte(storage, sampler, tmp_path, threads):
+    files = generate_all(samples(storage), sampler)
+    more, at_once = (Storage(str(tmp_path / name)) for name in ("more", "at_once"))
+    assert generate_all(samples(more, threads=threads), sampler) == files
+    found = samples(at_once, threads=threads)
+    with ThreadPoolExecutor(2) as pool:  # as in an actor
+        list(pool.map(lambda shard: found.generate(shard, sampler, ignore), found.shards()))
+    assert found.files() == files
+    assert contents(storage) == contents(more) == contents(at_once)
+
+
+def test_a_batch_is_encoded_while_the_next_is_generated(storage, sampler, monkeypatch):
+    begun, images = threading.Event(), sampler.images
+
+    def encode(image):
+        assert begun.wait(30), "the second batch waits for the first"
+        return encode_png(image)
+
+    def generate(indices, *rest):
+        if indices[0] == 3:
+            begun.set()
+        return images(indices, *rest)
+
+    monkeypatch.setattr(sample_shards, "encode_png", encode)
+    monkeypatch.setattr(sampler, "images", generate)
+    samples(storage).generate(0, sampler, ignore)
+    assert samples(storage).record(0)
+
+
+def test_a_shard_is_stored_while_the_next_is_generated(storage, sampler, monkeypatch):
+    """The first record waits for the second shard."""
+    begun, images, write_json = threading.Event(), sampler.images, Storage.write_json
+
+    def generate(indices, *rest):
+        if indices[0] == 4:
+            begun.set()
+        return images(indices, *rest)
+
+    def store(folder, path, value):
+        assert path != "000000.json" or begun.wait(30), "the second shard waits for the first"
+        write_json(folder, path, value)
+
+    monkeypatch.setattr(sampler, "images", generate)
+    monkeypatch.setattr(Storage, "write_json", store)
+    found = samples(storage)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda shard: found.generate(shard, sampler, ignore), found.shards()))
+    assert found.files()
+    assert [sorted(sampler.asked[at : at + 2]) for at in (0, 2)] in (
+        [[[0, 1, 2], [3]], [[4, 5, 6], [7]]],
+        [[[4, 5, 6], [7]], [[0, 1, 2], [3]]],
+    ), "models take turns by shards"
+
+
+def test_an_error_of_the_encoder_is_the_error_and_leaves_nothing(storage, sampler, monkeypatch):
+    def fail(image):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sample_shards, "encode_png", fail)
+    with pytest.raises(OSError, match="no space left"):
+        samples(storage).generate(0, sampler, ignore)
+    assert contents(storage) == {}
 
 
 def test_samples_of_other_models_are_made_again(storage, sampler):

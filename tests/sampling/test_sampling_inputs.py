@@ -31,6 +31,8 @@ def done(made, *overrides):
     [
         ([], [True, True, True]),
         (["sample.batch_size=1", "sample.actors=3", "sample.npz=true", "evaluate.images=5"], [True, True, True]),
+        (["sample.precision=fp32"], [True, True, True]),
+        (["sample.precision=bf16"], [False, False, False]),
         (["sample.images=17"], [True, True, False, False, False]),
         (["sample.images=8"], [True, True]),
         (["sample.labels=random"], [False, False, False]),
@@ -42,6 +44,11 @@ def done(made, *overrides):
 )
 def test_what_makes_an_image_makes_it_again(made, overrides, expected):
     assert done(made, *overrides) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sampler_has_the_precision_of_its_configuration(made, precision):
+    assert Sampler.load(SamplingInputs.at(made, [f"sample.precision={precision}"])).precision == precision
 
 
 def test_other_models_make_all_again(made, tmp_path):

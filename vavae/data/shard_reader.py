@@ -1,5 +1,6 @@
 """Sequential readers of whole shards, in their order."""
 
+import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from vavae.data.ahead import map_ahead
 from vavae.data.image import UnreadableImage, decode_image, prepare_image
 from vavae.data.image_stream import image_bytes, label_of
-from vavae.data.shards.manifest import Manifest, ShardInfo, shard_file
+from vavae.data.shards.manifest import Manifest, ShardInfo, open_shard
 from vavae.data.shards.mapped_shard import MappedShard
 from vavae.errors import UserError
 from vavae.storage.storage import Storage
@@ -49,21 +51,108 @@ def shard_records(
         yield from (record for at, record in enumerate(records) if at not in (dropped or ()))
 
 
+class ShardRecord(NamedTuple):
+    """A record of an open image shard."""
+
+    shard: MappedShard
+    record: int
+    """Position in the shard."""
+    place: str
+    """Name for messages, `<split>/<shard>#<key>`."""
+
+
+class ReadableImage(NamedTuple):
+    """An image that could be read."""
+
+    pixels: np.ndarray
+    """uint8 [S, S, 3]."""
+    label: int
+    key: str
+    """Name of the image, as its source calls it."""
+
+
+class _UnreadableImage(NamedTuple):
+    key: str
+    place: str
+    reason: str
+
+
+class ReadableImages:
+    """The readable images among some records, in their order, decoded in threads ahead of their use.
+
+    In memory are at most `ahead` images, and those that their user holds. Those that are left out are logged.
+
+    Args:
+        records: records of image shards.
+        manifest: size and classes of the images.
+        ahead: images that are decoded in advance.
+        threads: threads that decode; their number changes nothing.
+    """
+
+    def __init__(self, records: Iterable[ShardRecord], manifest: Manifest, ahead: int, threads: int = 1) -> None:
+        self._records, self._ahead, self._threads = records, ahead, threads
+        self._image_size, self._classes = manifest.image_size, len(manifest.classes)
+        self.skipped: list[str] = []
+        """Names of the images that were left out so far."""
+
+    def __iter__(self) -> Iterator[ReadableImage]:
+        for image in map_ahead(self._read, self._records, self._ahead, self._threads):
+            if isinstance(image, _UnreadableImage):
+                _log.warning("%s: left out %s: %s", image.place, image.key, image.reason)
+                self.skipped.append(image.key)
+            else:
+                yield image
+
+    def _read(self, at: ShardRecord) -> ReadableImage | _UnreadableImage:
+        record = at.shard[at.record]
+        key = json.loads(record["json"])["key"] if "json" in record else at.shard.key(at.record)
+        try:
+            pixels = prepare_image(image_bytes(record, at.place), self._image_size)
+        except UnreadableImage as error:
+            return _UnreadableImage(key, at.place, str(error))
+        return ReadableImage(pixels, label_of(record, self._classes, at.place), key)
+
+
+def open_records(storage: Storage, split: str, info: ShardInfo, within: range | None = None) -> Iterator[ShardRecord]:
+    """Open a shard and yield its records, or those at some positions.
+
+    Args:
+        storage: folder of the manifest.
+        split: split of the shard.
+        info: its entry in the manifest.
+        within: positions; None takes all.
+
+    Raises:
+        UserError: the shard is damaged, or another than the manifest says.
+    """
+    shard = open_shard(storage, split, info, lambda path: MappedShard(path, info.count, info.dropped))
+    for record in range(info.count) if within is None else within:
+        yield ShardRecord(shard, record, f"{split}/{info.name}#{shard.key(record)}")
+
+
 def read_images(
-    storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int
+    storage: Storage, manifest: Manifest, split: str, limit: int, batch_size: int, threads: int = 1
 ) -> Iterator[LabeledImages]:
     """Yield the first `limit` readable images of a split in batches, center-cropped; those left out are logged.
 
-    The shards hold their images in a shuffled order, so the first ones are a fair sample.
+    The shards hold their images in a shuffled order, so the first ones are a fair sample. A batch is decoded while the
+    one before it is used.
+
+    Args:
+        storage: folder of the shards.
+        manifest: its manifest.
+        split: name of the split.
+        limit: images to read at most.
+        batch_size: images of a batch; the last one may be smaller.
+        threads: threads that decode; their number changes nothing.
 
     Raises:
         UserError: a shard is damaged, a class is none of the manifest's, or no image can be read.
     """
-    samples = chain.from_iterable(
-        _samples(storage, manifest, split, info, range(info.count)) for info in manifest.splits[split]
-    )
-    chosen, found = islice(samples, limit), False
-    while batch := list(islice(chosen, batch_size)):
+    records = chain.from_iterable(open_records(storage, split, info) for info in manifest.splits[split])
+    chosen = islice(ReadableImages(records, manifest, batch_size, threads), limit)
+    found = False
+    for batch in batched(chosen, batch_size):
         yield _batch(batch)
         found = True
     if not found:
@@ -71,7 +160,7 @@ def read_images(
 
 
 def read_span(
-    storage: Storage, manifest: Manifest, split: str, span: range, batch_size: int
+    storage: Storage, manifest: Manifest, split: str, span: range, batch_size: int, threads: int = 1
 ) -> Iterator[LabeledImages]:
     """Yield the readable images among some records of a split, counted through its shards, as :func:`read_images`.
 
@@ -80,36 +169,43 @@ def read_span(
     """
     infos = manifest.splits[split]
     firsts = accumulate((info.count for info in infos), initial=0)
-    samples = chain.from_iterable(
-        _samples(storage, manifest, split, info, range(max(0, span.start - first), min(info.count, span.stop - first)))
+    records = chain.from_iterable(
+        open_records(storage, split, info, range(max(0, span.start - first), min(info.count, span.stop - first)))
         for info, first in zip(infos, firsts, strict=False)
         if first < span.stop and first + info.count > span.start
     )
-    while batch := list(islice(samples, batch_size)):
-        yield _batch(batch)
+    yield from map(_batch, batched(ReadableImages(records, manifest, batch_size, threads), batch_size))
 
 
-def _samples(
-    storage: Storage, manifest: Manifest, split: str, info: ShardInfo, within: range
-) -> Iterator[tuple[np.ndarray, int]]:
-    records = shard_records(shard_file(storage, split, info), info.count, info.dropped)
-    for record in islice(records, within.start, within.stop):
-        place = f"{split}/{info.name}#{record['__key__']}"
-        try:
-            pixels = prepare_image(image_bytes(record, place), manifest.image_size)
-        except UnreadableImage as error:
-            _log.warning("%s: left out: %s", place, error)
-        else:
-            yield pixels, label_of(record, len(manifest.classes), place)
+def labeled_images(records: Iterable[Mapping[str, Any]], threads: int = 1) -> LabeledImages:
+    """Decode records that this package wrote, of one image size, into one batch; see :func:`labeled_batches`."""
+    return _batch(list(map_ahead(_read_sample, records, 2 * threads, threads)))
 
 
-def labeled_images(records: Iterable[Mapping[str, Any]]) -> LabeledImages:
-    """Decode records that this package wrote, of one image size, into one batch."""
-    return _batch([(decode_image(image_bytes(record)), int(record["cls"])) for record in records])
+def labeled_batches(records: Iterable[Mapping[str, Any]], batch_size: int, threads: int = 1) -> Iterator[LabeledImages]:
+    """Decode records that this package wrote, of one image size, each batch while the one before it is used.
+
+    Args:
+        records: members by extension, and the name as `__key__`.
+        batch_size: images of a batch; the last one may be smaller.
+        threads: threads that decode; their number changes nothing.
+    """
+    return map(_batch, batched(map_ahead(_read_sample, records, batch_size, threads), batch_size))
 
 
-def _batch(samples: Sequence[tuple[np.ndarray, int]]) -> LabeledImages:
-    images, labels = zip(*samples, strict=True)
+def batched(images: Iterable[ReadableImage], batch_size: int) -> Iterator[list[ReadableImage]]:
+    """Split images into batches, full but for the last."""
+    rest = iter(images)
+    while batch := list(islice(rest, batch_size)):
+        yield batch
+
+
+def _read_sample(record: Mapping[str, Any]) -> ReadableImage:
+    return ReadableImage(decode_image(image_bytes(record)), int(record["cls"]), record["__key__"])
+
+
+def _batch(samples: Sequence[ReadableImage]) -> LabeledImages:
+    images, labels, _ = zip(*samples, strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
     return LabeledImages(pixels, torch.tensor(labels))
 

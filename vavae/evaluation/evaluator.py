@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vavae.config import digest, identity, written_path
+from vavae.data.ahead import threads_of
 from vavae.data.shard_reader import LabeledImages, gather, read_images, read_span
 from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
@@ -56,6 +57,7 @@ class Evaluator:
 
     def __init__(self, inputs: EvaluationInputs) -> None:
         self.inputs, self._config = inputs, inputs.config.evaluate
+        self._threads = threads_of(inputs.config.workers.cpus)
         self._manifest = read_manifest(inputs.shards)
         held_out = self._manifest.count(HELD_OUT)
         wanted = RECONSTRUCTION_PROTOCOLS.get(self._config.reconstruction_protocol, held_out)
@@ -134,11 +136,12 @@ class Evaluator:
 
     def first_images(self, split: str, limit: int) -> LabeledImages:
         """The first images of a split, at most `limit`."""
-        return gather(read_images(self.inputs.shards, self._manifest, split, limit, self._config.batch_size))
+        size = self._config.batch_size
+        return gather(read_images(self.inputs.shards, self._manifest, split, limit, size, self._threads))
 
     def samples(self) -> LabeledImages:
         """All samples of the run."""
-        return gather(read_samples(self._samples.folder, self._sample_files))
+        return gather(read_samples(self._samples.folder, self._sample_files, self._threads))
 
     def clean(self) -> None:
         """Delete the parts of these samples; those of the tokenizer and of real images stay for other samples."""
@@ -177,20 +180,21 @@ class Evaluator:
 
     def _batches(self, part: Part) -> Iterator[Tensor]:
         """The images of a part in batches uint8 [B, 3, H, W]."""
-        size = self._config.metrics.batch_size
+        size, threads = self._config.metrics.batch_size, self._threads
         if part.set_name == "samples":
             shard_images = self.inputs.config.sample.shard_images
-            yield from sample_batches(self._samples.folder, self._sample_files, shard_images, part.span, size)
+            yield from sample_batches(self._samples.folder, self._sample_files, shard_images, part.span, size, threads)
         elif part.set_name == "file":
             yield from reference_images(self._reference_path, part.span, size)
         else:
             split = _SPLITS[part.set_name]
-            for batch in read_span(self.inputs.shards, self._manifest, split, part.span, size):
+            for batch in read_span(self.inputs.shards, self._manifest, split, part.span, size, threads):
                 yield batch.images
 
     def _reconstruct(self, span: range, advance: Callable[[int], None]) -> Tensors:
         """Metrics of every image of a part, features of its reconstructions, and some pairs for the picture."""
-        batches = read_span(self.inputs.shards, self._manifest, HELD_OUT, span, self._config.batch_size)
+        size = self._config.batch_size
+        batches = read_span(self.inputs.shards, self._manifest, HELD_OUT, span, size, self._threads)
         summarizer = Summarizer(self.extractors, 0, self.device)
         parts, shown = [], max(0, self._config.pictures - span.start)
         for batch in reconstruct(batches, self._reconstructor, self.inputs.config.seed, span.start, self.device):

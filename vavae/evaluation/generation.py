@@ -1,12 +1,13 @@
 """Metrics of generated images against real ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vavae.data.shard_reader import LabeledImages
+from vavae.data.shard_reader import LabeledImages, labeled_batches, shard_records
 from vavae.metrics.features import FeatureSummary, Summaries
 from vavae.metrics.frechet import Moments, frechet_distance
 from vavae.metrics.generation import (
@@ -20,7 +21,6 @@ from vavae.metrics.generation import (
 )
 from vavae.metrics.inception_score import inception_score
 from vavae.metrics.reference import ReferenceFile
-from vavae.sampling.sample_shards import read_samples
 from vavae.storage.storage import Storage
 
 
@@ -108,7 +108,7 @@ def further_distances(
 
 
 def sample_batches(
-    samples: Storage, files: Sequence[str], shard_images: int, span: range, batch_size: int
+    samples: Storage, files: Sequence[str], shard_images: int, span: range, batch_size: int, threads: int = 1
 ) -> Iterator[Tensor]:
     """Read the samples of a span in batches uint8 [B, 3, H, W]; a batch ends with its shard.
 
@@ -118,11 +118,14 @@ def sample_batches(
         shard_images: images in every shard but the last.
         span: indices of the samples.
         batch_size: B, at most.
+        threads: threads that decode; their number changes nothing.
     """
     for number in range(span.start // shard_images, -(-span.stop // shard_images)):
         first = number * shard_images
-        for shard in read_samples(samples, [sorted(files)[number]]):
-            yield from shard.images[max(0, span.start - first) : span.stop - first].split(batch_size)
+        records = shard_records(samples.local_file(sorted(files)[number]))
+        chosen = islice(records, max(0, span.start - first), span.stop - first)
+        for batch in labeled_batches(chosen, batch_size, threads):
+            yield batch.images
 
 
 class ClassifierVerdict(NamedTuple):

@@ -1,13 +1,13 @@
 """Extraction of latents: one image shard in, one latent shard of the same name out, its record written last."""
 
 import hashlib
-import json
-import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,23 +15,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vavae.config import digest
-from vavae.data.image import UnreadableImage, prepare_image
-from vavae.data.image_stream import image_bytes, label_of
+from vavae.config import digest, identity
+from vavae.data.ahead import in_turn, map_ahead, threads_of
 from vavae.data.pixels import to_float
-from vavae.data.shard_reader import shard_records
-from vavae.data.shards.manifest import Manifest, ShardInfo, shard_file
+from vavae.data.shard_reader import ReadableImage, ReadableImages, batched, open_records
+from vavae.data.shards.manifest import Manifest, ShardInfo
+from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.errors import UserError
 from vavae.latents.config import LatentsConfig
 from vavae.latents.manifest import MANIFEST, LatentManifest
-from vavae.latents.shards import write_latents
+from vavae.latents.shards import latent_members
 from vavae.latents.statistics import STATISTICS, LatentStatistics
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo, read_records
 from vavae.storage.storage import Storage, sha256_of
-
-_log = logging.getLogger(__name__)
 
 
 class LatentShardRecord(BaseModel):
@@ -68,20 +66,29 @@ class Extraction:
         manifest: manifest of the image shards.
         latents: folder of the latents.
         tokenizer: digest of the tokenizer's export.
-        config: batch size, flips and scale.
+        config: batch size, flips, precision and scale.
+        threads: threads that decode images; their number changes nothing.
     """
 
     def __init__(
-        self, images: Storage, manifest: Manifest, latents: Storage, tokenizer: str, config: LatentsConfig
+        self,
+        images: Storage,
+        manifest: Manifest,
+        latents: Storage,
+        tokenizer: str,
+        config: LatentsConfig,
+        threads: int = 1,
     ) -> None:
         self._images, self._manifest, self._latents = images, manifest, latents
-        self._tokenizer, self._config = tokenizer, config
+        self._tokenizer, self._config, self._threads = tokenizer, config, threads
+        self._turn = Lock()
 
     @classmethod
     def of(cls, inputs: ExtractionInputs) -> "Extraction":
         """The latents of a run."""
         tokenizer, config = inputs.tokenizer.digest, inputs.config.latents
-        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config)
+        threads = threads_of(config.cpus or inputs.config.workers.cpus)
+        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config, threads)
 
     @property
     def images(self) -> int:
@@ -122,18 +129,24 @@ class Extraction:
         return size == record.shard.bytes and record.origin == self._origin(task)
 
     def _origin(self, task: ShardTask) -> str:
+        # The scale changes no latent.
+        config = {key: value for key, value in identity(self._config).items() if key != "scale"}
         return digest(
             {
                 "source": self._manifest.splits[task.split][task.number].sha256,
                 "image_size": self._manifest.image_size,
                 "first_index": task.first_index,
                 "tokenizer": self._tokenizer,
-                "config": {"flip": self._config.flip, "batch_size": self._config.batch_size},
+                "config": config,
             }
         )
 
     def encode(self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]) -> None:
         """Encode one shard, unless it is done.
+
+        While a batch is encoded the next one is decoded and the one before it written; of every shard, at most two
+        batches of images and three of posteriors are in memory. Called in two threads, it reads the next shard and
+        stores the previous one, up to its record, while the model encodes one: models take turns, shard by shard.
 
         Args:
             task: the shard.
@@ -147,46 +160,56 @@ class Extraction:
             return
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
-        records = shard_records(shard_file(self._images, task.split, source), source.count, source.dropped)
-        images = _ReadableImages(records, path, self._manifest.image_size, len(self._manifest.classes))
-        statistics = LatentStatistics(model.config.latent_dim)
-        arrays, labels, keys = [], [], []
-        for batch in images.batches(self._config.batch_size):
-            array = self._posteriors(model, batch.images.to(device))
-            for view in range(0, array.shape[1], 2):
-                statistics.update(array[:, view], array[:, view + 1])
-            arrays.append(array)
-            labels += batch.labels
-            keys += batch.keys
-            advance(len(batch.labels))
-        if not labels:
+        records = open_records(self._images, task.split, source)
+        images = ReadableImages(records, self._manifest, self._config.batch_size, self._threads)
+        batches = batched(images, self._config.batch_size)
+        first = next(batches, None)
+        if first is None:
             raise UserError(f"{self._images.url(path)}: no readable image in the whole shard; make the shards again")
+        with self._latents.create(path) as local:
+            with (
+                write_tar(local) as tar,
+                closing(in_turn(self._turn, self._encode(model, chain([first], batches), device))) as encoded,
+            ):
+                shard = _LatentShard(tar, task.first_index, model.config.latent_dim)
+                with closing(map_ahead(shard.add, encoded, ahead=1)) as written:
+                    for count in written:
+                        advance(count)
+            size, sha256 = local.stat().st_size, sha256_of(local)
         if images.skipped:
             advance(len(images.skipped))
-        with self._latents.create(path) as local:
-            write_latents(local, np.concatenate(arrays), labels, task.first_index)
-            size, sha256 = local.stat().st_size, sha256_of(local)
-        info = ShardInfo(name=source.name, count=len(labels), bytes=size, sha256=sha256)
         record = LatentShardRecord(
             origin=self._origin(task),
-            shard=info,
-            statistics=statistics.to_json(),
-            keys=tuple(keys),
+            shard=ShardInfo(name=source.name, count=len(shard.keys), bytes=size, sha256=sha256),
+            statistics=shard.statistics.to_json(),
+            keys=tuple(shard.keys),
             skipped=tuple(images.skipped),
         )
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
 
-    def _posteriors(self, model: VAVAE, images: Tensor) -> np.ndarray:
+    def _encode(
+        self, model: VAVAE, batches: Iterable[list[ReadableImage]], device: torch.device
+    ) -> Iterator["_EncodedBatch"]:
+        """Encode batches; on a GPU, the copies to it and back are under way while the caller goes on."""
+        for batch in batches:
+            images = _stack([image.pixels for image in batch], pinned=device.type == "cuda")
+            posteriors = self._posteriors(model, images.to(device, non_blocking=True)).to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            yield _EncodedBatch(posteriors, copied, [image.label for image in batch], [image.key for image in batch])
+
+    def _posteriors(self, model: VAVAE, images: Tensor) -> Tensor:
         """Encode uint8 [B, 3, H, W] to float16 [B, 2 · (1 + flip), C, h, w], a short batch padded to the full size."""
         count = len(images)
         padded = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
         views = [padded, padded.flip(-1)] if self._config.flip else [padded]
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
         parts = []
         with torch.inference_mode():
             for view in views:
-                posterior = model.encode(to_float(view))
+                with autocast:
+                    posterior = model.encode(to_float(view))
                 parts += [posterior.mean[:count], posterior.std[:count]]
-        return torch.stack(parts, dim=1).half().cpu().numpy()
+        return torch.stack(parts, dim=1).half()
 
     def finish(self, shape: tuple[int, int, int]) -> tuple[str, dict[str, FileInfo]]:
         """Write manifest and statistics once all shards are done.
@@ -234,46 +257,46 @@ class Extraction:
         return {"mean": mean, "std": std}
 
 
-class _Batch(NamedTuple):
-    images: Tensor
-    """uint8 [B, 3, H, W]."""
+class _EncodedBatch(NamedTuple):
+    posteriors: Tensor
+    """float16 [B, 2 · (1 + flip), C, h, w] on the host, complete once `copied` has happened."""
+    copied: torch.cuda.Event | None
     labels: list[int]
     keys: list[str]
 
 
-class _ReadableImages:
-    """Batches of the readable images of a shard, full but for the last.
+class _LatentShard:
+    """Writer of one shard: its latents, their statistics, and the names of the images.
 
     Args:
-        records: records of the shard.
-        place: name of the shard.
-        image_size: side of ADM's center crop, pixels.
-        classes: number of classes.
+        tar: the open shard.
+        first_index: index within the split of its first record.
+        channels: channels of a latent.
     """
 
-    def __init__(self, records: Iterable[dict[str, Any]], place: str, image_size: int, classes: int) -> None:
-        self._records, self._place, self._size, self._classes = records, place, image_size, classes
-        self.skipped: list[str] = []
-        """Names of the images that were left out so far."""
+    def __init__(self, tar: ShardWriter, first_index: int, channels: int) -> None:
+        self._tar, self._first = tar, first_index
+        self.statistics = LatentStatistics(channels)
+        self.keys: list[str] = []
 
-    def batches(self, batch_size: int) -> Iterator[_Batch]:
-        """Read all images, in order."""
-        samples = self._samples()
-        while chosen := list(islice(samples, batch_size)):
-            images, labels, keys = zip(*chosen, strict=True)
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
-            yield _Batch(pixels, list(labels), list(keys))
+    def add(self, batch: _EncodedBatch) -> int:
+        """Append a batch, and return its number of images."""
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        arrays = batch.posteriors.numpy()
+        for view in range(0, arrays.shape[1], 2):
+            self.statistics.update(arrays[:, view], arrays[:, view + 1])
+        for array, label in zip(arrays, batch.labels, strict=True):
+            self._tar.add(self._first + self._tar.count, latent_members(array, label))
+        self.keys += batch.keys
+        return len(arrays)
 
-    def _samples(self) -> Iterator[tuple[np.ndarray, int, str]]:
-        for record in self._records:
-            key = json.loads(record["json"])["key"] if "json" in record else record["__key__"]
-            try:
-                pixels = prepare_image(image_bytes(record), self._size)
-            except UnreadableImage as error:
-                _log.warning("%s: left out %s: %s", self._place, key, error)
-                self.skipped.append(key)
-            else:
-                yield pixels, label_of(record, self._classes, f"{self._place}#{record['__key__']}"), key
+
+def _stack(images: Sequence[np.ndarray], pinned: bool) -> Tensor:
+    """Stack pixels uint8 [H, W, 3] to uint8 [B, 3, H, W], in which the channels of a pixel stay together."""
+    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
+    np.stack(images, out=stacked.numpy())
+    return stacked.permute(0, 3, 1, 2)
 
 
 def _record_path(split: str, shard: ShardInfo) -> str:

@@ -27,12 +27,22 @@ def write_latents(path: Path, arrays: np.ndarray, labels: Sequence[int], first_i
         labels: N class indices.
         first_index: index of the first record in its split; names the members.
     """
-    assert arrays.dtype == np.float16, f"latents are stored in float16, not {arrays.dtype}"
     with write_tar(path) as tar:
         for index, (array, label) in enumerate(zip(arrays, labels, strict=True), first_index):
-            npy = io.BytesIO()
-            np.save(npy, array)
-            tar.add(index, {"latent.npy": npy.getvalue(), "cls": b"%0*d" % (_LABEL_DIGITS, label)})
+            tar.add(index, latent_members(array, label))
+
+
+def latent_members(array: np.ndarray, label: int) -> dict[str, bytes]:
+    """Members of one record, by extension.
+
+    Args:
+        array: float16 [2 · (1 + flip), C, H, W].
+        label: class index.
+    """
+    assert array.dtype == np.float16, f"latents are stored in float16, not {array.dtype}"
+    npy = io.BytesIO()
+    np.save(npy, array)
+    return {"latent.npy": npy.getvalue(), "cls": b"%0*d" % (_LABEL_DIGITS, label)}
 
 
 class MappedLatents:

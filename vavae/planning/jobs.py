@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vavae.data.ahead import threads_of
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
 from vavae.distributed.config import Precision
@@ -153,16 +154,17 @@ def _prepare(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 
 def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEstimate:
-    """Estimate the extraction: an actor decodes and encodes in turns; those that share a GPU fill each other's gaps."""
+    """Estimate the extraction: an actor decodes in threads, one for each of its cores, while its GPU encodes."""
     flops = encoding_flops(config) * (1 + config.latents.flip)
-    arithmetic = _arithmetic(config, "fp32")
+    arithmetic = _arithmetic(config, config.latents.precision)
     computing = _gpu_seconds(flops, cluster, arithmetic)
-    decoding = 1 / _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
+    decoded = _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
+    threads = threads_of(config.latents.cpus or config.workers.cpus)
     actors = cluster.count / config.latents.gpus
     read, written = stored_bytes(config, dataset), latent_bytes(config)
     rates = {
         "compute": cluster.count / computing,
-        "decoding": actors / (decoding + computing),
+        "decoding": actors * threads * decoded,
         "store": _store_rate(cluster, read + written),
     }
     total, rate = dataset.images * written, min(rates.values())
@@ -171,7 +173,7 @@ def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:
     flops = velocity_flops(config) * velocity_evaluations(config) + decoding_flops(config)
-    arithmetic = _arithmetic(config, "fp32")
+    arithmetic = _arithmetic(config, config.sample.precision)
     rate = cluster.count / _gpu_seconds(flops, cluster, arithmetic)
     images, written = config.sample.images, sample_bytes(config)
     return JobEstimate("sample", images, None, flops, {"compute": rate}, rate, 0, written, arithmetic)

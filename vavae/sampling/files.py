@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from zipfile import ZipFile, ZipInfo
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vavae.data.ahead import map_ahead
 from vavae.data.image import png_bytes
 from vavae.data.pixels import encode_png, enlargement, image_grid
 from vavae.data.shards.tar import write_tar
@@ -88,7 +90,7 @@ def write_picture(path: Path, request: SampleRequest, batches: Iterable[Tensor])
 
 
 def write_shard(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
-    """Write images into a WebDataset shard: `png`, `cls`, and the seed in `json`.
+    """Write images into a WebDataset shard: `png`, `cls`, and the seed in `json`; each batch while the next is made.
 
     Args:
         path: local file.
@@ -96,11 +98,11 @@ def write_shard(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -
         batches: all images, uint8 [B, 3, H, W] each.
     """
     labels, seeds = request.labels, request.indices
+    encoded = map_ahead(lambda batch: [encode_png(image) for image in batch], batches, ahead=1)
     with write_tar(path) as tar:
-        for batch in batches:
-            for image in batch:
-                seed = json.dumps({"seed": seeds[tar.count]}).encode()
-                tar.add(tar.count, {"png": encode_png(image), "cls": b"%d" % labels[tar.count], "json": seed})
+        for png in chain.from_iterable(encoded):
+            seed = json.dumps({"seed": seeds[tar.count]}).encode()
+            tar.add(tar.count, {"png": png, "cls": b"%d" % labels[tar.count], "json": seed})
 
 
 def write_array(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:

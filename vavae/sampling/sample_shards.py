@@ -1,11 +1,14 @@
 """The set of samples in shards: each a pure function of its number, done when its record is there."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from threading import Lock
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vavae.data.ahead import in_turn, map_ahead, threads_of
 from vavae.data.image import decode_image
 from vavae.data.image_stream import image_bytes
 from vavae.data.pixels import encode_png
@@ -43,6 +46,7 @@ class SampleSet:
         solver: solver of the flow.
         origin: digest of everything that a sample is a function of, besides its index.
         classes: names of the classes, in the order of their labels.
+        threads: threads that encode images; their number changes nothing.
 
     Raises:
         UserError: a given label is none of the classes.
@@ -57,9 +61,11 @@ class SampleSet:
         solver: SolverConfig,
         origin: str,
         classes: Sequence[str],
+        threads: int = 1,
     ) -> None:
         self._storage, self.config, self._seed = storage, config, seed
         self._guidance, self._solver, self._origin = guidance, solver, origin
+        self._threads, self._turn = threads, Lock()
         self.label = label_law(config, classes, seed)
         """The label of the sample at an index."""
 
@@ -72,7 +78,16 @@ class SampleSet:
         """
         classes = read_latent_manifest(inputs.latents.folder).classes
         config, folder = inputs.config, inputs.output.folder
-        return cls(folder, config.sample, config.seed, config.guidance, config.solver, inputs.origin, classes)
+        return cls(
+            folder,
+            config.sample,
+            config.seed,
+            config.guidance,
+            config.solver,
+            inputs.origin,
+            classes,
+            threads_of(config.workers.cpus),
+        )
 
     def shards(self) -> range:
         """Numbers of all shards, done or not."""
@@ -80,6 +95,9 @@ class SampleSet:
 
     def generate(self, shard: int, sampler: Sampler, advance: Callable[[int], None]) -> None:
         """Generate one shard, unless it is done.
+
+        While a batch is generated the one before it is encoded and written. Called in two threads, it stores the
+        previous shard, up to its record, while the models generate the next: models take turns, shard by shard.
 
         Args:
             shard: number of the shard.
@@ -94,11 +112,9 @@ class SampleSet:
         labels = [self.label(index) for index in indices]
         batches = sampler.batches(indices, labels, self._seed, self._guidance, self._solver, self.config.batch_size)
         with self._storage.create(_path(shard)) as local:
-            with write_tar(local) as tar:
-                for batch in batches:
-                    for image in batch:
-                        tar.add(indices[tar.count], {"png": encode_png(image), "cls": b"%d" % labels[tar.count]})
-                    advance(len(batch))
+            with write_tar(local) as tar, closing(in_turn(self._turn, _each_image(batches, advance))) as images:
+                for png in map_ahead(encode_png, images, self.config.batch_size, self._threads):
+                    tar.add(indices[tar.count], {"png": png, "cls": b"%d" % labels[tar.count]})
             info = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
         record = SampleShardRecord(origin=self._origin, images=len(indices), file=info)
         self._storage.write_json(_record_path(shard), record.model_dump())
@@ -154,15 +170,23 @@ class SampleSet:
         return list(range(first, min(first + self.config.shard_images, self.config.images)))
 
 
-def read_samples(storage: Storage, files: Iterable[str]) -> Iterator[LabeledImages]:
+def read_samples(storage: Storage, files: Iterable[str], threads: int = 1) -> Iterator[LabeledImages]:
     """Read samples, a shard at a time.
 
     Args:
         storage: folder of the samples.
         files: names of the shards.
+        threads: threads that decode a shard; their number changes nothing.
     """
     for name in sorted(files):
-        yield labeled_images(shard_records(storage.local_file(name)))
+        yield labeled_images(shard_records(storage.local_file(name)), threads)
+
+
+def _each_image(batches: Iterable[torch.Tensor], advance: Callable[[int], None]) -> Iterator[torch.Tensor]:
+    """Yield the images of batches one by one, and tell of every batch that is there."""
+    for batch in batches:
+        advance(len(batch))
+        yield from batch
 
 
 def _path(shard: int) -> str:

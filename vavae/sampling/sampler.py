@@ -10,6 +10,7 @@ from vavae.data.pixels import to_uint8
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
+from vavae.distributed.config import Precision
 from vavae.errors import UserError
 from vavae.interop.export import load_lightningdit, load_tokenizer
 from vavae.latents.statistics import LatentNormalizer, read_statistics
@@ -25,6 +26,8 @@ class Sampler(NamedTuple):
     tokenizer: VAVAE
     lightningdit: LightningDiT
     normalizer: LatentNormalizer
+    precision: Precision = "fp32"
+    """Precision of the layers of both models; the solver's state and the pixels are float32."""
 
     @classmethod
     def load(cls, inputs: SamplingInputs, device: torch.device | None = None) -> "Sampler":
@@ -47,7 +50,8 @@ class Sampler(NamedTuple):
                 f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
             )
         normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
-        return cls(autoencoder.to(device), model.to(device), normalizer.to(device))
+        precision = inputs.config.sample.precision
+        return cls(autoencoder.to(device), model.to(device), normalizer.to(device), precision)
 
     @torch.inference_mode()
     def images(
@@ -71,9 +75,11 @@ class Sampler(NamedTuple):
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
         noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
-        velocity = ClassifierFreeGuidance(model, model.null_label, guidance)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        velocity = ClassifierFreeGuidance(autocast(model.forward), model.null_label, guidance)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
-        return to_uint8(self.tokenizer.decode(self.normalizer.denormalize(latents))).cpu()
+        decode = autocast(self.tokenizer.decode)
+        return to_uint8(decode(self.normalizer.denormalize(latents))).cpu()
 
     def batches(
         self,

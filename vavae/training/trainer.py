@@ -145,7 +145,7 @@ class Trainer:
                 self._step(stream)
                 done = self._state.images_seen >= until
                 if done or self._stop or self._check_due or self._is_shown(before):
-                    self._settle()
+                    self._read_outcome()
                     self._raise_if_diverged()
                 self._run_callbacks(before)
                 self._stop |= done
@@ -166,7 +166,7 @@ class Trainer:
         )
 
     def _step(self, stream: Iterator[list[Any]]) -> None:
-        """Load and run one optimizer step, in which the one before is settled.
+        """Load and run one optimizer step, which meanwhile tells what came of the one before.
 
         Raises:
             _DivergedError: the one before was skipped, like too many before it. This one is dropped with the weights.
@@ -174,7 +174,7 @@ class Trainer:
         before = self._state.images_seen
         with self._meter.waiting("data_wait"):
             micro_batches = next(stream)
-        result = self.step.run(micro_batches, before, self._learning_rate(before), before_update=self._settle)
+        result = self.step.run(micro_batches, before, self._learning_rate(before), before_update=self._read_outcome)
         self._raise_if_diverged()
         self._state = self._state.after(self.config.batch_size)
         self._pending = _PendingStep(before, result, self._begin_exchange(result))
@@ -194,7 +194,7 @@ class Trainer:
             }
         )
 
-    def _settle(self) -> None:
+    def _read_outcome(self) -> None:
         """Account for the last step, if that has not been done yet: whether it was applied, and what its exchange says.
 
         The host learns it during the step after, so that a GPU always has work; or when somebody is to see the result.
