@@ -68,7 +68,7 @@ RECORDS = {
     ShardInfo: "name count bytes sha256 url dropped",
     Manifest: "splits classes image_size sources skipped skipped_count",
     SampleShardRecord: "origin images file",
-    Hardware: "workers device threads torch",
+    Hardware: "workers device threads torch lanes_at_once",
 }
 GENERATORS = {"torch_generator", "numpy_generator", "key_seed"}
 

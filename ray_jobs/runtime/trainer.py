@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray_jobs.runtime.session import RaySession
 from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
+from vavae.planning.training import resolve_lanes_at_once
 from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.retry import StorageUnavailableError
@@ -88,7 +90,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     owner: str = settings["owner"]
     try:
         session, world = RaySession(run.config.name, job, progress, owner), World.current(run.config.workers.use_gpu)
-        train(begin_training(run, job, world), session, world)
+        inputs = begin_training(run, job, world)
+        train(replace(inputs, config=resolve_lanes_at_once(inputs.config, world)), session, world)
     except CommonError as error:
         # All ranks raise it, so none has to fail for Ray to stop the others, and then restart them.
         if not (isinstance(error, SupersededError) and error.owner == owner):

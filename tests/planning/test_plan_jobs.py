@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vavae.cli.main import main
 from vavae.config.load import load
+from vavae.distributed.world import World
 from vavae.models.dit.model import LightningDiT
 from vavae.planning import jobs
 from vavae.planning import training as training_estimate
@@ -19,7 +20,7 @@ from vavae.planning.activations import activation_bytes, saved_bytes
 from vavae.planning.cluster import ClusterSpec
 from vavae.planning.jobs import Dataset, estimate_jobs, tokenizer_flops, velocity_evaluations
 from vavae.planning.sizes import checkpoint_bytes, trained_parameters
-from vavae.planning.training import estimate_training
+from vavae.planning.training import estimate_training, lanes_that_fit, resolve_lanes_at_once
 from vavae.runs.config import RunConfig
 from vavae.training.flops.flops import over_depth
 from vavae.training.flops.meta_models import frozen_networks, lightningdit_step, tokenizer_step
@@ -261,6 +262,19 @@ def test_checkpoints_hold_all_engines():
     assert checkpoint_bytes(averaged, "train_vavae") == 4 * (4 * generator + 3 * discriminator)
     alone = load(RunConfig, TINY, ["losses.adversarial.weight=0"])
     assert checkpoint_bytes(alone, "train_vavae") == 4 * 3 * generator
+
+
+def test_a_pass_takes_as_many_lanes_as_fit():
+    config = load(RunConfig, XL, ["workers.count=2", "train_lightningdit.lanes_at_once=auto"])
+    lanes = {memory: lanes_that_fit(config, 2, memory * 1e9) for memory in (1, 40, 80, 141, 10_000)}
+    assert lanes[1] == 1
+    assert 1 <= lanes[40] < lanes[80] < lanes[141] <= lanes[10_000] == config.stream.lanes // 2
+    assert resolve_lanes_at_once(config, World()).train_lightningdit.lanes_at_once == 1, "on a CPU bits are promised"
+    grouped, single = (
+        estimate_training(each, ClusterSpec("H100", 2), "train_lightningdit", 1.0)
+        for each in (config, resolve_lanes_at_once(config, World()))
+    )
+    assert grouped.activations == pytest.approx(lanes[80] * single.activations)
 
 
 def test_the_command_prints_a_plan(remembered, capsys):

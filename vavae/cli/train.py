@@ -1,6 +1,7 @@
 """``vavae train``: one training in this process, or under torchrun in several."""
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from vavae.cli.arguments import add_config
@@ -25,6 +26,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.distributed.torch_settings import configure_torch
     from vavae.distributed.world import World, process_group
     from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
+    from vavae.planning.training import resolve_lanes_at_once
     from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
     from vavae.runs.events import EventLog
     from vavae.runs.training_inputs import begin_training
@@ -37,7 +39,8 @@ def _train(arguments: argparse.Namespace) -> int:
     with process_group(run.config.workers.use_gpu, run.config.collective_seconds(job)):
         world = World.current(run.config.workers.use_gpu)
         with session.handle_signals():
-            train(begin_training(run, job, world), session, world)
+            inputs = begin_training(run, job, world)
+            train(replace(inputs, config=resolve_lanes_at_once(inputs.config, world)), session, world)
     if world.is_first and run.plan(job).done and job == "train_lightningdit":
         evaluate_pending_checkpoints(CheckpointEvaluationInputs.of(run))
     if session.stop_requested() and not run.plan(job).done:

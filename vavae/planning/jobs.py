@@ -21,7 +21,7 @@ from vavae.planning.formulas import (
     step_traffic,
 )
 from vavae.planning.sizes import latent_bytes, sample_bytes, trained_parameters, training_bytes
-from vavae.planning.training import TrainingEstimate, estimate_training
+from vavae.planning.training import TrainingEstimate, estimate_training, lanes_at_once
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
 from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
@@ -192,8 +192,8 @@ def _gpu_seconds(flops: float, cluster: ClusterSpec, arithmetic: Arithmetic) -> 
 def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, bytes_read: float) -> JobEstimate:
     training: TrainingConfig = getattr(config, job)
     lanes, batch = config.stream.lanes, training.batch_size
-    accumulation_steps = accumulation_steps_of(lanes, cluster.count)
-    images_of_a_gpu = accumulation_steps * batch // lanes
+    images_of_a_gpu = accumulation_steps_of(lanes, cluster.count) * batch // lanes
+    accumulation_steps = -(-accumulation_steps_of(lanes, cluster.count) // lanes_at_once(config, job, cluster))
     arithmetic = _arithmetic(config, training.precision)
     compute = images_of_a_gpu * _gpu_seconds(flops, cluster, arithmetic)
     parameters = sum(trained_parameters(config, job).values())

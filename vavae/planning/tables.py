@@ -80,7 +80,7 @@ def _memory(job: JobEstimate, cluster: ClusterSpec) -> dict[str, str]:
     """Memory of one GPU in every ZeRO stage."""
     if job.training is None:
         return {}
-    rows = {"activations of a micro-batch": _bytes(job.training.activations)}
+    rows = {"activations of a pass": _bytes(job.training.activations)}
     for zero_stage, bytes_held in enumerate(job.training.memory):
         too_much = "too much: " if bytes_held > cluster.gpu.memory_bytes else ""
         rows[f"memory in ZeRO stage {zero_stage}"] = f"{too_much}{_bytes(bytes_held)}"

@@ -2,12 +2,20 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from vavae.distributed.world import World
 from vavae.losses.perceptual import LPIPS
 from vavae.planning.activations import activation_bytes
 from vavae.planning.cluster import ClusterSpec
-from vavae.planning.formulas import buffer_bytes, checkpoint_interval, lost_fraction, state_bytes
+from vavae.planning.formulas import (
+    accumulation_steps_of,
+    buffer_bytes,
+    checkpoint_interval,
+    lost_fraction,
+    state_bytes,
+)
 from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, trained_parameters
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
@@ -16,6 +24,8 @@ from vavae.training.flops.meta_models import frozen_networks
 _COPY_BYTES_PER_SECOND = 25e9
 """Rate from a GPU to the memory of its machine."""
 _ZERO_STAGES = (0, 1, 2, 3)
+_USABLE_MEMORY = 0.9
+"""Share of a GPU's memory that activations may fill: the rest is for fragments, kernels and the CUDA context."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class TrainingEstimate:
     """Bytes on a GPU in ZeRO stage 0 to 3, at most, with frozen networks, buckets and activations, nothing recomputed;
     stage 0 in the configured backend."""
     activations: float
-    """Bytes among them for the backward pass of one micro-batch."""
+    """Bytes among them for one backward pass."""
     checkpoint: int
     """Bytes of one checkpoint."""
     stall_seconds: float
@@ -54,22 +64,8 @@ def estimate_training(config: RunConfig, cluster: ClusterSpec, job: Job, images_
     """
     training: TrainingConfig = getattr(config, job)
     counts = trained_parameters(config, job)
-    averaged, offloaded = training.ema_decay is not None, training.engine.offload_optimizer
-    activations = activation_bytes(config, job, training.batch_size // config.stream.lanes)
-    frozen = frozen_bytes(config, job)
-
-    def memory_in(zero_stage: int) -> float:
-        backend = training.engine.backend if zero_stage == 0 else "deepspeed"
-        engine = training.engine.model_copy(update={"backend": backend, "zero_stage": zero_stage})
-        states = sum(
-            state_bytes(count, cluster.count, zero_stage, averaged=averaged and not i, offloaded=offloaded)
-            for i, count in enumerate(counts.values())
-        )
-        buffers = [buffer_bytes(count, cluster.count, engine) for count in counts.values()]
-        in_backward, after = (sum(held) for held in zip(*buffers, strict=True))
-        return frozen + states + max(activations + in_backward, after)
-
-    memory = tuple(map(memory_in, _ZERO_STAGES))
+    activations = _activations_of_a_lane(config, job) * lanes_at_once(config, job, cluster)
+    memory = tuple(_memory(config, job, cluster.count, zero_stage, activations) for zero_stage in _ZERO_STAGES)
     size = checkpoint_bytes(config, job)
     stall, upload = size / cluster.count / _COPY_BYTES_PER_SECOND, size / cluster.nodes / cluster.store
     between_failures = cluster.hours_between_failures * 3600
@@ -85,6 +81,63 @@ def estimate_training(config: RunConfig, cluster: ClusterSpec, job: Job, images_
         configured,
         lost_fraction(stall, configured, between_failures),
     )
+
+
+def _activations_of_a_lane(config: RunConfig, job: Job) -> float:
+    training: TrainingConfig = getattr(config, job)
+    return activation_bytes(config, job, training.batch_size // config.stream.lanes)
+
+
+def _memory(config: RunConfig, job: Job, workers: int, zero_stage: int, activations: float) -> float:
+    """Bytes on a GPU in a ZeRO stage, with so many of activations."""
+    training: TrainingConfig = getattr(config, job)
+    averaged, offloaded = training.ema_decay is not None, training.engine.offload_optimizer
+    backend = training.engine.backend if zero_stage == 0 else "deepspeed"
+    engine = training.engine.model_copy(update={"backend": backend, "zero_stage": zero_stage})
+    counts = trained_parameters(config, job).values()
+    states = sum(
+        state_bytes(count, workers, zero_stage, averaged=averaged and not i, offloaded=offloaded)
+        for i, count in enumerate(counts)
+    )
+    buffers = [buffer_bytes(count, workers, engine) for count in counts]
+    in_backward, after = (sum(held) for held in zip(*buffers, strict=True))
+    return frozen_bytes(config, job) + states + max(activations + in_backward, after)
+
+
+def lanes_at_once(config: RunConfig, job: Job, cluster: ClusterSpec) -> int:
+    """Lanes that a training takes in one pass on a cluster."""
+    if job != "train_lightningdit":
+        return 1
+    of_a_worker = accumulation_steps_of(config.stream.lanes, cluster.count)
+    asked = config.train_lightningdit.lanes_at_once
+    return min(
+        of_a_worker, lanes_that_fit(config, cluster.count, cluster.gpu.memory_bytes) if asked == "auto" else asked
+    )
+
+
+def lanes_that_fit(config: RunConfig, workers: int, memory_bytes: float) -> int:
+    """Most lanes of the LightningDiT, at least one, whose activations fit on a GPU beside all else."""
+    job: Job = "train_lightningdit"
+    engine = config.train_lightningdit.engine
+    zero_stage = engine.zero_stage if engine.backend == "deepspeed" else 0
+    room = _USABLE_MEMORY * memory_bytes - _memory(config, job, workers, zero_stage, activations=0)
+    fitting = int(room // _activations_of_a_lane(config, job))
+    return max(1, min(fitting, accumulation_steps_of(config.stream.lanes, workers)))
+
+
+def resolve_lanes_at_once(config: RunConfig, world: World) -> RunConfig:
+    """Resolve `train_lightningdit.lanes_at_once=auto` for the ranks of a training. Every rank calls it.
+
+    Where bits are promised, on CPUs and with `workers.deterministic`, it is one.
+    """
+    if config.train_lightningdit.lanes_at_once != "auto":
+        return config
+    lanes = 1
+    if world.device.type == "cuda" and not config.workers.deterministic:
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        lanes = world.broadcast(lanes_that_fit(config, world.size, total) if world.is_first else None)
+    training = config.train_lightningdit.model_copy(update={"lanes_at_once": lanes})
+    return config.model_copy(update={"train_lightningdit": training})
 
 
 def frozen_bytes(config: RunConfig, job: Job) -> int:

@@ -93,7 +93,7 @@ class DiffusionStep:
         training = config.train_lightningdit
         self._config, self._stream, self._world = config, stream, world
         lanes, at_once = config.stream.lanes, training.lanes_at_once
-        assert isinstance(at_once, int), "lanes_at_once is resolved before the training"
+        assert at_once != "auto", "lanes_at_once is resolved before the training"
         self.accumulation_steps = assign_lanes(lanes, world.rank, world.size)
         self._groups = group_lanes(lanes, world.rank, world.size, at_once)
         self.stopwatch = Stopwatch(world.device)

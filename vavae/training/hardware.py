@@ -24,9 +24,11 @@ class Hardware(BaseModel):
     """Threads of torch per worker, on a CPU."""
     torch: str
     """Version of torch."""
+    lanes_at_once: int = 1
+    """Lanes that a worker took in one pass."""
 
     @staticmethod
-    def of(world: "World") -> "Hardware":
+    def of(world: "World", lanes_at_once: int = 1) -> "Hardware":
         """Describe the ranks, taken to be like this one."""
         import torch
 
@@ -36,6 +38,7 @@ class Hardware(BaseModel):
             device=torch.cuda.get_device_name(world.device) if on_gpu else processor_name(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
+            lanes_at_once=lanes_at_once,
         )
 
     def __str__(self) -> str:

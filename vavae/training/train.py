@@ -71,7 +71,7 @@ class _Attempt:
         """Train a step from the newest checkpoint over a span of images seen; returns the state at the end."""
         inputs, world = self._inputs, self._world
         if world.is_first:
-            inputs.folder.write_json(HARDWARE, Hardware.of(world).model_dump())
+            inputs.folder.write_json(HARDWARE, Hardware.of(world, _lanes_at_once(inputs)).model_dump())
         log = MetricsLog(
             inputs.job,
             inputs.folder.child("log"),
@@ -103,6 +103,14 @@ class _Attempt:
             content = digest({name: info.sha256 for name, info in files.items()})
             output.commit(content, files, images_seen=state.images_seen)
         self._world.barrier()
+
+
+def _lanes_at_once(inputs: TrainingInputs) -> int:
+    if not isinstance(inputs, LightningDiTTrainingInputs):
+        return 1
+    lanes = inputs.config.train_lightningdit.lanes_at_once
+    assert lanes != "auto", "lanes_at_once is resolved before the training"
+    return lanes
 
 
 def train(inputs: TokenizerTrainingInputs | LightningDiTTrainingInputs, session: Session, world: World) -> None:
