@@ -26,7 +26,7 @@ from vavae.data.shards.mapped_shard import MappedShard
 from vavae.data.shards.tar import write_tar
 from vavae.data.shards.verify import index_shards, verify_shards
 from vavae.data.sources.opening import open_source
-from vavae.distributed.sharded_tensors import load_tensor_shards
+from vavae.distributed.shard_files import load_tensor_shards
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
 from vavae.interop.export import load_lightningdit, load_tokenizer

@@ -27,7 +27,9 @@ _STAGES = [
 def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tensor]]:
     """One step in each of three stages; the generator's weights and average, and the adversary's, after each."""
     for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
-        module.build_optimizer = lambda parameters, config: torch.optim.SGD(parameters, config.learning_rate, fused=True)
+        module.build_optimizer = lambda parameters, config: torch.optim.SGD(
+            parameters, config.learning_rate, fused=True
+        )
     config = tiny_config({"images": 3 * BATCH, "stages": _STAGES}, engine=engine)
     accumulation_steps = assign_lanes(LANES, world.rank, world.size)
     micro_batches, start, seen = load_micro_batches(DrawnImages(), accumulation_steps, 0, workers=0), None, []  # type: ignore[type-var]

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from vavae.distributed.build import build_engine
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import Engine
-from vavae.distributed.sharded_tensors import gather_full, load_tensor_shards, save_tensor_shards, tensor_shards_of
+from vavae.distributed.shard_files import (
+    DamagedFileError,
+    ShardFile,
+    fetch_tensor_shards,
+    fill_tensor_shards,
+    header_of,
+    load_tensor_shards,
+    map_file,
+    save_tensor_shards,
+)
+from vavae.distributed.sharded_tensors import gather_full, tensor_shards_of
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 
@@ -207,3 +217,39 @@ def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "1").unlink()
     with pytest.raises(AssertionError, match=r"without all of first\.weight"):
         load_tensor_shards(tensor_shards_of(network(), World()), tmp_path.iterdir())
+
+
+def test_a_rank_reads_no_more_than_overlaps_its_own(tmp_path: Path) -> None:
+    """Of four ranks' files one of two ranks reads two, and of a file only the tensors that it needs."""
+    module, parts = network(), tensor_shards_of(network(), World(1, 2))
+    for rank in range(4):
+        save_tensor_shards(tensor_shards_of(module, World(rank, 4)), tmp_path / str(rank))
+    read: dict[int, list[tuple[int, int]]] = {}
+
+    def opened(rank: int) -> ShardFile:
+        mapped = map_file(tmp_path / str(rank))
+
+        def counted(start: int, stop: int) -> memoryview:
+            read.setdefault(rank, []).append((start, stop))
+            return memoryview(mapped(start, stop))
+
+        return ShardFile(str(rank), header_of(tmp_path / str(rank)), counted)
+
+    fragments = fetch_tensor_shards(parts, map(opened, (2, 3, 0, 1)))
+    fill_tensor_shards(parts, fragments)
+    for name, part in tensor_shards_of(module, World(1, 2)).items():
+        assert parts[name].values.equal(part.values), name
+    assert 0 not in read, "but for what a rank of two has of tensors of few values, two files would do"
+    assert max(map(len, read.values())) <= 2, "what lies together is read at once"
+
+
+def test_a_flipped_byte_is_noticed_where_it_is_read(tmp_path: Path) -> None:
+    save_tensor_shards(tensor_shards_of(network(), World()), tmp_path / "0")
+    data = bytearray((tmp_path / "0").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "0").write_bytes(data)
+    parts = tensor_shards_of(network(), World())
+    before = {name: part.values.clone() for name, part in parts.items()}
+    with pytest.raises(DamagedFileError, match=r"the SHA-256 of .* is another"):
+        load_tensor_shards(parts, [tmp_path / "0"])
+    assert all(part.values.equal(before[name]) for name, part in parts.items())

@@ -32,8 +32,8 @@ from vavae.training.trainer import Trainer
 
 STEPS, STEPS_PER_CHECKPOINT = 24, 3
 KILLS: dict[str, tuple[Any, str]] = {
-    "start-up": (Checkpoints, "_choose"),
-    "conversion": (vavae.training.checkpoints.checkpoint, "load_tensor_shards"),
+    "start-up": (Checkpoints, "_newest"),
+    "conversion": (vavae.training.checkpoints.checkpoint, "fill_tensor_shards"),
     "host copy": (vavae.training.checkpoints.checkpoint, "_copies_on_cpu"),
     "upload": (vavae.training.checkpoints.checkpoint, "save_tensor_shards"),
     "commit": (vavae.training.checkpoints.checkpoint, "commit"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
-from vavae.distributed.sharded_tensors import load_tensor_shards, save_tensor_shards
+from vavae.distributed.shard_files import load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -177,6 +178,38 @@ def test_checkpoints_work_in_an_object_store() -> None:
     assert toy_checkpoints(storage).restore(other).images_seen == 8
     assert other.model.weight.equal(step.model.weight)
     assert any("tfevents" in name for name in storage.list("tensorboard"))
+
+
+def test_a_flipped_bit_in_a_store_leads_to_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
+    storage = Storage("memory://a-flipped-bit")
+    train_toy(storage, images=8, checkpoint_images=4)
+    newest, file = storage.child("checkpoints/000000000008"), _file_of(storage, "000000000008")
+    data = newest.read_bytes(file)
+    newest.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
+    assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 4
+    assert re.search(r"the SHA-256 of \S+ is another|its SHA-256 is not", caplog.text)
+
+
+def test_a_checkpoint_without_checksums_of_tensors_is_read_as_a_whole(storage: Storage) -> None:
+    step, other = ToyStep(), ToyStep()
+    train_toy(storage, step, images=4)
+    record = storage.read_json(f"checkpoints/000000000004/{RECORD}")
+    del record["details"]["headers"]
+    storage.write_json(f"checkpoints/000000000004/{RECORD}", record)
+    assert toy_checkpoints(storage).restore(other).images_seen == 4
+    assert other.model.weight.equal(step.model.weight)
+
+
+def test_a_rollback_needs_nothing_that_the_cache_has_dropped(tmp_path: Path) -> None:
+    storage = Storage("memory://a-rollback", cache=str(tmp_path / "cache"))
+    step = ToyStep()
+    train_toy(storage, step, images=8)
+    checkpoints = toy_checkpoints(storage)
+    assert checkpoints.restore(ToyStep()).images_seen == 8
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    other = ToyStep()
+    assert checkpoints.restore(other).images_seen == 8
+    assert other.model.weight.equal(step.model.weight)
 
 
 class Slow:

@@ -125,6 +125,25 @@ def test_stopped_anywhere_it_ends_up_the_same(shards: Path, straight: Run, tmp_p
     assert all(torch.equal(tensor, theirs_judge[name]) for name, tensor in _discriminator(run, 112).items())
 
 
+def test_a_damaged_checkpoint_of_a_phase_leads_back_to_the_phase_of_the_one_before(
+    shards: Path, straight: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(shards, tmp_path / "runs")
+    run = _run(tmp_path / "runs", f"train_vavae.checkpoint_images={2 * _STEP}", "train_vavae.keep_checkpoints=9")
+    train(begin_training(run, "train_vavae", World()), StoppingSession(5), World())
+    checkpoints = run.storage.child(f"{run.training_prefix('train_vavae')}/checkpoints")
+    newest, before = checkpoints.list()[-1], checkpoints.list()[-2]
+    assert (int(before), int(newest)) == (48, 64), "the end of a phase, and the middle of the next"
+    file = next(path for path in checkpoints.list(newest, recursive=True) if "/generator/" in path)
+    data = checkpoints.read_bytes(file)
+    checkpoints.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
+    ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
+    assert ours is not None
+    assert theirs is not None
+    assert ours.digest == theirs.digest
+
+
 def test_a_smaller_budget_afterwards_exports_what_there_is(straight: Run, tmp_path: Path) -> None:
     shutil.copytree(straight.storage.url(), tmp_path / "runs" / "tiny")
     run = _run(tmp_path / "runs", "train_vavae.images=32")

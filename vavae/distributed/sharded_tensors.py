@@ -1,22 +1,15 @@
 """Shards of named tensors over the ranks: the form in which weights are averaged, gathered and stored.
 
 A parameter is flattened and split among the ranks in equal ranges, the last ones shorter: ZeRO stage 3's own partition,
-and a view of the full parameter in every other engine. A buffer belongs to the first rank. A file holds the offset of
-every shard, so that whatever some ranks have saved is read by any number of ranks, sharded in any other way.
+and a view of the full parameter in every other engine. A buffer belongs to the first rank.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Size, Tensor, nn
 
 from vavae.distributed.world import World
-
-_OFFSETS = "offsets"
 
 
 class TensorShard(NamedTuple):
@@ -103,28 +96,3 @@ def gather_full(parts: Mapping[str, TensorShard], world: World) -> dict[str, Ten
         flat[part.offset : part.offset + len(part.values)] = part.values
         tensors[name] = world.sum(flat).view(part.shape).cpu()
     return tensors
-
-
-def save_tensor_shards(parts: Mapping[str, TensorShard], file: Path) -> None:
-    """Write one rank's shards: values under the names of the tensors, offsets as metadata."""
-    offsets = {name: part.offset for name, part in parts.items()}
-    save_file({name: part.values for name, part in parts.items()}, file, {_OFFSETS: json.dumps(offsets)})
-
-
-def load_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[Path]) -> None:
-    """Fill a rank's shards from the files of all ranks, strictly; the files may be sharded in any other way."""
-    missing = {name: len(part.values) for name, part in parts.items()}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name, offset in json.loads(file.metadata()[_OFFSETS]).items():
-                saved = file.get_slice(name)
-                saved_end = offset + saved.get_shape()[0]
-                assert name in parts, f"{path}: {name} is of another module"
-                first, values, shape = parts[name]
-                assert saved_end <= shape.numel(), f"{path}: {name} is of another module"
-                low, high = max(offset, first), min(saved_end, first + len(values))
-                if low < high:
-                    values[low - first : high - first] = saved[low - offset : high - offset]
-                    missing[name] -= high - low
-    lacking = [name for name, values in missing.items() if values]
-    assert not lacking, f"files of another module, without all of {lacking[0]}"

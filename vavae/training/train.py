@@ -23,6 +23,7 @@ from vavae.latents.manifest import LatentManifest, read_latents_of
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.latents.stream import LatentStream
 from vavae.models.tokenizer.teacher import teacher_geometry
+from vavae.runs.config import RunConfig
 from vavae.runs.training_inputs import (
     LightningDiTTrainingInputs,
     TokenizerTrainingInputs,
@@ -32,7 +33,7 @@ from vavae.runs.training_inputs import (
 from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights
 from vavae.training.callbacks.diffusion import SamplePreview
 from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview, held_out_images
-from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.checkpoint import Checkpoints, EarlierCheckpointError
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.diffusion_step import DiffusionStep
@@ -40,7 +41,7 @@ from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.utilization import Utilization
 from vavae.training.session import Session
-from vavae.training.step import Step
+from vavae.training.step import Step, StepWeights
 from vavae.training.tokenizer_step import TokenizerStep
 from vavae.training.trainer import Trainer
 from vavae.training.warm_start import starting_weights
@@ -62,14 +63,14 @@ class _Attempt:
     """
 
     def __init__(self, inputs: TrainingInputs, session: Session, world: World) -> None:
-        self._inputs, self._session, self._world = inputs, session, world
+        self._inputs, self.session, self.world = inputs, session, world
         fresh = TrainState(images_seen=0, config=inputs.config_digest, data=inputs.data_digest)
         retention = Retention.of(inputs.folder, inputs.training)
         self.checkpoints = Checkpoints(inputs.folder, fresh, retention, world, session.owner)
 
     def fit(self, step: Step, span: range, callbacks: Sequence[Callback]) -> TrainState:
         """Train a step from the newest checkpoint over a span of images seen; returns the state at the end."""
-        inputs, world = self._inputs, self._world
+        inputs, world = self._inputs, self.world
         if world.is_first:
             inputs.folder.write_json(HARDWARE, Hardware.of(world, _lanes_at_once(inputs)).model_dump())
         log = MetricsLog(
@@ -77,7 +78,7 @@ class _Attempt:
             inputs.folder.child("log"),
             inputs.tensorboard,
             active=world.is_first,
-            show=self._session.row,
+            show=self.session.row,
         )
         trainer = Trainer(
             job=inputs.job,
@@ -86,7 +87,7 @@ class _Attempt:
             stream=inputs.config.stream,
             checkpoints=self.checkpoints,
             log=log,
-            session=self._session,
+            session=self.session,
             world=world,
             callbacks=callbacks,
             utilization=Utilization(inputs.config, inputs.job, world) if world.is_first else None,
@@ -96,13 +97,13 @@ class _Attempt:
     def export(self, description: Config, weights: Mapping[str, Mapping[str, Tensor]], state: TrainState) -> None:
         """Write the export and commit it, on rank 0. Every rank calls it."""
         self.checkpoints.check_lease()
-        if self._world.is_first:
+        if self.world.is_first:
             output = self._inputs.output
             output.discard()
             files = save_export(output.folder, description, weights)
             content = digest({name: info.sha256 for name, info in files.items()})
             output.commit(content, files, images_seen=state.images_seen)
-        self._world.barrier()
+        self.world.barrier()
 
 
 def _lanes_at_once(inputs: TrainingInputs) -> int:
@@ -136,30 +137,49 @@ def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World)
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(inputs.shards, manifest, SPLIT, order, size, config.stream, config.seed)
-    attempt = _Attempt(inputs, session, world)
-    seen = attempt.checkpoints.images_seen()
-    start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
+    attempt, trained = _Attempt(inputs, session, world), None
     callbacks = _tokenizer_callbacks(inputs, world)
-    for phase in config.tokenizer_phases(seen):
-        if phase.until_images < seen:
-            continue
-        if phase.from_images and world.any(session.stop_requested()):
+    while trained is None:
+        try:
+            trained = _train_phases(attempt, config, stream, callbacks)
+        except EarlierCheckpointError:
+            continue  # a damaged checkpoint is known now: from the phase of the one before
+        if trained is None:
             return
-        step = TokenizerStep(config, phase, start, stream, world)
-        state = attempt.fit(step, range(phase.from_images, phase.until_images), callbacks)
-        if state.images_seen < phase.until_images:
-            return
-        start = step.weights()
-    assert start is not None, "a budget has at least one phase"
+    start, state = trained
     description = TokenizerDescription(
         tokenizer=config.tokenizer,
         teacher=config.teacher,
         vision_foundation=config.losses.vision_foundation,
-        feature_dim=step.teacher.feature_dim,
+        feature_dim=teacher_geometry(config.teacher).feature_dim,
     )
     exported = start.engines["generator"] if start.average is None else start.average
     weights = {WEIGHTS: strip_prefix("autoencoder.", exported), ALIGNMENT: strip_prefix("alignment.", exported)}
     attempt.export(description, weights, state)
+
+
+def _train_phases(
+    attempt: _Attempt, config: RunConfig, stream: ImageStream, callbacks: Sequence[Callback]
+) -> tuple[StepWeights, TrainState] | None:
+    """Train the tokenizer in its phases; returns weights and state at the end, None where the training was stopped.
+
+    Raises:
+        EarlierCheckpointError: see `Checkpoints.restore`.
+    """
+    world, seen = attempt.world, attempt.checkpoints.images_seen()
+    weights = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
+    for phase in config.tokenizer_phases(seen):
+        if phase.until_images < seen:
+            continue
+        if phase.from_images and world.any(attempt.session.stop_requested()):
+            return None
+        step = TokenizerStep(config, phase, weights, stream, world)
+        state = attempt.fit(step, range(phase.from_images, phase.until_images), callbacks)
+        if state.images_seen < phase.until_images:
+            return None
+        weights = step.weights()
+    assert weights is not None, "a budget has at least one phase"
+    return weights, state
 
 
 def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:

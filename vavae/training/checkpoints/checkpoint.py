@@ -6,10 +6,13 @@ commit record is written last. Whatever the engine and the number of ranks that 
 there is nothing to convert.
 """
 
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from hashlib import sha256
 from threading import Event
 from typing import NamedTuple
 
@@ -17,7 +20,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vavae.config import digest
-from vavae.distributed.sharded_tensors import TensorShard, as_full_shard, load_tensor_shards, save_tensor_shards
+from vavae.distributed.shard_files import (
+    DamagedFileError,
+    ReadRange,
+    ShardFile,
+    fetch_tensor_shards,
+    fill_tensor_shards,
+    header_of,
+    map_file,
+    save_tensor_shards,
+)
+from vavae.distributed.sharded_tensors import TensorShard, as_full_shard
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
 from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
@@ -38,11 +51,15 @@ _LOCAL_POLL_SECONDS, _POLL_SECONDS = 0.02, 1.0
 
 
 class _Found(NamedTuple):
-    """A complete checkpoint, as local files."""
+    """A checkpoint whose files are all there."""
 
+    name: str
+    record: Artifact
     details: CheckpointDetails
-    files: dict[str, list[Path]]
-    """Files of the ranks that wrote it, by set of weights."""
+
+
+class EarlierCheckpointError(Exception):
+    """The checkpoint of a phase is damaged, and the one before belongs to an earlier phase."""
 
 
 class Checkpoints:
@@ -74,8 +91,8 @@ class Checkpoints:
         self._saves = 0
         self._writing: BackgroundWrite | None = None
         self._saved: TrainState | None = None
-        self._chosen: list[_Found] | None = None
-        """The checkpoint to resume from, if there is one; None before the first search."""
+        self._candidates: list[tuple[str, Artifact]] | None = None
+        """Checkpoints to resume from, newest first; None before the first search."""
 
     def is_due(self, images_seen: int) -> bool:
         """Return whether a checkpoint of this moment is to be evaluated."""
@@ -111,7 +128,7 @@ class Checkpoints:
         self._saves += 1
         place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
         self._writing = BackgroundWrite(lambda abandoned: self._write(place, copies, details, put_log, abandoned))
-        self._saved, self._chosen = state, None
+        self._saved, self._candidates = state, None
         return sum(part.values.nbytes for parts in copies.values() for part in parts.values())
 
     def wait_for_pending_save(self) -> None:
@@ -161,13 +178,16 @@ class Checkpoints:
         abandoned: Event,
     ) -> None:
         """Write this rank's files; on rank 0 wait for those of all and commit them."""
-        files = {}
+        files, headers = {}, {}
         for key, parts in sets.items():
             path = f"{key}/{self._world.rank:05d}.safetensors"
             with self._storage.create(f"{place.folder}/{path}") as local:
                 save_tensor_shards(parts, local)
+                header = header_of(local)
                 files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
-        self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", files)
+                headers[path] = FileInfo(bytes=len(header), sha256=sha256(header).hexdigest()).model_dump()
+        part = {"files": files, "headers": headers}
+        self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", part)
         if self._world.is_first:
             put_log()
             self._commit(place, details, abandoned)
@@ -177,11 +197,12 @@ class Checkpoints:
         while len(parts := self._storage.list(f"{place.folder}/{_PARTS}")) < self._world.size:
             if abandoned.wait(poll_seconds):
                 return
-        files = {
-            path: FileInfo.model_validate(info)
-            for part in parts
-            for path, info in self._storage.read_json(part).items()
-        }
+        written = [json.loads(part) for part in self._storage.read_many(parts) if part is not None]
+        files, headers = (
+            {path: FileInfo.model_validate(info) for part in written for path, info in part[kind].items()}
+            for kind in ("files", "headers")
+        )
+        details = details.model_copy(update={"headers": {f"{place.attempt}/{path}": headers[path] for path in headers}})
         record = Artifact(
             kind="checkpoint",
             digest=digest({path: info.sha256 for path, info in files.items()}),
@@ -214,48 +235,76 @@ class Checkpoints:
         if self._saved is not None and self._saved.images_seen == begin:
             return self._saved
         found = self._newest()
-        if found is None:
-            return self._fresh
-        if found.details.state.images_seen == begin:
+        if found is not None and found.details.state.images_seen == begin:
             return found.details.state
-        for name, engine in step.engines.items():
-            with engine.restore(found.details.updates[name]) as parts:
-                load_tensor_shards(parts, found.files[name])
-        if step.ema is not None:
-            load_tensor_shards(step.ema.tensor_shards, found.files[_EMA])
-        step.load_state_dict(found.details.memory)
-        return found.details.state
+        while found is not None and found.details.state.images_seen > begin:
+            if self._load(step, found):
+                return found.details.state
+            assert self._candidates, "there was a newest one"
+            self._candidates.pop(0)
+            found = self._newest()
+        if begin > self._fresh.images_seen:
+            raise EarlierCheckpointError
+        return self._fresh
+
+    def _load(self, step: Step, found: _Found) -> bool:
+        """Load a checkpoint, unless what some rank needs of it is damaged, which leaves weights as they are."""
+        with ExitStack() as stack:
+            sets = {
+                key: stack.enter_context(engine.restore(found.details.updates[key]))
+                for key, engine in step.engines.items()
+            }
+            if step.ema is not None:
+                sets[_EMA] = step.ema.tensor_shards
+            fragments = {}
+            try:
+                fragments = {key: fetch_tensor_shards(parts, self._files(found, key)) for key, parts in sets.items()}
+            except (FileNotFoundError, UserError) as error:
+                logger.warning("%s", error)
+            damaged = self._world.any(not fragments)
+            for key, parts in sets.items() if not damaged else ():
+                fill_tensor_shards(parts, fragments[key])
+        if damaged:
+            self._warn_of_incomplete(found.name)
+            for engine in step.engines.values():
+                with engine.restore(updates=0):
+                    pass  # without moments again
+        else:
+            step.load_state_dict(found.details.memory)
+        return not damaged
+
+    def _files(self, found: _Found, key: str) -> Iterator[ShardFile]:
+        """Open the files of a set of weights, from the one on that a rank of this index has written."""
+        paths = sorted(path for path in found.record.files if path.split("/")[1] == key)
+        start = self._world.rank * len(paths) // self._world.size
+        for path in [*paths[start:], *paths[:start]]:
+            info, header = found.record.files[path], found.details.headers.get(path)
+            yield _open(self._storage, f"{found.name}/{path}", info, header)
 
     def _newest(self) -> _Found | None:
         """Find the newest complete checkpoint; others are skipped with a warning. Every rank calls it."""
-        if self._chosen is None:
-            self._chosen = [found] if (found := self._choose()) is not None else []
-        return next(iter(self._chosen), None)
-
-    def _choose(self) -> _Found | None:
-        for name, record in self._world.broadcast(self._committed() if self._world.is_first else None):
-            files = self._local_files(name, record)
-            if self._world.any(files is None):
-                self._warn_of_incomplete(name)
-                continue
-            assert files is not None, "no rank lacks a file"
-            details = self._details(name, record)
-            for what in ("config", "data"):
-                if getattr(details.state, what) != getattr(self._fresh, what):
-                    url = self._storage.url(name)
-                    raise UserError(f"{url}: made with another {what}; give the run another name")
-            return _Found(details, files)
-        return None
+        if self._candidates is None:
+            self._candidates = self._world.broadcast(self._committed() if self._world.is_first else None)
+            assert self._candidates is not None, "rank 0 has looked"
+        if not self._candidates:
+            return None
+        name, record = self._candidates[0]
+        return _Found(name, record, self._details(name, record))
 
     def _details(self, name: str, record: Artifact) -> CheckpointDetails:
+        url = self._storage.url(name)
         try:
-            return CheckpointDetails.model_validate(record.details)
+            details = CheckpointDetails.model_validate(record.details)
         except ValidationError as error:
             field = ".".join(map(str, error.errors()[0]["loc"]))
             raise UserError(
-                f"{self._storage.url(name)}: written by another version of this program ({field}): "
+                f"{url}: written by another version of this program ({field}): "
                 "resume with that one, or give the run another name"
             ) from error
+        for what in ("config", "data"):
+            if getattr(details.state, what) != getattr(self._fresh, what):
+                raise UserError(f"{url}: made with another {what}; give the run another name")
+        return details
 
     def _committed(self) -> list[tuple[str, Artifact]]:
         """List names and records of the checkpoints whose files are all there, newest first."""
@@ -272,20 +321,33 @@ class Checkpoints:
         if self._world.is_first:
             logger.warning("%s is incomplete and is skipped", self._storage.url(name))
 
-    def _local_files(self, name: str, record: Artifact) -> dict[str, list[Path]] | None:
-        """Fetch a checkpoint's files by set of weights; None where one is damaged. Each rank checks its share."""
-        files: dict[str, list[Path]] = {}
-        for index, (path, info) in enumerate(sorted(record.files.items())):
-            try:
-                fetched = None if self._storage.is_local else info.sha256
-                local = self._storage.local_file(f"{name}/{path}", fetched)
-                mine = self._storage.is_local and index % self._world.size == self._world.rank
-                if mine and sha256_of(local) != info.sha256:
-                    return None
-            except (FileNotFoundError, UserError):
-                return None
-            files.setdefault(path.split("/")[1], []).append(local)
-        return files
+
+def _open(checkpoints: Storage, path: str, info: FileInfo, header: FileInfo | None) -> ShardFile:
+    """Open a file of a checkpoint where it is.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        path: of the file.
+        info: its size and checksum.
+        header: those of its header; None in checkpoints that were written without. Those are read as a whole.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if header is None:
+        return ShardFile.open(checkpoints.local_file(path, info.sha256))
+    read: ReadRange
+    whole: Callable[[], ReadRange] | None
+    if checkpoints.is_local:
+        read, whole = map_file(checkpoints.local_file(path)), None
+    else:
+        # Of what a rank needs for the most part, other ranks of its machine need the same: it goes through the cache.
+        read = partial(checkpoints.read_range, path)
+        whole = lambda: map_file(checkpoints.local_file(path, info.sha256))  # noqa: E731
+    found = read(0, header.bytes)
+    if sha256(found).hexdigest() != header.sha256:
+        raise DamagedFileError(f"{checkpoints.url(path)}: the SHA-256 of its header is another")
+    return ShardFile(checkpoints.url(path), found, read, whole)
 
 
 def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
@@ -303,9 +365,11 @@ def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tens
     record = read(checkpoints, name)
     if record is None:
         raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
-    files = [path for path in record.files if path.split("/")[1] == _EMA]
-    local = [checkpoints.local_file(f"{name}/{path}", record.files[path].sha256) for path in sorted(files)]
-    load_tensor_shards({name: as_full_shard(tensor) for name, tensor in tensors.items()}, local)
+    headers = CheckpointDetails.model_validate(record.details).headers
+    paths = sorted(path for path in record.files if path.split("/")[1] == _EMA)
+    files = (_open(checkpoints, f"{name}/{path}", record.files[path], headers.get(path)) for path in paths)
+    parts = {name: as_full_shard(tensor) for name, tensor in tensors.items()}
+    fill_tensor_shards(parts, fetch_tensor_shards(parts, files))
 
 
 class _Place(NamedTuple):

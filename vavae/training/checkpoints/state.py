@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from vavae.storage.artifact import FileInfo
+
 
 class TrainState(BaseModel):
     """Progress of a training. With the engines and the average it is all that a resume needs."""
@@ -42,3 +44,5 @@ class CheckpointDetails(BaseModel):
     """State of the step besides its weights, see `Step.state_dict`."""
     metrics: dict[str, float | None]
     """The last row of the log; null for what is not finite."""
+    headers: dict[str, FileInfo] = {}
+    """Size and checksum of the header of every file, by path, which holds a checksum of each tensor."""
