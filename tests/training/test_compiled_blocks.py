@@ -9,40 +9,42 @@ from pydantic import ValidationError
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
 from support.trained_run import trained_run
-from support.training_steps import LANES, build_step, figures_of, tiny_config
+from support.training_steps import JOBS, LANES, build_step, figures_of, tiny_config
 
 from vavae.config import load
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
+from vavae.distributed import compilation
+from vavae.distributed.compilation import compiles_blocks
+from vavae.distributed.config import EngineConfig, WorkersConfig
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
+from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import LightningDiTTrainingInputs
 from vavae.training import train as train_module
 from vavae.training.session import LocalSession
 
 
-def train_some_steps(world: World, engine: dict[str, Any], compiles: bool) -> tuple[list[str], list[dict[str, float]]]:
+def train_some_steps(
+    world: World, job: Job, engine: dict[str, Any], compiles: bool
+) -> tuple[list[str], list[dict[str, float]]]:
     """Names of the weights, and the metrics of each step."""
-    config = tiny_config(engine=engine)
-    training = config.train_lightningdit.model_copy(update={"compile_blocks": compiles})
+    config = tiny_config(engine=engine, compile_blocks=compiles)
     dit = config.lightningdit.model_copy(update={"checkpoint_activations": compiles})
-    step = build_step(
-        "train_lightningdit",
-        config.model_copy(update={"train_lightningdit": training, "lightningdit": dit}),
-        world,
-    )
+    step = build_step(job, config.model_copy(update={"lightningdit": dit}), world)
     stream = load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
-    results = [step.run(next(stream), 0, 1e-3) for _ in range(4)]
-    (trained,) = step.engines.values()
-    return [*trained.weights()], [figures_of(each, world) for each in results]
+    results = [step.run(next(stream), 0, 1e-3) for _ in range(4 if job == "train_lightningdit" else 1)]
+    names = [name for trained in step.engines.values() for name in trained.weights()]
+    return names, [figures_of(each, world) for each in results]
 
 
 @pytest.mark.gloo
 @pytest.mark.skipif(" " in torch.__file__, reason="torch gives its compiler paths without quotes")
-def test_compiled_blocks_take_the_same_steps(gloo: GlooLauncher) -> None:
-    names, metrics = gloo.run(1, train_some_steps, TORCH, False)[0]
-    compiled_names, compiled = gloo.run(2, train_some_steps, ZERO[2], True)[0]
+@pytest.mark.parametrize("job", JOBS)
+def test_compiled_blocks_take_the_same_steps(gloo: GlooLauncher, job: Job) -> None:
+    names, metrics = gloo.run(1, train_some_steps, job, TORCH, False)[0]
+    ranks = 2 if job == "train_lightningdit" else 1
+    compiled_names, compiled = gloo.run(ranks, train_some_steps, job, ZERO[2], True)[0]
     assert compiled_names == names
     for ours, theirs in zip(compiled, metrics, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -53,6 +55,32 @@ def test_zero_stage_3_cannot_be_compiled() -> None:
         tiny_config().train_lightningdit.model_validate(
             {"images": 1, "compile_blocks": True, "engine": {"zero_stage": 3}}
         )
+
+
+@pytest.mark.parametrize(
+    ("setting", "engine", "deterministic", "device", "compiles"),
+    [
+        (None, {}, False, "cuda", True),
+        (None, {"backend": "torch"}, False, "cuda", True),
+        (None, {"zero_stage": 3}, False, "cuda", False),
+        (None, {}, True, "cuda", False),
+        (None, {}, False, "cpu", False),
+        (True, {}, True, "cpu", True),
+        (False, {}, False, "cuda", False),
+    ],
+)
+def test_gpus_that_promise_no_bits_compile(
+    monkeypatch: pytest.MonkeyPatch,
+    setting: bool | None,
+    engine: dict[str, Any],
+    deterministic: bool,
+    device: str,
+    compiles: bool,
+) -> None:
+    monkeypatch.setattr(compilation, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    workers = WorkersConfig(use_gpu=device == "cuda", deterministic=deterministic)
+    assert compiles_blocks(setting, EngineConfig(**engine), workers, torch.device(device)) is compiles
 
 
 @pytest.mark.parametrize("engine", [{"backend": "torch"}, {"zero_stage": 0}])

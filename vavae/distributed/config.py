@@ -86,6 +86,11 @@ class EngineConfig(Config):
     offload_optimizer: bool = runtime(False)
     """Keep the optimizer's state in the host's memory and update there; for ZeRO stages 1 to 3."""
 
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether every rank holds all weights at any time."""
+        return self.backend == "torch" or self.zero_stage < 3
+
     @model_validator(mode="after")
     def _offloads_what_is_divided(self) -> Self:
         if self.offload_optimizer and (self.backend != "deepspeed" or self.zero_stage == 0):

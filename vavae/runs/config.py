@@ -85,6 +85,10 @@ class TrainingConfig(Config):
     precision: Precision = "fp32"
     """Precision of the networks in the forward pass; `bf16` leaves weights, gradients, optimizer and losses in fp32."""
     engine: EngineConfig = EngineConfig()
+    compile_blocks: bool | None = runtime(None)
+    """Compile the blocks of the networks with `torch.compile`: those of the transformer; or the tokenizer's residual
+    blocks, the teacher's blocks and LPIPS. The first step takes a minute or more. Null does on GPUs that promise no
+    bits, where there is a compiler and every worker holds all weights (plain PyTorch, ZeRO 0 to 2)."""
     log_images: int = runtime(1024, ge=1)
     """Images between two rows of metrics."""
     checkpoint_images: int = runtime(1_000_000, ge=1)
@@ -106,6 +110,15 @@ class TrainingConfig(Config):
     """A step whose loss lies so many standard deviations above recent ones is logged in detail; null logs none."""
     hang_seconds: float | None = runtime(1800.0, gt=0)
     """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
+
+    @model_validator(mode="after")
+    def _compiles_whole_weights(self) -> Self:
+        if self.compile_blocks and not self.engine.has_whole_weights:
+            raise ValueError(
+                "compile_blocks=true with engine.zero_stage=3, which gathers weights between the layers of a block: "
+                "lower zero_stage or switch it off"
+            )
+        return self
 
     @property
     def steps(self) -> int:
@@ -174,22 +187,11 @@ class LightningDiTTrainingConfig(TrainingConfig):
     lanes_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = runtime(1)
     """Lanes that a worker takes in one forward and backward pass: fewer, larger passes for a GPU that has room. Only
     the order of sums changes. `auto` takes as many as the plan says fit on GPUs that promise no bits, one elsewhere."""
-    compile_blocks: bool = runtime(False)
-    """Compile the transformer's blocks with `torch.compile`; the first step takes up to a minute."""
 
     @model_validator(mode="after")
     def _measures_the_average(self) -> Self:
         if self.measure is not None and self.ema_decay is None:
             raise ValueError("measure evaluates the average of the weights: give ema_decay, or leave measure out")
-        return self
-
-    @model_validator(mode="after")
-    def _compiles_whole_weights(self) -> Self:
-        if self.compile_blocks and self.engine.backend == "deepspeed" and self.engine.zero_stage == 3:
-            raise ValueError(
-                "compile_blocks=true with engine.zero_stage=3, which gathers weights between the layers of a block: "
-                "lower zero_stage or switch it off"
-            )
         return self
 
 

@@ -17,6 +17,7 @@ from vavae.diffusion.flow_matching import (
 )
 from vavae.diffusion.guidance import drop_labels
 from vavae.distributed.build import build_engine
+from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
 from vavae.latents.statistics import LatentNormalizer
@@ -103,9 +104,8 @@ class DiffusionStep:
         self.model = initialized(
             config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
         ).to(world.device)
-        if training.compile_blocks:
-            for block in self.model.model.blocks:
-                block.compile()
+        if compiles_blocks(training.compile_blocks, training.engine, config.workers, world.device):
+            compile_each(self.model.model.blocks)
         self._engine = build_engine(
             self.model,
             training.optimizer,

@@ -11,6 +11,7 @@ from vavae.data.image_stream import ImageMicroBatch, ImageStream
 from vavae.data.pixels import to_float
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.build import build_engine
+from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine
 from vavae.distributed.sync_batch_norm import sync_batch_norm
@@ -20,7 +21,7 @@ from vavae.losses.config import TokenizerLossConfig
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights, LastLayers, TokenizerOutputs, tokenizer_objective
 from vavae.losses.perceptual import Perceptual, build_perceptual
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.autoencoder import VAVAE, ResnetBlock
 from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
@@ -138,6 +139,9 @@ class TokenizerStep:
             config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
         )
         self.model.freeze(phase.frozen)
+        if compiles_blocks(training.compile_blocks, training.engine, config.workers, world.device):
+            compile_each(layer for layer in self.model.autoencoder.modules() if isinstance(layer, ResnetBlock))
+            compile_each([*self.teacher.blocks, *([] if self._perceptual is None else [self._perceptual])])
         self._generator = self._engine("generator", self.model, training.optimizer, start)
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None

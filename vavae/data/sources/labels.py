@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.io import loadmat
-
 from vavae.data.sources.listing import File, Listing, Record, images_among
 from vavae.errors import UserError
 
@@ -81,6 +79,8 @@ def _devkit_classes(path: Path) -> tuple[str, ...]:
                 kit.extractfile(inside[name]).read()  # type: ignore[union-attr]
                 for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
             )
+        from scipy.io import loadmat  # a large import, for the kit of ImageNet alone
+
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if not row["num_children"]}
         return tuple(names[int(line)] for line in truth.split())

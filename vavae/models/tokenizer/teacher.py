@@ -101,6 +101,12 @@ class VisionFoundationTeacher(nn.Module):
         """Channels of the features."""
         return self.geometry.feature_dim
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of a transformer, or stages of a convolutional network, in which nearly all work is done."""
+        found: Any = getattr(self.model, "blocks", None) or getattr(self.model, "stages", ())
+        return [*found]
+
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features [B, feature_dim, h, w] on a grid (h, w), of images [B, 3, H, W] in [-1, 1].
