@@ -95,7 +95,7 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     print(f"{machine('ray')}\n\n{table_head()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder, cluster(_runs(Path(folder))[0].config):
-        for row in run_interleaved(sweep_benchmark(Path(folder)), rounds):
+        for row in run_interleaved(sweep_benchmark(Path(folder)), rounds).rows():
             print(table_line(row), flush=True)
     return 0
 

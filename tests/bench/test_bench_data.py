@@ -44,7 +44,7 @@ def test_the_command_prints_a_table_with_a_line_for_every_benchmark(monkeypatch,
 def test_both_epochs_of_a_store_are_read(tmp_path):
     if store.why_no_s3_server():
         pytest.skip(store.why_no_s3_server())
-    rows = [row for benchmark in store.store_benchmarks(tmp_path, 32) for row in run_interleaved(benchmark, 1)]
+    rows = [row for benchmark in store.store_benchmarks(tmp_path, 32) for row in run_interleaved(benchmark, 1).rows()]
     assert [(row.benchmark, row.against) for row in rows] == [
         ("S3 stream, first epoch", "webdataset"),
         ("S3 stream, second epoch", "webdataset"),
@@ -68,7 +68,7 @@ def test_sides_take_turns_and_the_ratio_is_of_samples_per_second(monkeypatch):
         "b": side(clock, turns, "b", 1.0),
         "vavae": side(clock, turns, "vavae", 0.5),
     }
-    assert run_interleaved(Benchmark("x", "img/s", sides), 3) == [
+    assert run_interleaved(Benchmark("x", "img/s", sides), 3).rows() == [
         Row("x", "img/s", "a", 5, 20, (4, 4, 4)),
         Row("x", "img/s", "b", 10, 20, (2, 2, 2)),
     ]
@@ -76,7 +76,9 @@ def test_sides_take_turns_and_the_ratio_is_of_samples_per_second(monkeypatch):
 
 
 def test_where_less_is_better_the_ratio_is_turned():
-    (row,) = run_interleaved(Benchmark("x", "s", {"a": lambda: 6.0, "vavae": lambda: 2.0}, less_is_better=True), 1)
+    (row,) = run_interleaved(
+        Benchmark("x", "s", {"a": lambda: 6.0, "vavae": lambda: 2.0}, less_is_better=True), 1
+    ).rows()
     assert row.ratios == (3,)
 
 

@@ -1,4 +1,4 @@
-"""Weights as fragments: every engine's parts make up the whole, and are read by any other."""
+"""Weights as saved_shards: every engine's parts make up the whole, and are read by any other."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,8 +235,8 @@ def test_a_rank_reads_no_more_than_overlaps_its_own(tmp_path: Path) -> None:
 
         return ShardFile(str(rank), header_of(tmp_path / str(rank)), counted)
 
-    fragments = fetch_tensor_shards(parts, map(opened, (2, 3, 0, 1)))
-    fill_tensor_shards(parts, fragments)
+    saved_shards = fetch_tensor_shards(parts, map(opened, (2, 3, 0, 1)))
+    fill_tensor_shards(parts, saved_shards)
     for name, part in tensor_shards_of(module, World(1, 2)).items():
         assert parts[name].values.equal(part.values), name
     assert 0 not in read, "but for what a rank of two has of tensors of few values, two files would do"

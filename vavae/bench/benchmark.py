@@ -5,15 +5,18 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vavae.hardware import processor_name
 
 VAVAE_SIDE = "vavae"
 _COLUMNS = {"benchmark": 24, "unit": 20, "against": 18, "baseline": 9, VAVAE_SIDE: 9, "ratio": 7, "range": 16}
 """Names and widths of the columns."""
+
+T = TypeVar("T")
 
 
 class Benchmark(NamedTuple):
@@ -24,6 +27,34 @@ class Benchmark(NamedTuple):
     sides: Mapping[str, Callable[[], float]]
     """One turn of each side by name, which returns its value in the unit; `vavae` is one of them."""
     less_is_better: bool = False
+
+
+class Measurement(NamedTuple):
+    """Values of the sides of a benchmark in one unit."""
+
+    benchmark: str
+    unit: str
+    values: Mapping[str, tuple[float, ...]]
+    """Values by side, one a round."""
+    less_is_better: bool = False
+
+    def rows(self) -> list["Row"]:
+        """Rows of the table, one for each baseline of vavae; where there is none, one of vavae alone."""
+        baselines = dict(self.values)
+        vavae = baselines.pop(VAVAE_SIDE)
+        if not baselines:
+            return [Row(self.benchmark, self.unit, "", None, statistics.median(vavae), ())]
+        return [
+            Row(
+                self.benchmark,
+                self.unit,
+                against,
+                statistics.median(baseline),
+                statistics.median(vavae),
+                ratios_of(baseline, vavae) if self.less_is_better else ratios_of(vavae, baseline),
+            )
+            for against, baseline in baselines.items()
+        ]
 
 
 class Row(NamedTuple):
@@ -47,26 +78,26 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def run_interleaved(benchmark: Benchmark, rounds: int) -> list[Row]:
+def run_interleaved(benchmark: Benchmark, rounds: int) -> Measurement:
     """Run every side in turn, `rounds` times over after a warm-up that does not count."""
     for warm_up in benchmark.sides.values():
         warm_up()
-    values: dict[str, list[float]] = {side: [] for side in benchmark.sides}
+    values = take_turns(benchmark.sides, rounds)
+    return Measurement(benchmark.name, benchmark.unit, values, benchmark.less_is_better)
+
+
+def take_turns(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, tuple[T, ...]]:
+    """Give every side its turn, `rounds` times over: A B A B. Returns what the turns of each side returned."""
+    results: dict[str, list[T]] = {side: [] for side in sides}
     for _ in range(rounds):
-        for side, turn in benchmark.sides.items():
-            values[side].append(turn())
-    vavae = values.pop(VAVAE_SIDE)
-    return [
-        Row(
-            benchmark.name,
-            benchmark.unit,
-            against,
-            statistics.median(baseline),
-            statistics.median(vavae),
-            tuple(b / v if benchmark.less_is_better else v / b for v, b in zip(vavae, baseline, strict=True)),
-        )
-        for against, baseline in values.items()
-    ]
+        for side, turn in sides.items():
+            results[side].append(turn())
+    return {side: tuple(found) for side, found in results.items()}
+
+
+def ratios_of(values: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+    """Ratios of values of one side to those of another, one a round."""
+    return tuple(value / other for value, other in zip(values, others, strict=True))
 
 
 def processor_rate(work: Callable[[], int]) -> Callable[[], float]:
@@ -80,11 +111,21 @@ def wall_rate(work: Callable[[], int]) -> Callable[[], float]:
 
 
 def _rate(work: Callable[[], int], clock: Callable[[], float]) -> float:
-    gc.disable()  # as timeit does: a collection walks through all that was ever imported, whosever turn it is
-    try:
+    with without_collections():
         start = clock()
         count = work()
         return count / (clock() - start)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Hold Python's garbage collector back, as timeit does.
+
+    A collection walks through all that was ever imported, whosever turn it is.
+    """
+    gc.disable()
+    try:
+        yield
     finally:
         gc.enable()
 
@@ -111,15 +152,26 @@ def table_head() -> str:
 
 def table_line(row: Row) -> str:
     """Line of the table for one row."""
-    baseline = "" if row.baseline is None else _number(row.baseline)
+    baseline = "" if row.baseline is None else number(row.baseline)
     ratio = f"{statistics.median(row.ratios):.2f}x" if row.ratios else ""
     spread = f"{min(row.ratios):.2f} to {max(row.ratios):.2f}" if row.ratios else ""
-    return _line(row.benchmark, row.unit, row.against, baseline, _number(row.vavae), ratio, spread)
+    return _line(row.benchmark, row.unit, row.against, baseline, number(row.vavae), ratio, spread)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown of a table whose columns are as wide as their cells."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
 def _line(*cells: str) -> str:
     return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, _COLUMNS.values(), strict=True)) + " |"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+def number(value: float) -> str:
+    """Text of a number, with three digits at least unless it is a whole one."""
+    if abs(value) >= 100 or float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

@@ -30,13 +30,14 @@ class _TrainedStep:
 
     ema, accumulation_steps = None, ()
 
-    def __init__(self, parameters: int) -> None:
+    def __init__(self, parameters: int, device: torch.device) -> None:
+        world = World(device=device)
         layers = [nn.Linear(_WIDTH, _WIDTH) for _ in range(max(1, parameters // (_WIDTH * _WIDTH)))]
-        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), EngineConfig(), World(), accumulation_steps=1)
-        engine.backward(engine.forward(torch.ones(1, _WIDTH)).sum())
+        engine = TorchEngine(nn.Sequential(*layers), OptimizerConfig(), EngineConfig(), world, accumulation_steps=1)
+        engine.backward(engine.forward(torch.ones(1, _WIDTH, device=device)).sum())
         engine.update(1e-4)
         self.engines: Mapping[str, Engine] = {"model": engine}
-        self.stopwatch = Stopwatch(World().device)
+        self.stopwatch = Stopwatch(device)
 
     def source(self) -> MicroBatchSource[Any]:
         """Refuse: nothing is read here."""
@@ -65,17 +66,18 @@ class _TrainedStep:
 
 
 @contextmanager
-def stall_benchmark(parameters: int) -> Iterator[Benchmark]:
+def stall_benchmark(parameters: int, device: torch.device) -> Iterator[Benchmark]:
     """Seconds for which one checkpoint on a local disk holds a training up.
 
     It is written by a thread, as vavae does; written at once; and no more than copied, the least that anything can do.
 
     Args:
         parameters: of the model, about; a checkpoint holds three numbers of four bytes for each.
+        device: where they are.
     """
-    trained, seen = _TrainedStep(parameters), 0
+    trained, seen = _TrainedStep(parameters, device), 0
     with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
-        checkpoints = Checkpoints(Storage(folder), _FRESH, Retention(1), World())
+        checkpoints = Checkpoints(Storage(folder), _FRESH, Retention(1), World(device=device))
 
         def save() -> float:
             nonlocal seen

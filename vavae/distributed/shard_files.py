@@ -53,7 +53,7 @@ class _Entry(NamedTuple):
         return (self.stop - self.start) // self.dtype.itemsize
 
 
-class Fragment(NamedTuple):
+class SavedShard(NamedTuple):
     """Values of a tensor as some rank has saved them."""
 
     name: str
@@ -134,7 +134,7 @@ class ShardFile:
                 names.append(name)
         return names
 
-    def fetch(self, names: Sequence[str]) -> list[Fragment]:
+    def fetch(self, names: Sequence[str]) -> list[SavedShard]:
         """Read and verify some shards, those that lie together in one piece.
 
         Raises:
@@ -145,7 +145,7 @@ class ShardFile:
         read = self._read
         if self._read_whole is not None and 2 * sum(entry.stop - entry.start for entry, _ in wanted) >= size:
             read = self._read_whole()
-        fragments = []
+        saved_shards = []
         while wanted:
             together = [wanted.pop(0)]
             while wanted and wanted[0][0].start == together[-1][0].stop:
@@ -153,14 +153,14 @@ class ShardFile:
             start = together[0][0].start
             data = memoryview(read(start, together[-1][0].stop))
             for entry, name in together:
-                fragments.append(self._fragment(name, entry, data[entry.start - start : entry.stop - start]))
-        return fragments
+                saved_shards.append(self._saved_shard(name, entry, data[entry.start - start : entry.stop - start]))
+        return saved_shards
 
-    def _fragment(self, name: str, entry: _Entry, data: memoryview) -> Fragment:
+    def _saved_shard(self, name: str, entry: _Entry, data: memoryview) -> SavedShard:
         if entry.sha256 is not None and _sha256(data) != entry.sha256:
             raise DamagedFileError(f"{self._place}: the SHA-256 of {name} is another")
         values = torch.frombuffer(data if not data.readonly else bytearray(data), dtype=entry.dtype)
-        return Fragment(name, entry.offset, values)
+        return SavedShard(name, entry.offset, values)
 
 
 def map_file(path: Path) -> ReadRange:
@@ -171,7 +171,7 @@ def map_file(path: Path) -> ReadRange:
     return lambda start, stop: mapped[start:stop]
 
 
-def fetch_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[ShardFile]) -> list[Fragment]:
+def fetch_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[ShardFile]) -> list[SavedShard]:
     """Read and verify what a rank's shards are made of, strictly, from no more files than that takes.
 
     Args:
@@ -182,25 +182,25 @@ def fetch_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[ShardF
         DamagedFileError: a checksum is another.
     """
     missing = {name: len(part.values) for name, part in parts.items()}
-    fragments: list[Fragment] = []
+    saved_shards: list[SavedShard] = []
     for file in files:
-        for fragment in file.fetch(file.overlapping(parts)):
-            low, high = _overlap(parts[fragment.name], fragment)
-            missing[fragment.name] -= high - low
-            fragments.append(fragment)
+        for saved in file.fetch(file.overlapping(parts)):
+            low, high = _overlap(parts[saved.name], saved)
+            missing[saved.name] -= high - low
+            saved_shards.append(saved)
         if not any(missing.values()):
             break
     lacking = [name for name, values in missing.items() if values]
     assert not lacking, f"files of another module, without all of {lacking[0]}"
-    return fragments
+    return saved_shards
 
 
-def fill_tensor_shards(parts: Mapping[str, TensorShard], fragments: Iterable[Fragment]) -> None:
+def fill_tensor_shards(parts: Mapping[str, TensorShard], saved_shards: Iterable[SavedShard]) -> None:
     """Fill a rank's shards with what `fetch_tensor_shards` read for them."""
-    for fragment in fragments:
-        low, high = _overlap(parts[fragment.name], fragment)
-        first, values, _ = parts[fragment.name]
-        values[low - first : high - first] = fragment.values[low - fragment.offset : high - fragment.offset]
+    for saved in saved_shards:
+        low, high = _overlap(parts[saved.name], saved)
+        first, values, _ = parts[saved.name]
+        values[low - first : high - first] = saved.values[low - saved.offset : high - saved.offset]
 
 
 def load_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[Path]) -> None:
@@ -208,10 +208,10 @@ def load_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[Path]) 
     fill_tensor_shards(parts, fetch_tensor_shards(parts, map(ShardFile.open, files)))
 
 
-def _overlap(part: TensorShard, fragment: Fragment) -> tuple[int, int]:
+def _overlap(part: TensorShard, saved: SavedShard) -> tuple[int, int]:
     """Range of the flattened full tensor that both hold."""
-    stops = fragment.offset + len(fragment.values), part.offset + len(part.values)
-    return max(fragment.offset, part.offset), min(stops)
+    stops = saved.offset + len(saved.values), part.offset + len(part.values)
+    return max(saved.offset, part.offset), min(stops)
 
 
 def _bytes_of(values: Tensor) -> memoryview:

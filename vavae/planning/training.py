@@ -25,7 +25,7 @@ _COPY_BYTES_PER_SECOND = 25e9
 """Rate from a GPU to the memory of its machine."""
 _ZERO_STAGES = (0, 1, 2, 3)
 _USABLE_MEMORY = 0.9
-"""Share of a GPU's memory that activations may fill: the rest is for fragments, kernels and the CUDA context."""
+"""Share of a GPU's memory that activations may fill: the rest is for unused gaps, kernels and the CUDA context."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vavae.bench.benchmark import Benchmark, Row, Skipped, run_interleaved
+from vavae.bench.benchmark import Benchmark, Measurement, Skipped, run_interleaved
 from vavae.bench.data.local import image_benchmarks, latent_benchmarks
 from vavae.bench.data.start import start_benchmarks
 from vavae.bench.data.store import store_benchmarks
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     """Shards of latents, where starting is measured."""
 
 
-def run(rounds: int, sizes: Sizes) -> Iterator[Row | Skipped]:
+def run(rounds: int, sizes: Sizes) -> Iterator[Measurement | Skipped]:
     """Run every benchmark; torch has one thread meanwhile.
 
     Args:
@@ -44,7 +44,7 @@ def run(rounds: int, sizes: Sizes) -> Iterator[Row | Skipped]:
                 start_benchmarks(folder / "start", sizes.latents, sizes.shards),
             ):
                 if isinstance(found, Benchmark):
-                    yield from run_interleaved(found, rounds)
+                    yield run_interleaved(found, rounds)
                 else:
                     yield found
     finally:

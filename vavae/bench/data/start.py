@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, Row, Skipped
+from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, Measurement, Skipped
 from vavae.bench.data.shards import SPLIT, labels_of, make_latents, write_latent_shard
 from vavae.bench.process import STATUS, anonymous_mebibytes, run_in_process
 from vavae.data.config import StreamConfig
@@ -53,7 +53,7 @@ class _Reader(NamedTuple):
     stream: LatentStream
 
 
-def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchmark | Row | Skipped]:
+def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchmark | Measurement | Skipped]:
     """Benchmarks until the first batch, against an entry per latent as the public reader keeps it; an epoch of vavae.
 
     Args:
@@ -73,7 +73,7 @@ def start_benchmarks(folder: Path, latents: int, shards: int) -> Iterator[Benchm
     for unit, part in (("s of processor", 0), ("MiB", 1)):
         turns = {side: partial(_turn, start, latent_set, part) for side, start in sides.items()}
         yield Benchmark(f"start, {latents * shards:,} latents", unit, turns, less_is_better=True)
-    yield Row("memory over an epoch", "MiB more", "", None, run_in_process(_growth, latent_set), ())
+    yield Measurement("memory over an epoch", "MiB more", {VAVAE_SIDE: (run_in_process(_growth, latent_set),)})
 
 
 def _turn(start: Callable[[_Set], _Started], latent_set: _Set, part: int) -> float:

@@ -256,14 +256,14 @@ class Checkpoints:
             }
             if step.ema is not None:
                 sets[_EMA] = step.ema.tensor_shards
-            fragments = {}
+            saved_shards = {}
             try:
-                fragments = {key: fetch_tensor_shards(parts, self._files(found, key)) for key, parts in sets.items()}
+                saved_shards = {key: fetch_tensor_shards(parts, self._files(found, key)) for key, parts in sets.items()}
             except (FileNotFoundError, UserError) as error:
                 logger.warning("%s", error)
-            damaged = self._world.any(not fragments)
+            damaged = self._world.any(not saved_shards)
             for key, parts in sets.items() if not damaged else ():
-                fill_tensor_shards(parts, fragments[key])
+                fill_tensor_shards(parts, saved_shards[key])
         if damaged:
             self._warn_of_incomplete(found.name)
             for engine in step.engines.values():
