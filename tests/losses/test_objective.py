@@ -18,6 +18,7 @@ from vavae.losses.config import (
 from vavae.losses.objective import (
     UNMEASURED,
     AdaptiveWeights,
+    DecoderGraph,
     LastLayers,
     TokenizerObjective,
     TokenizerOutputs,
@@ -43,8 +44,12 @@ class Autoencoder(nn.Module):
     def layers(self) -> LastLayers:
         return LastLayers(self.encoder_last.weight, self.decoder_last.weight)
 
+    @property
+    def decoder_parameters(self) -> list[Tensor]:
+        return [*self.decoder_first.parameters(), *self.decoder_last.parameters()]
+
     def forward(self, images: Tensor, features: Tensor | None) -> TokenizerOutputs:
-        z = self.quant(self.encoder_last(torch.tanh(self.first(images))))
+        z = self.latent = self.quant(self.encoder_last(torch.tanh(self.first(images))))
         h = nn.functional.interpolate(torch.tanh(self.decoder_first(z)), scale_factor=2.0)
         alignment = None if features is None else self.vision_foundation(z, features)
         return TokenizerOutputs(images, self.decoder_last(h), z.square().sum(dim=(1, 2, 3)), alignment)
@@ -78,12 +83,21 @@ class Case:
         self.passes = 0
         """How often the reconstruction was differentiated."""
 
-    def objective(self, known: AdaptiveWeights = UNMEASURED, *, adversary: bool = True) -> TokenizerObjective:
+    def objective(
+        self, known: AdaptiveWeights = UNMEASURED, *, adversary: bool = True, once: bool = False
+    ) -> TokenizerObjective:
         outputs = self.model(draw(2, 3, 16, 16), draw(2, 5, 8, 8))
         outputs.reconstruction.register_hook(self._count)
         self.passes = 0
         discriminator = self.discriminator if adversary else None
-        return tokenizer_objective(self.config, outputs, self.model.layers, perceptual, discriminator, known)
+        decoder = DecoderGraph(self.model.latent, self.model.decoder_parameters) if once else None
+        return tokenizer_objective(self.config, outputs, self.model.layers, perceptual, discriminator, known, decoder)
+
+    def gradients(self, objective: TokenizerObjective, factor: float = 1.0) -> list[Tensor]:
+        """Gradients of all parameters."""
+        self.model.zero_grad()
+        (factor * objective.objective).backward()
+        return [parameter.grad.clone() for parameter in self.model.parameters()]
 
     def _count(self, gradient: Tensor) -> None:
         self.passes += 1
@@ -193,3 +207,17 @@ def test_an_adversary_that_joins_is_measured_alone():
     after = case.objective(before).adaptive
     assert after.vision_foundation is before.vision_foundation
     assert after.adversarial == case.objective().adaptive.adversarial
+
+
+@pytest.mark.parametrize("adversary", [False, True])
+def test_the_decoder_is_differentiated_once_without_an_adversary(adversary: bool):
+    case = Case(setting())
+    twice = case.objective(adversary=adversary)
+    expected, passes = case.gradients(twice, factor=0.3), case.passes
+    once = case.objective(adversary=adversary, once=True)
+    found = case.gradients(once, factor=0.3)
+    assert once.objective.item() == pytest.approx(twice.objective.item())
+    assert once.adaptive == twice.adaptive
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert (passes, case.passes) == ((4, 4) if adversary else (2, 1))

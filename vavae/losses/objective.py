@@ -12,8 +12,8 @@ handed to the decoder as the vectors of its vector-Jacobian products: the weight
 differentiated, and ∂L/∂θ is the same as if the sum had been differentiated term by term.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ class LastLayers(NamedTuple):
     decoder: Tensor
 
 
+class DecoderGraph(NamedTuple):
+    """Both ends of the decoder, between which it is differentiated by itself."""
+
+    latent: Tensor
+    """The posterior sample that was decoded, [B, C, h, w], with its graph."""
+    parameters: Sequence[Tensor]
+    """Parameters of the decoder to train, whole."""
+
+
 class AdaptiveWeights(NamedTuple):
     """λ_vf and λ_d of one micro-batch: detached float32 scalars, before the constant weights are multiplied.
 
@@ -102,6 +111,7 @@ def tokenizer_objective(
     perceptual: Perceptual | None,
     discriminator: Callable[[Tensor], Tensor] | None,
     known: AdaptiveWeights = UNMEASURED,
+    decoder: DecoderGraph | None = None,
 ) -> TokenizerObjective:
     """Compose the losses of one micro-batch; all means are over its images.
 
@@ -113,6 +123,8 @@ def tokenizer_objective(
         discriminator: images to logits, with frozen parameters; none before the adversary starts.
         known: adaptive weights of an earlier step, used as they are; what is missing and needed is measured. Ranks that
             partition parameters must know the same ones, because a measurement gathers parameters.
+        decoder: its ends, where ranks hold whole parameters; then it is differentiated once for λ_vf and for training,
+            as long as there is no adversary. None differentiates it for each.
 
     Returns:
         The objective, and the terms ``reconstruction`` (nll per image), ``l1`` (per color value), ``perceptual``,
@@ -122,7 +134,8 @@ def tokenizer_objective(
     reconstruction = outputs.reconstruction.float()
     leaf = reconstruction.detach().requires_grad_()
     image = _image_losses(config, outputs.images.float(), leaf, perceptual, discriminator)
-    adaptive = _adaptive_weights(config, reconstruction, outputs.alignment, layers, image, known)
+    decoded = _Decoded(reconstruction, image, decoder)
+    adaptive = _adaptive_weights(config, decoded, outputs.alignment, layers, image, known)
     image_grad, adversarial_weight = image.nll_grad, torch.zeros_like(image.nll)
     if image.adversarial_grad is not None:
         assert adaptive.adversarial is not None, "an adversary has an adaptive weight"
@@ -150,7 +163,7 @@ def tokenizer_objective(
             "vf_weight": vf_weight,
         }
     terms["total"] = image.nll + adversarial_weight * image.adversarial + beyond_images.detach()
-    surrogate = (reconstruction * image_grad).sum() + beyond_images
+    surrogate = decoded.with_gradient(image_grad) + beyond_images
     return TokenizerObjective(surrogate + (terms["total"] - surrogate.detach()), terms, adaptive)
 
 
@@ -181,9 +194,54 @@ def _image_losses(
     )
 
 
+class _Decoded:
+    """The reconstruction and its gradients on the way back through the decoder.
+
+    Without an adversary all of it passes the decoder at once: the gradients of its parameters are kept, and that of the
+    latent serves the adaptive weight first and the encoder afterwards.
+    """
+
+    def __init__(self, reconstruction: Tensor, image: _ImageLosses, decoder: DecoderGraph | None) -> None:
+        self.reconstruction, self._decoder = reconstruction, None if image.adversarial_grad is not None else decoder
+        self._nll_grad = image.nll_grad
+        self._gradients: tuple[Tensor, ...] | None = None
+
+    def reference(self, layer: Tensor) -> Tensor:
+        """Gradient of the reconstruction loss at a layer of the encoder."""
+        if self._decoder is None:
+            (gradient,) = torch.autograd.grad(self.reconstruction, layer, self._nll_grad, retain_graph=True)
+            return gradient
+        latent, parameters = self._decoder
+        self._gradients = torch.autograd.grad(self.reconstruction, (latent, *parameters), self._nll_grad)
+        (gradient,) = torch.autograd.grad(latent, layer, self._gradients[0], retain_graph=True)
+        return gradient
+
+    def with_gradient(self, image_grad: Tensor) -> Tensor:
+        """Scalar whose gradient is that of the losses of the image, given their gradient [B, 3, H, W] there."""
+        if self._gradients is None or self._decoder is None:
+            return (self.reconstruction * image_grad).sum()
+        return _GivenGradients.apply(self._gradients, self._decoder.latent, *self._decoder.parameters)
+
+
+class _GivenGradients(torch.autograd.Function):
+    """Zero, with given gradients of some tensors: what engines take like that of any loss."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        """Keep the gradients; they are multiplied by whatever the engine multiplies the loss with."""
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all tensors."""
+        (factor,) = factors
+        return (None, *(factor * gradient for gradient in ctx.gradients))
+
+
 def _adaptive_weights(
     config: TokenizerLossConfig,
-    reconstruction: Tensor,
+    decoded: _Decoded,
     alignment: VisionFoundationTerms | None,
     layers: LastLayers,
     image: _ImageLosses,
@@ -194,11 +252,11 @@ def _adaptive_weights(
     if image.adversarial_grad is not None:
         adversarial = known.adversarial
         if adversarial is None:
-            adversarial = _measure_adversarial(config, reconstruction, layers.decoder, image)
+            adversarial = _measure_adversarial(config, decoded.reconstruction, layers.decoder, image)
     if alignment is not None and config.vision_foundation.adaptive and config.vision_foundation.weight > 0:
         vision_foundation = known.vision_foundation
         if vision_foundation is None:
-            vision_foundation = _measure_vf(config, reconstruction, layers.encoder, image.nll_grad, alignment.total)
+            vision_foundation = _measure_vf(config, decoded, layers.encoder, alignment.total)
     return AdaptiveWeights(vision_foundation, adversarial)
 
 
@@ -211,10 +269,7 @@ def _measure_adversarial(
     return adaptive_weight(reference, adversarial, config.adaptive.adversarial_max)
 
 
-def _measure_vf(
-    config: TokenizerLossConfig, reconstruction: Tensor, layer: Tensor, nll_grad: Tensor, vf: Tensor
-) -> Tensor:
+def _measure_vf(config: TokenizerLossConfig, decoded: _Decoded, layer: Tensor, vf: Tensor) -> Tensor:
     """Measure λ_vf; the reference passes the whole decoder on its way to the encoder's last convolution."""
-    (reference,) = torch.autograd.grad(reconstruction, layer, nll_grad, retain_graph=True)
     (alignment,) = torch.autograd.grad(vf, layer, retain_graph=True)
-    return adaptive_weight(reference, alignment, config.adaptive.vision_foundation_max)
+    return adaptive_weight(decoded.reference(layer), alignment, config.adaptive.vision_foundation_max)

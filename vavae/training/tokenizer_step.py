@@ -18,7 +18,14 @@ from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import TokenizerLossConfig
-from vavae.losses.objective import UNMEASURED, AdaptiveWeights, LastLayers, TokenizerOutputs, tokenizer_objective
+from vavae.losses.objective import (
+    UNMEASURED,
+    AdaptiveWeights,
+    DecoderGraph,
+    LastLayers,
+    TokenizerOutputs,
+    tokenizer_objective,
+)
 from vavae.losses.perceptual import Perceptual, build_perceptual
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.tokenizer.autoencoder import VAVAE, ResnetBlock
@@ -55,9 +62,11 @@ class TokenizerModel(nn.Module):
     The adaptive weights differentiate within this forward, where DeepSpeed's hooks on its outputs can't be hit.
     """
 
-    def __init__(self, tokenizer: TokenizerConfig, losses: TokenizerLossConfig, feature_dim: int) -> None:
+    def __init__(
+        self, tokenizer: TokenizerConfig, losses: TokenizerLossConfig, feature_dim: int, whole_weights: bool = True
+    ) -> None:
         super().__init__()
-        self.losses = losses
+        self.losses, self._whole_weights = losses, whole_weights
         self.autoencoder = VAVAE(tokenizer)
         self.alignment = VisionFoundationLoss(losses.vision_foundation, tokenizer.latent_dim, feature_dim)
 
@@ -91,8 +100,13 @@ class TokenizerModel(nn.Module):
             perceptual,
             discriminator,
             known,
+            DecoderGraph(z, self._decoder_parameters()) if self._whole_weights else None,
         )
         return TokenizerLosses(objective.objective, reconstruction.detach(), objective.terms, objective.adaptive)
+
+    def _decoder_parameters(self) -> list[Tensor]:
+        layers = (self.autoencoder.post_quant_conv, self.autoencoder.decoder)
+        return [weights for layer in layers for weights in layer.parameters() if weights.requires_grad]
 
     def freeze(self, frozen: Sequence[Part]) -> None:
         """Exclude parts from training."""
@@ -136,7 +150,11 @@ class TokenizerStep:
         if self._perceptual is not None:
             self._perceptual.to(world.device)
         self.model = initialized(
-            config.seed, "tokenizer", lambda: TokenizerModel(config.tokenizer, losses, self.teacher.feature_dim)
+            config.seed,
+            "tokenizer",
+            lambda: TokenizerModel(
+                config.tokenizer, losses, self.teacher.feature_dim, training.engine.has_whole_weights
+            ),
         )
         self.model.freeze(phase.frozen)
         if compiles_blocks(training.compile_blocks, training.engine, config.workers, world.device):

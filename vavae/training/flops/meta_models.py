@@ -122,9 +122,9 @@ def tokenizer_step(
         adversary: the discriminator has started.
         measure_weights: the adaptive weights are measured in this step.
     """
-    losses, grid = phase.losses, (config.grid, config.grid)
+    losses, grid, whole_weights = phase.losses, (config.grid, config.grid), config.train_vavae.engine.has_whole_weights
     teacher, perceptual = frozen_networks(config.teacher, losses.perceptual)
-    model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim))
+    model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights))
     model.freeze(phase.frozen)
     judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial))
 
