@@ -21,16 +21,21 @@ _TORCH: dict[str, Any] = {"backend": "torch"}
 _STAGES = [
     {"from_images": BATCH, "frozen": ["projection"]},
     {"from_images": 2 * BATCH, "frozen": ["encoder"], "losses": {"vision_foundation": {"weight": 0}}},
+    {
+        "from_images": 3 * BATCH,
+        "frozen": [],
+        "losses": {"vision_foundation": {"weight": 0.1}, "adversarial": {"weight": 0}},
+    },
 ]
 
 
 def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """One step in each of three stages; the generator's weights and average, and the adversary's, after each."""
+    """One step in each of four stages, the last without an adversary; the generator's weights and average, and the adversary's, after each."""
     for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
         module.build_optimizer = lambda parameters, config: torch.optim.SGD(
             parameters, config.learning_rate, fused=True
         )
-    config = tiny_config({"images": 3 * BATCH, "stages": _STAGES}, engine=engine)
+    config = tiny_config({"images": 4 * BATCH, "stages": _STAGES}, engine=engine)
     accumulation_steps = assign_lanes(LANES, world.rank, world.size)
     micro_batches, start, seen = load_micro_batches(DrawnImages(), accumulation_steps, 0, workers=0), None, []  # type: ignore[type-var]
     for stage in config.tokenizer_phases():
@@ -57,7 +62,7 @@ def _moved(before: dict[str, Tensor], after: dict[str, Tensor], prefix: str) -> 
 
 
 def test_a_frozen_part_stays_and_the_rest_goes_on(plain: list[dict[str, Tensor]]) -> None:
-    first, second, third = plain
+    first, second, third, fourth = plain
     projection = "generator.alignment.projection.weight"
     assert projection not in _moved(first, second, "generator.")
     assert _moved(first, second, "generator.autoencoder.encoder")
@@ -65,6 +70,8 @@ def test_a_frozen_part_stays_and_the_rest_goes_on(plain: list[dict[str, Tensor]]
     assert not _moved(second, third, "generator.autoencoder.quant_conv")
     assert _moved(second, third, "generator.autoencoder.decoder")
     assert _moved(second, third, "discriminator.")
+    assert not _moved(third, fourth, "discriminator.")
+    assert _moved(third, fourth, "generator.autoencoder.encoder")
 
 
 @pytest.mark.parametrize(
