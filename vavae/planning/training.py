@@ -1,6 +1,7 @@
 """Memory of a training, and what its checkpoints cost and save."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -83,6 +84,7 @@ def estimate_training(config: RunConfig, cluster: ClusterSpec, job: Job, images_
     )
 
 
+@cache
 def _activations_of_a_lane(config: RunConfig, job: Job) -> float:
     training: TrainingConfig = getattr(config, job)
     return activation_bytes(config, job, training.batch_size // config.stream.lanes)
