@@ -30,7 +30,11 @@ _STAGES = [
 
 
 def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """One step in each of four stages, the last without an adversary; the generator's weights and average, and the adversary's, after each."""
+    """One step in each of four stages, the last without an adversary.
+
+    Returns:
+        The generator's weights and average, and the adversary's weights, after each.
+    """
     for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
         module.build_optimizer = lambda parameters, config: torch.optim.SGD(
             parameters, config.learning_rate, fused=True
