@@ -22,6 +22,7 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.runs.config import BestConfig
 from vavae.storage.artifact import RECORD, read
+from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.lease import SupersededError
@@ -198,6 +199,15 @@ def test_a_checkpoint_without_checksums_of_tensors_is_read_as_a_whole(storage: S
     storage.write_json(f"checkpoints/000000000004/{RECORD}", record)
     assert toy_checkpoints(storage).restore(other).images_seen == 4
     assert other.model.weight.equal(step.model.weight)
+
+
+def test_a_restore_needs_no_room_in_the_cache(tmp_path: Path) -> None:
+    root, step, other = "memory://a-small-cache", ToyStep(), ToyStep()
+    train_toy(Storage(root), step, images=8)
+    small = Storage(root, str(tmp_path / "cache"), StorageOptions(cache_bytes=10))
+    assert toy_checkpoints(small).restore(other).images_seen == 8
+    assert other.model.weight.equal(step.model.weight)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_rollback_needs_nothing_that_the_cache_has_dropped(tmp_path: Path) -> None:

@@ -336,18 +336,21 @@ def _open(checkpoints: Storage, path: str, info: FileInfo, header: FileInfo | No
     """
     if header is None:
         return ShardFile.open(checkpoints.local_file(path, info.sha256))
-    read: ReadRange
-    whole: Callable[[], ReadRange] | None
+    read: ReadRange = partial(checkpoints.read_range, path)
+    whole: Callable[[], ReadRange] | None = None
     if checkpoints.is_local:
-        read, whole = map_file(checkpoints.local_file(path)), None
-    else:
+        read = map_file(checkpoints.local_file(path))
+    elif info.bytes <= checkpoints.options.cache_bytes:
         # Of what a rank needs for the most part, other ranks of its machine need the same: it goes through the cache.
-        read = partial(checkpoints.read_range, path)
-        whole = lambda: map_file(checkpoints.local_file(path, info.sha256))  # noqa: E731
+        whole = partial(_map_cached, checkpoints, path, info)
     found = read(0, header.bytes)
     if sha256(found).hexdigest() != header.sha256:
         raise DamagedFileError(f"{checkpoints.url(path)}: the SHA-256 of its header is another")
     return ShardFile(checkpoints.url(path), found, read, whole)
+
+
+def _map_cached(checkpoints: Storage, path: str, info: FileInfo) -> ReadRange:
+    return map_file(checkpoints.local_file(path, info.sha256))
 
 
 def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
