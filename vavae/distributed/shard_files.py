@@ -19,7 +19,7 @@ from torch import Tensor
 from vavae.distributed.sharded_tensors import TensorShard
 from vavae.errors import UserError
 
-_OFFSETS, _DIGESTS, _METADATA = "offsets", "sha256", "__metadata__"
+_METADATA, _SHARDS, _OFFSETS, _DIGESTS = "__metadata__", "shards", "offsets", "sha256"
 _LENGTH_BYTES = 8
 """Bytes of the length of a header, with which a file of safetensors begins."""
 _DTYPES = {
@@ -67,7 +67,8 @@ def save_tensor_shards(parts: Mapping[str, TensorShard], file: Path) -> None:
     """Write one rank's shards: values under the names of the tensors, offsets and checksums as metadata."""
     offsets = {name: part.offset for name, part in parts.items()}
     digests = {name: _sha256(_bytes_of(part.values)) for name, part in parts.items()}
-    metadata = {_OFFSETS: json.dumps(offsets), _DIGESTS: json.dumps(digests)}
+    # One entry, for safetensors writes several in any order, and equal shards must give equal files.
+    metadata = {_SHARDS: json.dumps({_OFFSETS: offsets, _DIGESTS: digests})}
     save_file({name: part.values for name, part in parts.items()}, file, metadata)
 
 
@@ -98,7 +99,11 @@ class ShardFile:
         try:
             described = json.loads(bytes(header[_LENGTH_BYTES:]))
             metadata = described.pop(_METADATA)
-            offsets, digests = json.loads(metadata[_OFFSETS]), json.loads(metadata.get(_DIGESTS, "{}"))
+            # Files that were written without checksums have the offsets alone.
+            shards = (
+                json.loads(metadata[_SHARDS]) if _SHARDS in metadata else {_OFFSETS: json.loads(metadata[_OFFSETS])}
+            )
+            offsets, digests = shards[_OFFSETS], shards.get(_DIGESTS, {})
             self._entries = {
                 name: _Entry(
                     dtype=_DTYPES[entry["dtype"]],
