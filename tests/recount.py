@@ -146,7 +146,7 @@ def on_the_way_of_an_image() -> dict[str, set[str]]:
 
 
 OURS = tuple(f"{ROOT / package}/" for package in PACKAGES)
-OF_WEIGHTS = ("/distributed/sharded_tensors.py", "/interop/export.py")
+OF_WEIGHTS = ("/distributed/sharded_tensors.py", "/distributed/shard_files.py", "/interop/export.py")
 """Files whose functions are handed weights alone, which look like images to the trace."""
 FEW_STEPS = (
     "train_vavae={images: 32, log_images: 16, checkpoint_images: 32, probe_images: 32, preview_images: 32}",
