@@ -23,6 +23,7 @@ from vavae.cli import bench as command
 from vavae.cli.main import main
 from vavae.config.load import load
 from vavae.distributed.world import World
+from vavae.errors import UserError
 from vavae.losses import objective
 from vavae.runs.config import RunConfig
 from vavae.training.flops.flops import training_flops
@@ -95,7 +96,20 @@ def test_a_peer_of_other_outputs_is_not_measured(monkeypatch):
         return network.register_forward_hook(lambda module, inputs, output: 1.01 * output) and network
 
     monkeypatch.setattr(lightningdit, "_public_network", scaled)
-    with pytest.raises(AssertionError, match="the loss of support"):
+    with pytest.raises(UserError, match=r"its loss is .* with our weights"):
+        lightningdit.lightningdit_benchmark(tiny(), World(), ["eager"], PEER)
+
+
+def test_a_peer_without_a_weight_of_ours_is_refused(monkeypatch):
+    build = lightningdit._public_network
+
+    def renamed(config, name):
+        network = build(config, name)
+        network.more = torch.nn.Linear(1, 1)
+        return network
+
+    monkeypatch.setattr(lightningdit, "_public_network", renamed)
+    with pytest.raises(UserError, match=r"more\.\w+ is a weight of one network alone"):
         lightningdit.lightningdit_benchmark(tiny(), World(), ["eager"], PEER)
 
 

@@ -143,15 +143,15 @@ def test_a_rank_keeps_its_share_of_the_optimizer(gloo: GlooLauncher) -> None:
 
 
 class Met(NamedTuple):
-    """What became of a step in which the last rank's loss is no number, and of a good one after it."""
+    """Outcome of three steps, in the second of which the last rank's loss is no number."""
 
     norms: dict[str, list[float]]
-    """Of the steps, by engine."""
+    """Gradient norms of the three steps, by engine."""
     untouched: dict[str, bool]
-    """Whether the bad step changed no weight and no buffer, and both others did."""
+    """By engine, true where the second step changed no weight and no buffer, and both others did."""
     updates: dict[str, list[int]]
     average_follows: bool
-    """Whether the average sees the weights as they are after the steps."""
+    """True where the average, updated on, comes to the weights as they are after the steps."""
 
 
 def meet_no_number(world: World, job: Job) -> list[Met]:

@@ -1,4 +1,4 @@
-"""How often the host waits for the device within a step, counted by the reads that would wait on a GPU."""
+"""Number of times that the host waits for the device within a step: reads of tensors that would wait on a GPU."""
 
 import traceback
 from collections import Counter

@@ -220,7 +220,7 @@ def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_rank_reads_no_more_than_overlaps_its_own(tmp_path: Path) -> None:
-    """Of four ranks' files one of two ranks reads two, and of a file only the tensors that it needs."""
+    """One of two ranks leaves out what lies in the first of four ranks' files, and reads the others in few pieces."""
     module, parts = network(), tensor_shards_of(network(), World(1, 2))
     for rank in range(4):
         save_tensor_shards(tensor_shards_of(module, World(rank, 4)), tmp_path / str(rank))

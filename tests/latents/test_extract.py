@@ -321,7 +321,7 @@ def test_threads_change_no_byte(tmp_path, extract, tokenizer, threads):
 
 
 class Order:
-    """What has happened, by name; whoever expects something waits for it."""
+    """Events by name, as they happen; whoever expects one waits for it."""
 
     def __init__(self):
         self._changed, self._happened = threading.Condition(), set()

@@ -83,7 +83,7 @@ def stay_in_training() -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process has not ended yet; one that nobody has reaped has."""
+    """Return whether a process has not ended yet; one that nobody has reaped has."""
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     return False

@@ -16,7 +16,7 @@ from vavae.distributed.world import World
 _WHOLE = {"all_reduce": "tensor", "reduce_scatter_tensor": "input", "all_gather_into_tensor": "output_tensor"}
 """Argument with all that is reduced or gathered, by collective."""
 _PASSES = {"all_reduce": 2, "reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}
-"""How often a ring passes it on."""
+"""Times that a ring passes on what each collective is given, in units of (W - 1) / W."""
 _FEW = 8
 """Most values of flags and norms, which are left out."""
 

@@ -24,7 +24,7 @@ from vavae.training.initialize import initialized
 
 EXTRACTION, ENCODER, DECODER = "extraction", "encoder alone", "decoder alone"
 _TOLERANCE = 2e-3
-"""Of latents, relative to 1: two units in the last place of float16."""
+"""Tolerance of latents, relative to 1: two units in the last place of float16."""
 
 
 @contextmanager

@@ -78,13 +78,13 @@ def parts(on_gpu: bool) -> list[Part]:
             Part("data", 100, _data, (Sizes(images=32, latents=64, shards=40), 1)),
             Part("metrics", 60, _metrics, (200, 16, 1)),
         ]
-    # What one of eight GPUs has to do of a step: its share of the batch, in micro-batches of the published size.
+    # What one of eight GPUs has to do of a step: its share of the batch, in as many passes as the presets take.
     alone = ["workers.count=1", "stream.lanes=4", "lightningdit.classes=1000"]
     dit = [*alone, "train_lightningdit.batch_size=128", "train_vavae.batch_size=32"]
     sampled = [*dit, "solver.num_steps=16", "sample.batch_size=64"]
     xl, f16d32 = (str(_IMAGENET / f"{name}.yaml") for name in ("lightningdit_xl_64_epochs", "f16d32_dinov2"))
     return [
-        Part("train-lightningdit", 160, _lightningdit, (xl, dit, WAYS[:2], 5, device)),
+        Part("train-lightningdit", 160, _lightningdit, (xl, [*dit, "stream.lanes=2"], WAYS[:2], 5, device)),
         Part("train-vavae", 150, _tokenizer, (f16d32, dit, 3, device)),
         Part("latents", 50, _latents, (f16d32, dit, 512, 3, device)),
         Part("sample", 60, _sample, (xl, sampled, 3, device)),

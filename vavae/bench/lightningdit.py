@@ -95,7 +95,9 @@ def _add_turns(turns: dict[str, StepTurns], way: Way, config: RunConfig, world: 
     training = config.train_lightningdit
     backend = "deepspeed" if way == "DeepSpeed" else "torch"
     engine = training.engine.model_copy(update={"backend": backend, "offload_optimizer": False})
-    training = training.model_copy(update={"engine": engine, "compile_blocks": way == "compiled"})
+    # A pass is a lane, for every side alike.
+    how = {"engine": engine, "compile_blocks": way == "compiled", "lanes_at_once": 1}
+    training = training.model_copy(update=how)
     model = config.lightningdit.with_classes(config.lightningdit.classes or _CLASSES)
     dim = config.tokenizer.latent_dim
     normalizer = LatentNormalizer(torch.zeros(dim), torch.ones(dim))
@@ -202,13 +204,21 @@ class _Peer:
     def __init__(self, config: RunConfig, ours: FlowMatchingModel, name: str, world: World) -> None:
         training = config.train_lightningdit
         network = _public_network(config, name)
-        network.load_state_dict(ours.model.state_dict(), strict=False)
+        # Their tables of positions are buffers, and ours are none of the state.
+        missing, unknown = network.load_state_dict(ours.model.state_dict(), strict=False)
+        unset = [*unknown, *({*missing} & {name for name, _ in network.named_parameters()})]
+        if unset:
+            raise UserError(
+                f"--peer {name}: {unset[0]} is a weight of one network alone; give one with the public names"
+            )
         model = FlowMatchingModel(network.to(world.device), FlowMatchingObjective(config.objective))
         self._inputs = _Inputs.drawn(config, world.device)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found, expected = (each(*self._inputs)[0].item() for each in (model, ours))
-        close = abs(found - expected) <= _tolerance(config, world.device) * abs(expected)
-        assert close, f"the loss of {name} is {found!r}, ours {expected!r}"
+        if abs(found - expected) > _tolerance(config, world.device) * abs(expected):
+            raise UserError(
+                f"--peer {name}: its loss is {found!r} with our weights, ours {expected!r}: another network"
+            )
         if training.precision == "bf16":
             autocast = torch.autocast(world.device.type, torch.bfloat16, cache_enabled=False)
             model.forward = autocast(model.forward)  # type: ignore[method-assign]

@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     """Sides to be compared, each with the one that it is divided by."""
 
     def __str__(self) -> str:
-        """Both tables."""
+        """Table of the sides, and table of their ratios."""
         return f"{side_table(self.measurements)}\n\n{ratio_table(self.measurements, self.pairs)}\n"
 
 

@@ -79,7 +79,7 @@ def _random_sampler(config: RunConfig, device: torch.device) -> Sampler:
 
 
 def _guided(sampler: Sampler, config: RunConfig) -> list[bool]:
-    """Whether each step of the solver is guided."""
+    """Return for each step of the solver whether it is guided."""
     guidance = ClassifierFreeGuidance(sampler.lightningdit, sampler.lightningdit.null_label, config.guidance)
     return guidance.active(_times(sampler, config)[:-1]).tolist()
 

@@ -45,7 +45,7 @@ class WorkersConfig(Config):
 
     @property
     def rounds_to_tf32(self) -> bool:
-        """Whether GPUs round the factors of fp32 products to TF32."""
+        """True where GPUs round the factors of fp32 products to TF32."""
         return self.use_gpu and not self.deterministic if self.tf32 is None else self.tf32
 
     @model_validator(mode="after")
@@ -88,7 +88,7 @@ class EngineConfig(Config):
 
     @property
     def has_whole_weights(self) -> bool:
-        """Whether every rank holds all weights at any time."""
+        """True where every rank holds all weights at any time."""
         return self.backend == "torch" or self.zero_stage < 3
 
     @model_validator(mode="after")

@@ -102,9 +102,10 @@ class TorchEngine:
         self._passes = 0
         if self._buckets is not None:
             self._buckets.average()
-        for parameter in self._parameters:
-            if parameter.grad is None:  # no loss reached it; so that any world size updates alike
-                parameter.grad = torch.zeros_like(parameter)
+        else:
+            for parameter in self._parameters:
+                if parameter.grad is None:  # no loss reached it; so that any world size updates alike
+                    parameter.grad = torch.zeros_like(parameter)
         limit = float("inf") if self._max_norm is None else self._max_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
         prepare_update(self._optimizer, learning_rate, norm)

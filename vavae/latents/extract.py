@@ -125,7 +125,7 @@ class Extraction:
             yield task, record if record is not None and self._is_done(task, record, size) else None
 
     def _is_done(self, task: ShardTask, record: LatentShardRecord, size: int | None) -> bool:
-        """Whether a record is of the present inputs, and its shard has the size that it says."""
+        """Return whether a record is of the present inputs, and its shard has the size that it says."""
         return size == record.shard.bytes and record.origin == self._origin(task)
 
     def _origin(self, task: ShardTask) -> str:

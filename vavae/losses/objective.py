@@ -60,7 +60,7 @@ class LastLayers(NamedTuple):
 
 
 class DecoderGraph(NamedTuple):
-    """Both ends of the decoder, between which it is differentiated by itself."""
+    """Inputs of the decoder, its latent and its parameters, with respect to which it is differentiated by itself."""
 
     latent: Tensor
     """The posterior sample that was decoded, [B, C, h, w], with its graph."""

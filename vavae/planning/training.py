@@ -118,13 +118,15 @@ def lanes_at_once(config: RunConfig, job: Job, cluster: ClusterSpec) -> int:
 
 
 def lanes_that_fit(config: RunConfig, workers: int, memory_bytes: float) -> int:
-    """Most lanes of the LightningDiT, at least one, whose activations fit on a GPU beside all else."""
+    """Lanes of the LightningDiT in a pass, so that a GPU holds their activations in the fewest, equal passes."""
     job: Job = "train_lightningdit"
     engine = config.train_lightningdit.engine
     zero_stage = engine.zero_stage if engine.backend == "deepspeed" else 0
+    of_a_worker = accumulation_steps_of(config.stream.lanes, workers)
     room = _USABLE_MEMORY * memory_bytes - _memory(config, job, workers, zero_stage, activations=0)
-    fitting = int(room // _activations_of_a_lane(config, job))
-    return max(1, min(fitting, accumulation_steps_of(config.stream.lanes, workers)))
+    fitting = max(1, min(int(room // _activations_of_a_lane(config, job)), of_a_worker))
+    passes = -(-of_a_worker // fitting)
+    return -(-of_a_worker // passes)
 
 
 def resolve_lanes_at_once(config: RunConfig, world: World) -> RunConfig:

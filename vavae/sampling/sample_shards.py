@@ -129,7 +129,7 @@ class SampleSet:
         return record if self._is_done(shard, record, size) else None
 
     def _is_done(self, shard: int, record: SampleShardRecord, size: int | None) -> bool:
-        """Whether a record is of the present models, settings and number, and its shard has the size that it says."""
+        """Return whether a record is of the present models, settings and number, and its shard has the size it says."""
         valid = record.origin == self._origin and record.images == len(self._indices(shard))
         return valid and size == record.file.bytes
 

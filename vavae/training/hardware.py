@@ -43,4 +43,5 @@ class Hardware(BaseModel):
 
     def __str__(self) -> str:
         workers = f"{self.workers} workers" if self.workers > 1 else "1 worker"
-        return f"{workers}, {self.device}, torch {self.torch}"
+        lanes = f", {self.lanes_at_once} lanes at once" if self.lanes_at_once > 1 else ""
+        return f"{workers}, {self.device}, torch {self.torch}{lanes}"

@@ -145,7 +145,7 @@ def _read_records(storage: Storage, prefix: str, plan: ShardPlan) -> Iterator[Sh
 
 
 def _is_done(shard: PlannedShard, record: ShardRecord, size: int | None) -> bool:
-    """Whether a record is of this plan, and its shard has the size that it says; None where there is no shard."""
+    """Return whether a record is of this plan, and its shard the size that it says; None where there is none."""
     return record.plan == shard.plan and (not record.shard.count or size == record.shard.bytes)
 
 

@@ -28,7 +28,7 @@ class _Output(NamedTuple):
 
     layout: _Layout
     offset: int
-    """Of a view, in its input."""
+    """Offset of a view in the storage of its input, elements."""
 
 
 class _Outcome(NamedTuple):
@@ -101,7 +101,7 @@ def _returns_views(operator: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a fake tensor whose elements nobody knows."""
+    """Return whether a value is a fake tensor whose elements nobody knows."""
     return isinstance(value, FakeTensor) and value.constant is None
 
 
