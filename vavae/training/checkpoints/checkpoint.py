@@ -59,7 +59,7 @@ class _Found(NamedTuple):
 
 
 class EarlierCheckpointError(Exception):
-    """The checkpoint of a phase is damaged, and the one before belongs to an earlier phase."""
+    """A checkpoint of a phase is damaged, and the one before belongs to an earlier phase, whose step must load it."""
 
 
 class Checkpoints:
@@ -231,6 +231,7 @@ class Checkpoints:
 
         Raises:
             UserError: it was made with another configuration or other data.
+            EarlierCheckpointError: what there is, as far as it is not damaged, belongs to an earlier phase.
         """
         if self._saved is not None and self._saved.images_seen == begin:
             return self._saved
