@@ -17,7 +17,7 @@ _CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 class ImpatientSession(LocalSession):
-    """Asks to stop at the first step."""
+    """Asks to stop at the first step, which is heard during the second."""
 
     def stop_requested(self) -> bool:
         return True
