@@ -28,7 +28,7 @@ def work(run: Run) -> None:
     work_through(run, "evaluate", partial(_make_report, inputs, output), [report], images, actors=1)
 
 
-def _make_report(inputs: EvaluationInputs, output: JobOutput) -> Work:
+def _make_report(inputs: EvaluationInputs, output: JobOutput) -> Work[ReportInputs, None]:
     evaluator = Evaluator(inputs)
 
     def do(report: ReportInputs, advance: Advance) -> None:

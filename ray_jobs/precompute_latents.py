@@ -7,7 +7,7 @@ from ray_jobs.runtime.actor_pool import Advance, Resources, Work, work_through
 from ray_jobs.runtime.command import main
 from vavae.distributed.world import World
 from vavae.interop.export import load_tokenizer
-from vavae.latents.extract import Extraction, ShardTask
+from vavae.latents.extract import Extraction, LatentShardRecord, ShardTask
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.runs.run import Run
 
@@ -18,17 +18,19 @@ def work(run: Run) -> None:
     extraction = Extraction.of(inputs)
     resources = Resources.of(run.config.workers, latents.cpus, latents.gpus)
     tasks, images, make_work = extraction.tasks(), extraction.images, partial(_make_work, inputs)
-    work_through(run, "precompute_latents", make_work, tasks, images, latents.actors, resources, items_of_an_actor=2)
-    inputs.output.commit(*extraction.finish(inputs.latent_shape))
+    records = work_through(
+        run, "precompute_latents", make_work, tasks, images, latents.actors, resources, items_of_an_actor=2
+    )
+    inputs.output.commit(*extraction.finish(inputs.latent_shape, records))
 
 
-def _make_work(inputs: ExtractionInputs) -> Work:
+def _make_work(inputs: ExtractionInputs) -> Work[ShardTask, LatentShardRecord]:
     extraction, device = Extraction.of(inputs), World.current(inputs.config.workers.use_gpu).device
     tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
     tokenizer.to(device)
 
-    def do(task: ShardTask, advance: Advance) -> None:
-        extraction.encode(task, tokenizer, device, advance)
+    def do(task: ShardTask, advance: Advance) -> LatentShardRecord:
+        return extraction.encode(task, tokenizer, device, advance)
 
     return do
 

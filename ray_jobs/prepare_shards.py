@@ -5,7 +5,7 @@ import sys
 from ray_jobs.runtime.actor_pool import Advance, Resources, work_through
 from ray_jobs.runtime.command import main
 from vavae.data.shards.plan import PlannedShard, plan_shards
-from vavae.data.shards.write import claim, finish, write_shard
+from vavae.data.shards.write import ShardRecord, claim, finish, write_shard
 from vavae.runs.run import Run
 
 
@@ -14,14 +14,15 @@ def work(run: Run) -> None:
     storage, prefix = run.storage, run.prefix("prepare_shards")
     plan = plan_shards(run.config.shards, storage)
     claim(storage, prefix, run.config.shards, plan.sources)
+    records: list[ShardRecord] = []
     if plan.shards:
         actors, resources = run.config.workers.count, Resources.of(run.config.workers, gpus=0)
 
-        def write(shard: PlannedShard, advance: Advance) -> None:
-            write_shard(storage, prefix, shard, advance)
+        def write(shard: PlannedShard, advance: Advance) -> ShardRecord:
+            return write_shard(storage, prefix, shard, advance)
 
-        work_through(run, "prepare_shards", lambda: write, plan.shards, plan.images, actors, resources)
-    manifest = finish(storage, prefix, plan)
+        records = work_through(run, "prepare_shards", lambda: write, plan.shards, plan.images, actors, resources)
+    manifest = finish(storage, prefix, plan, records)
     if manifest.skipped_count:
         print(f"unreadable images left out: {manifest.skipped_count}, such as {manifest.skipped[0]}", flush=True)
 

@@ -10,7 +10,7 @@ from vavae.distributed.world import World
 from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.files import write_sample_files
-from vavae.sampling.sample_shards import SampleSet
+from vavae.sampling.sample_shards import SampleSet, SampleShardRecord
 from vavae.sampling.sampler import Sampler
 
 
@@ -19,18 +19,18 @@ def work(run: Run) -> None:
     inputs, config = SamplingInputs.of(run), run.config.sample
     samples = SampleSet.of(inputs)
     make_work, shards = partial(_make_work, inputs), samples.shards()
-    work_through(run, "sample", make_work, shards, config.images, config.actors, items_of_an_actor=2)
-    files = samples.files()
+    records = work_through(run, "sample", make_work, shards, config.images, config.actors, items_of_an_actor=2)
+    files = samples.files(records)
     content = digest({name: info.sha256 for name, info in files.items()})
     inputs.output.commit(content, files, beside={**write_sample_files(samples, run.storage)})
 
 
-def _make_work(inputs: SamplingInputs) -> Work:
+def _make_work(inputs: SamplingInputs) -> Work[int, SampleShardRecord]:
     samples = SampleSet.of(inputs)
     sampler = Sampler.load(inputs, World.current(inputs.config.workers.use_gpu).device)
 
-    def do(shard: int, advance: Advance) -> None:
-        samples.generate(shard, sampler, advance)
+    def do(shard: int, advance: Advance) -> SampleShardRecord:
+        return samples.generate(shard, sampler, advance)
 
     return do
 

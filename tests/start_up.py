@@ -36,17 +36,17 @@ def count_requests(gloo: GlooLauncher, folder: str, shards: int) -> dict[str, in
     """Leave a run with its shards in a folder, and count the requests of each part of that."""
     run = many_shards.make_run(_CONFIG, f"counting://{folder}", shards, f"storage.cache={folder}/cache")
     found: dict[str, int] = {}
-    plan = many_shards.written_shards(run, shards)
-    found["finish shards"] = _requests(lambda: finish(run.storage, "shards", plan))
+    plan, records = many_shards.written_shards(run, shards)
+    found["finish shards"] = _requests(lambda: finish(run.storage, "shards", plan, records))
     many_shards.commit_tokenizer(run)
-    extraction, inputs = many_shards.written_latents(run)
+    extraction, inputs, encoded = many_shards.written_latents(run)
     latents: list[Any] = []
-    found["finish latents"] = _requests(lambda: latents.extend(extraction.finish(inputs.latent_shape)))
+    found["finish latents"] = _requests(lambda: latents.extend(extraction.finish(inputs.latent_shape, encoded)))
     inputs.output.commit(*latents)
     many_shards.commit_lightningdit(run)
-    samples, outputs = many_shards.written_samples(run)
+    samples, outputs, generated = many_shards.written_samples(run)
     files: dict[str, Any] = {}
-    found["finish samples"] = _requests(lambda: files.update(samples.files()))
+    found["finish samples"] = _requests(lambda: files.update(samples.files(generated)))
     outputs.output.commit("d" * 64, files)
     found["plan a run"] = _requests(run.plans)
     for job in TRAININGS:

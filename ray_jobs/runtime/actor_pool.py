@@ -15,10 +15,11 @@ from vavae.runs.config import RunConfig
 from vavae.runs.run import Job, Run
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 Advance = Callable[[int], None]
 """Takes the number of images done since the last call."""
-Work = Callable[[Any, Advance], None]
-"""Processes one item."""
+Work = Callable[[ItemT, Advance], ResultT]
+"""Processes one item; what it returns is small, for the caller keeps that of every item."""
 
 
 class Resources(NamedTuple):
@@ -54,25 +55,27 @@ class Worker:
         progress: takes the images done.
     """
 
-    def __init__(self, make_work: Callable[[], Work], workers: WorkersConfig, progress: ProgressActor) -> None:
+    def __init__(
+        self, make_work: Callable[[], Work[Any, Any]], workers: WorkersConfig, progress: ProgressActor
+    ) -> None:
         configure_torch(workers)
         self._work, self._progress = make_work(), progress
 
-    def do(self, item: Any) -> None:
-        """Process one item."""
-        self._work(item, self._progress.advance)
+    def do(self, index: int, item: Any) -> tuple[int, Any]:
+        """Process one item; returns its index and its result."""
+        return index, self._work(item, self._progress.advance)
 
 
 def work_through(
     run: Run,
     job: Job,
-    make_work: Callable[[], Work],
+    make_work: Callable[[], Work[ItemT, ResultT]],
     items: Sequence[ItemT],
     images: int,
     actors: int,
     resources: Resources | None = None,
     items_of_an_actor: int = 1,
-) -> None:
+) -> list[ResultT]:
     """Process all items with at most `actors` at a time, showing progress in images.
 
     Args:
@@ -85,6 +88,9 @@ def work_through(
         resources: of each actor; None takes those of a training's worker.
         items_of_an_actor: items that an actor processes at the same time, in threads; more than one where the work
             takes turns at the device, so that one item is read and another one stored meanwhile.
+
+    Returns:
+        The results, in the order of the items.
 
     Raises:
         UserError: the cluster can't hold a single actor.
@@ -101,8 +107,8 @@ def work_through(
     )(Worker).options(max_concurrency=items_of_an_actor)
     with monitor_progress(run, job, progress, images):
         pool = ActorPool([actor.remote(make_work, workers, progress) for _ in range(actors)] * items_of_an_actor)
-        for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
-            pass
+        results = dict(pool.map_unordered(lambda worker, item: worker.do.remote(*item), list(enumerate(items))))
+    return [results[index] for index in range(len(items))]
 
 
 def max_actors(job: Job, resources: Resources) -> int:

@@ -138,9 +138,11 @@ def test_shards_are_pure_functions_that_workers_can_run_in_any_order(storage, co
     expected = write_shards(storage, "once", config, silent)
     plan = plan_shards(config, storage)
     claim(storage, "shards", config, plan.sources)
-    for shard in reversed(plan.shards):
+    records = [
         write_shard(pickle.loads(pickle.dumps(storage)), "shards", pickle.loads(pickle.dumps(shard)))
-    assert finish(storage, "shards", plan) == expected
+        for shard in reversed(plan.shards)
+    ]
+    assert finish(storage, "shards", plan, records[::-1]) == expected
     once, mapped = contents(storage, "once"), contents(storage, "shards")
     assert {path.replace("once", "shards"): data for path, data in once.items()} == mapped
 

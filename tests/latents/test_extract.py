@@ -77,9 +77,7 @@ def die(count):
 
 
 def encode_all(extraction, model):
-    for task in extraction.tasks():
-        extraction.encode(task, model, CPU, ignore)
-    return extraction.finish(SHAPE)
+    return extraction.finish(SHAPE, [extraction.encode(task, model, CPU, ignore) for task in extraction.tasks()])
 
 
 def contents(tmp_path, folder):
@@ -145,9 +143,9 @@ def test_without_flips_the_mirror_images_are_left_out(tmp_path, extract, tokeniz
 def test_order_and_repetition_change_no_byte(tmp_path, extract, tokenizer):
     digest, files = encode_all(extract("one"), tokenizer)
     other = extract("other")
-    for task in [*reversed(other.tasks()), *other.tasks()]:
+    for task in reversed(other.tasks()):
         other.encode(task, tokenizer, CPU, ignore)
-    assert other.finish(SHAPE) == (digest, files)
+    assert encode_all(other, tokenizer) == (digest, files)
     assert contents(tmp_path, "other") == contents(tmp_path, "one")
     assert {path: info.bytes for path, info in files.items()} == {
         path: len(data) for path, data in contents(tmp_path, "one").items() if path in files
@@ -234,11 +232,12 @@ def test_records_name_the_images_and_progress_counts_them(tmp_path, extract, tok
     ]
 
 
-def test_finishing_early_is_our_own_mistake(extract, tokenizer):
+def test_a_shard_that_is_gone_is_our_own_mistake(tmp_path, extract, tokenizer):
     extraction = extract()
-    extraction.encode(extraction.tasks()[0], tokenizer, CPU, ignore)
-    with pytest.raises(AssertionError, match="encode every shard before finishing"):
-        extraction.finish(SHAPE)
+    records = [extraction.encode(task, tokenizer, CPU, ignore) for task in extraction.tasks()]
+    (tmp_path / "latents/train/000001.tar").unlink()
+    with pytest.raises(AssertionError, match=r"train/000001\.tar is not what its record says"):
+        extraction.finish(SHAPE, records)
 
 
 def test_an_image_shard_of_another_length_is_an_error(images, manifest, extract, tokenizer):
@@ -308,8 +307,8 @@ def test_a_scale_stands_in_for_the_statistics_and_changes_no_latent(tmp_path, ex
 def encode_at_once(extraction, model):
     """Encode two shards at a time, as an actor does."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda task: extraction.encode(task, model, CPU, ignore), extraction.tasks()))
-    return extraction.finish(SHAPE)
+        records = list(pool.map(lambda task: extraction.encode(task, model, CPU, ignore), extraction.tasks()))
+    return extraction.finish(SHAPE, records)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -505,7 +504,7 @@ def test_killed_at_any_write_it_goes_on_with_other_actors(tmp_path, extract, tok
         extraction.encode(task, tokenizer, CPU, ignore)
     batches = [4, 2, 2]  # of five, three and two images, and their mirror images
     assert len(tokenizer.batches) == sum(count for count, there in zip(batches, done, strict=True) if not there)
-    assert extraction.finish(SHAPE) == result
+    assert encode_all(extraction, tokenizer) == result
     assert contents(tmp_path, "latents") == contents(tmp_path, "whole")
 
 

@@ -67,21 +67,21 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("shards", [FEW, MANY])
 def test_what_many_processes_have_written_is_checked_by_one_listing(tmp_path, shards):
     run = run_at(tmp_path, shards)
-    plan = many_shards.written_shards(run, shards)
-    manifest, requests = counted(lambda: finish(run.storage, "shards", plan))
+    plan, written = many_shards.written_shards(run, shards)
+    manifest, requests = counted(lambda: finish(run.storage, "shards", plan, written))
     assert len(manifest.splits["train"]) == shards
-    # Each record; the manifest is put, read back for its checksum, and committed.
-    assert by_kind(requests) == {"get": shards + 1, "list": pages(2 * shards + 1), "put": 2}
+    # The manifest is put, read back for its checksum, and committed.
+    assert by_kind(requests) == {"get": 1, "list": pages(2 * shards + 1), "put": 2}
     many_shards.commit_tokenizer(run)
-    extraction, inputs = many_shards.written_latents(run)
-    found, requests = counted(lambda: extraction.finish(inputs.latent_shape))
-    assert by_kind(requests) == {"get": shards + 1, "list": pages(2 * shards), "put": 2}
+    extraction, inputs, encoded = many_shards.written_latents(run)
+    found, requests = counted(lambda: extraction.finish(inputs.latent_shape, encoded))
+    assert by_kind(requests) == {"get": 1, "list": pages(2 * shards), "put": 2}
     inputs.output.commit(*found)
     many_shards.commit_lightningdit(run)
-    samples, _ = many_shards.written_samples(run)
-    files, requests = counted(samples.files)
+    samples, _, generated = many_shards.written_samples(run)
+    files, requests = counted(lambda: samples.files(generated))
     assert len(files) == shards
-    assert by_kind(requests) == {"get": shards, "list": pages(2 * shards)}
+    assert by_kind(requests) == {"list": pages(2 * shards)}
 
 
 @pytest.mark.parametrize("name", DECISIONS)

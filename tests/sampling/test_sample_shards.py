@@ -60,9 +60,7 @@ def die(count):
 
 
 def generate_all(found, sampler, advance=ignore):
-    for shard in found.shards():
-        found.generate(shard, sampler, advance)
-    return found.files()
+    return found.files([found.generate(shard, sampler, advance) for shard in found.shards()])
 
 
 def contents(storage):
@@ -174,7 +172,7 @@ def test_shards_are_the_same_in_any_order_and_from_any_worker(storage, sampler, 
     other = Storage(str(tmp_path / "other"))
     for shard in reversed(samples(other).shards()):
         samples(other).generate(shard, Recorder(), ignore)
-    assert samples(other).files() == files
+    assert generate_all(samples(other), Recorder()) == files
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -184,8 +182,8 @@ def test_threads_change_no_byte(storage, sampler, tmp_path, threads):
     assert generate_all(samples(more, threads=threads), sampler) == files
     found = samples(at_once, threads=threads)
     with ThreadPoolExecutor(2) as pool:  # as in an actor
-        list(pool.map(lambda shard: found.generate(shard, sampler, ignore), found.shards()))
-    assert found.files() == files
+        records = list(pool.map(lambda shard: found.generate(shard, sampler, ignore), found.shards()))
+    assert found.files(records) == files
     assert contents(storage) == contents(more) == contents(at_once)
 
 
@@ -224,8 +222,8 @@ def test_a_shard_is_stored_while_the_next_is_generated(storage, sampler, monkeyp
     monkeypatch.setattr(Storage, "write_json", store)
     found = samples(storage)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda shard: found.generate(shard, sampler, ignore), found.shards()))
-    assert found.files()
+        records = list(pool.map(lambda shard: found.generate(shard, sampler, ignore), found.shards()))
+    assert found.files(records)
     assert [sorted(sampler.asked[at : at + 2]) for at in (0, 2)] in (
         [[[0, 1, 2], [3]], [[4, 5, 6], [7]]],
         [[[4, 5, 6], [7]], [[0, 1, 2], [3]]],
@@ -294,7 +292,9 @@ def test_only_the_images_asked_for_are_decoded(storage, sampler, monkeypatch):
     assert len(decoded) == 2
 
 
-def test_naming_files_early_is_our_own_mistake(storage, sampler):
-    samples(storage).generate(0, sampler, ignore)
-    with pytest.raises(AssertionError, match="samples of shard 1 are missing"):
-        samples(storage).files()
+def test_a_shard_that_is_gone_is_our_own_mistake(storage, sampler):
+    found = samples(storage)
+    records = [found.generate(shard, sampler, ignore) for shard in found.shards()]
+    storage.delete("000001.tar")
+    with pytest.raises(AssertionError, match=r"000001\.tar is not what its record says"):
+        found.files(records)

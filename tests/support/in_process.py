@@ -25,18 +25,15 @@ def precompute_latents(run: Run) -> None:
     inputs = ExtractionInputs.of(run)
     extraction = Extraction.of(inputs)
     tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
-    for task in extraction.tasks():
-        extraction.encode(task, tokenizer, World().device, ignore)
-    inputs.output.commit(*extraction.finish(inputs.latent_shape))
+    records = [extraction.encode(task, tokenizer, World().device, ignore) for task in extraction.tasks()]
+    inputs.output.commit(*extraction.finish(inputs.latent_shape, records))
 
 
 def sample(run: Run) -> None:
     """Generate the samples."""
     inputs = SamplingInputs.of(run)
     samples, sampler = SampleSet.of(inputs), Sampler.load(inputs, World().device)
-    for shard in samples.shards():
-        samples.generate(shard, sampler, ignore)
-    files = samples.files()
+    files = samples.files([samples.generate(shard, sampler, ignore) for shard in samples.shards()])
     inputs.output.commit(digest(list(files)), files, beside={**write_sample_files(samples, run.storage)})
 
 

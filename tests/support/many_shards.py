@@ -39,40 +39,45 @@ def make_run(config, root, shards, *overrides):
 
 
 def written_shards(run, shards):
-    """Write the image shards of a run with their records; return their plan."""
+    """Write the image shards of a run; return their plan and records."""
     config, sources = run.config.shards, describe_sources(run.config.shards, run.storage)
     write.claim(run.storage, "shards", config, sources)
     plan = digest(origin(config, sources))
     planned = [PlannedShard(f"{_SPLIT}/{n:06d}", config.source, (), n, config, plan) for n in range(shards)]
+    records = []
     for shard in planned:
-        record = write.ShardRecord(plan=plan, shard=_info(shard.name), skipped=())
-        _put(run.storage, f"shards/{shard.name}", record)
-    return ShardPlan(config, tuple(sources[_SPLIT]["classes"]), sources, tuple(planned))
+        records.append(write.ShardRecord(plan=plan, shard=_info(shard.name), skipped=()))
+        _put(run.storage, f"shards/{shard.name}", records[-1])
+    return ShardPlan(config, tuple(sources[_SPLIT]["classes"]), sources, tuple(planned)), records
 
 
 def written_latents(run):
-    """Write the latents of all shards of a run with their records; return the extraction and their shape."""
+    """Write the latents of all shards of a run; return the extraction, its inputs and the records."""
     inputs = ExtractionInputs.of(run)
     extraction, channels = Extraction.of(inputs), run.config.tokenizer.latent_dim
     statistics, random = LatentStatistics(channels), np.random.default_rng(0)
     statistics.update(random.normal(size=(2, channels, 2, 2)), np.ones((2, channels, 2, 2)))
+    records = []
     for task in extraction.tasks():
         name = f"{task.split}/{task.number:06d}"
         origin = extraction._origin(task)
         record = LatentShardRecord(origin=origin, shard=_info(name), statistics=statistics.to_json(), keys=())
+        records.append(record)
         _put(inputs.output.folder, name, record)
-    return extraction, inputs
+    return extraction, inputs, records
 
 
 def written_samples(run):
-    """Write the samples of a run with their records; return the set and its inputs."""
+    """Write the samples of a run; return the set, its inputs and the records."""
     inputs = SamplingInputs.of(run)
     samples = SampleSet.of(inputs)
+    records = []
     for shard in samples.shards():
         name = f"{shard:06d}"
         file = FileInfo(bytes=len(_TAR), sha256=_info(name).sha256)
-        _put(inputs.output.folder, name, SampleShardRecord(origin=inputs.origin, images=1, file=file))
-    return samples, inputs
+        records.append(SampleShardRecord(origin=inputs.origin, images=1, file=file))
+        _put(inputs.output.folder, name, records[-1])
+    return samples, inputs, records
 
 
 def commit_tokenizer(run):
@@ -105,13 +110,13 @@ def commit_lightningdit(run):
 
 def finished(run, shards):
     """Leave all but the evaluation of a run."""
-    write.finish(run.storage, "shards", written_shards(run, shards))
+    write.finish(run.storage, "shards", *written_shards(run, shards))
     commit_tokenizer(run)
-    extraction, inputs = written_latents(run)
-    inputs.output.commit(*extraction.finish(inputs.latent_shape))
+    extraction, inputs, records = written_latents(run)
+    inputs.output.commit(*extraction.finish(inputs.latent_shape, records))
     commit_lightningdit(run)
-    samples, inputs = written_samples(run)
-    files = samples.files()
+    samples, inputs, records = written_samples(run)
+    files = samples.files(records)
     inputs.output.commit(digest([*files]), files)
     return run
 

@@ -28,7 +28,7 @@ from vavae.latents.shards import latent_members
 from vavae.latents.statistics import STATISTICS, LatentStatistics
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.extraction_inputs import ExtractionInputs
-from vavae.storage.artifact import FileInfo, read_records
+from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
 
@@ -115,15 +115,6 @@ class Extraction:
             return None
         return record if self._is_done(task, record, size) else None
 
-    def _records(self) -> Iterator[tuple[ShardTask, LatentShardRecord | None]]:
-        """Yield every shard with its record as `record` returns it, with one listing for the sizes of all."""
-        tasks = self.tasks()
-        paths = [_record_path(task.split, self._manifest.splits[task.split][task.number]) for task in tasks]
-        sizes = self._latents.sizes()
-        for task, record in zip(tasks, read_records(self._latents, paths, LatentShardRecord), strict=True):
-            size = None if record is None else sizes.get(f"{task.split}/{record.shard.name}")
-            yield task, record if record is not None and self._is_done(task, record, size) else None
-
     def _is_done(self, task: ShardTask, record: LatentShardRecord, size: int | None) -> bool:
         """Return whether a record is of the present inputs, and its shard has the size that it says."""
         return size == record.shard.bytes and record.origin == self._origin(task)
@@ -141,7 +132,9 @@ class Extraction:
             }
         )
 
-    def encode(self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]) -> None:
+    def encode(
+        self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]
+    ) -> LatentShardRecord:
         """Encode one shard, unless it is done.
 
         While a batch is encoded the next one is decoded and the one before it written; of every shard, at most two
@@ -153,11 +146,15 @@ class Extraction:
             model: the tokenizer, on the device.
             device: where to encode.
             advance: called with the number of images done since its last call.
+
+        Returns:
+            Its record, without the names of the images.
         """
         source = self._manifest.splits[task.split][task.number]
-        if self.record(task) is not None:
+        present = self.record(task)
+        if present is not None:
             advance(source.count)
-            return
+            return _without_names(present)
         path = f"{task.split}/{source.name}"
         self._latents.delete(_record_path(task.split, source))
         records = open_records(self._images, task.split, source)
@@ -186,6 +183,7 @@ class Extraction:
             skipped=tuple(images.skipped),
         )
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
+        return _without_names(record)
 
     def _encode(
         self, model: VAVAE, batches: Iterable[list[ReadableImage]], device: torch.device
@@ -211,19 +209,25 @@ class Extraction:
                 parts += [posterior.mean[:count], posterior.std[:count]]
         return torch.stack(parts, dim=1).half()
 
-    def finish(self, shape: tuple[int, int, int]) -> tuple[str, dict[str, FileInfo]]:
+    def finish(
+        self, shape: tuple[int, int, int], records: Sequence[LatentShardRecord]
+    ) -> tuple[str, dict[str, FileInfo]]:
         """Write manifest and statistics once all shards are done.
 
         Args:
             shape: C, H, W of one latent.
+            records: those that `encode` returned for all tasks.
 
         Returns:
             Digest of the content; size and checksum of every file.
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
-        total = LatentStatistics(shape[0])
-        for task, record in self._records():
-            assert record is not None, f"latents of {task} are missing: encode every shard before finishing"
+        total, sizes = LatentStatistics(shape[0]), self._latents.sizes()
+        for task, record in zip(self.tasks(), records, strict=True):
+            path = f"{task.split}/{record.shard.name}"
+            assert self._is_done(task, record, sizes.get(path)), (
+                f"{self._latents.url(path)} is not what its record says"
+            )
             splits[task.split].append(record.shard)
             if task.split == "train":
                 total.merge(LatentStatistics.from_json(record.statistics))
@@ -297,6 +301,10 @@ def _stack(images: Sequence[np.ndarray], pinned: bool) -> Tensor:
     stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
     np.stack(images, out=stacked.numpy())
     return stacked.permute(0, 3, 1, 2)
+
+
+def _without_names(record: LatentShardRecord) -> LatentShardRecord:
+    return record.model_copy(update={"keys": (), "skipped": ()})
 
 
 def _record_path(split: str, shard: ShardInfo) -> str:

@@ -20,7 +20,7 @@ from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.config import SampleConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler
-from vavae.storage.artifact import FileInfo, read_records
+from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
 
@@ -93,7 +93,7 @@ class SampleSet:
         """Numbers of all shards, done or not."""
         return range(-(-self.config.images // self.config.shard_images))
 
-    def generate(self, shard: int, sampler: Sampler, advance: Callable[[int], None]) -> None:
+    def generate(self, shard: int, sampler: Sampler, advance: Callable[[int], None]) -> SampleShardRecord:
         """Generate one shard, unless it is done.
 
         While a batch is generated the one before it is encoded and written. Called in two threads, it stores the
@@ -103,11 +103,14 @@ class SampleSet:
             shard: number of the shard.
             sampler: the models.
             advance: called with the number of images done since its last call.
+
+        Returns:
+            Its record.
         """
-        indices = self._indices(shard)
-        if self.record(shard) is not None:
+        indices, present = self._indices(shard), self.record(shard)
+        if present is not None:
             advance(len(indices))
-            return
+            return present
         self._storage.delete(_record_path(shard))
         labels = [self.label(index) for index in indices]
         batches = sampler.batches(indices, labels, self._seed, self._guidance, self._solver, self.config.batch_size)
@@ -118,6 +121,7 @@ class SampleSet:
             info = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
         record = SampleShardRecord(origin=self._origin, images=len(indices), file=info)
         self._storage.write_json(_record_path(shard), record.model_dump())
+        return record
 
     def record(self, shard: int) -> SampleShardRecord | None:
         """The record of a shard; None where it is not done with these models and settings."""
@@ -133,15 +137,19 @@ class SampleSet:
         valid = record.origin == self._origin and record.images == len(self._indices(shard))
         return valid and size == record.file.bytes
 
-    def files(self) -> dict[str, FileInfo]:
-        """Size and checksum of all shards by name, once they are done."""
+    def files(self, records: Sequence[SampleShardRecord]) -> dict[str, FileInfo]:
+        """Size and checksum of all shards by name, once they are done.
+
+        Args:
+            records: those that `generate` returned for all shards.
+        """
         files, sizes = {}, self._storage.sizes()
-        records = read_records(self._storage, [*map(_record_path, self.shards())], SampleShardRecord)
         for shard, record in zip(self.shards(), records, strict=True):
-            missing = f"samples of shard {shard} are missing: generate every shard first"
-            assert record is not None, missing
-            assert self._is_done(shard, record, sizes.get(_path(shard))), missing
-            files[_path(shard)] = record.file
+            path = _path(shard)
+            assert self._is_done(shard, record, sizes.get(path)), (
+                f"{self._storage.url(path)} is not what its record says"
+            )
+            files[path] = record.file
         return files
 
     def images(self, indices: Sequence[int]) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """The commit record of an artifact: one small file, written last, that names its content and inputs."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -10,8 +8,6 @@ from vavae.storage.storage import Storage
 
 RECORD = "artefact.json"
 _log = logging.getLogger(__name__)
-
-RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 class FileInfo(BaseModel):
@@ -66,16 +62,6 @@ def read(storage: Storage, prefix: str) -> Artifact | None:
         reason = error.errors()[0]
         _log.warning("%s is no commit record (%s): taken as missing", storage.url(path), reason["msg"])
         return None
-
-
-def read_records(storage: Storage, paths: Sequence[str], model: type[RecordT]) -> Iterator[RecordT | None]:
-    """Yield the records of the parts of an artifact in order, read some at a time; None for one that is none."""
-    for data in storage.read_many(paths):
-        try:
-            record = None if data is None else model.model_validate_json(data)
-        except ValidationError:
-            record = None
-        yield record
 
 
 def is_intact(storage: Storage, prefix: str, artifact: Artifact) -> bool:

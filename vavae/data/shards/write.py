@@ -7,7 +7,7 @@ be killed, and resume.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,7 +28,7 @@ from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.data.sources.listing import Fingerprint, Source
 from vavae.data.sources.opening import reopen_source
 from vavae.errors import UserError
-from vavae.storage.artifact import Artifact, FileInfo, commit, read_records
+from vavae.storage.artifact import Artifact, FileInfo, commit
 from vavae.storage.storage import Storage, sha256_of
 
 KIND = "shards"
@@ -77,9 +77,7 @@ def write_shards(
         done += images
         progress(done, plan.images)
 
-    for shard in plan.shards:
-        write_shard(storage, prefix, shard, advance)
-    return finish(storage, prefix, plan)
+    return finish(storage, prefix, plan, [write_shard(storage, prefix, shard, advance) for shard in plan.shards])
 
 
 def claim(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
@@ -106,7 +104,7 @@ def write_shard(
     Raises:
         UserError: the source is damaged. An image that cannot be decoded is left out and recorded instead.
     """
-    present = read_record(storage, prefix, shard)
+    present = _read_record(storage, prefix, shard)
     if present is not None:
         advance(len(shard.records))
         return present
@@ -125,7 +123,7 @@ def write_shard(
     return record
 
 
-def read_record(storage: Storage, prefix: str, shard: PlannedShard) -> ShardRecord | None:
+def _read_record(storage: Storage, prefix: str, shard: PlannedShard) -> ShardRecord | None:
     """Read the record of a shard that is done; None where it is not, or not by this plan."""
     try:
         record = ShardRecord.model_validate_json(storage.read_bytes(_record_path(prefix, shard)))
@@ -133,15 +131,6 @@ def read_record(storage: Storage, prefix: str, shard: PlannedShard) -> ShardReco
     except (FileNotFoundError, ValidationError):
         return None
     return record if _is_done(shard, record, size) else None
-
-
-def _read_records(storage: Storage, prefix: str, plan: ShardPlan) -> Iterator[ShardRecord | None]:
-    """Yield the record of every shard as `read_record` returns it, with one listing for the sizes of all."""
-    records = read_records(storage, [_record_path(prefix, shard) for shard in plan.shards], ShardRecord)
-    sizes = storage.sizes(prefix) if plan.shards else {}
-    for shard, record in zip(plan.shards, records, strict=True):
-        done = record is not None and _is_done(shard, record, sizes.get(_path(prefix, shard)))
-        yield record if done else None
 
 
 def _is_done(shard: PlannedShard, record: ShardRecord, size: int | None) -> bool:
@@ -157,25 +146,32 @@ def _record_path(prefix: str, shard: PlannedShard) -> str:
     return f"{prefix}/{shard.name}.json"
 
 
-def finish(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
+def finish(storage: Storage, prefix: str, plan: ShardPlan, records: Sequence[ShardRecord]) -> Manifest:
     """Write the manifest, then the commit record of the whole, once all shards are there.
+
+    Args:
+        storage: the target.
+        prefix: folder of the shards.
+        plan: all shards, in order.
+        records: those that `write_shard` returned for them.
 
     Raises:
         UserError: not a single image of a split could be read; nothing is left in the folder then.
     """
-    manifest = read_index(plan.config, storage) or _gather(storage, prefix, plan)
+    manifest = read_index(plan.config, storage) or _gather(storage, prefix, plan, records)
     write_manifest(storage, prefix, manifest)
     commit(storage, prefix, _artifact(storage, prefix, plan, manifest))
     return manifest
 
 
-def _gather(storage: Storage, prefix: str, plan: ShardPlan) -> Manifest:
-    """Build the manifest of the shards that were written."""
+def _gather(storage: Storage, prefix: str, plan: ShardPlan, records: Sequence[ShardRecord]) -> Manifest:
+    """Build the manifest of the shards that were written, with one listing for the sizes of all."""
     splits: dict[str, list[ShardInfo]] = {}
     skipped: list[str] = []
-    for shard, record in zip(plan.shards, _read_records(storage, prefix, plan), strict=True):
-        path = storage.url(_path(prefix, shard))
-        assert record is not None, f"{path} is missing: write every shard before finishing"
+    sizes = storage.sizes(prefix)
+    for shard, record in zip(plan.shards, records, strict=True):
+        path = _path(prefix, shard)
+        assert _is_done(shard, record, sizes.get(path)), f"{storage.url(path)} is not what its record says"
         splits.setdefault(shard.name.partition("/")[0], []).append(record.shard)
         skipped += record.skipped
     empty = next((split for split, shards in splits.items() if not any(shard.count for shard in shards)), None)
