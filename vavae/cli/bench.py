@@ -52,6 +52,9 @@ def add_commands(commands: Any) -> None:
     checkpoint = _command(commands, "checkpoint", text, 7, _checkpoint)
     checkpoint.add_argument("--parameters", type=int, default=32_000_000, help="of the model; default: %(default)s")
     _add_device(checkpoint)
+    text = "compare a training as a job of Ray with the same one as a process of its own, by the rows of their logs"
+    under_ray = _command(commands, "ray", text, 3, _ray)
+    _add_configuration(under_ray, "training.yaml")
 
 
 def _command(
@@ -77,14 +80,18 @@ def _computation(
     commands: Any, name: str, text: str, config: str, rounds: int, act: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
     command = _command(commands, name, text, rounds, act)
-    command.add_argument(
-        "--config", default=str(_CONFIGS / config), metavar="FILE", help="configuration of a run; default: a small one"
-    )
     _add_device(command)
     text = "write a trace of one more turn, for Perfetto or chrome://tracing, and count the host's waits in it"
     command.add_argument("--profile", type=Path, metavar="FILE", help=text)
-    add_overrides(command)
+    _add_configuration(command, config)
     return command
+
+
+def _add_configuration(command: argparse.ArgumentParser, config: str) -> None:
+    command.add_argument(
+        "--config", default=str(_CONFIGS / config), metavar="FILE", help="configuration of a run; default: a small one"
+    )
+    add_overrides(command)
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
@@ -179,6 +186,15 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     with stall_benchmark(arguments.parameters, device) as benchmark:
         found = (run_interleaved(each, arguments.rounds) for each in [benchmark])
         return _against_baselines(arguments, machine_with(device, "safetensors"), found)
+
+
+def _ray(arguments: argparse.Namespace) -> int:
+    from vavae.bench.benchmark import machine, run_interleaved
+    from vavae.bench.ray import ray_benchmark
+
+    benchmark = ray_benchmark(arguments.config, arguments.overrides)
+    found = (run_interleaved(each, arguments.rounds) for each in [benchmark])
+    return _against_baselines(arguments, machine("ray"), found)
 
 
 def _against_baselines(arguments: argparse.Namespace, machine: str, results: Iterable["Measurement | Skipped"]) -> int:
