@@ -56,8 +56,8 @@ def read_reference(path: Path, place: str, extractor: Description, size: tuple[i
     if shape and shape[1:] != (*size, 3):
         height, width = size
         raise UserError(
-            f"{place} is of images of {' x '.join(map(str, shape[1:3]))} pixels, the run's have {height} x {width}: give the "
-            "reference of this size"
+            f"{place} is of images of {' x '.join(map(str, shape[1:3]))} pixels, the run's have {height} x {width}: "
+            "give the reference of this size"
         )
     return ReferenceFile(pooled, spatial, shape[0] if shape else 0)
 

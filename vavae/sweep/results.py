@@ -10,7 +10,7 @@ from vavae.config.yaml_source import to_text
 from vavae.report.figures import Picture
 from vavae.report.html import page
 from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
-from vavae.sweep.sweep import Sweep, as_one_number, describe
+from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
     GENERATION,
     RECONSTRUCTION,
@@ -100,7 +100,7 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, 
             "objectives": ", ".join(f"{one.measure} ({one.better} is better)" for one in sweep.config.objectives),
             "best": ", ".join(best),
         },
-        config=to_text(as_one_number(sweep)),
+        config=to_text(as_written(sweep)),
     )
 
 

@@ -153,6 +153,6 @@ def _located(value: Any, place: str) -> Located:
     return Located(value, place)
 
 
-def as_one_number(sweep: Sweep) -> Any:
+def as_written(sweep: Sweep) -> Any:
     """The sweep file with defaults and overrides, as plain values."""
     return plain(sweep.tree)
