@@ -21,7 +21,7 @@ def work(run: Run) -> None:
     records = work_through(
         run, "precompute_latents", make_work, tasks, images, latents.actors, resources, items_of_an_actor=2
     )
-    inputs.output.commit(*extraction.finish(inputs.latent_shape, records))
+    inputs.output.commit(*extraction.finish(inputs.config.latent_shape, records))
 
 
 def _make_work(inputs: ExtractionInputs) -> Work[ShardTask, LatentShardRecord]:

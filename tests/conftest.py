@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from support.gloo import GlooLauncher
 
 from vavae.storage.loopback import S3Server, s3_server, why_no_s3_server
 from vavae.storage.storage import Storage
+
+settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,7 +41,7 @@ def count_requests(gloo: GlooLauncher, folder: str, shards: int) -> dict[str, in
     many_shards.commit_tokenizer(run)
     extraction, inputs, encoded = many_shards.written_latents(run)
     latents: list[Any] = []
-    found["finish latents"] = _requests(lambda: latents.extend(extraction.finish(inputs.latent_shape, encoded)))
+    found["finish latents"] = _requests(lambda: latents.extend(extraction.finish(inputs.config.latent_shape, encoded)))
     inputs.output.commit(*latents)
     many_shards.commit_lightningdit(run)
     samples, outputs, generated = many_shards.written_samples(run)

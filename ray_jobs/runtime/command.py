@@ -17,6 +17,7 @@ from ray_jobs.runtime.progress_monitor import log_job_events
 from vavae.config.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import written_path
+from vavae.config.size import describe_size
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.planning.sizes import bytes_to_write
@@ -167,8 +168,8 @@ def _effort(config: RunConfig, job: Job) -> str:
         steps, batch_size = training.steps, training.batch_size
         return f"{steps * batch_size:,} images, {steps:,} steps of {batch_size}, {config.workers.count} workers"
     return {
-        "prepare_shards": f"{written_path(config.shards.source)} at {config.shards.image_size} px",
-        "precompute_latents": f"{config.tokenizer.latent_dim} x {config.grid} x {config.grid} float16 mean and std",
+        "prepare_shards": f"{written_path(config.shards.source)} at {describe_size(config.shards.image_size)} px",
+        "precompute_latents": f"{' x '.join(map(str, config.latent_shape))} float16 mean and std",
         "sample": f"{config.sample.images:,} images, {config.solver.summary}",
         "evaluate": f"up to {config.evaluate.images:,} held-out images",
     }[job]

@@ -61,7 +61,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             f"train_vavae.start_from={written_path(start)}: nothing there; name a tokenizer/export or a released file"
         )
     if "train_vavae" in jobs or "evaluate" in jobs:
-        check_teacher(config.teacher, (config.grid, config.grid))
+        check_teacher(config.teacher, config.grid)
     missing = []
     for section, backbone in _backbones(config, jobs).items():
         timm_name(backbone)  # a network that there is not is a mistake, not something to fetch

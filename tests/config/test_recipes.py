@@ -185,7 +185,7 @@ def test_latents_of_sd_vae_make_as_many_tokens_as_those_of_va_vae():
     config = recipe("sd_vae_f8d4")
     assert config.losses.vision_foundation.weight == 0
     assert config.latents.scale == 0.18215
-    assert (config.tokenizer.latent_dim, config.grid, config.grid // config.lightningdit.patch_size) == (4, 32, 16)
+    assert (config.latent_shape, config.lightningdit.patch_size) == ((4, 32, 32), 2)
 
 
 def test_released_and_paper_are_one_line_of_a_run(tmp_path):

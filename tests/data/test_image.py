@@ -118,7 +118,7 @@ def test_a_jpeg_may_be_decoded_smaller_but_never_below_what_is_asked():
         (1000, 1200),
         (0, 1200),
     ):
-        found = decode_image(data, shorter)
+        found = decode_image(data, (shorter, shorter) if shorter else None)
         assert found.shape == (-(-width * 3 // 4), width, 3)
         expected = np.asarray(photograph.resize((width, found.shape[0]), Image.Resampling.BOX)).astype(int)
         assert np.abs(found - expected).mean() < 2
@@ -126,36 +126,47 @@ def test_a_jpeg_may_be_decoded_smaller_but_never_below_what_is_asked():
 
 def test_the_center_is_adm_s_and_never_decoded_smaller():
     data = saved(SCENE.resize((1200, 900)), "JPEG")
-    expected = center_crop_resize(Image.open(io.BytesIO(data)), 64)
-    assert np.array_equal(prepare_image(data, 64), np.asarray(expected))
+    expected = center_crop_resize(Image.open(io.BytesIO(data)), (64, 64))
+    assert np.array_equal(prepare_image(data, (64, 64)), np.asarray(expected))
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (10, 14), (8, 8), (5, 6)])
-def test_a_random_crop_scales_the_shorter_side_and_reaches_every_window(height, width):
+@pytest.mark.parametrize("size", [(8, 8), (8, 10), (12, 6)])
+def test_a_random_crop_covers_the_size_and_reaches_every_window(height, width, size):
     pixels, random = noise(height, width), np.random.default_rng(0)
-    scale = 8 / min(height, width)
-    size = (round(width * scale), round(height * scale))
-    scaled = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    scale = max(size[0] / height, size[1] / width)
+    covering = (round(width * scale), round(height * scale))
+    scaled = np.asarray(Image.fromarray(pixels).resize(covering, Image.Resampling.BICUBIC))
     windows = {
-        scaled[top : top + 8, left : left + 8].tobytes() for top in range(size[1] - 7) for left in range(size[0] - 7)
+        scaled[top : top + size[0], left : left + size[1]].tobytes()
+        for top in range(covering[1] - size[0] + 1)
+        for left in range(covering[0] - size[1] + 1)
     }
     data = saved(Image.fromarray(pixels))
-    assert {prepare_image(data, 8, "random", random).tobytes() for _ in range(100)} == windows
+    assert {prepare_image(data, size, "random", random).tobytes() for _ in range(200)} == windows
+
+
+def test_what_is_not_square_is_halved_scaled_and_cut_at_the_center():
+    pixels = noise(40, 100)
+    halved = Image.fromarray(pixels).resize((50, 20), Image.Resampling.BOX)
+    assert (np.asarray(center_crop_resize(Image.fromarray(pixels), (20, 40))) == np.asarray(halved)[:, 5:45]).all()
+    turned = np.asarray(center_crop_resize(Image.fromarray(pixels.transpose(1, 0, 2)), (40, 20)))
+    assert (turned == np.asarray(halved)[:, 5:45].transpose(1, 0, 2)).all()
 
 
 def test_a_large_jpeg_is_cut_at_random_from_a_smaller_decode(monkeypatch):
     data, asked = saved(SCENE.resize((1200, 900)), "JPEG"), []
     monkeypatch.setattr(
-        images, "decode_image", lambda data, shorter=0, buffer=None: asked.append(shorter) or decode_image(data)
+        images, "decode_image", lambda data, at_least=None, buffer=None: asked.append(at_least) or decode_image(data)
     )
-    assert prepare_image(data, 64, "random", np.random.default_rng(0)).shape == (64, 64, 3)
-    assert asked == [128]
+    assert prepare_image(data, (64, 64), "random", np.random.default_rng(0)).shape == (64, 64, 3)
+    assert asked == [(128, 128)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000))
 def test_random_parts_lie_within_and_keep_their_area_and_aspect(width, height, seed):
-    left, top, right, bottom = images._random_box(width, height, np.random.default_rng(seed))
+    left, top, right, bottom = images._random_box(width, height, 1, np.random.default_rng(seed))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     w, h = right - left, bottom - top
@@ -166,7 +177,7 @@ def test_random_parts_lie_within_and_keep_their_area_and_aspect(width, height, s
 
 def test_random_parts_have_the_areas_of_a_uniform_draw():
     random = np.random.default_rng(0)
-    boxes = np.array([images._random_box(1000, 1000, random) for _ in range(4000)])
+    boxes = np.array([images._random_box(1000, 1000, 1, random) for _ in range(4000)])
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 1e6
     fitting = areas[areas < 0.7]  # whatever the aspect, such a part fits; larger ones are sometimes drawn again
     for quantile in (0.25, 0.5, 0.75):
@@ -178,7 +189,7 @@ def test_random_parts_have_the_areas_of_a_uniform_draw():
 def test_a_random_part_is_scaled_to_the_size():
     data = saved(Image.new("RGB", (50, 40), (9, 8, 7)))
     assert (
-        prepare_image(data, 16, "random_resized", np.random.default_rng(0)) == np.full((16, 16, 3), (9, 8, 7))
+        prepare_image(data, (16, 16), "random_resized", np.random.default_rng(0)) == np.full((16, 16, 3), (9, 8, 7))
     ).all()
 
 
@@ -233,7 +244,7 @@ def test_crop_halves_with_a_box_filter():
     for _ in range(2):  # 64 → 32 → 16; Pillow rounds after each direction
         halved = (halved[:, ::2] + halved[:, 1::2] + 1) // 2
         halved = (halved[::2] + halved[1::2] + 1) // 2
-    assert (np.asarray(center_crop_resize(Image.fromarray(pixels), 16)) == halved).all()
+    assert (np.asarray(center_crop_resize(Image.fromarray(pixels), (16, 16))) == halved).all()
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -242,21 +253,24 @@ def test_crop_is_central_and_keeps_pixels_that_fit(turned):
     expected = pixels[:, 5:25]
     if turned:
         pixels, expected = pixels.transpose(1, 0, 2), expected.transpose(1, 0, 2)
-    assert (np.asarray(center_crop_resize(Image.fromarray(pixels), 20)) == expected).all()
+    assert (np.asarray(center_crop_resize(Image.fromarray(pixels), (20, 20))) == expected).all()
 
 
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(8, 40))
+@given(st.integers(1, 90), st.integers(1, 90), st.tuples(st.integers(8, 40), st.integers(8, 40)))
 @settings(max_examples=60, deadline=None)
 def test_crop_has_the_size_asked_for_and_keeps_a_constant(height, width, size):
-    image = center_crop_resize(Image.new("RGB", (width, height), (10, 20, 30)), size)
-    assert image.size == (size, size)
-    assert (np.asarray(image) == (10, 20, 30)).all()
+    image = Image.new("RGB", (width, height), (10, 20, 30))
+    data, random = saved(image), np.random.default_rng(0)
+    crops = [prepare_image(data, size, crop, random) for crop in ("center", "random", "random_resized")]
+    for pixels in [np.asarray(center_crop_resize(image, size)), *crops]:
+        assert pixels.shape == (*size, 3)
+        assert (pixels == (10, 20, 30)).all()
 
 
 def test_a_thread_of_pixels_is_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
     with pytest.raises(UnreadableImage, match="elongated"):
-        center_crop_resize(Image.new("RGB", (2000, 1)), 8)
+        center_crop_resize(Image.new("RGB", (2000, 1)), (8, 8))
 
 
 def test_encoding_is_deterministic_and_as_good_as_asked():
@@ -279,6 +293,10 @@ def test_stored_form():
     keep = config.model_copy(update={"keep_original": True})
     assert stored_image(data, keep) == (data, "jpg")
     assert decode_image(stored_image(data, keep.model_copy(update={"image_size": 31})).data).shape == (31, 31, 3)
+    for size, kept in ((40, 30), True), ((40, 31), False), ((41, 8), False):
+        stored = stored_image(data, keep.model_copy(update={"image_size": size}))
+        assert (stored == (data, "jpg")) == kept
+        assert kept or decode_image(stored.data).shape == (*size, 3)
     assert stored_image(saved(Image.fromarray(noise(40, 30)), "BMP"), keep).extension == "png"
 
 
@@ -286,7 +304,7 @@ def test_stored_form():
 @pytest.mark.parametrize(("form", "side"), [("JPEG", 24), ("JPEG", 60), ("JPEG", 20), ("PNG", 24)])
 def test_only_a_jpeg_of_the_size_is_decoded_in_place(form, side, crop):
     data, buffer = saved(Image.fromarray(noise(side, side)), form), np.zeros((24, 24, 3), np.uint8)
-    expected = prepare_image(data, 24, crop, np.random.default_rng(3))
-    found = prepare_image(data, 24, crop, np.random.default_rng(3), buffer)
+    expected = prepare_image(data, (24, 24), crop, np.random.default_rng(3))
+    found = prepare_image(data, (24, 24), crop, np.random.default_rng(3), buffer)
     assert np.array_equal(found, expected)
     assert np.may_share_memory(found, buffer) == (form == "JPEG" and side == 24)

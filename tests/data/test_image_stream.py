@@ -130,7 +130,7 @@ def test_originals_come_at_the_size_of_training(storage, crop):
             image_shards.image("train", index_of(location), 40, 29)
             for location in order.micro_batch(*MicroBatchKey(1, 2), size=MICRO_BATCH)
         ]
-        expected = [np.asarray(center_crop_resize(Image.fromarray(image), image_shards.SIZE)) for image in pixels]
+        expected = [np.asarray(center_crop_resize(Image.fromarray(image), image_shards.SIZES)) for image in pixels]
         assert np.array_equal(found.images.permute(0, 2, 3, 1), np.stack(expected))
 
 

@@ -82,7 +82,9 @@ def test_a_batch_is_decoded_while_the_one_before_is_used(storage, monkeypatch):
 def test_larger_images_are_cut_as_adm_cuts_them(storage):
     manifest = write_image_shards(storage, {"validation": (1,)}, height=33, width=20)
     (batch,) = read_images(storage, manifest, "validation", 1, 1)
-    expected = center_crop_resize(Image.fromarray(image_shards.image("validation", 0, 33, 20)), image_shards.SIZE)
+    expected = center_crop_resize(
+        Image.fromarray(image_shards.image("validation", 0, 33, 20)), (image_shards.SIZE, image_shards.SIZE)
+    )
     assert np.array_equal(batch.images[0].permute(1, 2, 0), np.asarray(expected))
 
 

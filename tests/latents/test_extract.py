@@ -284,7 +284,9 @@ def test_a_class_beyond_the_manifest_s_is_an_error(manifest, extract, tokenizer)
 def test_originals_are_encoded_after_adm_s_crop(tmp_path, images, extract, tokenizer):
     encode_all(extract(manifest=write_image_shards(images, {"train": (2,)}, 35, 20)), tokenizer)
     pixels = [
-        center_crop_resize(Image.fromarray(image_shards.image("train", index, 35, 20)), image_shards.SIZE)
+        center_crop_resize(
+            Image.fromarray(image_shards.image("train", index, 35, 20)), (image_shards.SIZE, image_shards.SIZE)
+        )
         for index in (0, 1)
     ]
     batch = to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))

@@ -22,7 +22,7 @@ def file(tmp_path):
 
 
 def read(file):
-    return read_reference(file, "some.npz", SEEN, SIDE)
+    return read_reference(file, "some.npz", SEEN, (SIDE, SIDE))
 
 
 def test_a_file_of_pytorch_fid_has_moments_alone(file):

@@ -74,7 +74,7 @@ def test_what_many_processes_have_written_is_checked_by_one_listing(tmp_path, sh
     assert by_kind(requests) == {"get": 1, "list": pages(2 * shards + 1), "put": 2}
     many_shards.commit_tokenizer(run)
     extraction, inputs, encoded = many_shards.written_latents(run)
-    found, requests = counted(lambda: extraction.finish(inputs.latent_shape, encoded))
+    found, requests = counted(lambda: extraction.finish(inputs.config.latent_shape, encoded))
     assert by_kind(requests) == {"get": 1, "list": pages(2 * shards), "put": 2}
     inputs.output.commit(*found)
     many_shards.commit_lightningdit(run)

@@ -105,7 +105,27 @@ def test_what_changes_results_changes_the_digest(path, override):
 
 
 def test_the_grid_is_the_size_over_the_downsampling(path):
-    assert load(RunConfig, path).grid == 8
+    assert load(RunConfig, path).grid == (8, 8)
+    assert load(RunConfig, path, ["shards.image_size=[32, 64]"]).grid == (8, 16)
+
+
+def test_equal_sides_have_the_digest_of_one_number(path):
+    assert digest(load(RunConfig, path, ["shards.image_size=[32, 32]"])) == digest(load(RunConfig, path))
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ("[32, 62]", r"shards.image_size=32 x 62 is no multiple of 4"),
+        *(
+            (size, rf"shards\.image_size \(command line\): {re.escape(size)} is no side in pixels from 8 on, and no")
+            for size in ("[32]", "[32, 4]", "[32, 64, 3]", "wide", "7", "0.5")
+        ),
+    ],
+)
+def test_a_size_that_is_none_is_named(path, size, reason):
+    with pytest.raises(UserError, match=reason):
+        load(RunConfig, path, [f"shards.image_size={size}"])
 
 
 @pytest.mark.parametrize(("images", "steps"), [(1, 1), (64, 1), (65, 2), (640, 10)])

@@ -16,6 +16,7 @@ from vavae.storage.storage import sha256_of
 
 CLASSES = ("a", "b", "c")
 SIZE = 8
+SIZES = (SIZE, SIZE)
 
 
 def image(split, index, height=SIZE, width=SIZE):

@@ -26,7 +26,7 @@ def precompute_latents(run: Run) -> None:
     extraction = Extraction.of(inputs)
     tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
     records = [extraction.encode(task, tokenizer, World().device, ignore) for task in extraction.tasks()]
-    inputs.output.commit(*extraction.finish(inputs.latent_shape, records))
+    inputs.output.commit(*extraction.finish(inputs.config.latent_shape, records))
 
 
 def sample(run: Run) -> None:

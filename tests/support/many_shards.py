@@ -113,7 +113,7 @@ def finished(run, shards):
     write.finish(run.storage, "shards", *written_shards(run, shards))
     commit_tokenizer(run)
     extraction, inputs, records = written_latents(run)
-    inputs.output.commit(*extraction.finish(inputs.latent_shape, records))
+    inputs.output.commit(*extraction.finish(inputs.config.latent_shape, records))
     commit_lightningdit(run)
     samples, inputs, records = written_samples(run)
     files = samples.files(records)

@@ -137,7 +137,7 @@ def test_the_dilemma_compares_what_the_paper_compares(name: str) -> None:
     assert (without_mcos.cos_weight, without_mdms.distmat_weight) == (0, 0)
     assert without_mcos.weight == without_mdms.weight == whole.weight / 2, "section 6.3"
     assert (without_margins.cos_margin, without_margins.distmat_margin, without_margins.weight) == (0, 0, whole.weight)
-    assert {(config.grid, config.guidance.scale) for config in configs} == {(8, 1)}
+    assert {(config.grid, config.guidance.scale) for config in configs} == {((8, 8), 1)}
     assert len({config.train_lightningdit.images for config in configs}) == 1
 
 

@@ -47,7 +47,7 @@ def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     labels = [index % CLASSES for index in range(SHOWN)]
     images = generator.images(range(SHOWN), labels, CONFIG.seed, CONFIG.guidance, CONFIG.solver)
     assert images.float().std() > 1
-    assert found == png_bytes(image_grid(images, 8, scale=enlargement(16)))
+    assert found == png_bytes(image_grid(images, 8, scale=enlargement((16, 16))))
     randomize(step)  # the average stays
     assert preview(storage, step, parts) == found
     step.ema.load(step.engines["lightningdit"].weights())

@@ -49,7 +49,7 @@ def preview(storage, step, config=CONFIG, world=World()):  # noqa: B008
     if not storage.exists("000000000008.png"):
         return None
     assert notes.picture_name == "reconstructions"
-    scale, side, gap = enlargement(16), 16 * enlargement(16), 2
+    scale, side, gap = enlargement((16, 16)), 16 * enlargement((16, 16)), 2
     pixels = np.asarray(Image.open(io.BytesIO(storage.read_bytes("000000000008.png"))).convert("RGB"))
     places = [[(row * (side + gap), column * (side + gap)) for column in range(SHOWN)] for row in range(3)]
     return np.array([[pixels[y : y + side : scale, x : x + side : scale] for y, x in row] for row in places])

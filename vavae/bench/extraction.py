@@ -45,7 +45,7 @@ def extraction_benchmark(config: RunConfig, device: torch.device, images: int) -
         shards = Storage(str(folder / "images"))
         manifest = write_images(shards, files).model_copy(update={"image_size": config.shards.image_size})
         model = initialized(config.seed, "tokenizer", lambda: VAVAE(config.tokenizer)).to(device).eval()
-        decode = partial(_decode, files, config.shards.image_size)
+        decode = partial(_decode, files, config.shards.height_and_width)
         decoded = decode()
         encode = partial(_encode, model, decoded, config, device)
 
@@ -59,7 +59,7 @@ def extraction_benchmark(config: RunConfig, device: torch.device, images: int) -
                 assert record is not None, "the shard has just been encoded"
                 (shard,) = manifest.splits[SPLIT]
                 views = 2 * (1 + config.latents.flip)
-                shape = (views, config.tokenizer.latent_dim, config.grid, config.grid)
+                shape = (views, *config.latent_shape)
                 return np.array(MappedLatents(latents.local_file(f"{SPLIT}/{shard.name}"), images, shape).arrays)
 
         np.testing.assert_allclose(extract().astype(np.float32), encode().astype(np.float32), _TOLERANCE, _TOLERANCE)
@@ -72,14 +72,14 @@ def extraction_benchmark(config: RunConfig, device: torch.device, images: int) -
             ENCODER: build_side(lambda: encode, flops, device),
             DECODER: build_side(lambda: decode, lambda: 0.0, device),
         }
-        size = config.shards.image_size
-        name = f"extraction, {images} images of {size} x {size}{', mirrored too' if config.latents.flip else ''}"
+        height, width = config.shards.height_and_width
+        name = f"extraction, {images} images of {height} x {width}{', mirrored too' if config.latents.flip else ''}"
         pairs = [(EXTRACTION, ENCODER), (EXTRACTION, DECODER)]
         peak = dense_peak(device, config.latents.precision, config.workers.rounds_to_tf32)
         yield Computation(name, images, sides, pairs, device, peak)
 
 
-def _decode(files: list[bytes], size: int) -> Tensor:
+def _decode(files: list[bytes], size: tuple[int, int]) -> Tensor:
     """Images uint8 [N, 3, H, W] of files."""
     return torch.from_numpy(np.stack([prepare_image(data, size) for data in files])).permute(0, 3, 1, 2).contiguous()
 

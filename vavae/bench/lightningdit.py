@@ -112,16 +112,12 @@ def _add_turns(turns: dict[str, StepTurns], way: Way, config: RunConfig, world: 
 
 def _micro_batch(config: RunConfig, lane: int, device: torch.device) -> LatentMicroBatch:
     """Latents of one micro-batch, as a loader hands them over."""
-    shape = (config.train_lightningdit.batch_size // config.stream.lanes, *_latent_shape(config))
+    shape = (config.train_lightningdit.batch_size // config.stream.lanes, *config.latent_shape)
     rng = torch_generator(0, "bench", lane)
     mean = torch.randn(shape, generator=rng)
     labels = torch.randint(0, config.lightningdit.classes or _CLASSES, (len(mean),), generator=rng)
     tensors = (mean, torch.full_like(mean, 0.1), labels)
     return LatentMicroBatch(lane, 0, *(tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors))
-
-
-def _latent_shape(config: RunConfig) -> tuple[int, int, int]:
-    return config.tokenizer.latent_dim, config.grid, config.grid
 
 
 class _Inputs(NamedTuple):
@@ -246,8 +242,10 @@ def _public_network(config: RunConfig, name: str) -> Any:
         raise UserError(f"--peer {name}: {error}; give module:Class, found on PYTHONPATH") from error
     dit = config.lightningdit
     depth, width, heads = dit.shape
+    if isinstance(config.shards.image_size, tuple):
+        raise UserError(f"--peer {name}: the public code has square images, shards.image_size has two sides")
     return build(
-        input_size=config.grid,
+        input_size=config.grid[0],
         patch_size=dit.patch_size,
         in_channels=config.tokenizer.latent_dim,
         hidden_size=width,

@@ -57,8 +57,8 @@ def _benchmark(config: RunConfig, world: World, words: str) -> Computation:
         sides[name] = build_side(partial(_add_turns, turns, name, run, world), flops, world.device)
     # In the first step all of them measure the weights.
     assert_equal_steps(turns, 0.0 if world.device.type == "cpu" else 1e-3)
-    size = config.shards.image_size
-    name = f"tokenizer step {words}, {training.batch_size} images of {size} x {size}, {training.precision}"
+    height, width = config.shards.height_and_width
+    name = f"tokenizer step {words}, {training.batch_size} images of {height} x {width}, {training.precision}"
     pairs = [(side, CONSTANT) for side in (EXACT, REFRESHED)]
     peak = dense_peak(world.device, training.precision, config.workers.rounds_to_tf32)
     return Computation(name, images, sides, pairs, world.device, peak)
@@ -85,10 +85,9 @@ def _add_turns(turns: dict[str, StepTurns], name: str, config: RunConfig, world:
 
 def _micro_batch(config: RunConfig, lane: int, device: torch.device) -> ImageMicroBatch:
     """Images of one micro-batch, as a loader hands them over."""
-    count, size = config.train_vavae.batch_size // config.stream.lanes, config.shards.image_size
-    images = torch.randint(
-        0, 256, (count, size, size, 3), generator=torch_generator(0, "bench", lane), dtype=torch.uint8
-    )
+    count = config.train_vavae.batch_size // config.stream.lanes
+    shape = (count, *config.shards.height_and_width, 3)
+    images = torch.randint(0, 256, shape, generator=torch_generator(0, "bench", lane), dtype=torch.uint8)
     labels = torch.zeros(count, dtype=torch.int64)
     if device.type == "cuda":
         images, labels = images.pin_memory(), labels.pin_memory()

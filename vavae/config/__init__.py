@@ -4,15 +4,19 @@ from vavae.config.base import Config, added, differences, digest, identity, runt
 from vavae.config.command import Arguments, parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import LocalPath, resolve_paths, written_path
+from vavae.config.size import as_one_number, describe_size, height_and_width
 
 __all__ = [
     "Arguments",
     "Config",
     "LocalPath",
     "added",
+    "as_one_number",
+    "describe_size",
     "differences",
     "digest",
     "dump",
+    "height_and_width",
     "identity",
     "load",
     "parse_arguments",

@@ -1,16 +1,27 @@
 """Configuration of image shards and of the stream of training images."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, runtime
+from vavae.config import Config, LocalPath, as_one_number, height_and_width, runtime
 
 Crop = Literal["center", "random", "random_resized"]
+_LEAST_SIDE = 8
 SourceName = Annotated[
     str, Field(min_length=1), LocalPath(words=("digits",), names=("huggingface:", "torchvision:"), before=("indexed:",))
 ]
+
+
+def _check_size(value: Any, check: ValidatorFunctionWrapHandler) -> int | tuple[int, int]:
+    try:
+        size: int | tuple[int, int] = check(as_one_number(value))
+    except ValidationError:
+        size = 0
+    if min(height_and_width(size)) < _LEAST_SIDE:
+        raise ValueError(f"{value} is no side in pixels from {_LEAST_SIDE} on, and no [height, width] of such")
+    return size
 
 
 class ShardsConfig(Config):
@@ -36,11 +47,12 @@ class ShardsConfig(Config):
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Expected share of images held out where there is no validation source, chosen by a hash of their names."""
 
-    image_size: int = Field(256, ge=8)
-    """Side in pixels of the stored images, after ADM's center crop and resize."""
+    image_size: Annotated[int | tuple[int, int], WrapValidator(_check_size)] = 256
+    """Side in pixels of the stored images, or `[height, width]`, after ADM's center crop and resize: images are scaled
+    to cover it, and cut."""
 
     keep_original: bool = False
-    """Store JPEG, PNG and WebP files as they are wherever both sides reach `image_size`."""
+    """Store JPEG, PNG and WebP files as they are wherever both sides reach those of `image_size`."""
 
     format: Literal["png", "jpeg"] = "png"
     """File format of images that are not kept as they are."""
@@ -53,6 +65,11 @@ class ShardsConfig(Config):
 
     seed: int = Field(0, ge=0)
     """Seed that keys the order of the images and the choice of the held-out ones."""
+
+    @property
+    def height_and_width(self) -> tuple[int, int]:
+        """Both sides of the stored images, pixels."""
+        return height_and_width(self.image_size)
 
     @model_validator(mode="after")
     def _labels_need_images(self) -> Self:
@@ -71,8 +88,8 @@ class StreamConfig(Config):
     """Consecutive records of a lane that are shuffled together; null makes all lanes together shuffle 65,536."""
 
     crop: Crop = "random"
-    """Cut of a square of `shards.image_size` from an image of another size: `center` as ADM does; `random` scales the
-    shorter side and cuts anywhere; `random_resized` cuts a random part and scales it."""
+    """Cut of `shards.image_size` from an image of another size: `center` as ADM does; `random` scales the image to
+    cover it and cuts anywhere; `random_resized` cuts a random part and scales it."""
 
     flip: bool = False
     """Mirror half of the images that train the tokenizer."""

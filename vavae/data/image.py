@@ -54,56 +54,58 @@ class StoredImage(NamedTuple):
 
 def prepare_image(
     data: bytes,
-    size: int,
+    size: tuple[int, int],
     crop: Crop = "center",
     rng: np.random.Generator | None = None,
     buffer: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decode the square of an image file that training, extraction and evaluation see: uint8 [size, size, 3].
+    """Decode the part of an image file that training, extraction and evaluation see: uint8 [H, W, 3].
 
     Args:
         data: the file.
-        size: side in pixels.
-        crop: `center` is ADM's crop and draws nothing; `random` scales the shorter side to `size` and cuts anywhere
-            (the public training of the tokenizer); `random_resized` cuts 8 to 100 % of the area at an aspect ratio of
-            3/4 to 4/3 and scales that (Szegedy et al. 2015, with torchvision's bounds).
+        size: H and W, pixels.
+        crop: `center` is ADM's crop and draws nothing; `random` scales the image to cover H x W and cuts anywhere
+            (the public training of the tokenizer); `random_resized` cuts 8 to 100 % of the area at 3/4 to 4/3 of the
+            aspect ratio W / H and scales that (Szegedy et al. 2015, with torchvision's bounds).
         rng: draws the cut; not needed for `center`.
-        buffer: uint8 [size, size, 3], overwritten; a JPEG of that size is decoded into it, and a view of it returned.
+        buffer: uint8 [H, W, 3], overwritten; a JPEG of that size is decoded into it, and a view of it returned.
 
     Raises:
         UnreadableImage: it cannot be decoded.
     """
+    height, width = size
     if crop == "center":  # published figures rest on these very pixels: no scaled decoding
         pixels = decode_image(data, buffer=buffer)
-        if pixels.shape[:2] == (size, size):
+        if pixels.shape[:2] == size:
             return pixels
         return np.asarray(center_crop_resize(Image.fromarray(pixels), size))
     assert rng is not None, f"crop {crop} needs an rng"
     if crop == "random_resized":
         pixels = decode_image(data)
-        image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], rng)
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
-    pixels = decode_image(data, shorter=_OVERSIZE * size, buffer=buffer)
-    if min(pixels.shape[:2]) != size:
-        pixels = np.asarray(_scale_shorter_side(Image.fromarray(pixels), size))
+        image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], width / height, rng)
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
+    pixels = decode_image(data, at_least=(_OVERSIZE * height, _OVERSIZE * width), buffer=buffer)
     spare = np.array(pixels.shape[:2]) - size
+    if spare.min() != 0:
+        pixels = np.asarray(_scale_to_cover(Image.fromarray(pixels), size))
+        spare = np.array(pixels.shape[:2]) - size
     top, left = (rng.random(2) * (spare + 1)).astype(int)
-    return pixels[top : top + size, left : left + size]
+    return pixels[top : top + height, left : left + width]
 
 
-def decode_image(data: bytes, shorter: int = 0, buffer: np.ndarray | None = None) -> np.ndarray:
+def decode_image(data: bytes, at_least: tuple[int, int] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
     """RGB pixels of an image file: uint8 [H, W, 3], upright (EXIF), from any mode.
 
     Args:
         data: the file.
-        shorter: where not 0, a JPEG may come two to eight times smaller, with no side below this.
+        at_least: where given, a JPEG may come two to eight times smaller, but not below this height and width.
         buffer: uint8, overwritten and returned where it has the shape of a JPEG's pixels.
 
     Raises:
         UnreadableImage: no image, a damaged or an absurdly large one.
     """
     if data.startswith(_START) and _is_upright(data):
-        pixels = _decode_jpeg(data, shorter, buffer)
+        pixels = _decode_jpeg(data, at_least, buffer)
         if pixels is not None:
             return pixels
     return np.asarray(_load(_open(data)))
@@ -111,23 +113,23 @@ def decode_image(data: bytes, shorter: int = 0, buffer: np.ndarray | None = None
 
 def stored_image(data: bytes, config: ShardsConfig) -> StoredImage:
     """The form in which the shards hold an image file; UnreadableImage where it cannot be decoded."""
-    form, image = _open(data).format, Image.fromarray(decode_image(data))
-    if config.keep_original and form in EXTENSIONS and min(image.size) >= config.image_size:
+    form, image, size = _open(data).format, Image.fromarray(decode_image(data)), config.height_and_width
+    if config.keep_original and form in EXTENSIONS and _covers(image, size):
         return StoredImage(data, EXTENSIONS[form])
-    return encode_image(center_crop_resize(image, config.image_size), config.format, config.jpeg_quality)
+    return encode_image(center_crop_resize(image, size), config.format, config.jpeg_quality)
 
 
-def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
-    """The central square, `size` pixels wide, as in guided diffusion (`center_crop_arr` of ADM).
+def center_crop_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The central part of a height and width; a square as in guided diffusion (`center_crop_arr` of ADM).
 
-    Halve with a box filter while both sides stay at least `size`, scale the shorter side to `size` with a bicubic
-    filter, crop.
+    Halve with a box filter while both sides stay long enough, scale with a bicubic filter to cover the size, crop.
     """
-    while min(image.size) >= 2 * size:
+    height, width = size
+    while _covers(image, (2 * height, 2 * width)):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = _scale_shorter_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image = _scale_to_cover(image, size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def encode_image(image: Image.Image, form: str, jpeg_quality: int = 95) -> StoredImage:
@@ -147,24 +149,32 @@ def png_bytes(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _scale_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
+def _covers(image: Image.Image, size: tuple[int, int]) -> bool:
+    return image.height >= size[0] and image.width >= size[1]
+
+
+def _scale_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale an image to cover a height and width, one of which it then has."""
+    scale = max(size[0] / image.height, size[1] / image.width)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width} x {image.height} pixels: too elongated to crop")
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part; the center, as wide as the ratios allow, where none fits."""
+def _random_box(width: int, height: int, aspect: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part, about as wide as `aspect` times its height.
+
+    The center, as wide as the ratios allow, where none fits.
+    """
     for _ in range(_ATTEMPTS):
         area = width * height * rng.uniform(*_AREA)
-        ratio = math.exp(rng.uniform(*np.log(_RATIO)))
+        ratio = aspect * math.exp(rng.uniform(*np.log(_RATIO)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
+    w, h = min(width, round(height * aspect * _RATIO[1])), min(height, round(width / (aspect * _RATIO[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -190,7 +200,7 @@ def _has_exif(data: bytes) -> bool:
     return False
 
 
-def _decode_jpeg(data: bytes, shorter: int, buffer: np.ndarray | None) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, buffer: np.ndarray | None) -> np.ndarray | None:
     """Pixels as Pillow decodes them, but faster; None where Pillow has to decode (CMYK, damage)."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -200,8 +210,10 @@ def _decode_jpeg(data: bytes, shorter: int, buffer: np.ndarray | None) -> np.nda
             return None
         if buffer is not None and buffer.shape != (height, width, 3):
             buffer = None
+        least_height, least_width = at_least or (0, 0)
+        factor = 1 if at_least is None else 2
         return simplejpeg.decode_jpeg(
-            data, "RGB", min_height=shorter, min_width=shorter, min_factor=2 if shorter else 1, buffer=buffer
+            data, "RGB", min_height=least_height, min_width=least_width, min_factor=factor, buffer=buffer
         )
     except UnreadableImage:
         raise

@@ -1,6 +1,7 @@
 """The stream of micro-batches that feeds a training: a map-style dataset over (lane, step), so workers never matter."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -119,8 +120,8 @@ class ImageStream(ShardStream[ImageMicroBatch]):
         seed: int,
     ) -> None:
         shards = OrderedShards(storage, split, manifest.splits[split], order, micro_batch_size)
-        super().__init__(shards, micro_batch_bytes=micro_batch_size * 3 * manifest.image_size**2)
-        self._image_size, self._classes = manifest.image_size, len(manifest.classes)
+        self._size, self._classes = manifest.height_and_width, len(manifest.classes)
+        super().__init__(shards, micro_batch_bytes=micro_batch_size * 3 * math.prod(self._size))
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
         self.quarantine = Quarantine(config.unreadable_limit)
@@ -129,7 +130,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
     def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
         rng = numpy_generator(self._seed, "augment", key.lane, key.step)
         locations = self.shards.order.micro_batch(key.lane, key.step, self.shards.micro_batch_size)
-        pixels = np.empty((len(locations), self._image_size, self._image_size, 3), np.uint8)
+        pixels = np.empty((len(locations), *self._size, 3), np.uint8)
         labels = []
         unreadable: list[str] = []
         for location, image in zip(locations, pixels, strict=True):
@@ -155,7 +156,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
             record, place = shard[index], f"{name}#{shard.key(index)}"
             try:
                 data = image_bytes(record, place)
-                pixels = prepare_image(data, self._image_size, self._config.crop, rng, buffer=image)
+                pixels = prepare_image(data, self._size, self._config.crop, rng, buffer=image)
                 mirrored = self._config.flip and rng.random() < 0.5
                 if mirrored or not np.may_share_memory(pixels, image):
                     image[:] = pixels[:, ::-1] if mirrored else pixels

@@ -3,6 +3,8 @@
 Gaps between images are transparent, so that a picture suits any page.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -29,9 +31,9 @@ def encode_png(image: Tensor) -> bytes:
     return encode_image(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), "png").data
 
 
-def enlargement(size: int) -> int:
-    """Whole-number factor by which images of `size` pixels per side are enlarged in pictures."""
-    return max(1, _PICTURE_PIXELS // size)
+def enlargement(size: Sequence[int]) -> int:
+    """Whole-number factor by which images of a height and width in pixels are enlarged in pictures."""
+    return max(1, _PICTURE_PIXELS // max(size))
 
 
 def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 2) -> Image.Image:

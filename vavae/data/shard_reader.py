@@ -91,7 +91,7 @@ class ReadableImages:
 
     def __init__(self, records: Iterable[ShardRecord], manifest: Manifest, ahead: int, threads: int = 1) -> None:
         self._records, self._ahead, self._threads = records, ahead, threads
-        self._image_size, self._classes = manifest.image_size, len(manifest.classes)
+        self._size, self._classes = manifest.height_and_width, len(manifest.classes)
         self.skipped: list[str] = []
         """Names of the images that were left out so far."""
 
@@ -107,7 +107,7 @@ class ReadableImages:
         record = at.shard[at.record]
         key = json.loads(record["json"])["key"] if "json" in record else at.shard.key(at.record)
         try:
-            pixels = prepare_image(image_bytes(record, at.place), self._image_size)
+            pixels = prepare_image(image_bytes(record, at.place), self._size)
         except UnreadableImage as error:
             return _UnreadableImage(key, at.place, str(error))
         return ReadableImage(pixels, label_of(record, self._classes, at.place), key)

@@ -224,7 +224,7 @@ class Evaluator:
         if place is None:
             return None
         description = describe(self._config.metrics.extractor, self._config.metrics)
-        return read_reference(self._reference_path, place, description, self._manifest.image_size)
+        return read_reference(self._reference_path, place, description, self._manifest.height_and_width)
 
     @cached_property
     def _reference_path(self) -> Path:

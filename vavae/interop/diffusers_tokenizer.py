@@ -31,7 +31,7 @@ _RENAMES = (
 """Replacements from released names to those of diffusers, applied in this order."""
 
 
-def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int) -> None:
+def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int | tuple[int, int]) -> None:
     """Write a tokenizer as a diffusers folder.
 
     The factor between latents and those of a diffusion model is 1: the normalization per channel that goes with this
@@ -40,7 +40,7 @@ def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int) -
     Args:
         folder: local path or storage URL.
         autoencoder: the tokenizer.
-        image_size: side of the images that it was trained on, pixels; for information.
+        image_size: side, or height and width, of the images that it was trained on, pixels; for information.
 
     Raises:
         UserError: diffusers has no such architecture.
@@ -54,7 +54,7 @@ def save_diffusers_tokenizer(folder: str, autoencoder: VAVAE, image_size: int) -
     storage.write_json(_CONFIG, settings)
 
 
-def _settings(config: TokenizerConfig, image_size: int) -> dict[str, Any]:
+def _settings(config: TokenizerConfig, image_size: int | tuple[int, int]) -> dict[str, Any]:
     first = config.channel_multipliers[0]
     if first != 1:
         raise UserError(

@@ -7,15 +7,15 @@ an export can run code.
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vavae.config import Config, identity
+from vavae.config import Config, as_one_number, identity
 from vavae.errors import UserError
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
@@ -46,7 +46,8 @@ class LightningDiTDescription(Config):
 
     lightningdit: LightningDiTConfig
     latent_dim: int
-    grid: int
+    grid: Annotated[int | tuple[int, int], BeforeValidator(as_one_number)]
+    """Side, or height and width, of a latent."""
     tokenizer: str
     """Digest of the tokenizer whose latents it was trained on."""
 

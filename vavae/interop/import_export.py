@@ -91,12 +91,12 @@ def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, 
     """
     manifest = read_latent_manifest(latents)
     model = config.lightningdit.with_classes(len(manifest.classes))
-    latent_dim, grid, _ = manifest.shape
+    latent_dim, height, width = manifest.shape
     weights = read_weights(path)
-    settings = {**model.model_dump(), "latent_dim": latent_dim, "grid": grid}
+    settings = {**model.model_dump(), "latent_dim": latent_dim, "grid": (height, width)}
     states = {WEIGHTS: convert_lightningdit(weights, settings, "lightningdit.").state_dict()}
     description = LightningDiTDescription(
-        lightningdit=model, latent_dim=latent_dim, grid=grid, tokenizer=manifest.tokenizer
+        lightningdit=model, latent_dim=latent_dim, grid=(height, width), tokenizer=manifest.tokenizer
     )
     _write_export(output, weights, description, states)
 
@@ -120,9 +120,8 @@ def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder
         raise UserError(f"{folder}: the public layout holds mirror images too, so set latents.flip=true")
     tokenizer, classes = output.draft.inputs["train_vavae"], read_manifest(shards).classes
     source, target = output.run.at(folder), output.folder
-    shape = (config.tokenizer.latent_dim, config.grid, config.grid)
     output.discard()
-    import_released_latents(source, target, SPLIT, shape, tokenizer, classes, config.shards.shard_images)
+    import_released_latents(source, target, SPLIT, config.latent_shape, tokenizer, classes, config.shards.shard_images)
     files = {
         name: FileInfo(bytes=size, sha256=sha256_of(target.local_file(name))) for name, size in target.sizes().items()
     }
@@ -144,12 +143,12 @@ def export_tokenizer(tokenizer: StoredArtifact, path: str) -> None:
     save_released_tokenizer(path, autoencoder, alignment)
 
 
-def export_diffusers_tokenizer(tokenizer: StoredArtifact, image_size: int, folder: str) -> None:
+def export_diffusers_tokenizer(tokenizer: StoredArtifact, image_size: int | tuple[int, int], folder: str) -> None:
     """Write the run's tokenizer as a folder for diffusers.
 
     Args:
         tokenizer: the tokenizer's export.
-        image_size: side of the images that it was trained on, pixels.
+        image_size: side, or height and width, of the images that it was trained on, pixels.
         folder: local path or storage URL.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vavae.config import height_and_width
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights, write_weights
 from vavae.interop.conversion import Conversion
@@ -82,8 +83,18 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "rope": _ROTATION in names,
         "shift": modulation != 4 * width,
         "latent_dim": latent_dim,
-        "grid": patch * math.isqrt(tokens),
+        "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }
+
+
+def _infer_grid(patch: int, tokens: int, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the latents: those that are wanted where they have so many tokens, else those of a square."""
+    if wanted is not None:
+        height, width = height_and_width(wanted)
+        if height * width == tokens * patch * patch:
+            return height, width
+    side = patch * math.isqrt(tokens)
+    return side, side
 
 
 def _infer_size(weights: WeightsFile, overrides: Mapping[str, Any], width: int) -> dict[str, Any]:

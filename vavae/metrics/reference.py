@@ -26,14 +26,14 @@ class ReferenceFile(NamedTuple):
     """Number of images in ADM's files, for precision and recall; 0 where there are none."""
 
 
-def read_reference(path: Path, place: str, extractor: Description, image_size: int) -> ReferenceFile:
+def read_reference(path: Path, place: str, extractor: Description, size: tuple[int, int]) -> ReferenceFile:
     """Read `mu` and `sigma`, `mu_s` and `sigma_s`, and check the images.
 
     Args:
         path: the file.
         place: name of the file in messages.
         extractor: the extractor of the images that will be compared with it.
-        image_size: side in pixels of the images that will be compared with it.
+        size: height and width in pixels of the images that will be compared with it.
 
     Raises:
         UserError: it is no such file, or of another extractor or image size.
@@ -53,10 +53,11 @@ def read_reference(path: Path, place: str, extractor: Description, image_size: i
             f"{place} has moments of {len(pooled.mean):,} features, but {extractor.name} gives {dimensions:,}: it was "
             "made with another extractor; set evaluate.metrics.extractor to that one, or give the reference of this one"
         )
-    if shape and shape[1:] != (image_size, image_size, 3):
+    if shape and shape[1:] != (*size, 3):
+        height, width = size
         raise UserError(
-            f"{place} is of images of {' x '.join(map(str, shape[1:3]))} pixels, the run's have {image_size}: give the "
-            "reference of this size"
+            f"{place} is of images of {' x '.join(map(str, shape[1:3]))} pixels, the run's have {height} x {width}: "
+            "give the reference of this size"
         )
     return ReferenceFile(pooled, spatial, shape[0] if shape else 0)
 

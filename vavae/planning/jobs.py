@@ -1,5 +1,6 @@
 """Estimates of what each job of a run takes on a cluster."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -96,7 +97,7 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
 
 def stored_bytes(config: RunConfig, dataset: Dataset) -> float:
     """Mean bytes of one image among the shards."""
-    return dataset.image_bytes or _BYTES_PER_PIXEL[_image_format(config)] * config.shards.image_size**2
+    return dataset.image_bytes or _BYTES_PER_PIXEL[_image_format(config)] * math.prod(config.shards.height_and_width)
 
 
 def tokenizer_flops(config: RunConfig) -> float:
@@ -124,7 +125,7 @@ def velocity_evaluations(config: RunConfig) -> int:
         count += len(x) + int(guidance.active(t).sum())
         return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
 
-    noise = torch.ones(1, config.tokenizer.latent_dim, config.grid, config.grid)
+    noise = torch.ones(1, *config.latent_shape)
     solve(velocity, noise, torch.zeros(1, dtype=torch.int64), config.solver, guidance.jumps)
     return count
 
@@ -136,7 +137,7 @@ def _image_format(config: RunConfig) -> str:
 
 def _at_image_size(config: RunConfig, rate: float) -> float:
     """Images/s of a core at the run's image size, given the rate at the size that was measured."""
-    return rate * (_MEASURED_IMAGE_SIZE / config.shards.image_size) ** 2
+    return rate * _MEASURED_IMAGE_SIZE**2 / math.prod(config.shards.height_and_width)
 
 
 def _store_rate(cluster: ClusterSpec, bytes_per_image: float) -> float:

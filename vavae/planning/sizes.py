@@ -1,5 +1,6 @@
 """Sizes of what the jobs of a run write, in bytes, estimated before they run."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -40,12 +41,12 @@ def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> in
 
 def sample_bytes(config: RunConfig) -> int:
     """Bytes of all samples, at most: PNG takes less than their pixels, the file of all of them takes as much."""
-    return config.sample.images * 3 * config.shards.image_size**2 * (1 + config.sample.npz)
+    return config.sample.images * 3 * math.prod(config.shards.height_and_width) * (1 + config.sample.npz)
 
 
 def latent_bytes(config: RunConfig) -> int:
     """Bytes of one image among the latents: mean and deviation in float16, mirrored too where they are."""
-    values = 2 * (1 + config.latents.flip) * config.tokenizer.latent_dim * config.grid**2
+    values = 2 * (1 + config.latents.flip) * math.prod(config.latent_shape)
     return values * HALF_BYTES + _TAR_BYTES
 
 

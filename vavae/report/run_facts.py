@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from vavae.config import written_path
+from vavae.config import describe_size, written_path
 from vavae.progress import clock
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.evaluation_inputs import ReportInputs
@@ -21,8 +21,8 @@ def run_summary(config: RunConfig) -> str:
     tokenizer, transformer = config.tokenizer, config.lightningdit
     size = transformer.size or f"{transformer.depth} x {transformer.width}"
     return (
-        f"{written_path(config.shards.source)} at {config.shards.image_size} px; tokenizer f{tokenizer.downsample}"
-        f"d{tokenizer.latent_dim}; LightningDiT {size}, patch {transformer.patch_size}"
+        f"{written_path(config.shards.source)} at {describe_size(config.shards.image_size)} px; "
+        f"tokenizer f{tokenizer.downsample}d{tokenizer.latent_dim}; LightningDiT {size}, patch {transformer.patch_size}"
     )
 
 

@@ -24,7 +24,7 @@ def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOu
         output: place of the record.
     """
     config, storage, (originals, reconstructions) = inputs.config, inputs.storage, evaluation.pairs
-    scale = enlargement(config.shards.image_size)
+    scale = enlargement(config.shards.height_and_width)
     files = {RECONSTRUCTIONS: png_bytes(pair_grid(originals, reconstructions, config.evaluate.pictures, scale=scale))}
     storage.delete(LATENT_MAP)
     if evaluation.latent_map is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, runtime
+from vavae.config import Config, LocalPath, describe_size, runtime
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig, TimestepConfig
 from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, WorkersConfig
@@ -225,9 +225,15 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
-    def grid(self) -> int:
+    def grid(self) -> tuple[int, int]:
         """Height and width of a latent."""
-        return self.shards.image_size // self.tokenizer.downsample
+        height, width = self.shards.height_and_width
+        return height // self.tokenizer.downsample, width // self.tokenizer.downsample
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        return (self.tokenizer.latent_dim, *self.grid)
 
     def tokenizer_phases(self, images: int = 0) -> list[TokenizerPhase]:
         """Phases of the tokenizer's training, at least one, up to its budget or to more images than that."""
@@ -264,8 +270,9 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        factor, size, lanes = self.tokenizer.downsample, self.shards.image_size, self.stream.lanes
-        if size % factor:
+        factor, lanes = self.tokenizer.downsample, self.stream.lanes
+        if any(side % factor for side in self.shards.height_and_width):
+            size = describe_size(self.shards.image_size)
             raise ValueError(f"shards.image_size={size} is no multiple of {factor}, the tokenizer's downsampling")
         channels = self.guidance.channels
         if channels is not None and channels > self.tokenizer.latent_dim:
@@ -273,10 +280,10 @@ class RunConfig(Config):
                 f"guidance.channels={channels} exceeds tokenizer.latent_dim={self.tokenizer.latent_dim}: "
                 "lower it, or null guides all"
             )
-        if self.grid % self.lightningdit.patch_size:
+        height, width = self.grid
+        if height % self.lightningdit.patch_size or width % self.lightningdit.patch_size:
             raise ValueError(
-                f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the "
-                f"{self.grid} x {self.grid} latent"
+                f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the {height} x {width} latent"
             )
         for section in ("train_vavae", "train_lightningdit"):
             batch = getattr(self, section).batch_size

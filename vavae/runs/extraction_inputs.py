@@ -37,8 +37,3 @@ class ExtractionInputs:
             tokenizer=run.stored("train_vavae"),
             output=run.output("precompute_latents"),
         )
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """C, H, W of one latent."""
-        return (self.config.tokenizer.latent_dim, self.config.grid, self.config.grid)

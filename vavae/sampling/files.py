@@ -85,7 +85,7 @@ def writer_of(out: str, images: int) -> Writer:
 def write_picture(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
     """Write images into a PNG file with a class a row; arguments as of :func:`write_shard`."""
     images = torch.cat(list(batches))
-    picture = image_grid(images, len(request.seeds), scale=enlargement(images.shape[-1]))
+    picture = image_grid(images, len(request.seeds), scale=enlargement(images.shape[-2:]))
     path.write_bytes(png_bytes(picture))
 
 
@@ -144,7 +144,7 @@ def write_sample_files(samples: SampleSet, run: Storage) -> dict[str, int]:
     config = samples.config
     rows = picture_rows([samples.label(index) for index in range(config.images)], config.picture_columns)
     pixels = samples.images([index for row in rows for index in row])
-    run.write_bytes(SAMPLES, png_bytes(image_grid(pixels, len(rows[0]), scale=enlargement(pixels.shape[-1]))))
+    run.write_bytes(SAMPLES, png_bytes(image_grid(pixels, len(rows[0]), scale=enlargement(pixels.shape[-2:]))))
     run.delete(NPZ)  # of other images, where it is not asked for
     if config.npz:
         with run.create(NPZ) as local:

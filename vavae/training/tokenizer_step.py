@@ -243,11 +243,11 @@ class TokenizerStep:
     def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
         """Run one micro-batch, images [S, 3, H, W] in [-1, 1], through the generator and all losses."""
         config = self._config
-        shape = (len(images), config.tokenizer.latent_dim, config.grid, config.grid)
+        shape = (len(images), *config.latent_shape)
         rng = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
         noise = torch.randn(shape, generator=rng, device=self._world.device)
         wanted = self._losses.vision_foundation.weight > 0
-        teacher = partial(self.teacher, grid=(config.grid, config.grid)) if wanted else None
+        teacher = partial(self.teacher, grid=config.grid) if wanted else None
         measure = item.step % self._losses.adaptive.every == 0
         known = UNMEASURED if measure else self._adaptive_weights.get(item.lane, UNMEASURED)
         # The module itself, not the engine: a generator's gradient must not pass the discriminator's hooks.

@@ -185,8 +185,7 @@ def _train_phases(
 def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:
     """Train the LightningDiT on latents and export it. Every rank calls it."""
     config, training = inputs.config, inputs.config.train_lightningdit
-    shape = (config.tokenizer.latent_dim, config.grid, config.grid)
-    manifest, normalizer = resolve_once(world, lambda: _read_latents(inputs, shape))
+    manifest, normalizer = resolve_once(world, lambda: _read_latents(inputs, config.latent_shape))
     model = config.lightningdit.with_classes(len(manifest.classes))
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = training.batch_size // config.stream.lanes

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import NotRequired, TypedDict
 
-from vavae.config import digest
+from vavae.config import digest, height_and_width
 from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
 
@@ -153,8 +153,8 @@ class Manifest(BaseModel):
     classes: tuple[str, ...]
     """Names of the classes; an image's label is an index into them."""
 
-    image_size: int
-    """Side in pixels of the images that training sees; those that are stored otherwise are scaled and cut."""
+    image_size: int | tuple[int, int]
+    """Side in pixels, or height and width, of the images that training sees; others are scaled and cut."""
 
     sources: dict[str, dict[str, JsonValue]]
     """Fingerprints of what the shards were made from, by split."""
@@ -173,6 +173,11 @@ class Manifest(BaseModel):
             for name, split in self.splits.items()
         }
         return digest({"shards": shards, "classes": self.classes})
+
+    @property
+    def height_and_width(self) -> tuple[int, int]:
+        """Both sides of the images, pixels."""
+        return height_and_width(self.image_size)
 
     def count(self, split: str) -> int:
         """Images in a split."""

@@ -77,7 +77,7 @@ class SamplePreview:
                 "no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen
             )
             return
-        grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-1]))
+        grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-2:]))
         log.picture(images_seen, "samples", grid, self._folder)
 
     def _generate(self, model: LightningDiT) -> Tensor:

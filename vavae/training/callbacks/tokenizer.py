@@ -72,7 +72,7 @@ class ReconstructionPreview:
         restored = torch.cat([to_uint8(model.decode(z)).cpu() for z in latents])
         difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
         triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
-        grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-1]))
+        grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-2:]))
         log.picture(images_seen, "reconstructions", grid, self._folder)
 
 

@@ -64,12 +64,12 @@ def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
 
 def images_of(config: RunConfig, count: int) -> Tensor:
     """Empty images [count, 3, H, W], to be made when the work is called."""
-    return torch.empty(count, 3, config.shards.image_size, config.shards.image_size)
+    return torch.empty(count, 3, *config.shards.height_and_width)
 
 
 def latents_of(config: RunConfig, count: int) -> Tensor:
     """Empty latents [count, C, h, w], to be made when the work is called."""
-    return torch.empty(count, config.tokenizer.latent_dim, config.grid, config.grid)
+    return torch.empty(count, *config.latent_shape)
 
 
 def lightningdit_of(config: RunConfig) -> LightningDiT:
@@ -122,7 +122,7 @@ def tokenizer_step(
         adversary: the discriminator has started.
         measure_weights: the adaptive weights are measured in this step.
     """
-    losses, grid, whole_weights = phase.losses, (config.grid, config.grid), config.train_vavae.engine.has_whole_weights
+    losses, grid, whole_weights = phase.losses, config.grid, config.train_vavae.engine.has_whole_weights
     teacher, perceptual = frozen_networks(config.teacher, losses.perceptual)
     model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights))
     model.freeze(phase.frozen)
