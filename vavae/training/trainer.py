@@ -23,6 +23,7 @@ from vavae.runs.events import Event, Kind
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.state import TrainState
+from vavae.training.ema import ramp_limit
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.throughput import ThroughputMeter
 from vavae.training.logging.utilization import Utilization
@@ -212,7 +213,8 @@ class Trainer:
         self._meter.add(pending.result, self.config.batch_size)
         if self.step.ema is not None:
             with self.step.stopwatch("optimizer"):
-                self.step.ema.update()
+                seen = pending.images_seen + self.config.batch_size
+                self.step.ema.update(ramp_limit(self.config, seen))
         if self._spikes.is_spike(total[_LOSS]):
             self._meter.spike()
             self._report_step("loss_spike", "has a loss far above those before it", pending)
