@@ -52,6 +52,7 @@ def path(tmp_path):
             r"train_vavae .*ema_ramp=0.09 ramps the average of the weights: give ema_decay, or set it null",
         ),
         (["train_lightningdit.ema_ramp=0"], r"train_lightningdit.ema_ramp .*0 should be greater than 0"),
+        (["train_vavae.collapse_limit=0"], r"train_vavae.collapse_limit .*0 should be greater than or equal to 1"),
         (["name=../other"], r"name \(command line\): .*should match pattern"),
         (["name=.hidden"], r"name \(command line\): .*should match pattern"),
         (["train_vavae.imagse=3"], r"no such key; did you mean train_vavae.images\?"),
@@ -95,7 +96,8 @@ def test_the_resolved_configuration_is_the_same_configuration(path, tmp_path):
 @pytest.mark.parametrize(
     "override",
     ["name=other", "storage.root=elsewhere", "workers.count=2", "stream.workers=3", "train_vavae.images=2000",
-     "train_vavae.log_images=1", "train_vavae.engine.zero_stage=2", "sample.batch_size=1", "latents.actors=4"],
+     "train_vavae.log_images=1", "train_vavae.collapse_limit=null",
+     "train_vavae.engine.zero_stage=2", "sample.batch_size=1", "latents.actors=4"],
 )  # fmt: skip
 def test_how_a_run_is_carried_out_is_not_what_it_is(path, override):
     assert digest(load(RunConfig, path, [override])) == digest(load(RunConfig, path))

@@ -111,6 +111,10 @@ class TrainingConfig(Config):
     """Rollbacks before the training gives up."""
     spike_deviations: float | None = runtime(8.0, gt=0)
     """A step whose loss lies so many standard deviations above recent ones is logged in detail; null logs none."""
+    collapse_limit: int | None = runtime(50, ge=1)
+    """Rows of metrics in a row that show a collapse (gradients that fell to almost nothing, outputs that hardly vary, a
+    discriminator that is nearly always right) before the training saves a checkpoint and stops, because it does not
+    recover by itself; it warns after 20, or sooner if it stops sooner. Null warns only."""
     hang_seconds: float | None = runtime(1800.0, gt=0)
     """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
 
