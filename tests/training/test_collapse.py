@@ -20,7 +20,7 @@ from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
-from vavae.training.collapse import UNJUDGED_ROWS, WARNING_ROWS, Collapse, CollapseDetector, CollapseError
+from vavae.training.collapse import PATIENT_ROWS, UNJUDGED_ROWS, WARNING_ROWS, Collapse, CollapseDetector, CollapseError
 from vavae.training.logging.log import MetricsLog, read_rows
 from vavae.training.session import LocalSession
 from vavae.training.step import Step, variances
@@ -72,10 +72,11 @@ def test_limits_of_outputs_and_discriminator(name: str, fine: float, collapsed: 
 def test_neither_the_warm_up_nor_the_first_rows_of_a_metric_are_judged(name: str) -> None:
     """Outputs begin at zero, where the last layer does, and a discriminator starts late."""
     extreme = 1.0 if name == "discriminator_accuracy" else 0.0
+    unjudged = PATIENT_ROWS if name == "output_variance" else UNJUDGED_ROWS
     detector = CollapseDetector(after_images=100)
-    rows = [{name: extreme}] * 100 + [{}] * 50 + [{name: extreme}] * UNJUDGED_ROWS
+    rows = [{name: extreme}] * 100 + [{}] * 50 + [{name: extreme}] * unjudged
     assert [found for at, row in enumerate(rows, 1) for found in detector.add(at, row)] == []
-    assert name.startswith("gradient") or detector.add(161, {name: extreme})
+    assert name.startswith("gradient") or detector.add(len(rows) + 1, {name: extreme})
 
 
 def test_variances_are_between_images() -> None:

@@ -22,9 +22,11 @@ MOST_ACCURACY = 0.99
 WARNING_ROWS = 20
 """Rows in a row after which there is a warning, if the training does not stop sooner."""
 UNJUDGED_ROWS = 10
-"""First rows of a metric, which are not judged: outputs that begin at zero, and a discriminator that is new."""
+"""First rows of a metric, which are not judged, for a median needs some and a discriminator is new."""
 _MEDIAN_ROWS = 100
 """Rows over which the running median is taken."""
+PATIENT_ROWS = _MEDIAN_ROWS
+"""The same of outputs that have never varied: a LightningDiT's begin at zero, and grow with the learning rate."""
 HISTORY_ROWS = UNJUDGED_ROWS + _MEDIAN_ROWS
 """Rows before a collapse that a new detector needs to go where another one was."""
 
@@ -67,6 +69,11 @@ class _MetricHistory:
     since_images: int = 0
     """Images seen at the end of the first of these."""
 
+    def is_judged(self, name: str) -> bool:
+        """Return whether enough rows are known for the next one to be judged."""
+        has_varied = name != OUTPUT_VARIANCE or max(self.normal, default=0.0) >= LEAST_VARIANCE
+        return len(self.normal) >= (UNJUDGED_ROWS if has_varied else PATIENT_ROWS)
+
 
 class CollapseDetector:
     """Comparison of every row of a training's log, which is a mean over steps, with limits and with the rows before.
@@ -100,7 +107,7 @@ class CollapseDetector:
     def _judge(self, name: str, value: float, images_seen: int) -> Collapse | None:
         """Judge the next value of a metric; returns the collapse of which it is one."""
         history = self._histories.setdefault(name, _MetricHistory())
-        figure = None if len(history.normal) < UNJUDGED_ROWS else _figure_of_collapse(name, value, history.normal)
+        figure = _figure_of_collapse(name, value, history.normal) if history.is_judged(name) else None
         if figure is None:
             history.normal.append(value)
             history.collapsed_rows = 0
