@@ -236,7 +236,7 @@ class FadingStep(ToyStep):
 
 @pytest.mark.parametrize("stop_at_step", [18, 22, 24])
 def test_a_resumed_training_knows_of_the_rows_before(storage: Storage, stop_at_step: int) -> None:
-    config = {"images": 400, "log_images": 4, "collapse_limit": 5}
+    config = {"images": 400, "log_images": 4, "checkpoint_images": 12, "collapse_limit": 5}
     train_toy(storage, FadingStep(), Recording(stop_at_step), **config)
     session = Recording()
     with pytest.raises(CollapseError, match=r"for 5 rows of the log, from 84 images on"):
