@@ -34,15 +34,16 @@ loss/distance loss/velocity loss/direction loss_at_timestep/0.0 loss_at_timestep
 loss_at_timestep/0.3 loss_at_timestep/0.4 loss_at_timestep/0.5 loss_at_timestep/0.6 loss_at_timestep/0.7
 loss_at_timestep/0.8 loss_at_timestep/0.9 alignment adaptive_weight/vf adaptive_weight/adversarial latent/spectrum_slope
 latent/effective_rank latent/channel_std_min latent/channel_std_max latent/local_to_global logits_real logits_fake
-gradient_norm/generator gradient_norm/discriminator gradient_norm/lightningdit learning_rate skipped_steps loss_spikes
-unreadable_images images_per_second flops_per_second model_flop_utilisation data_wait forward backward optimizer
-observe_wait checkpoint_wait checkpoint/stall_seconds checkpoint/bytes gpu_memory/peak_bytes gpu_memory/reserved_bytes
-storage/bytes_read storage/bytes_written storage/requests storage/retries
+discriminator_accuracy output_variance gradient_norm/generator gradient_norm/discriminator gradient_norm/lightningdit
+learning_rate skipped_steps loss_spikes unreadable_images images_per_second flops_per_second model_flop_utilisation
+data_wait forward backward optimizer observe_wait checkpoint_wait checkpoint/stall_seconds checkpoint/bytes
+gpu_memory/peak_bytes gpu_memory/reserved_bytes storage/bytes_read storage/bytes_written storage/requests
+storage/retries
 images images_planned stage_running restarts saved_timestamp_seconds
 """
 EVENT_NAMES = """
-started stage_begun restored checkpoint restart skipped_step loss_spike rollback measured measure_skipped stop failed
-stage_done done
+started stage_begun restored checkpoint restart skipped_step loss_spike collapse rollback measured measure_skipped stop
+failed stage_done done
 """
 FILES = {
     RECORD: "artefact.json", CONFIG: "config.yaml", HARDWARE: "hardware.json", EVENTS: "events", PREVIEWS: "previews",

@@ -77,6 +77,10 @@ def test_discriminator_step(kind, loss):
     real, fake = objective.discriminator(images(0)), objective.discriminator(reconstruction)
     assert terms.objective.item() == loss(real, fake).item()
     assert (terms.real.item(), terms.fake.item()) == (real.mean().item(), fake.mean().item())
+    assert terms.right.tolist() == [
+        sum((real > 0).flatten().tolist() + (fake < 0).flatten().tolist()),
+        2 * real.numel(),
+    ]
     terms.objective.backward()
     assert reconstruction.grad is None
     assert all((parameter.grad != 0).any() for parameter in objective.parameters())

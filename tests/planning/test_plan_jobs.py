@@ -287,6 +287,9 @@ def test_the_command_prints_a_plan(remembered, capsys):
     assert "run it with stream.lanes=8 workers.count=8 workers.use_gpu=true latents.actors=8 sample.actors=8" in printed
     assert "workers.tf32=true would compute what is in fp32 up to 2.0 times as fast" in printed
     assert "assumed: 1,535 images; 30% of the GPU's best rate" in printed
+    assert "initial weights" not in printed
+    assert main(["plan", "--config", TINY, *options, LIGHT, "train_lightningdit.ema_ramp=null"]) == 0
+    assert "ema_decay=0.9: after 8 steps the average of the weights would still be 43%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

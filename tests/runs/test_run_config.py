@@ -47,6 +47,12 @@ def path(tmp_path):
         ),
         (["train_vavae.images=0"], r"train_vavae.images \(command line\): 0 should be greater than or equal to 1"),
         (["train_vavae.ema_decay=1"], r"train_vavae.ema_decay .*1 should be less than 1"),
+        (
+            ["train_vavae.ema_ramp=0.09"],
+            r"train_vavae .*ema_ramp=0.09 ramps the average of the weights: give ema_decay, or set it null",
+        ),
+        (["train_lightningdit.ema_ramp=0"], r"train_lightningdit.ema_ramp .*0 should be greater than 0"),
+        (["train_vavae.collapse_limit=0"], r"train_vavae.collapse_limit .*0 should be greater than or equal to 1"),
         (["name=../other"], r"name \(command line\): .*should match pattern"),
         (["name=.hidden"], r"name \(command line\): .*should match pattern"),
         (["train_vavae.imagse=3"], r"no such key; did you mean train_vavae.images\?"),
@@ -74,6 +80,7 @@ def test_what_does_not_fit_is_one_line(path, overrides, message):
         ["shards.image_size=64", "lightningdit.patch_size=4"],
         ["train_vavae.schedule={warmup_images: 10, decay_images: 11}"],
         ["train_vavae.ema_decay=null"],
+        ["train_vavae.ema_decay=0.9", "train_vavae.ema_ramp=0.09"],
     ],
 )
 def test_what_fits_is_taken(path, overrides):
@@ -89,7 +96,8 @@ def test_the_resolved_configuration_is_the_same_configuration(path, tmp_path):
 @pytest.mark.parametrize(
     "override",
     ["name=other", "storage.root=elsewhere", "workers.count=2", "stream.workers=3", "train_vavae.images=2000",
-     "train_vavae.log_images=1", "train_vavae.engine.zero_stage=2", "sample.batch_size=1", "latents.actors=4"],
+     "train_vavae.log_images=1", "train_vavae.collapse_limit=null",
+     "train_vavae.engine.zero_stage=2", "sample.batch_size=1", "latents.actors=4"],
 )  # fmt: skip
 def test_how_a_run_is_carried_out_is_not_what_it_is(path, override):
     assert digest(load(RunConfig, path, [override])) == digest(load(RunConfig, path))
@@ -97,7 +105,8 @@ def test_how_a_run_is_carried_out_is_not_what_it_is(path, override):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "stream.lanes=2", "train_vavae.batch_size=32", "train_lightningdit.ema_decay=0.5", "sample.images=7",
+    ["seed=1", "stream.lanes=2", "train_vavae.batch_size=32", "train_lightningdit.ema_decay=0.5",
+     "train_lightningdit.ema_ramp=0.09", "sample.images=7",
      "latents.flip=false", "guidance.scale=2", "solver.num_steps=3"],
 )  # fmt: skip
 def test_what_changes_results_changes_the_digest(path, override):

@@ -209,6 +209,7 @@ def test_another_input_makes_stale_what_was_made_from_it(done, make):
         (TOKENIZER, "losses.kl_weight=1", r"^losses.kl_weight is 1.0, but the tokenizer"),
         (LIGHTNINGDIT, "objective.label_dropout=0.5", r"^objective.label_dropout is 0.5, but the LightningDiT"),
         (LIGHTNINGDIT, "train_lightningdit.ema_decay=null", r"ema_decay is None, but .* begun with 0.9999"),
+        (LIGHTNINGDIT, "train_lightningdit.ema_ramp=0.09", r"ema_ramp is 0.09, but .* begun with None"),
         (TOKENIZER, "seed=1", r"^seed is 1, but the tokenizer"),
     ],
 )

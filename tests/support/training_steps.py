@@ -15,6 +15,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import TRAININGS, Job
 from vavae.storage.storage import Storage
+from vavae.training.collapse import DISCRIMINATOR_ACCURACY
 from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.step import Step, StepResult
 from vavae.training.tokenizer_step import TokenizerStep
@@ -86,6 +87,11 @@ def build_step(job: Job, config: RunConfig, world: World) -> Step:
 def figures_of(result: StepResult, world: World) -> dict[str, float]:
     """Terms of a step, means over the global batch, and its gradient norms."""
     return world.sum_terms(result.terms) | {name: norm.item() for name, norm in result.gradient_norms.items()}
+
+
+def without_signs(row: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a row but for the share of logits of the right sign: rounding may turn the sign of one near zero."""
+    return {name: value for name, value in row.items() if name != DISCRIMINATOR_ACCURACY}
 
 
 class Notes:

@@ -47,6 +47,13 @@ def test_a_grid_crosses_everything_whose_condition_holds(load_sweep) -> None:
     assert len({config.name for config in configs}) == len(configs)
 
 
+def test_the_ramp_of_an_average_is_a_domain_as_any_field(load_sweep) -> None:
+    sweep = load_sweep("\n  train_lightningdit.ema_ramp: {grid: {unlimited: null, of_edm2: 0.09}}")
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [config.train_lightningdit.ema_ramp for config in configs] == [None, 0.09]
+    assert len({config.name for config in configs}) == 2
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

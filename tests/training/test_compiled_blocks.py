@@ -103,6 +103,7 @@ def test_an_offloaded_optimizer_with_few_threads_is_one_warning(
 ) -> None:
     config = trained_run(tmp_path).storage.local_file("config.yaml")
     settings = [f"workers.threads={threads}", f"train_lightningdit.engine.offload_optimizer={offloads}"]
+    settings.append("train_lightningdit.ema_ramp=0.09")  # of one step, which is another warning without
     inputs = LightningDiTTrainingInputs.of(Run(load(RunConfig, config, settings)))
     monkeypatch.setattr(train_module, "train_lightningdit", lambda *_: None)
     train_module.train(inputs, LocalSession(), World(rank=rank, size=2))

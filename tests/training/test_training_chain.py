@@ -206,6 +206,8 @@ def test_the_log_has_every_loss(run: Run) -> None:
     common.add("flops_per_second")
     assert tokenizer[0].keys() >= common | {"loss/reconstruction", "loss/kl", "adaptive_weight/vf", "alignment"}
     assert tokenizer[-1].keys() >= {"loss/discriminator", "gradient_norm/discriminator", "adaptive_weight/adversarial"}
+    assert 0 <= tokenizer[-1]["discriminator_accuracy"] <= 1
+    assert all(row["output_variance"] > 0 for row in tokenizer + diffusion)
     assert "loss/discriminator" not in tokenizer[0], "the adversary joins later"
     assert diffusion[-1].keys() >= common | {"loss/velocity", "loss/direction", "gradient_norm/lightningdit"}
     assert any(name.startswith("loss_at_timestep/") for name in diffusion[-1])

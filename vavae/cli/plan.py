@@ -8,6 +8,7 @@ from vavae.config.load import load
 from vavae.errors import UserError
 from vavae.planning.cluster import ClusterSpec, parse_gpus
 from vavae.runs.config import RunConfig
+from vavae.runs.run import TRAININGS
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -36,12 +37,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import.
     from vavae.planning.jobs import Dataset, estimate_jobs
     from vavae.planning.tables import print_plan
+    from vavae.training.ema import initial_share_warning
 
     cluster = _cluster(arguments)
     settings = _settings(load(RunConfig, arguments.config, arguments.overrides), cluster)
     config = load(RunConfig, arguments.config, [*arguments.overrides, *settings])
     jobs = estimate_jobs(config, cluster, Dataset(arguments.images, arguments.image_bytes))
     print_plan(jobs, cluster)
+    warnings = (initial_share_warning(job, getattr(config, job)) for job in TRAININGS)
+    for warning in filter(None, warnings):
+        print(warning)
     print(f"run it with {' '.join(settings)}")
     print(
         f"assumed: {arguments.images:,} images; {cluster.utilization:.0%} of the GPU's best rate; "

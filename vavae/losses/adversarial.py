@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,6 +85,8 @@ class DiscriminatorTerms(NamedTuple):
     """Mean logit of real images, detached."""
     fake: Tensor
     """Mean logit of reconstructions, detached."""
+    right: Tensor
+    """Logits of the right sign, above zero for real images and below for reconstructions, and all logits: [2]."""
 
 
 class DiscriminatorObjective(nn.Module):
@@ -100,4 +103,6 @@ class DiscriminatorObjective(nn.Module):
         Each of the two has batch statistics of its own.
         """
         real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
-        return DiscriminatorTerms(self._loss(real, fake), real.mean().detach(), fake.mean().detach())
+        signs = torch.stack([real > 0, fake < 0])
+        right = torch.stack([signs, torch.ones_like(signs)]).flatten(1).sum(1)
+        return DiscriminatorTerms(self._loss(real, fake), real.mean().detach(), fake.mean().detach(), right)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, describe_size, runtime
+from vavae.config import Config, LocalPath, added, describe_size, runtime
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig, TimestepConfig
 from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, WorkersConfig
@@ -82,6 +82,9 @@ class TrainingConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported; null exports the weights themselves."""
+    ema_ramp: float | None = added(None, gt=0)
+    """Share of the images seen so far that limits the half-life of the average, so that a short training exports no
+    initial weights; 0.09 in EDM2. Null limits nothing."""
     precision: Precision = "fp32"
     """Precision of the networks in the forward pass; `bf16` leaves weights, gradients, optimizer and losses in fp32."""
     engine: EngineConfig = EngineConfig()
@@ -108,6 +111,10 @@ class TrainingConfig(Config):
     """Rollbacks before the training gives up."""
     spike_deviations: float | None = runtime(8.0, gt=0)
     """A step whose loss lies so many standard deviations above recent ones is logged in detail; null logs none."""
+    collapse_limit: int | None = runtime(50, ge=1)
+    """Rows of metrics in a row that show a collapse (gradients that fell to almost nothing, outputs that hardly vary, a
+    discriminator that is nearly always right) before the training saves a checkpoint and stops, because it does not
+    recover by itself; it warns after 20, or sooner if it stops sooner. Null warns only."""
     hang_seconds: float | None = runtime(1800.0, gt=0)
     """A worker that needs longer than this for a step writes its stacks to the log and dies; null lets it wait."""
 
@@ -117,6 +124,14 @@ class TrainingConfig(Config):
             raise ValueError(
                 "compile_blocks=true with engine.zero_stage=3, which gathers weights between the layers of a block: "
                 "lower zero_stage or switch it off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ramps_an_average(self) -> Self:
+        if self.ema_ramp is not None and self.ema_decay is None:
+            raise ValueError(
+                f"ema_ramp={self.ema_ramp:g} ramps the average of the weights: give ema_decay, or set it null"
             )
         return self
 

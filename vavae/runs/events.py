@@ -25,6 +25,7 @@ Kind = Literal[
     "restart",  # of all workers, because one was lost
     "skipped_step",
     "loss_spike",
+    "collapse",  # of a training, while all its numbers are finite
     "rollback",
     "measured",  # a checkpoint, for what it generates
     "measure_skipped",

@@ -26,10 +26,11 @@ from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
+from vavae.training.collapse import OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialize import initialized
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepResult, StepState, TermSum
+from vavae.training.step import StepResult, StepState, TermSum, variances
 
 
 class _Inputs(NamedTuple):
@@ -54,7 +55,7 @@ class FlowMatchingModel(nn.Module):
 
     def forward(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Compute the losses of one micro-batch.
 
         Args:
@@ -64,12 +65,14 @@ class FlowMatchingModel(nn.Module):
             labels: int64 [S], the null label where a label was dropped.
 
         Returns:
-            The scalar to differentiate, detached means by name, and the detached velocity loss of each sample [S].
+            The scalar to differentiate; detached: means by name, the velocity loss of each sample [S], and the
+            variances of predicted and true velocities [2].
         """
         point = LinearPath.sample(latents, noise, timesteps)
-        losses = self._objective(self.model(point.x_t, timesteps, labels), point.velocity)
+        prediction = self.model(point.x_t, timesteps, labels)
+        losses = self._objective(prediction, point.velocity)
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items()}
-        return losses.total.mean(), terms, losses.velocity.detach()
+        return losses.total.mean(), terms, losses.velocity.detach(), variances(prediction, point.velocity)
 
 
 class DiffusionStep:
@@ -132,23 +135,25 @@ class DiffusionStep:
         """See `Step.run`."""
         terms = TermSum(len(self._groups), self._world.size)
         bins = TimestepBins(*torch.zeros(2, TIMESTEP_BINS, device=self._world.device))
+        spread = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for group in self._groups:
             with self.stopwatch("forward"):
                 draws = [self._draw(micro_batches[index], images_seen) for index in group.indices]
                 inputs = _Inputs(*map(torch.cat, zip(*draws, strict=True)))
-                loss, values, per_sample = self._engine.forward(*inputs)
+                loss, values, per_sample, of_outputs_and_data = self._engine.forward(*inputs)
             with self.stopwatch("backward"):
                 self._engine.backward(loss * group.weight)
             terms.add(group.weight, values)
             if group.weight > 0:
                 new = bin_by_timestep(per_sample, inputs.timesteps)
                 bins = TimestepBins(bins.total + new.total, bins.samples + new.samples)
+                spread += of_outputs_and_data
         before_update()
         with self.stopwatch("optimizer"):
             norms = {"gradient_norm/lightningdit": self._engine.update(learning_rate)}
         names = [f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}" for low in range(TIMESTEP_BINS)]
         ratios = dict(zip(names, zip(*bins, strict=True), strict=True))
-        return StepResult(terms.terms, norms, ratios)
+        return StepResult(terms.terms, norms, {**ratios, OUTPUT_VARIANCE: (spread[0], spread[1])})
 
     def state_dict(self) -> StepState:
         """See `Step.state_dict`: there is no state besides weights and optimizer."""

@@ -1,5 +1,6 @@
 """Exponential moving average of weights, in fp32."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import gather_full
 from vavae.distributed.world import World
+from vavae.runs.config import TrainingConfig
+
+_NOTICEABLE = 0.01
+"""Share of the initial weights in an average from which on they are said to be there."""
 
 
 class ExponentialMovingAverage:
@@ -33,9 +38,14 @@ class ExponentialMovingAverage:
         self._averages = [part.values for part in self.tensor_shards.values()]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update the average with the engine's present weights."""
-        torch._foreach_lerp_(self._averages, [weights.float() for weights in self._weights], 1 - self._decay)
+    def update(self, limit: float = 1.0) -> None:
+        """Update the average with the engine's present weights.
+
+        Args:
+            limit: largest decay of this update, see `ramp_limit`.
+        """
+        share = 1 - min(self._decay, limit)
+        torch._foreach_lerp_(self._averages, [weights.float() for weights in self._weights], share)
 
     def weights(self) -> dict[str, Tensor]:
         """Gather the full averaged state dict on the CPU of every rank; entries without average are as they are."""
@@ -46,3 +56,39 @@ class ExponentialMovingAverage:
         for name, (offset, values, shape) in self.tensor_shards.items():
             assert weights[name].shape == shape, f"{name}: the average of another module"
             values.copy_(weights[name].flatten()[offset : offset + len(values)])
+
+
+def ramp_limit(training: TrainingConfig, images_seen: int) -> float:
+    """Limit the decay of an update so that its half-life is at most `ema_ramp` of the images seen; 1 without a ramp.
+
+    That is ½ to the power of batch / (ramp · images seen), arXiv 2312.02696, appendix C.
+
+    Args:
+        training: configuration of the training.
+        images_seen: with those of the step whose weights are averaged.
+    """
+    if training.ema_ramp is None:
+        return 1.0
+    return 0.5 ** (training.batch_size / (training.ema_ramp * images_seen))
+
+
+def initial_share(training: TrainingConfig) -> float:
+    """Share of the initial weights in the average at the end of a training: the product of the decays of its steps."""
+    decay = training.ema_decay
+    if decay is None:
+        return 0.0
+    if training.ema_ramp is None:
+        return decay**training.steps
+    size = training.batch_size
+    return math.prod(min(decay, ramp_limit(training, step * size)) for step in range(1, training.steps + 1))
+
+
+def initial_share_warning(job: str, training: TrainingConfig) -> str | None:
+    """Line about initial weights in the average that a training exports; None where they are less than 1 %."""
+    share = initial_share(training)
+    if share <= _NOTICEABLE:
+        return None
+    return (
+        f"{job}.ema_decay={training.ema_decay}: after {training.steps:,} steps the average of the weights would still "
+        f"be {share:.0%} initial weights; set {job}.ema_ramp=0.09, lower the decay or raise {job}.images"
+    )

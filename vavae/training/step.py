@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from vavae.data.image_stream import MicroBatchSource
@@ -23,6 +24,16 @@ class StepResult:
     """Global gradient norm [] per engine; equal on all ranks. Where one is not finite no engine has been updated."""
     ratios: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Sums and counts [] of this rank, whose quotient after summing over ranks and steps is a mean."""
+
+
+def variances(outputs: Tensor, data: Tensor) -> Tensor:
+    """Variances of outputs and of the data that they should be, both [S, C, H, W], detached; float64 [2].
+
+    They are taken between images, where outputs that are the same for all have none; of one image between positions.
+    """
+    axes = (0,) if len(data) > 1 else (-2, -1)
+    both = [values.detach().float().var(axes, correction=0).mean() for values in (outputs, data)]
+    return torch.stack(both).double()
 
 
 class StepWeights(NamedTuple):

@@ -34,10 +34,11 @@ from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import Part, TokenizerPhase
+from vavae.training.collapse import DISCRIMINATOR_ACCURACY, OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.initialize import initialized
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepResult, StepState, StepWeights, TermSum
+from vavae.training.step import StepResult, StepState, StepWeights, TermSum, variances
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
@@ -209,6 +210,7 @@ class TokenizerStep:
         adversary = self._adversary if started else None
         statistics = [] if adversary is None else [buffer.clone() for buffer in adversary.module.buffers()]
         terms = TermSum(len(self.accumulation_steps), self._world.size)
+        spread, right = torch.zeros(2, 2, dtype=torch.float64, device=self._world.device)
         pairs = []
         for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
@@ -217,6 +219,8 @@ class TokenizerStep:
             with self.stopwatch("backward"):
                 self._generator.backward(losses.objective * accumulation_step.weight)
             terms.add(accumulation_step.weight, {_log_name(name): value for name, value in losses.terms.items()})
+            if accumulation_step.weight > 0:
+                spread += variances(losses.reconstruction, images)
             pairs.append((accumulation_step, images, losses.reconstruction))
         before_update()
         with self.stopwatch("optimizer"):
@@ -232,13 +236,18 @@ class TokenizerStep:
                     adversary.backward(judged.objective * accumulation_step.weight * guard)
                 scores = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
                 terms.add(accumulation_step.weight, {_log_name(name): value for name, value in scores.items()})
+                if accumulation_step.weight > 0:
+                    right += judged.right.double()
             for buffer, before in zip(adversary.module.buffers(), statistics, strict=True):
                 buffer.copy_(torch.where(guard.isfinite(), buffer, before))
             training = self._config.train_vavae
             ratio = training.of_discriminator.learning_rate / training.optimizer.learning_rate
             with self.stopwatch("optimizer"):
                 norms["gradient_norm/discriminator"] = adversary.update(learning_rate * ratio)
-        return StepResult(terms.terms, norms)
+        ratios = {OUTPUT_VARIANCE: (spread[0], spread[1])}
+        if adversary is not None:
+            ratios[DISCRIMINATOR_ACCURACY] = (right[0], right[1])
+        return StepResult(terms.terms, norms, ratios)
 
     def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
         """Run one micro-batch, images [S, 3, H, W] in [-1, 1], through the generator and all losses."""

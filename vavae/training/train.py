@@ -37,6 +37,7 @@ from vavae.training.checkpoints.checkpoint import Checkpoints, EarlierCheckpoint
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.diffusion_step import DiffusionStep
+from vavae.training.ema import initial_share_warning
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.utilization import Utilization
@@ -125,6 +126,9 @@ def train(inputs: TokenizerTrainingInputs | LightningDiTTrainingInputs, session:
             threads,
             _OFFLOAD_THREADS,
         )
+    warning = initial_share_warning(inputs.job, inputs.training)
+    if world.is_first and warning is not None:
+        logger.warning(warning)
     if isinstance(inputs, TokenizerTrainingInputs):
         train_vavae(inputs, session, world)
     else:

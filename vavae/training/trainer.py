@@ -20,9 +20,12 @@ from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
 from vavae.runs.config import ScheduleConfig, TrainingConfig
 from vavae.runs.events import Event, Kind
+from vavae.runs.training_inputs import resolve_once
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.state import TrainState
+from vavae.training.collapse import HISTORY_ROWS, WARNING_ROWS, Collapse, CollapseDetector, CollapseError
+from vavae.training.ema import ramp_limit
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.throughput import ThroughputMeter
 from vavae.training.logging.utilization import Utilization
@@ -104,6 +107,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: there is no checkpoint to roll back to, or rolling back was in vain; on every rank.
+            CollapseError: the training has collapsed, see `collapse_limit`; there is a checkpoint.
             CommonError: a checkpoint could not be written.
         """
         with Watchdog(self.config.hang_seconds) as self._watchdog:
@@ -113,7 +117,7 @@ class Trainer:
                 self._record_event("restored", state.images_seen)
             for rollbacks in count(1):
                 try:
-                    state = self._train_from(state, span.stop)
+                    state = self._train_from(state, span)
                     break
                 except _DivergedError:
                     state = self._roll_back(span.start, rollbacks)
@@ -121,13 +125,15 @@ class Trainer:
         self.log.close()
         return state
 
-    def _train_from(self, state: TrainState, until: int) -> TrainState:
-        """Train from a state until so many images are seen or a stop is requested; returns the state then.
+    def _train_from(self, state: TrainState, span: range) -> TrainState:
+        """Train from a state until the span is covered or a stop is requested; returns the state then.
 
         Raises:
             _DivergedError: see `_step`; `self._state` is the state then.
+            CollapseError: see `fit`.
         """
-        if state.images_seen >= until:
+        self._collapse_detector = self._resume_collapse_detector(state.images_seen, span.start)
+        if state.images_seen >= span.stop:
             return state
         self.log.rewind(state.images_seen)
         self._state, self._source = state, self.step.source()
@@ -143,7 +149,7 @@ class Trainer:
                 self._watchdog.feed()
                 before = self._state.images_seen
                 self._step(stream)
-                done = self._state.images_seen >= until
+                done = self._state.images_seen >= span.stop
                 if done or self._stop or self._check_due or self._is_shown(before):
                     self._read_outcome()
                     self._raise_if_diverged()
@@ -153,6 +159,35 @@ class Trainer:
                 self._check_due = False
                 self._log_and_checkpoint(before, save=self._stop or must_save, done=done)
         return self._state
+
+    def _resume_collapse_detector(self, images_seen: int, begin: int) -> CollapseDetector:
+        """Make a detector that knows the last rows of the log, as if there had been no interruption.
+
+        Args:
+            images_seen: of the state from which the training resumes.
+            begin: images seen at which the span begins: rows before it are of other losses.
+
+        Raises:
+            CollapseError: the training had collapsed by then.
+        """
+        detector, fatal = CollapseDetector(max(begin, self.config.schedule.warmup_images)), None
+        count = HISTORY_ROWS + (self.config.collapse_limit or WARNING_ROWS)
+        for row in resolve_once(self.world, lambda: self.log.last_rows(count, images_seen)):
+            fatal = self._fatal(detector.add(row["images"], row))
+        if fatal is not None:
+            raise self._collapse_error(fatal)
+        return detector
+
+    def _fatal(self, collapses: Sequence[Collapse]) -> Collapse | None:
+        """Return the first collapse that has lasted for the limit, or for longer; None where there is none."""
+        limit = math.inf if self.config.collapse_limit is None else self.config.collapse_limit
+        return next((collapse for collapse in collapses if collapse.rows >= limit), None)
+
+    def _collapse_error(self, collapse: Collapse) -> CollapseError:
+        return CollapseError(
+            f"{self.job} has collapsed: {collapse}; its checkpoints are kept; {collapse.remedy(self.job)}, or train on "
+            f"with {self.job}.collapse_limit=null"
+        )
 
     def _load_micro_batches(self) -> Generator[list[Any], None, None]:
         return load_micro_batches(
@@ -212,7 +247,8 @@ class Trainer:
         self._meter.add(pending.result, self.config.batch_size)
         if self.step.ema is not None:
             with self.step.stopwatch("optimizer"):
-                self.step.ema.update()
+                seen = pending.images_seen + self.config.batch_size
+                self.step.ema.update(ramp_limit(self.config, seen))
         if self._spikes.is_spike(total[_LOSS]):
             self._meter.spike()
             self._report_step("loss_spike", "has a loss far above those before it", pending)
@@ -257,14 +293,19 @@ class Trainer:
             before: images seen before the step.
             save: save whatever the interval says.
             done: the step was the last.
+
+        Raises:
+            CollapseError: the row shows a collapse that has lasted for too long; after a checkpoint.
         """
-        seen = self._state.images_seen
+        seen, collapse = self._state.images_seen, None
         save = save or _crosses(before, seen, self.config.checkpoint_images) or self.checkpoints.is_due(seen)
         if save or _crosses(before, seen, self.config.log_images):
             self._row = self._meter.row() | {"learning_rate": self._learning_rate(before)}
             if self.utilization is not None:
                 self._row |= self.utilization.metrics(before, self._row["images_per_second"])
             self.log.add(seen, self._row)
+            collapse = self._detect_collapse(seen)
+            save = save or collapse is not None
         if self.world.is_first and (done or time.monotonic() - self._shown_at > _PROGRESS_SECONDS):
             self._shown_at = time.monotonic()
             terms = {name: self._row[name] for name in _PROGRESS_TERMS if name in self._row}
@@ -276,6 +317,19 @@ class Trainer:
                 self._meter.saved(self.checkpoints.save(self.step, self._state, self._row, segment))
             self.session.checkpoint(seen, self._row)
             self._record_event("checkpoint", seen)
+        if collapse is not None:
+            self.checkpoints.wait_for_pending_save()
+            raise self._collapse_error(collapse)
+
+    def _detect_collapse(self, seen: int) -> Collapse | None:
+        """Report a collapse that the last row shows, once; returns one that ends the training."""
+        collapses = self._collapse_detector.add(seen, self._row)
+        reported = min(WARNING_ROWS, self.config.collapse_limit or WARNING_ROWS)
+        for collapse in collapses:
+            if collapse.rows == reported and self.world.is_first:
+                logger.warning("%s may have collapsed: %s; %s", self.job, collapse, collapse.remedy(self.job))
+                self._record_event("collapse", seen, metric=collapse.metric, figures=str(collapse))
+        return self._fatal(collapses)
 
     def _roll_back(self, begin: int, rollbacks: int) -> TrainState:
         """Restore the last checkpoint, and skip the data that the training met since.

@@ -57,6 +57,16 @@ class MetricsLog:
         folder = self._scratch.name if self._scratch else self._tensorboard.url()
         self._writer = SummaryWriter(folder, purge_step=images_seen + 1)
 
+    def last_rows(self, count: int, images_seen: int) -> list[dict[str, Any]]:
+        """Read the last rows that are written, of those up to so many images seen, in order; none on other ranks."""
+        rows: list[dict[str, Any]] = []
+        for name in reversed(self._segments.list() if self._active else []):
+            if len(rows) >= count:
+                break
+            if _images(name) <= images_seen:
+                rows = [*_rows_of(self._segments, name), *rows]
+        return rows[-count:]
+
     def add(self, images_seen: int, row: Mapping[str, float]) -> None:
         """Add a row, or further metrics to the last row where it has the same images seen."""
         self._show(row)
@@ -119,7 +129,7 @@ def show_checkpoint_metrics(tensorboard: Storage, images_seen: int, metrics: Map
 
 def read_rows(segments: Storage) -> list[dict[str, Any]]:
     """Read all rows of a training, in order."""
-    return [json.loads(line) for name in segments.list() for line in segments.read_bytes(name).decode().splitlines()]
+    return [row for name in segments.list() for row in _rows_of(segments, name)]
 
 
 def latest_row(segments: Storage) -> dict[str, Any]:
@@ -129,6 +139,10 @@ def latest_row(segments: Storage) -> dict[str, Any]:
         if lines:
             return json.loads(lines[-1])
     return {}
+
+
+def _rows_of(segments: Storage, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in segments.read_bytes(name).decode().splitlines()]
 
 
 def _images(segment: str) -> int:

@@ -48,6 +48,8 @@ METRICS: dict[str, MetricInfo] = {
     "latent/local_to_global": MetricInfo("cosine of latent vectors near each other, less that of distant ones"),
     "logits_real": MetricInfo("mean of the discriminator on images"),
     "logits_fake": MetricInfo("mean of the discriminator on reconstructions"),
+    "discriminator_accuracy": MetricInfo("share of the discriminator's logits of the right sign"),
+    "output_variance": MetricInfo("variance of reconstructions or predicted velocities over that of the true ones"),
     "gradient_norm/generator": MetricInfo("norm of the tokenizer's gradient before clipping"),
     "gradient_norm/discriminator": MetricInfo("norm of the discriminator's gradient before clipping"),
     "gradient_norm/lightningdit": MetricInfo("norm of the LightningDiT's gradient before clipping"),
