@@ -127,11 +127,12 @@ class Evaluator:
         summaries = self._held_out if name == "held_out" else self._joined(name)
         found = {extractor: Reference.of(summary, words) for extractor, summary in summaries.items()}
         if self._file is not None:
+            images, name = self._joined("file") if "file" in self._counts else {}, self._reference_path.name
+            if self._file.pooled is None:
+                words = f"images of {name}, their moments computed here"
+                return {extractor: Reference.of(summary, words) for extractor, summary in images.items()}
             extractor = self._config.metrics.extractor
-            images = self._joined("file")[extractor] if "file" in self._counts else None
-            found[extractor] = Reference.of_file(
-                self._file, images, str(self._config.reference_file).rpartition("/")[2]
-            )
+            found[extractor] = Reference.of_file(self._file, images.get(extractor), name)
         return found
 
     def first_images(self, split: str, limit: int) -> LabeledImages:
