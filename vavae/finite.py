@@ -34,6 +34,24 @@ def require_finite(tensors: Mapping[str, "Tensor"], place: str, remedy: str) -> 
             raise UserError(f"{place}: {name}{found}: {remedy}")
 
 
+def require_finite_images(flags: "Tensor", image: str, first: int, what: str) -> None:
+    """Refuse a set of images where something that was made of one of them is not finite.
+
+    Args:
+        flags: whether it is finite, bool [N].
+        image: word for one of them, such as "sample".
+        first: index of the first.
+        what: what was made of it and how to mend that, for the error.
+
+    Raises:
+        UserError: a flag is not set.
+    """
+    bad = flags.logical_not().nonzero().flatten().tolist()
+    if bad:
+        others = f" (the first of {len(bad):,} such)" if len(bad) > 1 else ""
+        raise UserError(f"{image} {first + bad[0]}{others}: {what}")
+
+
 def _first_not_finite(tensor: "Tensor") -> str | None:
     """Place and value of the first value that is not finite, such as `[3, 0] is nan`; None where there is none."""
     if not tensor.is_floating_point():

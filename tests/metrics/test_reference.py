@@ -132,7 +132,7 @@ def test_a_singular_covariance_keeps_its_rounding(file, dtype):
 
 def test_files_of_latents_are_named(file):
     save_file({"mean": torch.zeros(4), "std": torch.ones(4)}, file)
-    with pytest.raises(UserError, match=r"\(it is a safetensors file with mean, std, as weights and statistics of late"):
+    with pytest.raises(UserError, match=r"\(it is a safetensors file with mean, std, as weights and statistics of l"):
         read(file)
     torch.save({"mean": torch.zeros(4)}, file)
     with pytest.raises(UserError, match=r"\(it holds a file of torch.save, as weights and statistics of latents are\)"):
@@ -148,7 +148,9 @@ def test_images_that_are_cut_off_are_refused(file):
         read(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK cut off", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", b"PK cut off", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_other_files_are_no_reference(file, content):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"some.npz is no reference"):

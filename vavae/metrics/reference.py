@@ -175,8 +175,8 @@ def _check_covariance(place: str, name: str, covariance: Tensor, eps: float) -> 
     smallest = torch.linalg.eigvalsh(covariance)[0].item()
     if smallest < -tolerance:
         raise UserError(
-            f"{place}: {name} has the eigenvalue {smallest:.4g}, below 0 by more than rounding ({tolerance:.2g}), so it "
-            "is no covariance; make the file again"
+            f"{place}: {name} has the eigenvalue {smallest:.4g}, below 0 by more than rounding ({tolerance:.2g}), so "
+            "it is no covariance; make the file again"
         )
 
 
