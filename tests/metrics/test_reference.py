@@ -57,6 +57,12 @@ def test_moments_of_another_extractor_are_refused(file):
         read(file)
 
 
+def test_an_extractor_that_fits_is_named(file):
+    np.savez(file, mu=np.zeros(384), sigma=np.eye(384))
+    with pytest.raises(UserError, match=r"made with another extractor \(dinov2_small gives as many\); set evaluate"):
+        read(file)
+
+
 def test_images_of_another_size_are_refused(file):
     np.savez(file, arr_0=np.zeros((2, 16, 16, 3), np.uint8), **MOMENTS)
     with pytest.raises(UserError, match=r"some.npz is of images of 16 x 16 pixels, the run's have 8"):

@@ -126,7 +126,7 @@ class Evaluator:
             images: batches uint8 [B, 3, H, W].
             count: number of images.
         """
-        return summarize(images, self.extractors, count, self.device)
+        return summarize(images, self.extractors, count, self.device, image=_IMAGE_WORDS["samples"])
 
     def references(self) -> dict[str, Reference]:
         """References that generated images are compared with, by the name of the extractor."""

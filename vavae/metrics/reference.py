@@ -4,7 +4,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vavae.errors import UserError
 from vavae.finite import require_finite
-from vavae.metrics.features import Description
+from vavae.metrics.config import ExtractorName, MetricsConfig
+from vavae.metrics.features import Description, describe
 from vavae.metrics.frechet import Gaussian
 
 _IMAGES = "arr_0"
@@ -134,10 +135,12 @@ def _gaussian(
         if list(tensor.shape) != shape:
             raise UserError(f"{place}: {name} is {list(tensor.shape)}, expected {shape}: {_WANTED}")
     if extractor is not None and dimensions != extractor.num_features:
+        fitting = [n for n in get_args(ExtractorName) if describe(n, MetricsConfig()).num_features == dimensions]
+        others = f" ({' or '.join(fitting)} gives as many)" if fitting else ""
         raise UserError(
             f"{place} has moments of {dimensions:,} features, but {extractor.name} gives {extractor.num_features:,}: "
-            "it was made with another extractor; set evaluate.metrics.extractor to that one, or give the reference of "
-            "this one"
+            f"it was made with another extractor{others}; set evaluate.metrics.extractor to that one, or give the "
+            "reference of this one"
         )
     require_finite(found, place, "these are no moments; make the file again")
     kept = stored[names[1]].dtype
