@@ -219,6 +219,9 @@ class Extraction:
 
         Returns:
             Digest of the content; size and checksum of every file.
+
+        Raises:
+            UserError: the latents can't be normalized, as where a channel does not vary.
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
         total = LatentStatistics(shape[0])
@@ -227,6 +230,8 @@ class Extraction:
             splits[task.split].append(record.shard)
             if task.split == "train":
                 total.merge(LatentStatistics.from_json(record.statistics))
+        normalization = self._normalization(total)
+        check_statistics(**normalization, place=self._latents.url(STATISTICS))
         manifest = LatentManifest(
             tokenizer=self._tokenizer,
             shape=shape,
@@ -242,8 +247,6 @@ class Extraction:
         }
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
-            normalization = self._normalization(total)
-            check_statistics(**normalization, place=self._latents.url(STATISTICS))
             save_file(normalization, local)
             self._latents.put_file(local, STATISTICS)
             files[STATISTICS] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
