@@ -15,6 +15,8 @@ from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import find_reference
 from vavae.latents.manifest import read_latent_manifest
+from vavae.metrics.features import describe
+from vavae.metrics.reference import read_reference
 from vavae.models.backbones.config import BackboneConfig
 from vavae.models.backbones.inception import check_inception
 from vavae.models.backbones.weights import check_weights, timm_name
@@ -45,6 +47,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         for field in ("class_agreement", "latent_space"):
             if getattr(config.evaluate, field) and importlib.util.find_spec("sklearn") is None:
                 raise UserError(f"evaluate.{field} needs scikit-learn: pip install -e '.[metrics]'")
+        _check_reference(config, run.storage)
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")
@@ -136,6 +139,17 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
             if backbone is not None:
                 backbones[f"extractor {name} of evaluate.metrics"] = backbone
     return backbones
+
+
+def _check_reference(config: RunConfig, storage: Storage) -> None:
+    """Refuse a reference file on a local disk that can't be compared with; one in a store waits until it is fetched."""
+    place = config.evaluate.reference_file
+    if place is None:
+        return
+    file = storage.at(place)
+    if file.is_local and file.is_file():
+        metrics = config.evaluate.metrics
+        read_reference(file.local_file(), place, describe(metrics.extractor, metrics), config.shards.height_and_width)
 
 
 def _missing_evaluation_files(evaluate: EvaluateConfig, storage: Storage) -> list[str]:

@@ -6,6 +6,7 @@ from functools import cache
 
 from ray.util.metrics import Counter, Gauge
 
+from vavae.finite import finite_row
 from vavae.training.logging.metric_names import metric_info, metric_name
 
 TAGS = ("run", "stage", "rank")
@@ -27,10 +28,12 @@ class Exporter:
         self._refreshed = time.monotonic()
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """Export the metrics of a row of the log, or of `JOB_METRICS`."""
-        for name, value in metrics.items():
+        """Export the metrics of a row of the log, or of `JOB_METRICS`; one that is not finite has none until it is."""
+        for name, value in finite_row(metrics).items():
             metric = _metric(name)
-            if isinstance(metric, Gauge):
+            if value is None:
+                self._shown.pop(name, None)
+            elif isinstance(metric, Gauge):
                 self._shown[name] = value
                 metric.set(value, self._tags)
             elif value > 0:  # Ray's counters take nothing else

@@ -267,6 +267,12 @@ def test_results_are_compared_with_earlier_ones_of_the_same_command(tmp_path, ca
     assert "no results of a benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_result_that_is_not_finite_is_none(value):
+    with pytest.raises(UserError, match=rf"^x: a has 1.0, {value} s, which is no result; measure it again$"):
+        BenchmarkResults.of("sample", "here", [Measurement("x", "s", {"a": (1.0, value)})])
+
+
 @pytest.mark.parametrize(
     ("part", "error"),
     [

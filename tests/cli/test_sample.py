@@ -8,6 +8,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support import image_shards
 from support.trained_run import trained_run
 
@@ -133,6 +134,30 @@ def test_a_folder_without_a_run_and_a_run_without_a_model_say_so(sample, tmp_pat
     other.storage.delete("lightningdit")
     assert main(["sample", "--run", other.storage.url(), "--classes", "0", "--seeds", "0"]) == 2
     assert "no LightningDiT yet; run python -m ray_jobs.train_lightningdit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "name", "tensor"),
+    [
+        ("train_lightningdit", "model.safetensors", "x_embedder.proj.weight"),
+        ("train_vavae", "model.safetensors", "decoder.conv_out.bias"),
+        ("precompute_latents", "statistics.safetensors", "mean"),
+        ("precompute_latents", "statistics.safetensors", "std"),
+    ],
+)
+def test_one_nan_in_a_file_is_named_and_no_black_picture_made(tmp_path, monkeypatch, capsys, job, name, tensor):
+    run = trained_run(tmp_path / "runs")
+    file = run.storage.child(run.prefix(job)).local_file(name)
+    tensors = load_file(file)
+    tensors[tensor].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    assert main(["sample", "--run", run.storage.url(), "--classes", "0", "--seeds", "0-3"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: \S+{name}: {tensor}\[0.*\] is nan: .+\n", error), error
+    assert list(out.iterdir()) == []
 
 
 def test_a_run_that_was_moved_is_still_one(tmp_path, monkeypatch):

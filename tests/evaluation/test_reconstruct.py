@@ -14,7 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from vavae.data.pixels import to_float, to_uint8
 from vavae.data.shard_reader import LabeledImages
-from vavae.evaluation.reconstruction import ReconstructedBatch, Reconstructor, reconstruct
+from vavae.evaluation.reconstruction import ReconstructedBatch, Reconstruction, Reconstructor, reconstruct
 from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.perceptual import LPIPS, published_heads
 from vavae.models.backbones.load import meta_backbone
@@ -59,6 +59,29 @@ def test_lpips_is_of_what_the_decoder_gives_and_the_rest_of_8_bits(reconstructor
         theirs = peak_signal_noise_ratio(restored.double(), original.double(), data_range=255.0)
         assert psnr.item() == pytest.approx(theirs.item(), rel=1e-6)
     assert found.metrics.keys() == {"psnr", "ssim", "lpips"}, "what there is no projection for is left out"
+
+
+def test_images_that_the_decoder_makes_black_are_told(reconstructor: Reconstructor, monkeypatch: pytest.MonkeyPatch):
+    assert reconstructed(reconstructor, 9)[0].finite.tolist() == [True] * 5
+    decode = reconstructor.tokenizer.decode
+
+    def spoiled(z: Tensor) -> Tensor:
+        decoded = decode(z)
+        decoded[1, 2, 3, 4] = torch.nan
+        return decoded
+
+    monkeypatch.setattr(reconstructor.tokenizer, "decode", spoiled)
+    assert reconstructed(reconstructor, 9)[0].finite.tolist() == [True, False, True, True, True]
+
+
+def test_exact_images_stay_out_of_the_mean_of_psnr():
+    empty = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
+    values = {"psnr": torch.tensor([20.0, torch.inf, 30.0]).double(), "ssim": torch.tensor([0.5, 1.0, 0.6])}
+    found = Reconstruction.of(values, {}, {}, (empty, empty))
+    assert (found.images, found.exact, found.means["psnr"]) == (3, 1, 25.0)
+    assert found.means["ssim"] == pytest.approx(0.7)
+    exact = Reconstruction.of({name: tensor[1:2] for name, tensor in values.items()}, {}, {}, (empty, empty))
+    assert (exact.images, exact.exact, exact.means) == (1, 1, {"ssim": 1.0})
 
 
 def test_batches_change_nothing_and_the_seed_does(reconstructor: Reconstructor):

@@ -255,6 +255,42 @@ def test_latents_go_out_and_into_another_run(exchange, capsys):
     assert read_latent_manifest(theirs).tokenizer == other.require("train_vavae").digest
     for mean, again in zip(read_statistics(ours), read_statistics(theirs), strict=True):
         assert torch.equal(mean.float(), again.float())
+    record, before = other.require("precompute_latents"), theirs.sizes()
+    (file, *_) = sorted((exchange.folder / "public").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["latents_flip"][-1, 0, 0, 0] = torch.nan
+    save_file(tensors, file)
+    assert exchange.command("import", "latents", "public", "name=other") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert f"{file.name}: latents as large as nan" in error
+    assert (other.require("precompute_latents"), theirs.sizes()) == (record, before), "what was there stays"
+
+
+@pytest.mark.parametrize(("model", "name"), [("tokenizer", "epoch=1.ckpt"), ("lightningdit", "model.safetensors")])
+def test_weights_that_are_not_finite_are_refused_and_leave_what_was_there(exchange, capsys, model, name):
+    exchange.write_tokenizer()
+    exchange.command("import", "tokenizer", "epoch=1.ckpt")
+    exchange.extract()
+    write = {"tokenizer": exchange.write_tokenizer, "lightningdit": exchange.write_lightningdit}[model]
+    write()
+    assert exchange.command("import", model, name) == 0
+    before = exchange.run().storage.sizes()
+    path, tensor = (
+        exchange.folder / name,
+        {"tokenizer": "linear_proj.weight", "lightningdit": "final_layer.linear.bias"},
+    )
+    stored = load_file(path) if name.endswith(".safetensors") else torch.load(path)
+    tensors = stored.get("state_dict", stored)
+    tensors[tensor[model]].view(-1)[0] = torch.inf
+    save_file(stored, path) if name.endswith(".safetensors") else torch.save(stored, path)
+    capsys.readouterr()
+    assert exchange.command("import", model, name) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert f"{name}: {tensor[model]}[0" in error
+    assert "is inf: take another file or checkpoint" in error
+    assert exchange.run().storage.sizes() == before
 
 
 @pytest.mark.parametrize(

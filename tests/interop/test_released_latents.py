@@ -179,6 +179,8 @@ def test_statistics_are_computed_from_all_samples_where_no_file_has_them(public,
         ({"latents_flip": torch.zeros(1, *SHAPE)}, r"latents_flip is \[1, 3, 2, 4\], expected \[2, 3, 2, 4\]$"),
         ({"latents_flip": None}, "no tensor latents_flip, which every file of released latents has"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels is \[3\], expected \[2\]$"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "labels holds torch.float32, expected integers$"),
+        ({"latents": torch.ones(2, *SHAPE).int()}, "latents holds torch.int32, expected floating-point numbers$"),
         ({"labels": torch.tensor([0, 3])}, "labels 0 to 3, expected 0 to 2$"),
         ({"labels": torch.tensor([-1, 0])}, "labels -1 to 0, expected 0 to 2$"),
         ({"latents": torch.full((2, *SHAPE), 7e4)}, "latents as large as 70000, which float16 cannot hold$"),
@@ -189,7 +191,56 @@ def test_files_that_do_not_fit_are_refused(public, back, change, message):
     write_public(public, **change)
     with pytest.raises(UserError, match=message):
         do_import(public, back)
-    assert not back.is_file(MANIFEST)
+    assert not back.list(recursive=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_of_any_floating_type_are_read(tmp_path, public, back, dtype):
+    (tensors,) = write_public(public, counts=(5,))
+    rounded = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    other = Storage(str(tmp_path / "other"))
+    write_public(other, counts=(5,), **rounded, labels=tensors["labels"].to(torch.uint8))
+    do_import(other, back)
+    arrays, labels = read_ours(back)
+    for part, view in ((0, "latents"), (2, "latents_flip")):
+        assert torch.equal(torch.from_numpy(arrays[:, part]), rounded[view].float().half())
+    assert labels.tolist() == tensors["labels"].tolist()
+
+
+def test_files_without_images_are_refused(public, back):
+    empty = {name: torch.zeros(0, *SHAPE) for name in ("latents", "latents_flip")}
+    write_public(public, counts=(0,), **empty)
+    with pytest.raises(UserError, match=r"public: the files hold no image; fetch them again$"):
+        do_import(public, back)
+    assert not back.list(recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (0.0, 0.0, r"std\[1\] is 0, expected more than 0: these are no statistics of latents; compute"),
+        (0.0, -1.0, r"std\[1\] is -1, expected more than 0: "),
+        (0.0, 1e-60, r"std\[1\] is 1e-60, expected more than 0: "),
+        (0.0, torch.nan, r"std\[1\] is nan: these are no statistics of latents"),
+        (torch.inf, 1.0, r"mean\[1\] is inf: "),
+    ],
+)
+def test_statistics_that_are_none_are_refused_before_anything_is_written(public, back, mean, std, message):
+    write_public(public)
+    values = torch.tensor([[0.0, mean, 0.0], [1.0, std, 1.0]], dtype=torch.float64).view(2, 1, 3, 1, 1)
+    write_statistics(public, *values)
+    with pytest.raises(UserError, match="latents_stats.pt: " + message):
+        do_import(public, back)
+    assert not back.list(recursive=True)
+
+
+def test_latents_with_a_constant_channel_are_refused(public, back):
+    constant = torch.randn(5, *SHAPE)
+    constant[:, 2] = 1
+    write_public(public, counts=(5,), latents=constant, latents_flip=constant.clone())
+    with pytest.raises(UserError, match=r"public: std\[2\] is 0, expected more than 0: "):
+        do_import(public, back)
+    assert not back.list(recursive=True)
 
 
 def test_statistics_that_do_not_fit_are_refused(public, back):

@@ -49,6 +49,22 @@ def saved(tmp_path):
     return save
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(saved, released, value):
+    released = {name: tensor.clone() for name, tensor in released.items()}
+    for name, load in (
+        ("encoder.conv_in.weight", load_released_tokenizer),
+        ("linear_proj.weight", load_released_alignment),
+        ("loss.discriminator.main.0.weight", load_released_discriminator),
+    ):
+        released[name].view(-1)[0] = value
+        message = rf"model.ckpt: {name}\[0, 0, 0, 0\] is {value:g}: take another file or checkpoint$"
+        with pytest.raises(UserError, match=message):
+            load(saved({"state_dict": released}))
+        released[name].view(-1)[0] = 0
+        load(saved({"state_dict": released}))
+
+
 def test_losses_and_gradients_of_the_fixture(fixture, saved, released):
     spec, tensors = fixture
     path = saved({"state_dict": released, "epoch": 3})

@@ -40,6 +40,15 @@ def test_what_adds_up_is_a_counter_and_all_else_a_gauge(calls):
     assert calls == [("vavae_loss_total", "set", 0.0, TAGS), ("vavae_skipped_steps", "inc", 2, TAGS)]
 
 
+def test_a_figure_that_is_not_finite_has_no_gauge_until_it_is(calls, monkeypatch):
+    exporter = Exporter("a", "s", "0")
+    exporter.show({"loss/total": 1.0, "data_wait": 0.5})
+    exporter.show({"loss/total": float("nan"), "skipped_steps": float("inf")})
+    monkeypatch.setattr(prometheus.time, "monotonic", lambda: exporter._refreshed + 5)
+    exporter.refresh()
+    assert calls[2:] == [("vavae_data_wait", "set", 0.5, TAGS)]
+
+
 def test_gauges_are_shown_again_and_counters_are_not(calls, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(prometheus.time, "monotonic", lambda: now[0])

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,32 @@ def test_statistics_are_those_of_the_training_split(tmp_path, extract, tokenizer
     np.testing.assert_allclose(mean, expected.mean, rtol=1e-12)
     np.testing.assert_allclose(std, expected.std, rtol=1e-12)
     assert load_file(latents.local_file("statistics.safetensors"))["std"].dtype == torch.float64
+
+
+def test_a_latent_that_is_not_finite_is_named_by_its_image(tmp_path, extract, tokenizer):
+    """One that float16 cannot hold, in the second batch of the first shard."""
+    encode = tokenizer.encode
+
+    def overflowing(images):
+        posterior = encode(images)
+        if len(tokenizer.batches) > 2:  # each batch and its mirror image
+            posterior.mean[0, 0] = 1e5
+        return posterior
+
+    tokenizer.encode = overflowing
+    with pytest.raises(
+        UserError, match=r"^train 4: its latent is not finite in float16; set latents.precision=fp32, or"
+    ):
+        encode_all(extract(), tokenizer)
+    assert contents(tmp_path, "latents") == {}
+
+
+def test_a_channel_that_does_not_vary_is_named(tmp_path, extract, tokenizer):
+    ones = torch.ones(CONFIG.batch_size, *SHAPE)
+    tokenizer.encode = lambda images: SimpleNamespace(mean=ones, std=torch.zeros_like(ones))
+    with pytest.raises(UserError, match=r"statistics.safetensors: std\[0\] is 0, expected more than 0: "):
+        encode_all(extract(), tokenizer)
+    assert not {"manifest.json", "statistics.safetensors"} & contents(tmp_path, "latents").keys()
 
 
 def test_without_flips_the_mirror_images_are_left_out(tmp_path, extract, tokenizer):

@@ -36,6 +36,14 @@ def labels_of(count):
     return [(7 * index) % 1000 for index in range(count)]
 
 
+@pytest.mark.parametrize(("std", "word"), [(0.0, "0, expected more than 0"), (torch.nan, "nan")])
+def test_statistics_that_latents_cannot_be_normalized_by_are_refused(storage, std, word):
+    with storage.create(STATISTICS) as local:
+        save_file({"mean": torch.zeros(3).double(), "std": torch.tensor([1, std, 1]).double()}, local)
+    with pytest.raises(UserError, match=rf"statistics.safetensors: std\[1\] is {word}: these are no statistics"):
+        read_statistics(storage)
+
+
 @pytest.fixture
 def shard(tmp_path):
     path = tmp_path / "shard.tar"

@@ -10,6 +10,7 @@ import vavae.torchvision_compat  # noqa: F401  (before timm)
 # isort: split
 import timm
 
+from vavae.errors import UserError
 from vavae.metrics import features
 from vavae.metrics.config import MetricsConfig
 from vavae.metrics.features import TimmExtractor, load_extractor, preprocess
@@ -33,6 +34,18 @@ def test_features_are_float32_vectors_of_the_stated_length(extractor: TimmExtrac
     assert found.shape == (2, extractor.num_features)
     assert found.dtype == torch.float32
     assert not found.requires_grad
+
+
+def test_an_image_whose_features_are_not_finite_is_named(extractor: TimmExtractor, monkeypatch: pytest.MonkeyPatch):
+    spoiled = torch.ones(3, extractor.num_features)
+    spoiled[2, 5] = torch.nan
+    summarizer = features.Summarizer({"some": extractor}, keep=0, image="held-out image", first=100)
+    summarizer.update(images(3, 32))
+    summarizer.summaries()
+    monkeypatch.setattr(extractor, "features", lambda images: features.Features(spoiled, torch.ones(3, 2)))
+    summarizer.update(images(3, 32))
+    with pytest.raises(UserError, match=r"^held-out image 105: its features through some are not finite; give whole"):
+        summarizer.summaries()
 
 
 def test_features_do_not_depend_on_the_batch(extractor: TimmExtractor):

@@ -12,6 +12,7 @@ import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from vavae.errors import UserError
 from vavae.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 
 
@@ -146,6 +147,15 @@ def test_agrees_with_torch_fidelity(counts: tuple[int, int]):
 def test_moments_that_others_computed_serve_as_well():
     a, b = statistics_of(features(100, 16, seed=1)), statistics_of(features(120, 16, seed=2))
     assert frechet_distance(a, Gaussian(b.mean, b.covariance)) == frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("spoiled", ["mean", "covariance"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_moments_that_are_not_finite_have_no_distance(spoiled: str, place: int):
+    moments = [{"mean": torch.zeros(4).double(), "covariance": torch.eye(4).double()} for _ in range(2)]
+    moments[place][spoiled][3] = torch.nan
+    with pytest.raises(UserError, match=rf"moments of features: {spoiled}\[3.*\] is nan.*no Fréchet distance"):
+        frechet_distance(*(Gaussian(**each) for each in moments))
 
 
 def test_features_of_two_extractors_have_no_distance():

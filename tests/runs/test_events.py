@@ -22,6 +22,15 @@ def test_a_line_has_what_is_known(storage: Storage) -> None:
     assert list(json.loads(Event("started").line())) == ["time", "event"]
 
 
+def test_a_figure_that_is_not_finite_is_null() -> None:
+    assert json.loads(Event("measured", details={"a": float("nan"), "b": 1.0}).line()) | {"time": ""} == {
+        "time": "",
+        "event": "measured",
+        "a": None,
+        "b": 1.0,
+    }
+
+
 def test_segments_stay_and_events_come_in_their_order(storage: Storage) -> None:
     first, second, third = (Event("checkpoint", "toy", images) for images in (8, 16, 24))
     EventLog(storage).add(third)

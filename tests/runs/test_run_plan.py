@@ -3,6 +3,7 @@
 import re
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -113,6 +114,18 @@ def test_a_label_that_is_no_class_is_refused_before_anything_starts(make):
     do(run, SHARDS)
     with pytest.raises(UserError, match=r"sample\.labels: 'lion' is none of the 2 classes"):
         preflight(run, [SAMPLES])
+
+
+def test_a_reference_that_is_none_is_refused_before_anything_starts(make, tmp_path):
+    run = make(f"evaluate.reference={tmp_path / 'some.npz'}", "shards.validation_fraction=0.5")
+    mean = np.zeros(1280)
+    np.savez(tmp_path / "some.npz", mu=mean, sigma=np.eye(1280))
+    before = preflight(run, [MEASURES])
+    mean[7] = np.nan
+    np.savez(tmp_path / "some.npz", mu=mean, sigma=np.eye(1280))
+    with pytest.raises(UserError, match=r"some.npz: mu\[7\] is nan: these are no moments; make the file again$"):
+        preflight(run, [MEASURES])
+    assert before == preflight(make("shards.validation_fraction=0.5"), [MEASURES])
 
 
 def test_planning_writes_nothing(done):

@@ -16,6 +16,7 @@ from vavae.data.image import decode_image
 from vavae.data.pixels import encode_png
 from vavae.data.shard_reader import gather
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
+from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.sampling import sample_shards
 from vavae.sampling.config import SampleConfig
@@ -123,6 +124,13 @@ def test_more_images_keep_the_full_shards_that_are_there(storage, sampler):
     generate_all(samples(storage), sampler)
     assert sampler.asked == [[8, 9]]
     assert {path: data for path, data in contents(storage).items() if path in before} == before
+
+
+def test_a_shard_of_images_that_are_not_finite_leaves_nothing(storage, sampler):
+    sampler.sampler.normalizer.mean[0] = torch.nan
+    with pytest.raises(UserError, match=r"^statistics of the latents: mean\[0\] is nan"):
+        generate_all(samples(storage), sampler)
+    assert contents(storage) == {}
 
 
 def test_a_truncated_shard_is_made_again(storage, sampler):

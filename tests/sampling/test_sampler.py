@@ -1,5 +1,7 @@
 """Generated images: functions of seed, index, label and models, whatever they are computed beside."""
 
+import re
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -55,6 +57,45 @@ def test_solvers_agree_where_their_steps_are_fine(sampler):
     guidance, fine = GuidanceConfig(scale=2, interval=(0.2, 0.7)), SolverConfig(name="heun", num_steps=200)
     images = [sampler.images(INDICES, LABELS, SEED, guidance, solver) for solver in (SolverConfig(name="dopri5"), fine)]
     assert (images[0].int() - images[1].int()).abs().max() <= 2
+
+
+def spoiled(sampler, part, name):
+    """The sampler with a NaN in a tensor of a part."""
+    model = deepcopy(getattr(sampler, part))
+    model.state_dict()[name].view(-1)[0] = torch.nan
+    return sampler._replace(**{part: model})
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "place"),
+    [
+        ("lightningdit", "x_embedder.proj.weight", "weights of the LightningDiT: x_embedder.proj.weight[0, 0, 0, 0]"),
+        ("tokenizer", "decoder.conv_in.bias", "weights of the tokenizer: decoder.conv_in.bias[0]"),
+        ("normalizer", "std", "statistics of the latents: std[0]"),
+    ],
+)
+def test_black_images_are_none_and_say_where_they_come_from(sampler, part, name, place):
+    with pytest.raises(UserError, match=rf"^{re.escape(place)} is nan: "):
+        spoiled(sampler, part, name).images(INDICES, LABELS, SEED, PLAIN, SOLVER)
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "cause"),
+    [("lightningdit", "forward", "LightningDiT's latent is not finite"), ("tokenizer", "decode", "decoder overflows")],
+)
+def test_an_image_that_overflows_from_finite_weights_is_named(sampler, monkeypatch, part, method, cause):
+    honest = getattr(getattr(sampler, part), method)
+
+    def overflowing(x, *rest):
+        found = honest(x, *rest).clone()
+        found[2] = torch.inf
+        return found
+
+    monkeypatch.setattr(getattr(sampler, part), method, overflowing)
+    with pytest.raises(
+        UserError, match=rf"^sample 5: the .*{cause}, though all weights are finite: set sample.precisi"
+    ):
+        sampler.images(INDICES, LABELS, SEED, PLAIN, SOLVER)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

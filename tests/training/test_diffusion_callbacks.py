@@ -38,6 +38,13 @@ def randomize(step):
             parameter.add_(0.05)
 
 
+def test_a_black_picture_is_none_and_ends_no_training(storage, parts, caplog):
+    step = build_step("train_lightningdit", CONFIG, World())
+    parts[1].mean[0] = torch.nan
+    assert preview(storage, step, parts) is None
+    assert "no preview at 8 images: statistics of the latents: mean[0] is nan" in caplog.text
+
+
 def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     step = build_step("train_lightningdit", CONFIG, World())
     randomize(step)

@@ -55,6 +55,14 @@ def preview(storage, step, config=CONFIG, world=World()):  # noqa: B008
     return np.array([[pixels[y : y + side : scale, x : x + side : scale] for y, x in row] for row in places])
 
 
+def test_a_black_picture_is_none_and_ends_no_training(storage, caplog):
+    step = build_step("train_vavae", CONFIG, World())
+    with torch.no_grad():
+        autoencoder(step).quant_conv.weight.view(-1)[0] = torch.nan
+    assert preview(storage, step) is None
+    assert "no preview at 8 images: the reconstructions are not finite" in caplog.text
+
+
 def test_a_probe_follows_the_present_weights_and_is_reproducible():
     step = build_step("train_vavae", CONFIG, World())
     row = probe(step)

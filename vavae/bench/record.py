@@ -1,5 +1,6 @@
 """Results of a benchmark in a file of JSON, and their comparison with those of an earlier one."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,18 @@ class BenchmarkResults(_Record):
 
     @staticmethod
     def of(command: str, machine: str, measurements: Sequence[Measurement]) -> "BenchmarkResults":
-        """The results of all measurements."""
+        """The results of all measurements.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        for found in measurements:
+            for side, values in found.values.items():
+                if not all(map(math.isfinite, values)):
+                    raise UserError(
+                        f"{found.benchmark}: {side} has {', '.join(map(str, values))} {found.unit}, which is no "
+                        "result; measure it again"
+                    )
         sides = tuple(
             SideResult(
                 benchmark=found.benchmark,

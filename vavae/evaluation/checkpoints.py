@@ -1,7 +1,5 @@
 """Evaluation of the LightningDiT's checkpoints, by the metrics of its export."""
 
-import math
-
 import torch
 
 from vavae.evaluation.evaluator import REFERENCES, Evaluator
@@ -51,7 +49,6 @@ def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) ->
     )
     generated = evaluator.summarize(images, settings.images)
     metrics = generation_metrics(generated, evaluator.references(), config, evaluator.device)
-    metrics = [metric for metric in metrics if math.isfinite(metric.value)]
     # A folder of its own: TensorBoard follows the newest file of a folder, and the training keeps writing its own.
     tensorboard = inputs.evaluation.storage.child("tensorboard/train_lightningdit_measured")
     show_checkpoint_metrics(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})

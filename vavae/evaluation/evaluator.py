@@ -19,6 +19,7 @@ from vavae.evaluation.generation import Reference, sample_batches
 from vavae.evaluation.latent_space import LatentSpace, evaluate_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct
+from vavae.finite import require_finite_images
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.losses.perceptual import LPIPS
 from vavae.metrics.features import FeatureExtractor, Summaries, Summarizer, describe, join, load_extractor, summarize
@@ -40,6 +41,13 @@ ADM_IMAGENET = (
 REFERENCES: tuple[SetName, ...] = ("held_out", "train", "file")
 """The sets that generated images are compared with."""
 
+_IMAGE_WORDS: dict[SetName, str] = {
+    "held_out": "held-out image",
+    "train": "training image",
+    "file": "reference image",
+    "reconstructions": "reconstruction of held-out image",
+    "samples": "sample",
+}
 _SPLITS = {"held_out": HELD_OUT, "train": TRAIN}
 _OF_MODELS, _OF_REAL_IMAGES = "measuring", "references"
 """Folders of parts, in that of the run: those of its reconstructions, samples and latents, and those of real images."""
@@ -118,7 +126,7 @@ class Evaluator:
             images: batches uint8 [B, 3, H, W].
             count: number of images.
         """
-        return summarize(images, self.extractors, count, self.device)
+        return summarize(images, self.extractors, count, self.device, image=_IMAGE_WORDS["samples"])
 
     def references(self) -> dict[str, Reference]:
         """References that generated images are compared with, by the name of the extractor."""
@@ -127,11 +135,13 @@ class Evaluator:
         summaries = self._held_out if name == "held_out" else self._joined(name)
         found = {extractor: Reference.of(summary, words) for extractor, summary in summaries.items()}
         if self._file is not None:
+            images = self._joined("file") if "file" in self._counts else {}
+            file = str(self._config.reference_file).rpartition("/")[2]
+            if self._file.pooled is None:
+                words = f"images of {file}, their moments computed here"
+                return {extractor: Reference.of(summary, words) for extractor, summary in images.items()}
             extractor = self._config.metrics.extractor
-            images = self._joined("file")[extractor] if "file" in self._counts else None
-            found[extractor] = Reference.of_file(
-                self._file, images, str(self._config.reference_file).rpartition("/")[2]
-            )
+            found[extractor] = Reference.of_file(self._file, images.get(extractor), file)
         return found
 
     def first_images(self, split: str, limit: int) -> LabeledImages:
@@ -169,14 +179,19 @@ class Evaluator:
 
     def _joined(self, name: SetName) -> Summaries:
         found = unpack(self._files(name).join(lambda parts: pack(join(map(unpack, parts)))))
-        if not all(summary.pooled.count for summary in found.values()):
-            raise UserError(f"{self.inputs.shards.url()}: no readable image to measure against; make the shards again")
+        count = min(summary.pooled.count for summary in found.values())
+        if count < 2 and name != "file":  # which is checked as it is read
+            raise UserError(
+                f"{self.inputs.shards.url()}: {count} readable {_IMAGE_WORDS[name]}s to measure against, and a Fréchet "
+                "distance takes two or more: make the shards again, with more images or validation_fraction"
+            )
         return found
 
     def _summarize(self, part: Part, advance: Callable[[int], None]) -> Tensors:
         """Features of the images of a part."""
         keep = KEPT_FEATURES - part.span.start if part.set_name != "samples" else len(part.span)
-        return pack(summarize(self._batches(part), self.extractors, keep, self.device, advance))
+        image, first = _IMAGE_WORDS[part.set_name], part.span.start
+        return pack(summarize(self._batches(part), self.extractors, keep, self.device, advance, image, first))
 
     def _batches(self, part: Part) -> Iterator[Tensor]:
         """The images of a part in batches uint8 [B, 3, H, W]."""
@@ -195,14 +210,20 @@ class Evaluator:
         """Metrics of every image of a part, features of its reconstructions, and some pairs for the picture."""
         size = self._config.batch_size
         batches = read_span(self.inputs.shards, self._manifest, HELD_OUT, span, size, self._threads)
-        summarizer = Summarizer(self.extractors, 0, self.device)
-        parts, shown = [], max(0, self._config.pictures - span.start)
+        word = _IMAGE_WORDS["reconstructions"]
+        summarizer = Summarizer(self.extractors, 0, self.device, word, span.start)
+        parts, finite, shown = [], [], max(0, self._config.pictures - span.start)
         for batch in reconstruct(batches, self._reconstructor, self.inputs.config.seed, span.start, self.device):
             summarizer.update(batch.reconstructions)
             pictures = {"originals": batch.originals[:shown], "reconstructions": batch.reconstructions[:shown]}
             parts.append(batch.metrics | pictures)
+            finite.append(batch.finite)
             shown -= len(pictures["originals"])
             advance(len(batch.originals))
+        if finite:
+            place = self.inputs.tokenizer.folder.url()
+            what = f"it is not finite, as {place} encodes and decodes the image; train that tokenizer again"
+            require_finite_images(torch.cat(finite), word, span.start, what)
         return pack(summarizer.summaries()) | concatenate(iter(parts))
 
     @cached_property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vavae.data.shard_reader import LabeledImages, labeled_batches, shard_records
+from vavae.errors import UserError
 from vavae.metrics.features import FeatureSummary, Summaries
 from vavae.metrics.frechet import Moments, frechet_distance
 from vavae.metrics.generation import (
@@ -51,13 +52,14 @@ class Reference(NamedTuple):
 
     @classmethod
     def of_file(cls, file: ReferenceFile, images: FeatureSummary | None, name: str) -> "Reference":
-        """Make a reference of a file.
+        """Make a reference of the moments in a file.
 
         Args:
-            file: the moments.
+            file: the file, with moments.
             images: features of the images in the file, where it has any.
             name: name of the file.
         """
+        assert file.pooled is not None, "a file without moments is a set of images"
         kept = torch.empty(0, len(file.pooled.mean)) if images is None else images.kept
         return cls(file.pooled, file.spatial, kept, None, name)
 
@@ -84,11 +86,19 @@ def evaluate_generation(
         reference: the reference through the same extractor.
         seed: seed of the subsets that the kernel distance draws.
         device: where metrics over pairs of features are computed.
+
+    Raises:
+        UserError: the spatial moments of the reference are of another length.
     """
     features, real = generated.kept.to(device), reference.kept.to(device)
     fewest = min(len(features), len(real))
     spatial = None
     if generated.spatial is not None and reference.spatial is not None:
+        lengths = [len(moments.mean) for moments in (reference.spatial, generated.spatial)]
+        if lengths[0] != lengths[1]:
+            raise UserError(
+                f"{reference.name}: mu_s is [{lengths[0]}], expected [{lengths[1]}]: it was made with another network"
+            )
         spatial = frechet_distance(generated.spatial, reference.spatial)
     return Generation(
         generated.pooled.count,

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from vavae.data.shards.manifest import ShardInfo, ShardList, open_shard
 from vavae.errors import UserError
+from vavae.finite import require_finite
 from vavae.latents.manifest import LatentManifest, read_latent_manifest
 from vavae.latents.shards import MappedLatents
 from vavae.latents.statistics import read_statistics
@@ -116,6 +117,7 @@ def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling
         pairs = found.reshape(len(mine), 1 + manifest.flip, 2, channels)
         posteriors[mine] = pairs[np.arange(len(mine)), views[mine]]
     z = posteriors[:, 0] + posteriors[:, 1] * rng.standard_normal((count, channels), np.float32)
+    require_finite({"latents": torch.from_numpy(z)}, latents.url(), "compute the latents again")
     mean, std = (statistic.float().numpy() for statistic in read_statistics(latents))
     return (z - mean) / std
 

@@ -1,15 +1,17 @@
 """A metric with all that is needed to compare it with another, and its form in `metrics.json`."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vavae.errors import UserError
 from vavae.runs.files import METRICS
 from vavae.storage.storage import Storage
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number and all that is needed to compare it with another.
+    """A number and all that is needed to compare it with another: results are made of these alone.
 
     Args:
         name: name of the metric.
@@ -18,6 +20,9 @@ class Metric:
         protocol: extractor, number of images, guidance and the like.
         better: direction of better values.
         spread: standard deviation of the value, where it is a mean over several draws.
+
+    Raises:
+        UserError: the value or the spread is not finite.
     """
 
     name: str
@@ -26,6 +31,14 @@ class Metric:
     protocol: str = ""
     better: Literal["higher", "lower"] = "lower"
     spread: float | None = None
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.value, self.spread or 0.0))):
+            spread = "" if self.spread is None else f" ± {self.spread:g}"
+            raise UserError(
+                f"{self.name} is {self.value:g}{spread}, which is no result ({self.protocol}): look at the images and "
+                "models that it is of, and evaluate them again"
+            )
 
 
 def read_metrics(folder: Storage) -> list[Metric]:

@@ -1,5 +1,6 @@
 """The metrics of a run, each with its protocol."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -15,16 +16,21 @@ from vavae.metrics.inception_score import SPLIT_IMAGES
 from vavae.metrics.latent_space import PERPLEXITY
 from vavae.runs.config import RunConfig
 
+_log = logging.getLogger(__name__)
+
 
 def reconstruction_metrics(reconstruction: Reconstruction, config: RunConfig) -> list[Metric]:
     """Metrics of the tokenizer on held-out images."""
     protocol = config.evaluate.reconstruction_protocol
     images = f"{protocol}: {reconstruction.images:,} held-out images, one posterior sample each"
     means = reconstruction.means
-    metrics = [
-        Metric("psnr", means["psnr"], "dB", images, "higher"),
-        Metric("ssim", means["ssim"], "", images, "higher"),
-    ]
+    metrics = []
+    if "psnr" in means:
+        exact = f"; without {reconstruction.exact:,} that are exact" if reconstruction.exact else ""
+        metrics.append(Metric("psnr", means["psnr"], "dB", f"{images}{exact}", "higher"))
+    else:
+        _log.warning("no PSNR: all %s reconstructions are exact", f"{reconstruction.images:,}")
+    metrics.append(Metric("ssim", means["ssim"], "", images, "higher"))
     if "lpips" in means:
         metrics.append(Metric("lpips", means["lpips"], "", f"{images}; VGG16, output not clamped", "lower"))
     for name in config.evaluate.metrics.extractors:

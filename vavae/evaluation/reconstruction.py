@@ -46,6 +46,8 @@ class ReconstructedBatch(NamedTuple):
     metrics: dict[str, Tensor]
     """Metrics by name, float [B]: `psnr` in decibels, `ssim`; and where their networks are there `lpips` and
     `alignment`, the mean cosine of projected latents and teacher features over positions and batch."""
+    finite: Tensor
+    """Whether the decoder's output was finite, bool [B]; a reconstruction that was not is black."""
 
 
 @torch.inference_mode()
@@ -79,7 +81,7 @@ def reconstruct(
                 features = teacher(pixels, (z.shape[2], z.shape[3]))
                 metrics["alignment"] = alignment(z, features).alignment.expand(len(z))
         first += len(z)
-        yield ReconstructedBatch(images, restored, metrics)
+        yield ReconstructedBatch(images, restored, metrics, decoded.isfinite().flatten(1).all(1))
 
 
 class Reconstruction(NamedTuple):
@@ -87,8 +89,10 @@ class Reconstruction(NamedTuple):
 
     images: int
     """Number of images."""
+    exact: int
+    """Number of images without any difference, whose `psnr` is infinite and stays out of its mean."""
     means: dict[str, float]
-    """Means over the images by name, see `ReconstructedBatch`."""
+    """Means over the images by name, see `ReconstructedBatch`; no `psnr` where all are exact."""
     frechet_distances: dict[str, float]
     """Fréchet distance between originals and reconstructions by the name of the extractor."""
     pairs: tuple[Tensor, Tensor]
@@ -110,9 +114,12 @@ class Reconstruction(NamedTuple):
             reconstructions: features of the reconstructions.
             pairs: as of the class.
         """
+        exact = metrics["psnr"].isposinf()
+        averaged = {**metrics, "psnr": metrics["psnr"][~exact]}
         return cls(
-            images=len(metrics["psnr"]),
-            means={name: values.mean().item() for name, values in metrics.items()},
+            images=len(exact),
+            exact=int(exact.sum()),
+            means={name: values.mean().item() for name, values in averaged.items() if len(values)},
             frechet_distances={
                 name: frechet_distance(originals[name].pooled, summary.pooled)
                 for name, summary in reconstructions.items()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vavae.config import Config, identity
 from vavae.errors import UserError
+from vavae.finite import require_finite
 from vavae.interop.checkpoint_file import WeightsFile
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -41,8 +42,8 @@ class Conversion(Generic[ConfigT, ModuleT]):
             section: prefix of the names of the overrides in messages.
 
         Raises:
-            UserError: a tensor is missing, left over or of another shape than the others and the overrides demand; or
-                an override does not exist or has no valid value.
+            UserError: a tensor is missing, left over, not finite, or of another shape than the others and the overrides
+                demand; or an override does not exist or has no valid value.
         """
         inferred = self.infer(weights, overrides)
         values = {**inferred, **overrides}
@@ -62,6 +63,7 @@ class Conversion(Generic[ConfigT, ModuleT]):
             demand = f"with {', '.join(asked)}: correct that or take another file" if asked else "by the other tensors"
             count = f" (the first of {len(problems)} such tensors)" if len(problems) > 1 else ""
             raise UserError(f"{weights.url}: {problems[0]} {demand}{count}")
+        require_finite(released, weights.url, "take another file or checkpoint")
         # Tensors that are mapped from a file would change with the file.
         owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
         module.load_state_dict(owned, assign=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vavae.config import Config, as_one_number, identity
 from vavae.errors import UserError
+from vavae.finite import require_finite
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.config import LightningDiTConfig
@@ -108,6 +109,7 @@ def _load(module: ModuleT, storage: Storage, name: str) -> ModuleT:
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{storage.url(name)}: {reason}; export the model again") from error
+    require_finite(module.state_dict(), storage.url(name), "export the model again, from an earlier checkpoint")
     return module.eval().requires_grad_(False)
 
 

@@ -22,7 +22,11 @@ from vavae.interop.export import (
     load_tokenizer,
     save_export,
 )
-from vavae.interop.released_latents import export_released_latents, import_released_latents
+from vavae.interop.released_latents import (
+    check_released_latents,
+    export_released_latents,
+    import_released_latents,
+)
 from vavae.interop.released_lightningdit import convert_lightningdit, save_released_lightningdit
 from vavae.interop.released_tokenizer import (
     convert_alignment,
@@ -120,8 +124,10 @@ def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder
         raise UserError(f"{folder}: the public layout holds mirror images too, so set latents.flip=true")
     tokenizer, classes = output.draft.inputs["train_vavae"], read_manifest(shards).classes
     source, target = output.run.at(folder), output.folder
-    output.discard()
-    import_released_latents(source, target, SPLIT, config.latent_shape, tokenizer, classes, config.shards.shard_images)
+    shape, shard_images = config.latent_shape, config.shards.shard_images
+    statistics = check_released_latents(source, shape, len(classes), shard_images)
+    output.discard()  # once nothing can be wrong with the files that take its place
+    import_released_latents(source, target, SPLIT, shape, tokenizer, classes, shard_images, statistics)
     files = {
         name: FileInfo(bytes=size, sha256=sha256_of(target.local_file(name))) for name, size in target.sizes().items()
     }

@@ -2,7 +2,8 @@
 
 A folder of `latents_rank{rr}_shard{sss}.safetensors`, each with one posterior sample per image (`latents`, float32
 [N, C, h, w]), one of its mirror image (`latents_flip`) and `labels` (int64 [N]); and `latents_stats.pt`, mean and
-standard deviation per channel (float32 [1, C, 1, 1]).
+standard deviation per channel (float32 [1, C, 1, 1]). Other floating types, such as bfloat16, are read as well, and
+labels in other integers.
 """
 
 import re
@@ -17,10 +18,10 @@ from torch import Tensor
 from vavae.data.config import ShardsConfig
 from vavae.data.shards.manifest import ShardInfo, shard_file
 from vavae.errors import UserError
-from vavae.interop.checkpoint_file import read_weights
+from vavae.interop.checkpoint_file import WeightsFile, read_weights
 from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest
 from vavae.latents.shards import MappedLatents, write_latents
-from vavae.latents.statistics import STATISTICS, LatentStatistics, read_statistics
+from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics, read_statistics
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage, sha256_of
 
@@ -61,6 +62,36 @@ def export_released_latents(latents: Storage, split: str, target: Storage, seed:
         torch.save({name: values.float()[None, :, None, None] for name, values in statistics.items()}, local)
 
 
+def check_released_latents(
+    source: Storage, shape: tuple[int, int, int], classes: int, images: int
+) -> dict[str, Tensor]:
+    """Read latents of the public layout, and check every value of them before anything is written.
+
+    Args:
+        source: a folder in the public layout.
+        shape: C, h, w that the latents must have.
+        classes: number of classes.
+        images: images that are checked at a time, at most.
+
+    Returns:
+        `mean` and `std` of a channel, float64 [C]: those of the file where there is one, else of all samples.
+
+    Raises:
+        UserError: no such files, damaged ones, or tensors of other names, shapes or values than expected.
+    """
+    given, computed = _given_statistics(source, shape[0]), LatentStatistics(shape[0])
+    for batch in _batches(source, shape, classes, images):
+        for view in range(len(_VIEWS)):
+            computed.update(batch.views[:, view], np.zeros_like(batch.views[:, view]))
+    if not computed.count:
+        raise UserError(f"{source.url()}: the files hold no image; fetch them again")
+    if given is not None:
+        return given
+    statistics = {"mean": torch.from_numpy(computed.mean), "std": torch.from_numpy(computed.std)}
+    check_statistics(**statistics, place=source.url())
+    return statistics
+
+
 def import_released_latents(
     source: Storage,
     target: Storage,
@@ -69,6 +100,7 @@ def import_released_latents(
     tokenizer: str,
     classes: Sequence[str],
     shard_images: int = ShardsConfig.model_fields["shard_images"].default,
+    statistics: dict[str, Tensor] | None = None,
 ) -> LatentManifest:
     """Write latents of the public layout as latent shards, with their statistics.
 
@@ -83,12 +115,15 @@ def import_released_latents(
         tokenizer: digest of the tokenizer that made the latents.
         classes: names of the classes; a label is an index into them.
         shard_images: most images in a shard.
+        statistics: result of `check_released_latents`; None checks first.
 
     Raises:
         UserError: no such files, damaged ones, or tensors of other names, shapes or values than expected.
     """
+    if statistics is None:
+        statistics = check_released_latents(source, shape, len(classes), shard_images)
     shards: list[ShardInfo] = []
-    images, statistics = 0, LatentStatistics(shape[0])
+    images = 0
     for batch in _batches(source, shape, len(classes), shard_images):
         # [N, 2 · views, C, h, w]: mean and deviation of each view
         arrays = np.zeros((len(batch.labels), 2 * len(_VIEWS), *shape), np.float16)
@@ -97,15 +132,13 @@ def import_released_latents(
         with target.create(f"{split}/{name}") as local:
             write_latents(local, arrays, batch.labels.tolist(), images)
             info = ShardInfo(name=name, count=len(arrays), bytes=local.stat().st_size, sha256=sha256_of(local))
-        for view in range(len(_VIEWS)):
-            statistics.update(batch.views[:, view], np.zeros_like(batch.views[:, view]))
         shards.append(info)
         images += info.count
     manifest = LatentManifest(
         tokenizer=tokenizer, shape=shape, flip=True, classes=tuple(classes), splits={split: tuple(shards)}
     )
     with target.create(STATISTICS) as local:
-        save_file(_statistics(source, statistics), local)
+        save_file(statistics, local)
     target.write_json(MANIFEST, manifest.model_dump(mode="json"))
     return manifest
 
@@ -127,9 +160,12 @@ def _batches(source: Storage, shape: tuple[int, int, int], classes: int, size: i
         count = file.shape(_KIND, "latents", 4)[0]
         views = [file.expect(_KIND, view, (count, *shape)) for view in _VIEWS]
         labels = file.expect(_KIND, "labels", (count,))
+        _check_types(file)
         for start in range(0, count, size):
             part = slice(start, start + size)
-            batch = _Batch(torch.stack([view[part] for view in views], dim=1).numpy(), labels[part].numpy())
+            batch = _Batch(
+                torch.stack([view[part].float() for view in views], dim=1).numpy(), labels[part].long().numpy()
+            )
             _check_values(file.url, batch, classes)
             yield batch
 
@@ -141,13 +177,22 @@ def _check_values(url: str, batch: _Batch, classes: int) -> None:
         raise UserError(f"{url}: latents as large as {np.abs(batch.views).max():g}, which float16 cannot hold")
 
 
-def _statistics(source: Storage, computed: LatentStatistics) -> dict[str, Tensor]:
-    """Mean and standard deviation, float64 [C]."""
+def _check_types(file: WeightsFile) -> None:
+    for name in (*_VIEWS, "labels"):
+        dtype, wanted = file.tensors[name].dtype, "integers" if name == "labels" else "floating-point numbers"
+        if dtype.is_floating_point == (name == "labels") or dtype.is_complex or dtype == torch.bool:
+            raise UserError(f"{file.url}: {name} holds {dtype}, expected {wanted}")
+
+
+def _given_statistics(source: Storage, channels: int) -> dict[str, Tensor] | None:
+    """Mean and standard deviation in the file of statistics, float64 [C]; None where there is no such file."""
     if not source.is_file(_RELEASED_STATISTICS):
-        return {"mean": torch.from_numpy(computed.mean), "std": torch.from_numpy(computed.std)}
+        return None
     file = read_weights(source.url(_RELEASED_STATISTICS))
-    shape = (1, len(computed.sum), 1, 1)
-    return {name: file.expect(_KIND, name, shape).double().flatten() for name in ("mean", "std")}
+    shape = (1, channels, 1, 1)
+    statistics = {name: file.expect(_KIND, name, shape).double().flatten() for name in ("mean", "std")}
+    check_statistics(**statistics, place=file.url)
+    return statistics
 
 
 def _samples(arrays: np.ndarray, part: int, first: int, seed: int) -> Tensor:

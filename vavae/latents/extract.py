@@ -25,7 +25,7 @@ from vavae.errors import UserError
 from vavae.latents.config import LatentsConfig
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import latent_members
-from vavae.latents.statistics import STATISTICS, LatentStatistics
+from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo
@@ -220,6 +220,9 @@ class Extraction:
 
         Returns:
             Digest of the content; size and checksum of every file.
+
+        Raises:
+            UserError: the latents can't be normalized, as where a channel does not vary.
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
         total, sizes = LatentStatistics(shape[0]), self._latents.sizes()
@@ -231,6 +234,8 @@ class Extraction:
             splits[task.split].append(record.shard)
             if task.split == "train":
                 total.merge(LatentStatistics.from_json(record.statistics))
+        normalization = self._normalization(total)
+        check_statistics(**normalization, place=self._latents.url(STATISTICS))
         manifest = LatentManifest(
             tokenizer=self._tokenizer,
             shape=shape,
@@ -246,7 +251,7 @@ class Extraction:
         }
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
-            save_file(self._normalization(total), local)
+            save_file(normalization, local)
             self._latents.put_file(local, STATISTICS)
             files[STATISTICS] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
         text = self._latents.read_bytes(MANIFEST)
@@ -290,6 +295,12 @@ class _LatentShard:
         arrays = batch.posteriors.numpy()
         for view in range(0, arrays.shape[1], 2):
             self.statistics.update(arrays[:, view], arrays[:, view + 1])
+        if not np.isfinite(self.statistics.sum_squares).all():  # the sums tell of every latent, for nothing
+            bad = np.isfinite(arrays).all((1, 2, 3, 4)).argmin()
+            raise UserError(
+                f"{batch.keys[bad]}: its latent is not finite in float16; set latents.precision=fp32, or train the "
+                "tokenizer again: its weights overflow"
+            )
         for array, label in zip(arrays, batch.labels, strict=True):
             self._tar.add(self._first + self._tar.count, latent_members(array, label))
         self.keys += batch.keys

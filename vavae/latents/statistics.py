@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vavae.errors import UserError
+from vavae.finite import require_finite
 from vavae.storage.storage import Storage
 
 STATISTICS = "statistics.safetensors"
@@ -65,15 +66,36 @@ def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
     """Read mean and standard deviation, float64 [C] each, of the training split from a folder of latents.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or none that latents can be normalized by.
     """
     try:
         tensors = load_file(storage.local_file(STATISTICS))
-    except (FileNotFoundError, SafetensorError) as error:
+        mean, std = tensors["mean"], tensors["std"]
+    except (FileNotFoundError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{storage.url(STATISTICS)}: no statistics of the latents there; run precompute_latents"
         ) from error
-    return tensors["mean"], tensors["std"]
+    check_statistics(mean, std, storage.url(STATISTICS))
+    return mean, std
+
+
+def check_statistics(mean: Tensor, std: Tensor, place: str) -> None:
+    """Refuse statistics that latents can't be normalized by.
+
+    Args:
+        mean: mean per channel [C].
+        std: standard deviation per channel [C].
+        place: where they are from, for the error.
+
+    Raises:
+        UserError: one of them is not finite, or a deviation not above 0.
+    """
+    remedy = "these are no statistics of latents; compute the latents again, of a tokenizer whose channels all vary"
+    require_finite({"mean": mean, "std": std}, place, remedy)
+    dead = (std.float() <= 0).nonzero().flatten().tolist()  # as float32, in which latents are normalized
+    if dead:
+        channel = dead[0]
+        raise UserError(f"{place}: std[{channel}] is {std[channel].item():g}, expected more than 0: {remedy}")
 
 
 class LatentNormalizer(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vavae.finite import require_finite_images
 from vavae.metrics.config import ExtractorName, MetricsConfig
 from vavae.metrics.frechet import FeatureStatistics
 from vavae.metrics.inception_score import ClassSums
@@ -212,18 +213,27 @@ class Summarizer:
         extractors: extractors by name.
         keep: number of first features that are kept.
         device: device of the sums.
+        image: word for one of the images, for errors.
+        first: index of the first image, for errors.
     """
 
     def __init__(
-        self, extractors: Mapping[str, FeatureExtractor], keep: int, device: torch.device | str = "cpu"
+        self,
+        extractors: Mapping[str, FeatureExtractor],
+        keep: int,
+        device: torch.device | str = "cpu",
+        image: str = "image",
+        first: int = 0,
     ) -> None:
         self._extractors, self._keep, self._device = extractors, keep, device
+        self._image, self._first = image, first
         self._pooled = {
             name: FeatureStatistics.empty(extractor.num_features, device) for name, extractor in extractors.items()
         }
         self._spatial: dict[str, FeatureStatistics] = {}
         self._classes: dict[str, ClassSums] = {}
         self._kept: dict[str, list[Tensor]] = {name: [] for name in extractors}
+        self._finite: dict[str, list[Tensor]] = {name: [] for name in extractors}
         self.count = 0
 
     @without_tf32()
@@ -232,6 +242,9 @@ class Summarizer:
         images = images.to(self._device)
         for name, extractor in self._extractors.items():
             features = extractor.features(images)
+            # Looked at with the sums: the host would have to wait for it now.
+            finite = [part.isfinite().all(1) for part in features if part is not None]
+            self._finite[name].append(torch.stack(finite).all(0))
             self._pooled[name].update(features.pooled)
             self._kept[name].append(features.pooled[: max(0, self._keep - self.count)].cpu())
             if features.spatial is not None:
@@ -245,7 +258,15 @@ class Summarizer:
         self.count += len(images)
 
     def summaries(self) -> Summaries:
-        """Summaries of all images so far."""
+        """Summaries of all images so far.
+
+        Raises:
+            UserError: the features of an image are not finite.
+        """
+        for name, flags in self._finite.items():
+            if flags:
+                what = f"its features through {name} are not finite; give whole weights of that network"
+                require_finite_images(torch.cat(flags), self._image, self._first, what)
         return {
             name: FeatureSummary(
                 self._pooled[name],
@@ -263,9 +284,11 @@ def summarize(
     keep: int,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda _: None,
+    image: str = "image",
+    first: int = 0,
 ) -> Summaries:
     """Summarize one part, given as batches of images uint8 [B, 3, H, W]; see :class:`Summarizer`."""
-    summarizer = Summarizer(extractors, keep, device)
+    summarizer = Summarizer(extractors, keep, device, image, first)
     for images in batches:
         summarizer.update(images)
         advance(len(images))

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vavae.finite import require_finite
+
 
 class Moments(Protocol):
     """Mean and covariance of a set of features, which the distance compares."""
@@ -101,9 +103,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     The trace of (Σ_a Σ_b)^½ equals that of (Σ_a^½ Σ_b Σ_a^½)^½, whose inner matrix is symmetric: eigenvalues in
     float64 do, where the square root of a non-symmetric matrix may turn complex. Singular covariances are no exception.
+
+    Raises:
+        UserError: a value of the moments is not finite.
     """
     assert len(a.mean) == len(b.mean), f"features of {len(a.mean)} and {len(b.mean)} dimensions"
     first, second = a.covariance, b.covariance
+    for moments in ((a.mean, first), (b.mean, second)):
+        named = dict(zip(("mean", "covariance"), moments, strict=True))
+        require_finite(named, "moments of features", "no Fréchet distance of these; make the features again")
     root = _square_root(first)
     cross = _eigenvalues(root @ second @ root).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross

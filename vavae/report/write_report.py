@@ -13,6 +13,7 @@ from vavae.report.run_report import log_rows, run_report
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, LOG, METRICS, RECONSTRUCTIONS, REPORT
 from vavae.runs.output import JobOutput
+from vavae.training.logging.log import rows_text
 
 
 def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOutput) -> None:
@@ -41,6 +42,6 @@ def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOu
 
 def write_log(inputs: ReportInputs) -> bytes:
     """Write the rows of both trainings into one file, and return its content."""
-    data = "".join(json.dumps(row) + "\n" for row in log_rows(inputs)).encode()
+    data = rows_text(log_rows(inputs)).encode()
     inputs.storage.write_bytes(LOG, data)
     return data

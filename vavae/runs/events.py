@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal
 
+from vavae.finite import finite_row
 from vavae.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ class Event:
     """Moment in UTC, ISO 8601."""
 
     def line(self) -> str:
-        """The event as a line of JSON, without fields that have no value."""
+        """The event as a line of JSON, without fields that have no value, and null for figures that are not finite."""
         known = {name: value for name, value in asdict(self).items() if value not in (None, {})}
         details = known.pop("details", {})
-        return json.dumps({"time": known.pop("time"), **known, **details}) + "\n"
+        return json.dumps(finite_row({"time": known.pop("time"), **known, **details}), allow_nan=False) + "\n"
 
 
 class EventLog:

@@ -12,6 +12,7 @@ from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
 from vavae.distributed.config import Precision
 from vavae.errors import UserError
+from vavae.finite import require_finite
 from vavae.interop.export import load_lightningdit, load_tokenizer
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
@@ -70,6 +71,9 @@ class Sampler(NamedTuple):
             seed: seed of the run.
             guidance: classifier-free guidance.
             solver: solver of the flow.
+
+        Raises:
+            UserError: an image is not finite; it would be black.
         """
         model = self.lightningdit
         device = self.normalizer.mean.device
@@ -79,7 +83,27 @@ class Sampler(NamedTuple):
         velocity = ClassifierFreeGuidance(autocast(model.forward), model.null_label, guidance)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
         decode = autocast(self.tokenizer.decode)
-        return to_uint8(decode(self.normalizer.denormalize(latents))).cpu()
+        decoded = decode(self.normalizer.denormalize(latents))
+        finite = decoded.isfinite().all()
+        images = to_uint8(decoded).cpu()  # the host waits here, and not for the flag
+        if not finite:
+            self._refuse(latents, decoded.isfinite().flatten(1).all(1), indices)
+        return images
+
+    def _refuse(self, latents: Tensor, finite: Tensor, indices: Sequence[int]) -> None:
+        """Raise the UserError that says where values came from that are not finite, in weights or in latents."""
+        remedy = "take an earlier checkpoint"
+        require_finite(self.lightningdit.state_dict(), "weights of the LightningDiT", remedy)
+        require_finite(self.tokenizer.state_dict(), "weights of the tokenizer", remedy)
+        require_finite(self.normalizer.state_dict(), "statistics of the latents", "compute the latents again")
+        bad = int(finite.logical_not().nonzero()[0])
+        if latents[bad].isfinite().all():
+            what, cure = "the tokenizer's decoder overflows", "train that tokenizer again"
+        else:
+            what, cure = "the LightningDiT's latent is not finite", "lower guidance.scale, take more solver.num_steps"
+        raise UserError(
+            f"sample {indices[bad]}: {what}, though all weights are finite: set sample.precision=fp32, or {cure}"
+        )
 
     def batches(
         self,

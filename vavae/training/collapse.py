@@ -1,5 +1,6 @@
 """Detection of trainings that collapse while all numbers stay finite, from the rows of their log."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
@@ -93,14 +94,15 @@ class CollapseDetector:
 
         Args:
             images_seen: at the end of the row.
-            row: metrics by name; one that is missing, where all steps were skipped, stays as it was.
+            row: metrics by name; one that is missing or not finite, where all steps were skipped, stays as it was.
         """
         if images_seen <= self._after_images:
             return []
         judged = [
             self._judge(name, value, images_seen)
             for name, value in row.items()
-            if name.startswith(GRADIENT_NORM) or name in (OUTPUT_VARIANCE, DISCRIMINATOR_ACCURACY)
+            if (name.startswith(GRADIENT_NORM) or name in (OUTPUT_VARIANCE, DISCRIMINATOR_ACCURACY))
+            and math.isfinite(value)
         ]
         return [collapse for collapse in judged if collapse is not None]
 

@@ -17,6 +17,7 @@ import timm
 from timm.models import load_state_dict
 
 from vavae.errors import UserError
+from vavae.finite import require_finite
 from vavae.models.backbones.config import EMBEDDED, BackboneConfig
 from vavae.models.backbones.weights import timm_name, weights_file
 
@@ -83,6 +84,8 @@ def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
             f"the weights at {place} cannot be read ({_first_sentence(error)}): give a whole "
             "checkpoint, as safetensors or as a pickle of tensors alone"
         ) from error
+    found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    require_finite(found, f"the weights at {place}", "take a whole checkpoint of that network")
     # With another number of classes timm would load without checking names, so the classifier goes afterwards.
     num_classes = timm_kwargs.pop("num_classes", None)
     build = _embedded if config.name == EMBEDDED else _published

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vavae.data.pixels import enlargement, image_grid
 from vavae.distributed.world import World
+from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
@@ -76,6 +77,9 @@ class SamplePreview:
             logger.warning(
                 "no preview at %s images: no memory beside the training; lower sample.batch_size", images_seen
             )
+            return
+        except UserError as error:  # a picture is no reason to end a training
+            logger.warning("no preview at %s images: %s", images_seen, error)
             return
         grid = image_grid(images, _COLUMNS, scale=enlargement(images.shape[-2:]))
         log.picture(images_seen, "samples", grid, self._folder)

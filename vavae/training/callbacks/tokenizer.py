@@ -1,5 +1,6 @@
 """Probes and previews of the tokenizer during its training, on the same few images with the same noise."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,8 @@ from vavae.storage.storage import Storage
 from vavae.training.callbacks.callback import exported_module
 from vavae.training.logging.log import MetricsLog
 from vavae.training.step import Step
+
+logger = logging.getLogger(__name__)
 
 PROBED, SHOWN = 64, 8
 """Images whose latents are probed, and whose reconstructions are drawn."""
@@ -69,7 +72,11 @@ class ReconstructionPreview:
         if model is None:
             return
         latents = _latents(model, self._images, self._config.seed, self._world)
-        restored = torch.cat([to_uint8(model.decode(z)).cpu() for z in latents])
+        decoded = torch.cat([model.decode(z) for z in latents])
+        if not decoded.isfinite().all():
+            logger.warning("no preview at %s images: the reconstructions are not finite", images_seen)
+            return
+        restored = to_uint8(decoded).cpu()
         difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
         triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
         grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-2:]))

@@ -8,7 +8,6 @@ there is nothing to convert.
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -33,6 +32,7 @@ from vavae.distributed.shard_files import (
 from vavae.distributed.sharded_tensors import TensorShard, as_full_shard
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError
+from vavae.finite import finite_row
 from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
 from vavae.training.checkpoints.background_write import BackgroundWrite
@@ -119,7 +119,7 @@ class Checkpoints:
             state=state,
             updates={key: engine.updates for key, engine in step.engines.items()},
             memory={lane: [*values] for memory in memories for lane, values in memory.items()},
-            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
+            metrics=finite_row(metrics),
         )
         sets = {key: {**engine.tensor_shards(), **engine.moments()} for key, engine in step.engines.items()}
         if step.ema is not None:

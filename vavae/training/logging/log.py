@@ -1,8 +1,9 @@
 """Rows of metrics, kept as immutable segments beside the checkpoints, and in TensorBoard."""
 
 import json
+import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL.Image import Image
 
 from vavae.data.image import png_bytes
+from vavae.finite import finite_row
 from vavae.storage.storage import Storage
 
 if TYPE_CHECKING:  # who only reads rows, as `vavae status`, needs no torch, which takes seconds to import
@@ -64,7 +66,7 @@ class MetricsLog:
             if len(rows) >= count:
                 break
             if _images(name) <= images_seen:
-                rows = [*_rows_of(self._segments, name), *rows]
+                rows = [*_read_segment(self._segments, name), *rows]
         return rows[-count:]
 
     def add(self, images_seen: int, row: Mapping[str, float]) -> None:
@@ -76,8 +78,7 @@ class MetricsLog:
         if not self._rows or self._rows[-1]["images"] != images_seen:
             self._rows.append({"stage": self._job, "images": images_seen})
         self._rows[-1] |= row
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, images_seen)
+        _show_scalars(self._writer, images_seen, row)
 
     def picture(self, images_seen: int, name: str, picture: Image, folder: Storage) -> None:
         """Keep a picture: in TensorBoard, and as a file of a folder, which is named by the images seen."""
@@ -92,7 +93,7 @@ class MetricsLog:
         if not self._active:
             return _write_nothing
         assert self._writer is not None, "rewind opens the log"
-        text = "".join(json.dumps(row) + "\n" for row in self._rows)
+        text = rows_text(self._rows)
         self._rows = []
         self._writer.flush()
         return lambda: self._write(f"{images_seen:012d}.jsonl", text)
@@ -121,28 +122,39 @@ def show_checkpoint_metrics(tensorboard: Storage, images_seen: int, metrics: Map
 
     with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
         with SummaryWriter(scratch) as writer:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, images_seen)
+            _show_scalars(writer, images_seen, metrics)
         for file in Path(scratch).iterdir():
             tensorboard.put_file(file, file.name)
 
 
+def _show_scalars(writer: "SummaryWriter", images_seen: int, row: Mapping[str, float]) -> None:
+    for name, value in finite_row(row).items():
+        if value is not None:
+            writer.add_scalar(name, value, images_seen)
+
+
+def rows_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as lines of JSON, with null for each figure that is not finite."""
+    return "".join(json.dumps(finite_row(row), allow_nan=False) + "\n" for row in rows)
+
+
 def read_rows(segments: Storage) -> list[dict[str, Any]]:
-    """Read all rows of a training, in order."""
-    return [row for name in segments.list() for row in _rows_of(segments, name)]
+    """Read all rows of a training, in order; NaN stands for figures that were not finite."""
+    return [row for name in segments.list() for row in _read_segment(segments, name)]
 
 
 def latest_row(segments: Storage) -> dict[str, Any]:
     """Read the last row of a training without those before it; empty where there is none."""
     for name in reversed(segments.list()):
-        lines = segments.read_bytes(name).decode().splitlines()
-        if lines:
-            return json.loads(lines[-1])
+        rows = _read_segment(segments, name)
+        if rows:
+            return rows[-1]
     return {}
 
 
-def _rows_of(segments: Storage, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in segments.read_bytes(name).decode().splitlines()]
+def _read_segment(segments: Storage, name: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in segments.read_bytes(name).decode().splitlines()]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
 def _images(segment: str) -> int:
