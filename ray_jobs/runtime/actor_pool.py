@@ -1,10 +1,10 @@
 """A pool of actors that each load their models once and then process one item after another."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-from ray.util import ActorPool
 
 from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.runtime.progress_monitor import monitor_progress
@@ -15,10 +15,8 @@ from vavae.runs.config import RunConfig
 from vavae.runs.run import Job, Run
 
 ItemT = TypeVar("ItemT")
-Advance = Callable[[int], None]
-"""Takes the number of images done since the last call."""
-Work = Callable[[Any, Advance], None]
-"""Processes one item."""
+Work = Callable[[Any, ProgressActor], None]
+"""Processes one item, and tells the actor how far it is."""
 
 
 class Resources(NamedTuple):
@@ -51,7 +49,7 @@ class Worker:
     Args:
         make_work: loads models and opens storage.
         workers: settings of torch.
-        progress: takes the images done.
+        progress: takes what is done.
     """
 
     def __init__(self, make_work: Callable[[], Work], workers: WorkersConfig, progress: ProgressActor) -> None:
@@ -60,7 +58,7 @@ class Worker:
 
     def do(self, item: Any) -> None:
         """Process one item."""
-        self._work(item, self._progress.advance)
+        self._work(item, self._progress)
 
 
 def work_through(
@@ -100,9 +98,28 @@ def work_through(
         max_task_retries=workers.max_failures,
     )(Worker).options(max_concurrency=items_of_an_actor)
     with monitor_progress(run, job, progress, images):
-        pool = ActorPool([actor.remote(make_work, workers, progress) for _ in range(actors)] * items_of_an_actor)
-        for _ in pool.map_unordered(lambda worker, item: worker.do.remote(item), list(items)):
-            pass
+        _process(items, [actor.remote(make_work, workers, progress) for _ in range(actors)] * items_of_an_actor)
+
+
+def _process(items: Sequence[Any], actors: Sequence[Any]) -> None:
+    """Give every actor an item, and the next one as soon as it is free.
+
+    After an error no item is given, and what the others are at is waited for: none is killed in the middle of a file.
+    """
+    left, running, failed = iter(items), dict[Any, Any](), None
+    for actor, item in zip(actors, left, strict=False):
+        running[actor.do.remote(item)] = actor
+    while running:
+        (done, *_), _ = ray.wait([*running])
+        actor = running.pop(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            failed = failed or error
+        if failed is None:
+            running.update((actor.do.remote(item), actor) for item in islice(left, 1))
+    if failed is not None:
+        raise failed
 
 
 def max_actors(job: Job, resources: Resources) -> int:
