@@ -112,7 +112,7 @@ def check_ray() -> str | None:
         if address is None or parts.hostname is None or parts.port is None:
             raise ValueError("no cluster runs here" if named == "auto" else "no address of a host and a port")
         socket.create_connection((parts.hostname, parts.port), _CONNECT_SECONDS).close()
-        with init_grpc_channel(address) as channel:
+        with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
             grpc.channel_ready_future(channel).result(_ANSWER_SECONDS)
     except (OSError, ValueError, grpc.FutureTimeoutError) as error:
         reason = str(error).partition(". ")[0] or f"what listens is none, or did not answer in {_ANSWER_SECONDS:g} s"

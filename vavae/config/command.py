@@ -23,10 +23,11 @@ class Arguments:
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports misuse in one line."""
+class Parser(argparse.ArgumentParser):
+    """A parser that reports misuse in one line; so do the parsers of its subcommands."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with the line."""
         self.exit(_MISUSE, f"{self.prog}: error: {message}; see --help\n")
 
 
@@ -35,7 +36,7 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
     Misuse is one line on standard error and exit status 2.
     """
-    parser = _Parser(prog, description=description, allow_abbrev=False)
+    parser = Parser(prog, description=description, allow_abbrev=False)
     text = "the YAML configuration of the run, or the name of one that comes along, such as quickstart"
     parser.add_argument("--config", required=True, metavar="FILE", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
