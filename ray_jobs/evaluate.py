@@ -3,11 +3,14 @@
 import sys
 from functools import partial
 
-from ray_jobs.runtime.actor_pool import Advance, Work, work_through
+from ray_jobs.runtime.actor_pool import Work, work_through
 from ray_jobs.runtime.checkpoint_evaluation import evaluate_pending_checkpoints
 from ray_jobs.runtime.command import main
+from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.evaluation.evaluate import evaluate
 from vavae.evaluation.evaluator import Evaluator
+from vavae.evaluation.parts import Part
+from vavae.progress import Progress
 from vavae.report.write_report import write_evaluation
 from vavae.runs.evaluation_inputs import EvaluationInputs, ReportInputs
 from vavae.runs.output import JobOutput
@@ -21,18 +24,29 @@ def work(run: Run) -> None:
     parts = Evaluator(inputs).missing()
     images = sum(len(part.span) for part in parts)
     if actors > 1 and len(parts) > 1:
-        work_through(run, "evaluate", lambda: Evaluator(inputs).evaluate, parts, images, actors)
+        work_through(run, "evaluate", partial(_make_part, inputs), parts, images, actors)
         images = 0
     output.discard()
     report = ReportInputs.of(run)
     work_through(run, "evaluate", partial(_make_report, inputs, output), [report], images, actors=1)
 
 
+def _make_part(inputs: EvaluationInputs) -> Work[Part, None]:
+    evaluator = Evaluator(inputs)
+
+    def do(part: Part, progress: ProgressActor) -> None:
+        evaluator.evaluate(part, progress.advance)
+
+    return do
+
+
 def _make_report(inputs: EvaluationInputs, output: JobOutput) -> Work[ReportInputs, None]:
     evaluator = Evaluator(inputs)
 
-    def do(report: ReportInputs, advance: Advance) -> None:
-        write_evaluation(evaluate(evaluator, advance), report, output)
+    def do(report: ReportInputs, progress: ProgressActor) -> None:
+        evaluation = evaluate(evaluator, progress.advance, progress.report)
+        progress.report(Progress("evaluate", 0, None, doing="report"))
+        write_evaluation(evaluation, report, output)
         evaluator.clean()
 
     return do

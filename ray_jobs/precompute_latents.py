@@ -3,8 +3,9 @@
 import sys
 from functools import partial
 
-from ray_jobs.runtime.actor_pool import Advance, Resources, Work, work_through
+from ray_jobs.runtime.actor_pool import Resources, Work, work_through
 from ray_jobs.runtime.command import main
+from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.distributed.world import World
 from vavae.interop.export import load_tokenizer
 from vavae.latents.extract import Extraction, LatentShardRecord, ShardTask
@@ -29,8 +30,8 @@ def _make_work(inputs: ExtractionInputs) -> Work[ShardTask, LatentShardRecord]:
     tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
     tokenizer.to(device)
 
-    def do(task: ShardTask, advance: Advance) -> LatentShardRecord:
-        return extraction.encode(task, tokenizer, device, advance)
+    def do(task: ShardTask, progress: ProgressActor) -> LatentShardRecord:
+        return extraction.encode(task, tokenizer, device, progress.advance)
 
     return do
 

@@ -2,8 +2,9 @@
 
 import sys
 
-from ray_jobs.runtime.actor_pool import Advance, Resources, work_through
+from ray_jobs.runtime.actor_pool import Resources, work_through
 from ray_jobs.runtime.command import main
+from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.data.shards.plan import PlannedShard, plan_shards
 from vavae.data.shards.write import ShardRecord, claim, finish, write_shard
 from vavae.runs.run import Run
@@ -18,8 +19,8 @@ def work(run: Run) -> None:
     if plan.shards:
         actors, resources = run.config.workers.count, Resources.of(run.config.workers, gpus=0)
 
-        def write(shard: PlannedShard, advance: Advance) -> ShardRecord:
-            return write_shard(storage, prefix, shard, advance)
+        def write(shard: PlannedShard, progress: ProgressActor) -> ShardRecord:
+            return write_shard(storage, prefix, shard, progress.advance)
 
         records = work_through(run, "prepare_shards", lambda: write, plan.shards, plan.images, actors, resources)
     manifest = finish(storage, prefix, plan, records)

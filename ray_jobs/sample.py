@@ -3,8 +3,9 @@
 import sys
 from functools import partial
 
-from ray_jobs.runtime.actor_pool import Advance, Work, work_through
+from ray_jobs.runtime.actor_pool import Work, work_through
 from ray_jobs.runtime.command import main
+from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.config import digest
 from vavae.distributed.world import World
 from vavae.runs.run import Run
@@ -29,8 +30,8 @@ def _make_work(inputs: SamplingInputs) -> Work[int, SampleShardRecord]:
     samples = SampleSet.of(inputs)
     sampler = Sampler.load(inputs, World.current(inputs.config.workers.use_gpu).device)
 
-    def do(shard: int, advance: Advance) -> SampleShardRecord:
-        return samples.generate(shard, sampler, advance)
+    def do(shard: int, progress: ProgressActor) -> SampleShardRecord:
+        return samples.generate(shard, sampler, progress.advance)
 
     return do
 

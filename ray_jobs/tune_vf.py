@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from ray_jobs.pipeline import JOB_FUNCTIONS
-from ray_jobs.runtime.actor_pool import Advance, work_through
+from ray_jobs.runtime.actor_pool import work_through
+from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.tune import command
 from ray_jobs.tune.shared_tasks import TaskFunctions
 from vavae.evaluation import evaluate as evaluation
@@ -17,8 +18,8 @@ def evaluate_tokenizer(run: Run) -> None:
     """Evaluate the tokenizer of a run by itself, in one actor."""
     inputs = EvaluationInputs.of(run)
 
-    def evaluate_and_keep(run: Run, advance: Advance) -> None:
-        metrics = evaluation.evaluate_tokenizer(inputs, advance)
+    def evaluate_and_keep(run: Run, progress: ProgressActor) -> None:
+        metrics = evaluation.evaluate_tokenizer(inputs, progress.advance)
         write_tokenizer_metrics(run, {metric.name: metric.value for metric in metrics})
 
     work_through(run, "evaluate", lambda: evaluate_and_keep, [run], run.config.evaluate.images, actors=1)

@@ -1,5 +1,6 @@
 """Progress of a long operation, and the line or the bar that shows it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from rich.progress import Progress as MovingBar
 
 NAME_WIDTH = 18
 """Width of the name of a job, characters."""
+LINE_SECONDS = 10.0
+"""Shortest time between two lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Progress:
     """Recent rate, units per second."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """A few metrics worth seeing, such as the loss."""
+    doing: str = ""
+    """Activity that is counted, where it is not the job's own; one without a total is named alone."""
 
     def line(self) -> str:
         """Line such as `train_vavae  1,280/19,200 images  61 images/s  4:53 left  loss 0.123`."""
@@ -32,8 +37,10 @@ class Progress:
 
     def summary(self) -> str:
         """Line without the job."""
+        if self.doing and self.total is None:
+            return self.doing
         total = "" if self.total is None else f"/{self.total:,}"
-        parts = [f"{self.done:,}{total} {self.unit}"]
+        parts = [*([self.doing] if self.doing else []), f"{self.done:,}{total} {self.unit}"]
         if self.rate:
             parts.append(f"{self.rate:{',.0f' if self.rate >= 100 else '.3g'}} {self.unit}/s")
             if self.total is not None:
@@ -68,14 +75,31 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def show(progress: Progress) -> None:
-    """Print the line of a moment."""
-    print(progress.line(), flush=True)
+class ProgressLines:
+    """Prints moments of a job as lines, seldom enough for a file: at most one in ten seconds, and none twice.
+
+    Args:
+        job: its name.
+    """
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._printed: tuple[str, str, int] | None = None
+        self._printed_at = -math.inf
+
+    def show(self, moment: Progress | str) -> None:
+        """Print the line of a moment, unless it is too early for another one, or nothing was done since the last."""
+        if isinstance(moment, str):
+            moment = Progress(self._job, 0, None, doing=moment)
+        what = (moment.job, moment.doing, moment.done)
+        if what != self._printed and time.monotonic() - self._printed_at >= LINE_SECONDS:
+            self._printed, self._printed_at = what, time.monotonic()
+            print(moment.line(), flush=True)
 
 
 @contextmanager
 def display(job: str, console: Console | None = None) -> Iterator[Callable[[Progress | str], None]]:
-    """Show a job: as a bar that moves on a terminal and vanishes at the end, elsewhere as a line each time.
+    """Show a job: as a bar that moves on a terminal and vanishes at the end, elsewhere as a line from time to time.
 
     Args:
         job: its name.
@@ -84,9 +108,9 @@ def display(job: str, console: Console | None = None) -> Iterator[Callable[[Prog
     Yields:
         Function that shows a moment of the job, or a word about it.
     """
-    console, name = console or Console(), f"{job:<{NAME_WIDTH}}"
+    console = console or Console()
     if not console.is_terminal:
-        yield lambda moment: show(moment) if isinstance(moment, Progress) else print(f"{name} {moment}", flush=True)
+        yield ProgressLines(job).show
         return
     columns = TextColumn(f"{{task.description:<{NAME_WIDTH}}}"), BarColumn(20), TaskProgressColumn()
     with MovingBar(*columns, TextColumn("{task.fields[summary]}"), console=console, transient=True) as bar:
@@ -95,6 +119,8 @@ def display(job: str, console: Console | None = None) -> Iterator[Callable[[Prog
         def move(moment: Progress | str) -> None:
             if isinstance(moment, str):
                 bar.update(task, summary=moment)
+            elif moment.doing and moment.total is None:
+                bar.update(task, summary=moment.summary())
             else:
                 bar.update(task, completed=moment.done, total=moment.total, summary=moment.summary())
 

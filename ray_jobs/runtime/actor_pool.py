@@ -1,10 +1,10 @@
 """A pool of actors that each load their models once and then process one item after another."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-from ray.util import ActorPool
 
 from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.runtime.progress_monitor import monitor_progress
@@ -16,10 +16,8 @@ from vavae.runs.run import Job, Run
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
-Advance = Callable[[int], None]
-"""Takes the number of images done since the last call."""
-Work = Callable[[ItemT, Advance], ResultT]
-"""Processes one item; what it returns is small, for the caller keeps that of every item."""
+Work = Callable[[ItemT, ProgressActor], ResultT]
+"""Processes one item, and tells the actor how far it is; what it returns is small, for all results are kept."""
 
 
 class Resources(NamedTuple):
@@ -52,7 +50,7 @@ class Worker:
     Args:
         make_work: loads models and opens storage.
         workers: settings of torch.
-        progress: takes the images done.
+        progress: takes what is done.
     """
 
     def __init__(
@@ -61,9 +59,9 @@ class Worker:
         configure_torch(workers)
         self._work, self._progress = make_work(), progress
 
-    def do(self, index: int, item: Any) -> tuple[int, Any]:
-        """Process one item; returns its index and its result."""
-        return index, self._work(item, self._progress.advance)
+    def do(self, item: Any) -> Any:
+        """Process one item; returns its result."""
+        return self._work(item, self._progress)
 
 
 def work_through(
@@ -106,8 +104,29 @@ def work_through(
         max_task_retries=workers.max_failures,
     )(Worker).options(max_concurrency=items_of_an_actor)
     with monitor_progress(run, job, progress, images):
-        pool = ActorPool([actor.remote(make_work, workers, progress) for _ in range(actors)] * items_of_an_actor)
-        results = dict(pool.map_unordered(lambda worker, item: worker.do.remote(*item), list(enumerate(items))))
+        return _process(items, [actor.remote(make_work, workers, progress) for _ in range(actors)] * items_of_an_actor)
+
+
+def _process(items: Sequence[Any], actors: Sequence[Any]) -> list[Any]:
+    """Give every actor an item, and the next one as soon as it is free; returns the results in the order of the items.
+
+    After an error no item is given, and what the others are at is waited for: none is killed in the middle of a file.
+    """
+    left, running, failed = enumerate(items), dict[Any, tuple[int, Any]](), None
+    results: dict[int, Any] = {}
+    for actor, (index, item) in zip(actors, left, strict=False):
+        running[actor.do.remote(item)] = index, actor
+    while running:
+        (done, *_), _ = ray.wait([*running])
+        index, actor = running.pop(done)
+        try:
+            results[index] = ray.get(done)
+        except ray.exceptions.RayError as error:
+            failed = failed or error
+        if failed is None:
+            running.update((actor.do.remote(item), (index, actor)) for index, item in islice(left, 1))
+    if failed is not None:
+        raise failed
     return [results[index] for index in range(len(items))]
 
 

@@ -5,13 +5,22 @@ import math
 import os
 import secrets
 import shlex
+import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import grpc
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
 
 from ray_jobs.runtime.actor_pool import NO_RESOURCES, Resources
 from vavae.errors import UserError
@@ -26,6 +35,9 @@ _KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(256 * 1024**2),
 }
 """Settings of glibc: every step on a CPU allocates the same activations again, and fresh pages are slow."""
+_SOCKET_PATH_BYTES, _SOCKET_NAME_BYTES = 103, 24
+"""Longest path of a socket that every system takes, and the longest name that Ray gives to one."""
+_CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
 
 
 @contextmanager
@@ -41,36 +53,71 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
         evaluation: resources that evaluating checkpoints takes beside the workers.
 
     Raises:
-        UserError: the cluster can't hold them.
+        UserError: the cluster can't be joined, or can't hold them.
     """
     if ray.is_initialized():
         yield
         return
-    workers = config.workers
+    workers, address = config.workers, check_ray()
     environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **_KEEP_FREED_MEMORY}}
-    print("joining the cluster" if "RAY_ADDRESS" in os.environ else "starting Ray", flush=True)
+    print("starting Ray" if address is None else "joining the cluster", flush=True)
     # Without it the dashboard knows nothing of trainings, their workers and their logs.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(runtime_env=environment, logging_level=logging.WARNING)
-        _check_resources(config, evaluation)
-    else:
-        _stay_on_loopback()
+    with nullcontext() if address is not None else session_folder() as folder:
+        try:
+            if address is not None:
+                ray.init(address, runtime_env=environment, logging_level=logging.WARNING)
+                _check_resources(config, evaluation)
+            else:
+                _stay_on_loopback()
+                cpus_of_run = round(workers.count * workers.cpus + evaluation.cpus)
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, cpus_of_run, math.ceil(cpus)),
+                    include_dashboard=workers.dashboard,
+                    object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+                    # Ray starts workers through a shell and leaves the quoting of the interpreter to us.
+                    runtime_env={**environment, "py_executable": shlex.quote(sys.executable)},
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    _temp_dir=folder,
+                )
+            yield
+        finally:
+            ray.shutdown()
+
+
+def check_ray() -> str | None:
+    """Check that the cluster answers which `RAY_ADDRESS` names, or that Ray can be started here, before anything is.
+
+    Returns:
+        `HOST:PORT` of the cluster to join; None where Ray is to be started in this process, or runs in it.
+
+    Raises:
+        UserError: the address is none that a job can join, nothing answers there, or Ray's token can't be kept here.
+    """
+    if ray.is_initialized():
+        return None
+    named = os.environ.get("RAY_ADDRESS")
+    if named in (None, "", "local"):
         keep_token_private()
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus + evaluation.cpus), math.ceil(cpus)),
-            include_dashboard=workers.dashboard,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            # Ray starts workers through a shell and leaves the quoting of the interpreter to us.
-            runtime_env={**environment, "py_executable": shlex.quote(sys.executable)},
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        return None
+    place, remedy = f"RAY_ADDRESS={named}", "give HOST:PORT of the cluster's head, or unset it to start Ray here"
+    if "://" in named:
+        kind = "the dashboard's, which vavae submit takes" if named.startswith("http") else "none that jobs can join"
+        raise UserError(f"{place} is {kind}: {remedy} (the port is 6379 unless it was set)")
     try:
-        yield
-    finally:
-        ray.shutdown()
+        address = canonicalize_bootstrap_address(named)
+        parts = urlsplit(f"//{address}")
+        if address is None or parts.hostname is None or parts.port is None:
+            raise ValueError("no cluster runs here" if named == "auto" else "no address of a host and a port")
+        socket.create_connection((parts.hostname, parts.port), _CONNECT_SECONDS).close()
+        with init_grpc_channel(address, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:
+            grpc.channel_ready_future(channel).result(_ANSWER_SECONDS)
+    except (OSError, ValueError, grpc.FutureTimeoutError) as error:
+        reason = str(error).partition(". ")[0] or f"what listens is none, or did not answer in {_ANSWER_SECONDS:g} s"
+        raise UserError(f"{place}: no Ray cluster answers there ({reason}); {remedy}") from error
+    return address
 
 
 def check_cluster(config: RunConfig, evaluation: Resources) -> None:
@@ -83,9 +130,27 @@ def check_cluster(config: RunConfig, evaluation: Resources) -> None:
     Raises:
         UserError: it is too small.
     """
-    if not os.environ.get("RAY_ADDRESS", "http").startswith("http"):
+    if os.environ.get("RAY_ADDRESS", "").partition("://")[0] not in ("", "local", "http", "https"):
         with cluster(config, evaluation=evaluation):
             pass
+
+
+@contextmanager
+def session_folder() -> Iterator[str | None]:
+    """Yield a short folder for the session of a local Ray, deleted afterwards, where its own is too long for sockets.
+
+    None leaves Ray its own.
+    """
+    session = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    sockets = os.path.join(get_default_ray_temp_dir(), session, "sockets", "")
+    if len(os.fsencode(sockets)) + _SOCKET_NAME_BYTES <= _SOCKET_PATH_BYTES:
+        yield None
+        return
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stay_on_loopback() -> None:
@@ -99,14 +164,24 @@ def _stay_on_loopback() -> None:
 
 
 def keep_token_private() -> None:
-    """Make the token of a local Ray before Ray does, which would leave it readable for everybody."""
+    """Make the token of a local Ray before Ray does, which would leave it readable for everybody.
+
+    Raises:
+        UserError: it can't be written.
+    """
     if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")):
         return
     path = TOKEN.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(secrets.token_hex(32))
-    path.chmod(0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(secrets.token_hex(32))
+        path.chmod(0o600)
+    except OSError as error:
+        raise UserError(
+            f"{path}: Ray's token can't be kept there ({error.strerror}); set HOME to a folder that can be written, or "
+            "RAY_AUTH_TOKEN_PATH to a file with a token"
+        ) from error
 
 
 def _check_resources(config: RunConfig, evaluation: Resources) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs.runtime.actor_pool import Resources
-from ray_jobs.runtime.cluster import check_cluster, cluster
+from ray_jobs.runtime.cluster import check_cluster, check_ray, cluster
 from ray_jobs.runtime.preflight import check_sources, missing_sources, preflight
 from ray_jobs.runtime.progress_monitor import log_job_events
 from vavae.config.command import parse_arguments, run_command
@@ -74,6 +74,7 @@ def _main(
         ) from error
     to_do = [job for job, found in plans.items() if not found.done]
     if to_do:
+        check_ray()
         if "prepare_shards" in to_do:
             check_sources(config.shards, run.storage)
         missing = preflight(now, to_do)
@@ -137,7 +138,7 @@ def unwrap_worker_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError | StorageUnavailableError):
+        if isinstance(error.cause, UserError | OSError):
             raise error.cause from None
         raise
 

@@ -20,7 +20,7 @@ class ProgressUpdate(NamedTuple):
     """Reports of the workers since the driver read them last."""
 
     progress: Progress | None
-    """The latest progress of a training; None for pooled tasks, which advance."""
+    """The latest progress that was reported as a whole; None for pooled tasks as long as they only advance."""
     advanced: int
     """Images that all pooled tasks have done together."""
     events: list[Event]
@@ -92,7 +92,7 @@ class ProgressActor:
         return ProgressActor, (self._name,)
 
     def report(self, progress: Progress) -> None:
-        """Report the progress of a training."""
+        """Report the progress of a training, or of what a pooled task does after its images."""
         self._actor.report.remote(progress)
 
     def advance(self, images: int) -> None:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from ray_jobs.runtime.progress_actor import ProgressActor, ProgressUpdate
 from ray_jobs.runtime.prometheus import Exporter
 from vavae.errors import UserError
-from vavae.progress import Progress, Rate, clock, display
+from vavae.progress import Progress, Rate, display
 from vavae.runs.events import Event, EventLog
 from vavae.runs.run import Job, Run
 
@@ -71,8 +71,7 @@ class ProgressMonitor:
     ) -> None:
         self._job, self._actor, self._images = job, actor, images
         self._show, self._exporter, self._events = show, exporter, events
-        self._start, self._rate = time.monotonic(), Rate()
-        self._last: Progress | None = None
+        self._rate = Rate()
 
     def poll_until(self, ended: threading.Event) -> None:
         """Poll until the job has ended, and once more for its last events."""
@@ -89,19 +88,16 @@ class ProgressMonitor:
         return update
 
     def _moment(self, update: ProgressUpdate) -> Progress | str:
-        """The progress of the job, exported; a word while it starts and finishes."""
+        """The progress of the job, exported where it counts its images; a word while it starts."""
         progress = update.progress
-        if update.advanced:
+        if progress is None and update.advanced:
             progress = Progress(self._job, update.advanced, self._images, rate=self._rate.update(update.advanced))
-        before, self._last = self._last, progress
-        elapsed = clock(time.monotonic() - self._start)
         if progress is None:
-            return f"starting  {elapsed}"
-        self._exporter.show({"images": progress.done})
-        if progress.total is not None:
-            self._exporter.show({"images_planned": progress.total})
-        if before is not None and before.done == progress.done == progress.total:
-            return f"finishing  {elapsed}"
+            return "starting"
+        if not progress.doing:
+            self._exporter.show({"images": progress.done})
+            if progress.total is not None:
+                self._exporter.show({"images_planned": progress.total})
         return progress
 
 

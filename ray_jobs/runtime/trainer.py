@@ -17,11 +17,10 @@ from ray_jobs.runtime.progress_monitor import monitor_progress
 from ray_jobs.runtime.session import RaySession
 from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
-from vavae.errors import CommonError, UserError
+from vavae.errors import CommonError, UserError, one_line
 from vavae.planning.training import resolve_lanes_at_once
 from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import begin_training
-from vavae.storage.retry import StorageUnavailableError
 from vavae.training.checkpoints.lease import SupersededError
 from vavae.training.session import this_process
 from vavae.training.train import train
@@ -99,6 +98,6 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     except UserError as error:
         progress.report_error(str(error))
         raise
-    except StorageUnavailableError as error:
-        progress.report_outage(f"{job}: {error}; the same command resumes from the last checkpoint")
+    except OSError as error:
+        progress.report_outage(f"{job}: {one_line(error)}; the same command resumes from the last checkpoint")
         raise

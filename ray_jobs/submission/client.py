@@ -7,18 +7,22 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from ray_jobs.runtime.cluster import TOKEN
+from ray_jobs.runtime.cluster import TOKEN, check_ray
 from ray_jobs.submission.submission import GRACE, Submission
 from vavae.config.command import INTERRUPTED
 from vavae.errors import UserError
 
 _POLL_SECONDS, _RETRY_SECONDS, _PATIENCE_SECONDS = 0.5, 1.0, 300.0
+_ANSWER_SECONDS = 10.0
 _OUTAGE = (RuntimeError, OSError, aiohttp.ClientError)
 
 
@@ -142,8 +146,25 @@ def _connect() -> JobSubmissionClient:
     _check_token_file()
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)  # of packages and ignored files, one by one
+    named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if "://" in named and not named.startswith("http"):
+        raise UserError(f"RAY_ADDRESS={named}: jobs are submitted to the dashboard: give its address, http://HEAD:8265")
     with _user_errors():
+        if named.startswith("http"):
+            _check_answers(named)
+        elif named:
+            check_ray()
         return JobSubmissionClient()
+
+
+def _check_answers(address: str) -> None:
+    """Ask the dashboard for anything, for Ray's client would wait without an end; raises OSError without an answer."""
+    try:
+        urlopen(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_SECONDS).close()
+    except HTTPError as error:
+        error.close()  # a refusal is an answer, too
+    except HTTPException as error:
+        raise OSError(f"what listens there does not speak HTTP: {type(error).__name__}") from error
 
 
 def _check_token_file() -> None:
@@ -165,6 +186,8 @@ def _user_errors(otherwise: str | None = None) -> Iterator[None]:
     place = named[0] if named else "no RAY_ADDRESS is set, and on this machine"
     try:
         yield
+    except UserError:
+        raise
     except AuthenticationError as error:
         raise UserError(f"{place}: {_in_short(error)}; see RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH") from error
     except OSError as error:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ray._private.runtime_env.packaging import create_package
 
+from vavae.config.presets import is_preset
 from vavae.errors import UserError
 
 
@@ -43,11 +44,13 @@ def unpacked(working_dir: Path) -> Iterator[Upload]:
 
 
 def config_inside(config: str, working_dir: Path) -> str:
-    """The path of a configuration file as the job will see it.
+    """The path of a configuration file as the job will see it; a name that the package knows stays one.
 
     Raises:
         UserError: it lies outside of the upload.
     """
+    if is_preset(config):
+        return config
     path = Path(os.path.relpath(Path(config).resolve(), working_dir.resolve()))
     if path.parts[:1] == ("..",):
         raise UserError(f"--config {config}: outside of {working_dir}, which is what the job gets; see --working-dir")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.runtime.cluster import cluster
+from ray_jobs.runtime.cluster import check_ray, cluster
 from ray_jobs.runtime.preflight import check_sources, preflight
 from ray_jobs.tune import search
 from ray_jobs.tune.callbacks import tune_callbacks
@@ -61,6 +61,7 @@ def _main(functions: TaskFunctions, argv: Sequence[str] | None) -> int:
     callbacks = tune_callbacks(sweep)
     points = search.points_to_run(sweep)
     if points or sweep.config.search.method == "optuna":
+        check_ray()
         sweep.storage.write_bytes("sweep.yaml", to_text(as_written(sweep)).encode())
         peak = search.peak_resources(run.config)
         with cluster(run.config, cpus=peak.cpus * (sweep.config.max_concurrent or 1)):

@@ -107,14 +107,18 @@ class SharedTasks:
 
     @contextmanager
     def show_progress(self) -> Iterator[None]:
-        """Print the progress of all running tasks at intervals until the block ends."""
+        """Print the progress of all running tasks at intervals until the block ends, where there is any."""
         ended = threading.Event()
 
         def show() -> None:
+            printed: set[str] = set()
             while not ended.wait(_SHOW_SECONDS):
                 with suppress(ray.exceptions.RayActorError):  # a lost actor is restarted
-                    for progress in ray.get(self._actor.progress.remote()):
-                        print(progress.line(), flush=True)
+                    lines = [progress.line() for progress in ray.get(self._actor.progress.remote())]
+                    for line in lines:
+                        if line not in printed:
+                            print(line, flush=True)
+                    printed = {*lines}
 
         thread = threading.Thread(target=show, daemon=True)
         thread.start()

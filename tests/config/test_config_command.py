@@ -1,5 +1,6 @@
 """The shared command line and its exit statuses."""
 
+import errno
 import subprocess
 import sys
 
@@ -57,3 +58,30 @@ def test_other_errors_pass():
 def test_configuration_needs_no_torch():
     code = "import sys, vavae.config; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'ray')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "runs/a: No space left on device; free some space there, or name another folder",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "runs/aaa"),
+            "runs/aaa: File name too long; give it a shorter name",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", b"runs"), "runs: Is a directory"),
+        (FileNotFoundError("s3://bucket/key"), "s3://bucket/key: no such file"),
+        (ConnectionError("nobody\nis there"), "nobody is there"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_and_status_2(
+    error: OSError, line: str, capsys: pytest.CaptureFixture[str]
+):
+    def fail() -> None:
+        raise error
+
+    assert (run_command(fail), capsys.readouterr().err) == (2, f"error: {line}\n")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, field_validator, model_validator
 
 from vavae.config import Config, digest, dump, load
+from vavae.config.presets import PRESETS, find_config, preset_names
 from vavae.config.yaml_source import parse
 from vavae.errors import UserError
 
@@ -407,3 +408,18 @@ def test_a_dump_given_back_is_the_same_configuration(tmp_path_factory: pytest.Te
     assert again == config
     assert digest(again) == digest(config)
     assert dump(again) == dump(config)
+
+
+def test_a_configuration_of_the_package_is_found_by_its_name_and_a_file_of_that_name_goes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert {"quickstart", "tiny", "imagenet/f16d32", "sweeps/tiny"} <= {*preset_names()}
+    assert find_config("imagenet/f16d32") == PRESETS / "imagenet" / "f16d32.yaml"
+    Path("quickstart").mkdir()
+    assert find_config("quickstart") == PRESETS / "quickstart.yaml", "a run's folder is no configuration"
+    Path("tiny").write_text("name: own")
+    assert find_config("tiny") == Path("tiny")
+    assert find_config("tiny.yaml") == Path("tiny.yaml"), "a path, whether there is a file or not"
+    with pytest.raises(UserError, match=r"^presets/ablation: no such file, .*those are cifar10_cpu, imagenet/f16d16, "):
+        find_config("presets/ablation")

@@ -1,11 +1,14 @@
 """Files in a folder and in an object store: whole or absent, named within the root, the same through pickling."""
 
+import errno
 import os
 import pickle
 import uuid
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
@@ -197,3 +200,38 @@ def test_messages(tmp_path):
     storage.write_bytes("x.json", b"{half")
     with pytest.raises(UserError, match=r"x\.json holds no JSON .*delete it"):
         storage.read_json("x.json")
+
+
+def _safetensors_on_a_full_disk(file):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_bytes(b"x"),
+        lambda file: torch.save({"a": torch.zeros(4096)}, file),
+        _safetensors_on_a_full_disk,
+    ],
+    ids=["bytes", "torch", "safetensors"],
+)
+def test_a_full_disk_is_an_error_that_names_the_file_and_nothing_stays(tmp_path, write):
+    storage = Storage(str(tmp_path))
+
+    def fill():
+        with storage.create("a/b.tar") as file:
+            file.symlink_to("/dev/full")
+            write(file)
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fill()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, storage.url("a/b.tar"))
+    assert [*(tmp_path / "a").iterdir()] == []
+
+
+def test_other_errors_in_the_middle_of_a_file_stay_what_they_are(tmp_path):
+    for error in (ValueError("a"), BrokenPipeError(errno.EPIPE, "Broken pipe")):
+        with pytest.raises(type(error)) as caught, Storage(str(tmp_path)).create("a"):
+            raise error
+        assert caught.value is error
+        assert getattr(error, "filename", None) is None

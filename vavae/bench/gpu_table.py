@@ -24,7 +24,7 @@ from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
 
 _HEAD = ("benchmark", "side", "value", RATE, FLOPS, PEAK_SHARE, MEMORY, "ratio", "range")
-_SMALL, _IMAGENET = Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs" / "imagenet"
+_SMALL = Path(__file__).parent / "configs"
 
 
 class Part(NamedTuple):
@@ -82,7 +82,7 @@ def parts(on_gpu: bool) -> list[Part]:
     alone = ["workers.count=1", "stream.lanes=4", "lightningdit.classes=1000"]
     dit = [*alone, "train_lightningdit.batch_size=128", "train_vavae.batch_size=32"]
     sampled = [*dit, "solver.num_steps=16", "sample.batch_size=64"]
-    xl, f16d32 = (str(_IMAGENET / f"{name}.yaml") for name in ("lightningdit_xl_64_epochs", "f16d32_dinov2"))
+    xl, f16d32 = (f"imagenet/{name}" for name in ("lightningdit_xl_64_epochs", "f16d32_dinov2"))
     return [
         Part("train-lightningdit", 160, _lightningdit, (xl, [*dit, "stream.lanes=2"], WAYS[:2], 5, device)),
         Part("train-vavae", 150, _tokenizer, (f16d32, dit, 3, device)),

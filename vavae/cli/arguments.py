@@ -5,7 +5,8 @@ import argparse
 
 def add_config(command: argparse.ArgumentParser) -> None:
     """Add the configuration file of a run, and the overrides of its keys."""
-    command.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
+    text = "the YAML configuration of the run, or the name of one that comes along, such as quickstart"
+    command.add_argument("--config", required=True, metavar="FILE", help=text)
     add_overrides(command)
 
 

@@ -1,19 +1,16 @@
 """The console command ``vavae``: what needs no cluster, and how to reach one."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from ray_jobs.submission.command import add_commands as add_submission_commands
 from vavae.cli import bench, data, import_export, plan, report, sample, status, train
-from vavae.config.command import run_command
+from vavae.config.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
-    parser = argparse.ArgumentParser(
-        "vavae", description="VA-VAE and LightningDiT, here and on a cluster.", allow_abbrev=False
-    )
+    parser = Parser("vavae", description="VA-VAE and LightningDiT, here and on a cluster.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (status, plan, train, import_export, sample, report):
         module.add_commands(commands)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vavae.cli.arguments import add_overrides
-from vavae.progress import Progress, Rate, show
+from vavae.progress import Progress, Rate, display
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,10 +64,11 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _with_progress(batches: Iterable["Tensor"], total: int) -> Iterator["Tensor"]:
-    """Yield the batches, and print a line of progress for each."""
+    """Yield the batches, and show the progress."""
     rate, done = Rate(), 0
     rate.update(done)
-    for batch in batches:
-        done += len(batch)
-        show(Progress("sample", done, total, rate=rate.update(done)))
-        yield batch
+    with display("sample") as show:
+        for batch in batches:
+            done += len(batch)
+            show(Progress("sample", done, total, rate=rate.update(done)))
+            yield batch

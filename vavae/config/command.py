@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from vavae.errors import UserError
+from vavae.errors import UserError, one_line
 
 _MISUSE = 2
 INTERRUPTED = 130
@@ -23,10 +23,11 @@ class Arguments:
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports misuse in one line."""
+class Parser(argparse.ArgumentParser):
+    """A parser that reports misuse in one line; so do the parsers of its subcommands."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with the line."""
         self.exit(_MISUSE, f"{self.prog}: error: {message}; see --help\n")
 
 
@@ -35,8 +36,9 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
     Misuse is one line on standard error and exit status 2.
     """
-    parser = _Parser(prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML configuration of the run")
+    parser = Parser(prog, description=description, allow_abbrev=False)
+    text = "the YAML configuration of the run, or the name of one that comes along, such as quickstart"
+    parser.add_argument("--config", required=True, metavar="FILE", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and exit")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one key, value in YAML; later wins")
@@ -45,11 +47,17 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: 2, and one line on standard error, for what a user can mend."""
+    """Run a command and return its exit status: 2, and one line on standard error, for what a user can mend.
+
+    That is a `UserError`, and what the machine refuses, from a full disk to a name that is too long.
+    """
     try:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return _MISUSE
+    except OSError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return _MISUSE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

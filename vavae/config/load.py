@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from vavae.config.base import Config
 from vavae.config.explain import explain, show
+from vavae.config.presets import find_config
 from vavae.config.yaml_source import Located, explain_syntax, line_of, merge, parse, plain, to_text
 from vavae.errors import UserError
 
@@ -19,7 +20,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def load(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read and check a configuration.
+    """Read and check a configuration, given by its path, or by its name where it comes with the package.
 
     ``defaults:`` at the top of a file names one file or a list of files, relative to it, over which it is laid:
     mappings merge, lists and scalars replace. Overrides are ``key.path=value`` with a YAML value, and the later one
@@ -34,7 +35,7 @@ def load(model: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Located:
     """The tree of a file, of those that it inherits and of overrides, as for :func:`load`, before it is checked."""
-    tree = _read(Path(path))
+    tree = _read(find_config(path))
     for override in overrides:
         tree = _apply(tree, override)
     return tree

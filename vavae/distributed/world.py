@@ -10,6 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vavae.errors import UserError
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+"""Variables of torchrun that hold a number."""
+
+
+def _check_numbers() -> None:
+    """Refuse variables that torchrun can't have set; raises UserError."""
+    for name in _NUMBERS:
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(f"{name}={value}: torchrun sets a number; unset it, or start the command with torchrun")
+
 
 @contextmanager
 def process_group(use_gpu: bool, timeout_seconds: float) -> Iterator[None]:
@@ -19,6 +32,7 @@ def process_group(use_gpu: bool, timeout_seconds: float) -> Iterator[None]:
         use_gpu: each rank has the GPU of its local rank, which is selected, and NCCL; otherwise gloo.
         timeout_seconds: longest wait of a collective for other ranks.
     """
+    _check_numbers()
     if "WORLD_SIZE" not in os.environ:
         yield
         return

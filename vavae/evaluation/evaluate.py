@@ -18,6 +18,7 @@ from vavae.evaluation.metrics import (
 )
 from vavae.metrics.features import describe
 from vavae.metrics.latent_space import LatentMap
+from vavae.progress import Progress
 from vavae.runs.evaluation_inputs import EvaluationInputs
 
 _log = logging.getLogger(__name__)
@@ -35,13 +36,20 @@ class Evaluation(NamedTuple):
     """A map of the latents, where one is asked for."""
 
 
-def evaluate(evaluator: Evaluator, advance: Callable[[int], None]) -> Evaluation:
+def evaluate(
+    evaluator: Evaluator, advance: Callable[[int], None], report: Callable[[Progress], None] = lambda _: None
+) -> Evaluation:
     """Evaluate tokenizer, samples and latents of a run.
 
     Args:
         evaluator: of a run with samples; parts that have been evaluated already are not evaluated again.
         advance: called with the number of images done since its last call.
+        report: called with the progress of what comes after the images.
     """
+
+    def begin(doing: str) -> None:
+        report(Progress("evaluate", 0, None, doing=doing))
+
     for part in evaluator.missing():
         evaluator.evaluate(part, advance)
     config, reconstruction = evaluator.inputs.config, evaluator.reconstruction()
@@ -52,14 +60,18 @@ def evaluate(evaluator: Evaluator, advance: Callable[[int], None]) -> Evaluation
             _log.warning(
                 "Fréchet distances through %s are biased upwards, for their covariances are singular: %s", name, warning
             )
+    begin("comparing features")
     metrics = reconstruction_metrics(reconstruction, config)
     metrics += generation_metrics(evaluator.generated(), evaluator.references(), config, evaluator.device)
     if config.evaluate.class_agreement:
+        begin("classifying samples")
         train, held_out = (evaluator.first_images(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
         verdict = classify_generated(evaluator.samples(), train, held_out, config.seed)
         counts = config.sample.images, len(held_out.images), len(train.images)
         metrics += classifier_metrics(verdict, *counts, config)
-    latent_space = evaluator.latent_space()
+    latent_space = evaluator.latent_space(
+        lambda done, total: report(Progress("evaluate", done, total, "maps", doing="mapping latents"))
+    )
     if latent_space is not None:
         metrics += latent_space_metrics(latent_space)
     return Evaluation(metrics, reconstruction.pairs, None if latent_space is None else latent_space.maps[0])

@@ -107,12 +107,16 @@ class Evaluator:
         pairs = (metrics.pop("originals"), metrics.pop("reconstructions"))
         return Reconstruction.of(metrics, self._held_out, unpack(whole), pairs)
 
-    def latent_space(self) -> LatentSpace | None:
-        """Uniformity of the latents, computed once for equal latents; None where it is not asked for."""
+    def latent_space(self, mapped: Callable[[int, int], None] = lambda done, total: None) -> LatentSpace | None:
+        """Uniformity of the latents, computed once for equal latents; None where it is not asked for.
+
+        Args:
+            mapped: called with the number of maps that are done, of all.
+        """
         latents, config, seed = self.inputs.latents, self._config.latent_space, self.inputs.config.seed
         if latents is None or config is None:
             return None
-        maps = self._maps(latents).join(lambda _: evaluate_latent_space(latents.folder, config, seed).tensors())
+        maps = self._maps(latents).join(lambda _: evaluate_latent_space(latents.folder, config, seed, mapped).tensors())
         return LatentSpace.from_tensors(maps)
 
     def generated(self) -> Summaries:

@@ -1,6 +1,6 @@
 """Uniformity of the latents that a diffusion model trains on, as in Table 6 of the VA-VAE paper."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,13 +62,19 @@ class LatentSpace(NamedTuple):
         return cls([LatentMap(*pair) for pair in zip(*arrays, strict=True)])
 
 
-def evaluate_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int) -> LatentSpace:
+def evaluate_latent_space(
+    latents: Storage,
+    config: LatentSpaceConfig,
+    seed: int,
+    mapped: Callable[[int, int], None] = lambda done, total: None,
+) -> LatentSpace:
     """Map the latents of the training images.
 
     Args:
         latents: folder of the latents.
         config: number of tokens and of samplings.
         seed: keys the draws, together with the number of the sampling.
+        mapped: called with the number of maps that are done, of all.
 
     Raises:
         UserError: there are too few latents, or scikit-learn is not installed.
@@ -80,7 +86,14 @@ def evaluate_latent_space(latents: Storage, config: LatentSpaceConfig, seed: int
             "evaluate.latent_space needs scikit-learn, which is not installed: pip install -e '.[metrics]'"
         ) from error
     tokens = [draw_tokens(latents, config, seed, sampling) for sampling in range(config.samplings)]
-    return LatentSpace(Parallel(n_jobs=config.processes)(delayed(map_latents)(drawn) for drawn in tokens))
+    maps: list[LatentMap] = []
+    mapped(0, len(tokens))
+    for found in Parallel(n_jobs=config.processes, return_as="generator")(
+        delayed(map_latents)(each) for each in tokens
+    ):
+        maps.append(found)
+        mapped(len(maps), len(tokens))
+    return LatentSpace(maps)
 
 
 def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from vavae.errors import UserError
-from vavae.storage.local import PARTIAL
+from vavae.storage.local import PARTIAL, naming_failed_writes
 
 
 class Cache:
@@ -42,10 +42,11 @@ class Cache:
                     continue  # the process that held the lock has finished, or given up
                 try:
                     if not target.exists():
-                        self._reserve(partial, size())
-                        fetch(partial)
-                        partial.flush()
-                        os.fsync(partial.fileno())
+                        with naming_failed_writes(target):
+                            self._reserve(partial, size())
+                            fetch(partial)
+                            partial.flush()
+                            os.fsync(partial.fileno())
                         os.replace(partial.name, target)
                 finally:
                     Path(partial.name).unlink(missing_ok=True)

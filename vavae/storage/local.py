@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 
 PARTIAL = ".partial"
 _BLOCK_BYTES = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FAILED_WRITE = re.compile(r"\(os error (\d+)\)|inline_container\.cc")
+"""Texts of failed writes in errors that are no OSError: those of safetensors, and those of torch, without a number."""
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -45,12 +49,33 @@ def replacing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
-        yield temporary
-        _sync(temporary)
+        with naming_failed_writes(target):
+            yield temporary
+            _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_failed_writes(path: Path) -> Iterator[None]:
+    """Let the error of a disk that is full name this file, which a failed write of an open one does not.
+
+    Libraries that write a file by themselves raise errors of their own, which become an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = _FAILED_WRITE.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1] or errno.ENOSPC)
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def linked(source: Path, target: Path) -> None:

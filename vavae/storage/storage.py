@@ -25,7 +25,7 @@ from vavae.errors import UserError
 from vavae.storage.cache import Cache
 from vavae.storage.config import DEFAULT_CACHE, StorageConfig, StorageOptions
 from vavae.storage.filesystem import explained, open_place
-from vavae.storage.local import PARTIAL, linked, local_sizes, replacing, sha256_of
+from vavae.storage.local import PARTIAL, linked, local_sizes, naming_failed_writes, replacing, sha256_of
 from vavae.storage.retry import COUNTERS, Retry
 
 __all__ = ["Storage", "sha256_of"]
@@ -180,7 +180,8 @@ class Storage:
         else:
             with tempfile.TemporaryDirectory(prefix="vavae-") as folder:
                 temporary = Path(folder, "file")
-                yield temporary
+                with naming_failed_writes(temporary):
+                    yield temporary
                 self._write(path, temporary.stat().st_size, lambda: self._fs.put_file(str(temporary), name))
 
     def put_file(self, local: str | os.PathLike[str], path: str) -> None:

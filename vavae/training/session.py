@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Protocol
 
-from vavae.progress import Progress, show
+from vavae.progress import Progress, ProgressLines
 from vavae.runs.events import Event, EventLog
 
 
@@ -54,6 +54,7 @@ class LocalSession:
 
     events: EventLog | None = None
     """Log of the events; None drops them."""
+    _lines: ProgressLines = field(default_factory=lambda: ProgressLines("train"), init=False)
 
     @property
     def owner(self) -> str:
@@ -62,7 +63,7 @@ class LocalSession:
 
     def progress(self, progress: Progress) -> None:
         """See `Session.progress`."""
-        show(progress)
+        self._lines.show(progress)
 
     def row(self, row: Mapping[str, float]) -> None:
         """See `Session.row`."""

@@ -23,6 +23,7 @@ from vavae.latents.manifest import LatentManifest, read_latents_of
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.latents.stream import LatentStream
 from vavae.models.tokenizer.teacher import teacher_geometry
+from vavae.progress import Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.training_inputs import (
     LightningDiTTrainingInputs,
@@ -99,6 +100,7 @@ class _Attempt:
         """Write the export and commit it, on rank 0. Every rank calls it."""
         self.checkpoints.check_lease()
         if self.world.is_first:
+            self.session.progress(Progress(self._inputs.job, 0, None, doing="writing the export"))
             output = self._inputs.output
             output.discard()
             files = save_export(output.folder, description, weights)

@@ -184,7 +184,10 @@ def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitS
 
 def read_class_names(path: Path) -> list[str]:
     """Read names of classes, one per line in the order of their labels."""
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected the name of a class on every line") from None
     if not names:
         raise UserError(f"{path}: no names of classes; expected one a line")
     return names

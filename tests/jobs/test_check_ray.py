@@ -1,0 +1,95 @@
+"""A cluster that can't be joined, and a machine on which Ray can't start: one line before anything is written."""
+
+import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.prepare_shards import work
+from ray_jobs.runtime import cluster
+from ray_jobs.runtime.cluster import check_ray, session_folder
+from ray_jobs.runtime.command import main
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 0.5)
+
+
+def _line(root: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line of a job that ends with status 2 and leaves nothing."""
+    words = ["--config", "configs/tiny.yaml", f"storage.root={root}"]
+    assert main("prepare_shards", "test", work, words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert not root.exists()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://127.0.0.1:8265", "is the dashboard's, which vavae submit takes"),
+        ("ray://127.0.0.1:10001", "is none that jobs can join"),
+        ("nonsense", "no Ray cluster answers there (Invalid address format: nonsense)"),
+        ("127.0.0.1:port", "no Ray cluster answers there (Port could not be cast to integer value as 'port')"),
+        ("http://[", "is the dashboard's, which vavae submit takes"),
+    ],
+)
+def test_an_address_of_another_form_is_one_line(tmp_path, monkeypatch, capfd, address, why):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    line = _line(tmp_path / "runs", capfd)
+    assert line.startswith(f"error: RAY_ADDRESS={address}")
+    assert why in line
+    assert "give HOST:PORT of the cluster's head, or unset it to start Ray here" in line
+
+
+def test_a_dead_cluster_is_one_line(tmp_path, monkeypatch, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert f"RAY_ADDRESS={address}: no Ray cluster answers there ([Errno" in _line(tmp_path / "runs", capfd)
+
+
+def test_a_server_that_is_no_cluster_is_one_line(tmp_path, monkeypatch, capfd):
+    class Silent(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.server_address[1]}")
+        assert "what listens is none, or did not answer in 0.5 s" in _line(tmp_path / "runs", capfd)
+        server.shutdown()
+
+
+def test_a_home_that_can_not_be_written_is_one_line(tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    line = _line(tmp_path / "runs", capfd)
+    assert line.startswith(
+        f"error: {tmp_path / 'file'}/.ray/auth_token: Ray's token can't be kept there (Not a directory)"
+    )
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_without_an_address_ray_is_started_here(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert check_ray() is None
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_sockets_whose_paths_would_be_too_long_get_a_short_folder(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "/tmp")
+    with session_folder() as folder:
+        assert folder is None
+    monkeypatch.setenv(variable, str(tmp_path / ("d" * 80)))
+    with session_folder() as folder:
+        assert len(folder) < 20
+        Path(folder, "session").mkdir()
+    assert not Path(folder).exists()
