@@ -66,7 +66,7 @@ RECORDS = {
     LatentManifest: "tokenizer shape flip classes splits",
     ShardRecord: "plan shard skipped",
     ShardInfo: "name count bytes sha256 url dropped",
-    Manifest: "splits classes image_size sources skipped skipped_count",
+    Manifest: "splits classes image_size sources skipped skipped_count excluded image_key label_key by_name",
     SampleShardRecord: "origin images file",
     Hardware: "workers device threads torch lanes_at_once",
 }

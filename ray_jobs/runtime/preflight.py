@@ -9,8 +9,7 @@ from vavae.data.config import ShardsConfig
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
-from vavae.data.shards.plan import TRAIN
-from vavae.data.sources.opening import open_source
+from vavae.data.shards.plan import TRAIN, open_split, source_names
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import find_reference
@@ -103,9 +102,9 @@ def check_cache(run: Run, job: Job) -> None:
 def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
     """List the image sources that can't be opened from here, one line each."""
     missing = []
-    for source in _sources(shards):
+    for split in source_names(shards):
         try:
-            open_source(source, storage)
+            open_split(shards, storage, split)
         except UserError as error:
             missing.append(f"shards: {error}")
     return missing
@@ -113,12 +112,8 @@ def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
 
 def check_sources(shards: ShardsConfig, storage: Storage) -> None:
     """Open the image sources; raises UserError for one that can't be opened from here."""
-    for source in _sources(shards):
-        open_source(source, storage)
-
-
-def _sources(shards: ShardsConfig) -> list[str]:
-    return [source for source in (shards.source, shards.validation_source) if source is not None]
+    for split in source_names(shards):
+        open_split(shards, storage, split)
 
 
 def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:

@@ -1,4 +1,4 @@
-"""The classes of generated images."""
+"""The classes of generated images; the one label of a model without classes is 0, its null label."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -19,6 +19,10 @@ def label_law(config: SampleConfig, classes: Sequence[str], seed: int) -> Callab
     Raises:
         UserError: a given label names no class.
     """
+    if not classes:
+        if config.labels not in ("class_balanced", "random"):
+            raise UserError("sample.labels names classes, but the images have none: leave it out")
+        return lambda index: 0
     if config.labels == "random":
         return lambda index: int(numpy_generator(seed, "sample label", index).integers(len(classes)))
     given = (

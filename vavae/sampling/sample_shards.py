@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.ahead import in_turn, map_ahead, threads_of
 from vavae.data.image import decode_image
-from vavae.data.image_stream import image_bytes
 from vavae.data.pixels import encode_png
+from vavae.data.record import find_image
 from vavae.data.shard_reader import LabeledImages, labeled_images, shard_records
 from vavae.data.shards.tar import write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
@@ -163,7 +163,7 @@ class SampleSet:
         for record in shard_records(self._storage.local_file(_path(shard))):
             index = int(record["__key__"])
             if index in wanted:
-                yield index, decode_image(image_bytes(record))
+                yield index, decode_image(record[find_image(record)])
 
     def _indices(self, shard: int) -> list[int]:
         first = shard * self.config.shard_images

@@ -75,7 +75,7 @@ def latents_of(config: RunConfig, count: int) -> Tensor:
 def lightningdit_of(config: RunConfig) -> LightningDiT:
     """Build the LightningDiT of a run; where the number of classes is not known, with one class."""
     model = config.lightningdit
-    return LightningDiT(model.with_classes(model.classes or 1), config.tokenizer.latent_dim, config.grid)
+    return LightningDiT(model.with_classes(1 if model.classes is None else model.classes), config.tokenizer.latent_dim, config.grid)
 
 
 def velocity(config: RunConfig) -> MetaModel:
