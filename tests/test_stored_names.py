@@ -61,7 +61,7 @@ KINDS = {
 RECORDS = {
     Artifact: "kind digest config inputs images_seen files details",
     FileInfo: "bytes sha256",
-    LatentShardRecord: "origin shard statistics keys skipped",
+    LatentShardRecord: "origin shard statistics keys captions skipped",
     TrainState: "images_seen config data excluded",
     LatentManifest: "tokenizer shape flip classes splits",
     ShardRecord: "plan shard skipped",

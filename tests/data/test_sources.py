@@ -681,6 +681,45 @@ def test_names_that_are_not_utf_8_simply_work(tmp_path):
     assert [decode_image(source.read(record))[0, 0, 0] for record in listing.records] == [0, 1, 0, 1]
 
 
+def test_each_file_counts_once_whatever_links_lead_to_it(tmp_path):
+    name, outside = pack(tmp_path, "folder", {f"a/{name}": data for name, data in IMAGES.items()}), tmp_path / "outside"
+    (outside / "c").mkdir(parents=True)
+    (outside / "c" / "07.png").write_bytes(png(7))
+    root = Path(name)
+    (root / "b").mkdir()
+    (root / "b" / "06.png").write_bytes(png(6))
+    (root / "b" / "twin.png").symlink_to(root / "a" / "00.png")
+    (root / "b" / "cycle").symlink_to(root)
+    (root / "0").symlink_to(root / "a")  # comes first in sorted order, and is not the folder itself
+    (root / "c").symlink_to(outside / "c")
+    (root / "d").symlink_to(outside / "c")
+    (root / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    source = open_source(name, HERE)
+    listing = source.listing()
+    assert listing.classes == ("a", "b", "c")
+    assert [record.key for record in listing.records] == [f"a/{name}" for name in NAMES] + ["b/06.png", "c/07.png"]
+    assert [decode_image(source.read(record))[0, 0, 0] for record in listing.records] == [*range(8)]
+    assert [str(each) for each in listing.excluded] == [
+        "4 links to folders that are there already, or to nothing, such as 0",
+        "1 links to images that are there already, such as b/twin.png",
+    ]
+
+
+def test_a_link_to_a_file_that_is_no_image_by_its_name_is_an_image(tmp_path):
+    name = pack(tmp_path, "folder", {"blobs/ab": png(5)})
+    (Path(name) / "cat").mkdir()
+    (Path(name) / "cat" / "1.png").symlink_to(Path(name) / "blobs" / "ab")
+    assert contents(name) == (("cat",), [("cat/1.png", 0, 5)])
+
+
+def test_empty_class_folders_are_named(tmp_path):
+    name = pack(tmp_path, "folder", FILES)
+    (Path(name) / "owl").mkdir()
+    (Path(name) / "more" / "deep").mkdir(parents=True)
+    found = [str(each) for each in open_source(name, HERE).listing().excluded]
+    assert found[-1] == "2 folders without an image, such as more"
+
+
 def test_folders_that_windows_separates(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("cat", "dog"):

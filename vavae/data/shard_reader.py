@@ -13,7 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vavae.data.ahead import map_ahead
 from vavae.data.image import UnreadableImage, decode_image, prepare_image
-from vavae.data.record import LABEL, find_image, name_of
+from vavae.data.record import LABEL, caption_of, find_image, name_of
 from vavae.data.shards.manifest import Manifest, ShardInfo, open_shard
 from vavae.data.shards.mapped_shard import MappedShard
 from vavae.errors import UserError
@@ -68,6 +68,8 @@ class ReadableImage(NamedTuple):
     label: int
     key: str
     """Name of the image, as its source calls it."""
+    caption: str | None = None
+    """Text on the image, where its record has one."""
 
 
 class _UnreadableImage(NamedTuple):
@@ -109,7 +111,7 @@ class ReadableImages:
             pixels = prepare_image(self._reader.image(record, at.place), self._image_size)
         except UnreadableImage as error:
             return _UnreadableImage(key, at.place, str(error))
-        return ReadableImage(pixels, self._reader.label(record, at.place), key)
+        return ReadableImage(pixels, self._reader.label(record, at.place), key, caption_of(record))
 
 
 def open_records(storage: Storage, split: str, info: ShardInfo, within: range | None = None) -> Iterator[ShardRecord]:
@@ -204,9 +206,10 @@ def _read_sample(record: Mapping[str, Any]) -> ReadableImage:
 
 
 def _batch(samples: Sequence[ReadableImage]) -> LabeledImages:
-    images, labels, _ = zip(*samples, strict=True)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
-    return LabeledImages(pixels, torch.tensor(labels))
+    pixels = (
+        torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2).contiguous()
+    )  # [B, H, W, 3] → [B, 3, H, W]
+    return LabeledImages(pixels, torch.tensor([sample.label for sample in samples]))
 
 
 def gather(batches: Iterable[LabeledImages]) -> LabeledImages:

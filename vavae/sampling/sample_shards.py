@@ -18,7 +18,7 @@ from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.latents.manifest import read_latent_manifest
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.config import SampleConfig
-from vavae.sampling.labels import label_law
+from vavae.sampling.labels import check_classes, label_law
 from vavae.sampling.sampler import Sampler
 from vavae.storage.artifact import FileInfo, read_records
 from vavae.storage.storage import Storage, sha256_of
@@ -74,9 +74,10 @@ class SampleSet:
         """The set that a configuration asks for, done or not.
 
         Raises:
-            UserError: `sample.labels` names a class that does not exist.
+            UserError: `sample.labels` names a class that does not exist, or there is guidance without classes.
         """
         classes = read_latent_manifest(inputs.latents.folder).classes
+        check_classes(inputs.config, classes)
         config, folder = inputs.config, inputs.output.folder
         return cls(
             folder,

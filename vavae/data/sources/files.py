@@ -10,12 +10,16 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from vavae.data.sources.listing import Arrange, File, Files, Listing, Record, list_class_folders
+from vavae.data.exclusions import Exclusion, exclusions
+from vavae.data.record import readable
+from vavae.data.sources.listing import Arrange, File, Files, Listing, Record, is_image, list_class_folders
 from vavae.errors import UserError
+from vavae.storage.local import LocalFiles, local_files
 from vavae.storage.storage import Storage
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -39,14 +43,50 @@ class FolderSource:
 
     def listing(self) -> Listing:
         """List all images of the folder; folders within a class folder belong to the class."""
-        files = (File(path, 0, size) for path, size in self._storage.sizes().items())
-        return self._arrange(
-            Files("folder", self._storage.root, files, lambda file: self._storage.read_bytes(file.path))
-        )
+        files, excluded = self._files()
+        source = Files("folder", self._storage.root, files, self._read_file, excluded=excluded)
+        return self._arrange(source)
 
     def read(self, record: Record) -> bytes:
         """Read one image file."""
         return self._storage.read_bytes(record.key)
+
+    def _read_file(self, file: File) -> bytes:
+        return self._storage.read_bytes(file.path)
+
+    def _files(self) -> tuple[Iterable[File], list[Exclusion]]:
+        """All files, each once, and empty folders; and links that are left out for what they lead to."""
+        if not self._storage.is_local:
+            return (File(path, 0, size) for path, size in self._storage.sizes().items()), []
+        root = f"{self._storage.root.rstrip('/')}/"
+        found = local_files(self._storage.root)
+        twins = _twins(found, root)
+        names = {
+            "links to images that are there already": twins,
+            "links to folders that are there already, or to nothing": sorted(found.unfollowed),
+        }
+        excluded = exclusions(
+            {reason: [readable(path.removeprefix(root)) for path in names[reason]] for reason in names}
+        )
+        left_out = {*twins}
+        sizes = ((path.removeprefix(root), size) for path, size in found.sizes.items() if path not in left_out)
+        empty = (File(f"{path.removeprefix(root)}/", 0, 0) for path in found.empty if path != self._storage.root)
+        return chain((File(path, 0, size) for path, size in sorted(sizes)), empty), excluded
+
+
+def _twins(found: LocalFiles, root: str) -> list[str]:
+    """Paths of links to images that have another path among the files, sorted."""
+    images = [path for path in found.sizes if is_image(path)]
+    if not found.links:
+        return []
+    real_root = f"{os.path.realpath(root).rstrip('/')}/"
+    taken = {real_root + path.removeprefix(root) for path in images if path not in found.links}
+    twins = []
+    for path in sorted(path for path in images if path in found.links):
+        if found.links[path] in taken:
+            twins.append(path)
+        taken.add(found.links[path])
+    return twins
 
 
 class ZipSource:

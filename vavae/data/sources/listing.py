@@ -276,6 +276,11 @@ def _within(source: Files) -> Iterator[File]:
             yield file
 
 
+def is_image(path: str) -> bool:
+    """Return whether a file is an image by its name."""
+    return posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
 def _is_hidden(path: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) or part.lower() in _SYSTEM for part in path.split("/"))
 
