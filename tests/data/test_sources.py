@@ -782,3 +782,34 @@ def test_columns_of_a_data_set(tables):
         found({}, {}, image="x")
     with pytest.raises(UserError, match=r"x \(shards.label_key\) is no column of numbers or texts"):
         found({}, {}, label="x")
+
+
+ROWS = {
+    "formats": "test_image.test_a_fresh_process_knows_every_format test_image.test_formats_with_decoders_of_their_own",
+    "colors": "test_image.test_other_modes",
+    "sizes": "test_image.test_crop_has_the_size_asked_for_and_keeps_a_constant",
+    "names": "test_sources.test_names_that_are_not_utf_8_simply_work",
+    "class folders": "test_sources.test_class_folders",
+    "one flat folder": "test_sources.test_a_flat_set_has_no_labels",
+    "zip, tar, tar.gz": "test_sources.test_class_folders test_sources.test_a_zip_packed_in_another_way_is_refused",
+    "a tar of tars": "test_sources.test_a_tar_of_class_tars_as_imagenet_comes",
+    "`dataset.json`": "test_sources.test_the_labels_of_stylegan_come_before_its_numbered_folders",
+    "`metadata.jsonl`, `metadata.csv`": "test_sources.test_labels_that_a_file_beside_the_images_names",
+    "`shards.labels`": "test_sources.test_labels_that_a_file_beside_the_images_names",
+    "`huggingface:NAME`": "test_sources.test_columns_of_a_data_set",
+    "WebDataset shards": "test_verify.test_labels_from_where_people_have_them",
+    "captions": "test_write.test_captions_are_members_of_their_records",
+    "no labels wanted": "test_sources.test_class_folders_are_taken_without_labels_where_that_is_asked_for",
+}
+"""Tests of this folder by the row of the README's table on images that they prove."""
+
+
+def test_every_row_of_the_table_on_images_has_a_test():
+    text = (Path(__file__).parents[2] / "vavae" / "data" / "README.md").read_text()
+    section = text.partition("## What your images may look like")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [*ROWS]
+    for names in ROWS.values():
+        for name in names.split():
+            module, _, function = name.partition(".")
+            assert f"def {function}(" in (Path(__file__).parent / f"{module}.py").read_text(), name
