@@ -24,8 +24,8 @@ def work(run: Run) -> None:
 
         records = work_through(run, "prepare_shards", lambda: write, plan.shards, plan.images, actors, resources)
     manifest = finish(storage, prefix, plan, records)
-    if manifest.skipped_count:
-        print(f"unreadable images left out: {manifest.skipped_count}, such as {manifest.skipped[0]}", flush=True)
+    if manifest.left_out:
+        print(f"left out: {manifest.left_out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,12 @@ KINDS = {
 RECORDS = {
     Artifact: "kind digest config inputs images_seen files details",
     FileInfo: "bytes sha256",
-    LatentShardRecord: "origin shard statistics keys skipped",
+    LatentShardRecord: "origin shard statistics keys captions skipped",
     TrainState: "images_seen config data excluded",
     LatentManifest: "tokenizer shape flip classes splits",
     ShardRecord: "plan shard skipped",
     ShardInfo: "name count bytes sha256 url dropped",
-    Manifest: "splits classes image_size sources skipped skipped_count",
+    Manifest: "splits classes image_size sources skipped skipped_count excluded image_key label_key by_name",
     SampleShardRecord: "origin images file",
     Hardware: "workers device threads torch lanes_at_once",
 }

@@ -3,17 +3,17 @@
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import cast
 
 from vavae.config import written_path
 from vavae.data.config import ShardsConfig
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
-from vavae.data.shards.plan import TRAIN
-from vavae.data.sources.opening import open_source
+from vavae.data.shards.plan import TRAIN, describe_sources, open_split, source_names
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
-from vavae.evaluation.evaluator import find_reference
+from vavae.evaluation.evaluator import check_data, find_reference
 from vavae.latents.manifest import read_latent_manifest
 from vavae.metrics.features import describe
 from vavae.metrics.reference import read_reference
@@ -23,7 +23,7 @@ from vavae.models.backbones.weights import check_weights, timm_name
 from vavae.models.tokenizer.teacher import check_teacher
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run
-from vavae.sampling.labels import label_law
+from vavae.sampling.labels import check_classes
 from vavae.storage.storage import Storage
 
 
@@ -56,8 +56,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     for job in TRAININGS:
         if job in jobs and JOBS[job].inputs[0] not in jobs:
             check_cache(run, job)
-    if "sample" in jobs and run.artifact("prepare_shards") is not None:
-        label_law(config.sample, read_manifest(run.storage, run.prefix("prepare_shards")).classes, config.seed)
+    _check_labels(run, jobs)
     start = config.train_vavae.start_from
     if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
         raise UserError(
@@ -73,6 +72,32 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         except UserError as error:
             missing.append(f"{section}: {error}")
     return missing + (_missing_evaluation_files(config.evaluate, run.storage) if "evaluate" in jobs else [])
+
+
+def _check_labels(run: Run, jobs: Sequence[Job]) -> None:
+    """Refuse what the classes and the number of the images do not allow; where it matters, sources are listed for it.
+
+    Raises:
+        UserError: guidance or given labels without classes, or an evaluation that needs more classes or images.
+    """
+    config, evaluate = run.config, run.config.evaluate
+    samples = "sample" in jobs or "train_lightningdit" in jobs
+    asked = samples and (config.guidance.scale != 1 or not isinstance(config.sample.labels, str))
+    measured = "evaluate" in jobs and (evaluate.class_agreement or evaluate.latent_space is not None)
+    if not asked and not measured:
+        return
+    if run.artifact("prepare_shards") is not None:
+        manifest = read_manifest(run.storage, run.prefix("prepare_shards"))
+        classes, images = manifest.classes, manifest.count(TRAIN)
+    elif "prepare_shards" in jobs and not missing_sources(config.shards, run.storage):
+        found = describe_sources(config.shards, run.storage)[TRAIN]
+        classes, images = tuple(map(str, cast(list[str], found["classes"]))), cast(int, found["images"])
+    else:
+        return
+    if asked:
+        check_classes(config, classes)
+    if measured:
+        check_data(evaluate, len(classes), images)
 
 
 def check_cache(run: Run, job: Job) -> None:
@@ -106,9 +131,9 @@ def check_cache(run: Run, job: Job) -> None:
 def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
     """List the image sources that can't be opened from here, one line each."""
     missing = []
-    for source in _sources(shards):
+    for split in source_names(shards):
         try:
-            open_source(source, storage)
+            open_split(shards, storage, split)
         except UserError as error:
             missing.append(f"shards: {error}")
     return missing
@@ -116,12 +141,8 @@ def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
 
 def check_sources(shards: ShardsConfig, storage: Storage) -> None:
     """Open the image sources; raises UserError for one that can't be opened from here."""
-    for source in _sources(shards):
-        open_source(source, storage)
-
-
-def _sources(shards: ShardsConfig) -> list[str]:
-    return [source for source in (shards.source, shards.validation_source) if source is not None]
+    for split in source_names(shards):
+        open_split(shards, storage, split)
 
 
 def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:

@@ -17,6 +17,7 @@ _RELATIVE = {
     "storage.ca_bundle": "keys/ca.pem",
     "shards.source": "images.zip#train",
     "shards.validation_source": "indexed:held-out",
+    "shards.labels": "labels.csv",
     "shards.validation_labels": "labels.csv",
     "teacher.weights": "teacher.safetensors",
     "losses.perceptual.weights": "../vgg16.pth",

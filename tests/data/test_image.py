@@ -4,12 +4,13 @@ import contextlib
 import io
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from vavae.data import image as images
 from vavae.data.config import ShardsConfig
@@ -47,6 +48,27 @@ def test_lossy_formats_come_close(form, options):
     decoded = decode_image(saved(Image.fromarray(smooth), form, **options))
     assert decoded.shape == (48, 64, 3)
     assert np.abs(decoded.astype(int) - smooth).max() <= 4
+
+
+OPTIONAL = [
+    pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="Pillow has no AVIF here")),
+    pytest.param("HEIF", marks=pytest.mark.skipif(find_spec("pillow_heif") is None, reason="needs pillow-heif")),
+    pytest.param("JXL", marks=pytest.mark.skipif(find_spec("pillow_jxl") is None, reason="needs pillow-jxl-plugin")),
+]
+
+
+@pytest.mark.parametrize("form", OPTIONAL)
+def test_formats_with_decoders_of_their_own(form):
+    smooth = np.broadcast_to(np.linspace(40, 200, 64)[None, :, None], (48, 64, 3)).astype(np.uint8)
+    decoded = decode_image(saved(Image.fromarray(smooth), form, quality=95))
+    assert decoded.shape == (48, 64, 3)
+    assert np.abs(decoded.astype(int) - smooth).max() <= 6
+    assert {*images._OPTIONAL[form]} <= images.IMAGE_SUFFIXES
+
+
+def test_suffixes_without_a_decoder_are_told_from_those_with_one():
+    assert not images.IMAGE_SUFFIXES & images.UNDECODABLE_SUFFIXES
+    assert {".avif", ".heic", ".jxl", ".jpg"} <= images.IMAGE_SUFFIXES | images.UNDECODABLE_SUFFIXES
 
 
 def test_a_fresh_process_knows_every_format(tmp_path):

@@ -16,10 +16,11 @@ from PIL import Image
 from support import image_shards
 from support.image_shards import write_image_shards
 
-from vavae.data.config import StreamConfig
+from vavae.data.config import RecordKeys, StreamConfig
 from vavae.data.image import center_crop_resize, decode_image, encode_image
-from vavae.data.image_stream import ImageStream, MicroBatchKey, image_bytes, label_of
+from vavae.data.image_stream import ImageStream, MicroBatchKey
 from vavae.data.loader import load_micro_batches
+from vavae.data.record import RecordReader, find_image
 from vavae.data.sample_order import Location, assign_lanes, order_of
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import write_tar
@@ -207,9 +208,10 @@ def test_unreadable_images_are_counted_and_named_up_to_a_limit(storage):
 
 @pytest.mark.parametrize("text", [b"", b"dog", b"-1", b"1.5"])
 def test_a_class_that_is_no_index_is_an_error(text):
-    with pytest.raises(UserError, match=r"here: its class is b'.*'; expected a member cls with 0 to 2"):
-        label_of({"cls": text}, 3, "here")
-    assert label_of({"cls": b"2\n"}, 3, "here") == 2
+    reader = RecordReader(RecordKeys(), "abc")
+    with pytest.raises(UserError, match=r"here: its class is b?'.*'; expected"):
+        reader.label({"cls": text}, "here")
+    assert reader.label({"cls": b"2\n"}, "here") == 2
 
 
 def test_resuming_opens_the_current_blocks_alone(storage):
@@ -240,8 +242,8 @@ def test_a_label_beyond_the_classes_is_an_error(storage):
 
 def test_a_record_without_an_image_names_what_there_is():
     with pytest.raises(UserError, match=r"\['cls', 'txt'\]; expected png, jpg, jpeg or webp"):
-        image_bytes({"txt": b"", "cls": b"1"})
-    assert image_bytes({"cls": b"1", "jpg": b"x"}) == b"x"
+        find_image({"txt": b"", "cls": b"1"})
+    assert find_image({"cls": b"1", "jpg": b"x"}) == "jpg"
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import os
 import sys
 import tarfile
@@ -9,8 +10,10 @@ import types
 import uuid
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +21,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from vavae.config import digest
+from vavae.data.config import RecordKeys
 from vavae.data.image import decode_image
 from vavae.data.sources.listing import digest_of_rows
 from vavae.data.sources.opening import open_source
@@ -232,7 +236,7 @@ def test_messages_about_labels(tmp_path, labels, message):
     if labels is not None:
         path.write_bytes(labels)
     with pytest.raises(UserError, match=rf"validation_labels .*{message}"):
-        open_source(pack(tmp_path, "folder", FLAT), HERE, str(path)).listing()
+        open_source(pack(tmp_path, "folder", FLAT), HERE, str(path), labels_field="validation_labels").listing()
 
 
 def test_sets_that_bring_classes_take_no_label_file():
@@ -241,10 +245,9 @@ def test_sets_that_bring_classes_take_no_label_file():
 
 
 MESSAGES = {
-    "missing": (lambda place: str(place / "nothing"), "is not there: give a folder of class folders"),
+    "missing": (lambda place: str(place / "nothing"), "is not there: give a folder of images or of class folders"),
     "missing object": (lambda place: f"memory://{uuid.uuid4().hex}/x", "is not there"),
     "empty": (lambda place: pack(place, "folder", {"cat/notes.txt": b""}), "no images; it must hold class/name.jpg"),
-    "flat": (lambda place: pack(place, "folder", {"1.png": b"", "2.png": b""}), "1.png lies in no class folder"),
     "stray": (lambda place: pack(place, "zip", {**FILES, "x.png": b""}), "x.png lies in no class folder"),
     "splits": (lambda place: pack(place, "tar", {"train/a/1.png": b"", "val/a/1.png": b""}), "train, val are splits"),
     "no archive": (lambda place: file(place, "x.zip", b"PK no zip"), "neither a folder nor a zip nor a tar archive"),
@@ -260,7 +263,8 @@ MESSAGES = {
         "damaged gzip",
     ),
     "no gzip": (lambda place: file(place, "x.tar.gz", b"\x1f\x8b garbage"), "neither a folder nor"),
-    "other packing": (lambda place: pack(place, "tar.bz2", FILES), "no zip or tar archive, or a damaged one"),
+    "bzip2": (lambda place: pack(place, "tar.bz2", FILES), "packed by bzip2, which is not read here; unpack it"),
+    "xz": (lambda place: pack(place, "tar.xz", FILES), "packed by xz, which is not read here; unpack it"),
 }
 
 
@@ -330,9 +334,13 @@ def test_members_of_any_zip_are_read_as_by_zipfile(tmp_path, images, method, tar
 def test_a_zip_packed_in_another_way_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("a/1.png", b"1")
-    source = open_source(str(tmp_path / "x.zip"), HERE)
-    with pytest.raises(UserError, match=r"a/1.png is damaged \(packed by method 14, not stored or deflated\)"):
-        source.read(source.listing().records[0])
+    with pytest.raises(UserError, match=r"a/1.png is packed by LZMA; only stored and deflated members are read"):
+        open_source(str(tmp_path / "x.zip"), HERE)
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
+        archive.writestr("a/1.png", b"1")
+        archive.writestr("a/2.png", b"1", zipfile.ZIP_BZIP2)
+    with pytest.raises(UserError, match=r"a/2.png is packed by bzip2"):
+        describe(str(tmp_path / "y.zip"), HERE)
 
 
 def test_a_tar_that_shrinks_is_an_error_of_the_source(tmp_path):
@@ -424,6 +432,14 @@ class LabelFeature:
     names = ("cat", "dog")
 
 
+class ArrowRows(NamedTuple):
+    columns: dict
+
+    def __getitem__(self, rows):
+        assert rows == slice(None)
+        return self.columns
+
+
 class Rows:
     """A data set of the package `datasets` as far as we use one: columns, of which the image can be left undecoded."""
 
@@ -440,6 +456,13 @@ class Rows:
 
     def cast_column(self, name, feature):
         return Rows(self.columns, {**self.features, name: feature})
+
+    def with_format(self, name):
+        assert name == "arrow"
+        kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+        return ArrowRows(
+            {name: pyarrow.chunked_array([pyarrow.array(column, kind)]) for name, column in self.columns.items()}
+        )
 
 
 @pytest.fixture
@@ -465,7 +488,7 @@ def test_huggingface():
     assert contents("huggingface:pets#test")[1] == [("cat/0", 0, 5), ("cat/1", 0, 7)]
     with pytest.raises(UserError, match=r"huggingface:missing#train: no such data set$"):
         describe("huggingface:missing", HERE)
-    with pytest.raises(UserError, match="no column is a image; its columns are text, label"):
+    with pytest.raises(UserError, match="no column is an image; its columns are text, label"):
         describe("huggingface:text", HERE)
 
 
@@ -475,3 +498,318 @@ def test_missing_packages(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=f"needs a package that is not here .*pip install {package}"):
         open_source(name, HERE)
+
+
+IMAGES = {f"{number:02d}.png": png(number) for number in range(6)}
+NAMES = [*IMAGES]
+
+
+def jsonl(rows):
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+def listing_of(place, kind, files, labels=None, **keys):
+    """The listing of a packed source, and the red of its images."""
+    if labels is not None:
+        labels = file(place, "labels.csv", labels)
+    source = open_source(pack(place, kind, files), cached(place / "cache"), labels, RecordKeys(**keys))
+    listing = source.listing()
+    assert all(decode_image(source.read(record))[0, 0, 0] == int(record.key[-6:-4]) for record in listing.records)
+    return listing
+
+
+PAIRS = [[name, index % 3] for index, name in enumerate(NAMES)]
+LABELED = {
+    "dataset.json": (
+        {"dataset.json": json.dumps({"labels": [[name, i % 3] for i, name in enumerate(NAMES)]}).encode()},
+        {},
+    ),
+    "metadata.jsonl": (
+        {"metadata.jsonl": jsonl({"file_name": name, "label": label} for name, label in PAIRS)},
+        {},
+    ),
+    "metadata.csv": (
+        {"metadata.csv": b"file_name,kind\n" + "".join(f"{name},{label}\n" for name, label in PAIRS).encode()},
+        {"label": "kind"},
+    ),
+    "a CSV": ({}, {"labels": b"id,breed\n" + "".join(f"{n[:2]},{i % 3}\n" for i, n in enumerate(NAMES)).encode()}),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "zip", "tar"])
+@pytest.mark.parametrize("case", LABELED)
+def test_labels_that_a_file_beside_the_images_names(tmp_path, kind, case):
+    files, options = LABELED[case]
+    listing = listing_of(tmp_path, kind, {**IMAGES, **files}, **options)
+    assert listing.classes == ("0", "1", "2")
+    assert [record.label for record in listing.records] == [0, 1, 2, 0, 1, 2]
+    assert not listing.excluded
+
+
+def test_the_labels_of_stylegan_come_before_its_numbered_folders(tmp_path):
+    files = {f"0000{i % 2}/{name}": data for i, (name, data) in enumerate(IMAGES.items())}
+    labels = {"labels": [[name, 2 - i % 3] for i, name in enumerate(sorted(files))]}
+    listing = listing_of(tmp_path, "zip", {**files, "dataset.json": json.dumps(labels).encode()})
+    assert [record.label for record in listing.records] == [2, 1, 0, 2, 1, 0]
+    unlabeled = {**files, "dataset.json": b'{"labels": null}'}
+    assert listing_of(tmp_path, "zip", unlabeled, label="none").classes == ()
+
+
+def test_names_are_numbered_in_sorted_order_and_null_labels_are_left_out_and_counted(tmp_path):
+    rows = [
+        {"file_name": name, "label": label} for name, label in zip(NAMES, ["owl", "cat", None, "owl"], strict=False)
+    ]
+    listing = listing_of(tmp_path, "folder", {**IMAGES, "metadata.jsonl": jsonl(rows)})
+    assert listing.classes == ("cat", "owl")
+    assert [(record.key, record.label) for record in listing.records] == [("00.png", 1), ("01.png", 0), ("03.png", 1)]
+    (left_out,) = listing.excluded
+    assert str(left_out) == "3 images without a label, such as 02.png"
+
+
+def test_captions_are_carried_and_are_part_of_the_fingerprint(tmp_path):
+    def with_text(text):
+        rows = [{"file_name": name, "text": text} for name in NAMES]
+        place = tmp_path / text
+        place.mkdir()
+        return listing_of(place, "folder", {**IMAGES, "metadata.jsonl": jsonl(rows)})
+
+    listing = with_text("ä cat")
+    assert (listing.classes, {record.caption for record in listing.records}) == ((), {"ä cat"})
+    assert listing.fingerprint != with_text("a dog").fingerprint
+
+
+AMBIGUOUS = {
+    "two columns": (
+        {"metadata.csv": b"file_name,class,class_id\n00.png,a,1\n"},
+        {},
+        "several columns of labels, class and",
+    ),
+    "no such column": (
+        {"metadata.csv": b"file_name,label\n00.png,a\n"},
+        {"label": "x"},
+        r"no column x \(shards.label_key",
+    ),
+    "no file": ({}, {"label": "x"}, "no dataset.json, metadata.csv, metadata.jsonl with a column x"),
+    "vector": (
+        {"dataset.json": b'{"labels": [["00.png", [0, 1]]]}'},
+        {},
+        r"label of 00.png is \[0, 1\]; expected a number",
+    ),
+    "other images": ({"dataset.json": b'{"labels": [["x.png", 1]]}'}, {}, "dataset.json names none of its images"),
+    "no names": (
+        {"metadata.csv": b"a,label\n1,2\n"},
+        {},
+        "no column with the names of images; its columns are a, label",
+    ),
+    "negative": ({"metadata.jsonl": b'{"file_name": "00.png", "label": -1}'}, {}, "label of 00.png is '-1'; expected"),
+    "columns of a CSV": (
+        {},
+        {"labels": b"id,a,b\n00,1,2\n"},
+        "several columns, a, b: name that of the classes with shards",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_labels_that_cannot_be_told_are_refused(tmp_path, case):
+    files, options, message = AMBIGUOUS[case]
+    with pytest.raises(UserError, match=message):
+        listing_of(tmp_path, "folder", {**IMAGES, **files}, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrap", ["", "train/"])
+def test_a_flat_set_has_no_labels(tmp_path, kind, wrap):
+    listing = listing_of(tmp_path, kind, {wrap + name: data for name, data in IMAGES.items()})
+    assert listing.classes == ()
+    assert {record.label for record in listing.records} == {0}
+
+
+def test_class_folders_are_taken_without_labels_where_that_is_asked_for(tmp_path):
+    files = {"x.png": png(1), **{f"{name[0]}/{name}": data for name, data in IMAGES.items()}}
+    source = open_source(pack(tmp_path, "folder", files), HERE, keys=RecordKeys(label="none"))
+    assert (source.listing().classes, len(source.listing().records)) == ((), 7)
+    digits = open_source("digits", HERE, keys=RecordKeys(label="none"))
+    assert len(digits.listing().records) == 1797
+    with pytest.raises(UserError, match=r"shards.label_key=x: digits has no columns; leave the field out"):
+        open_source("digits", HERE, keys=RecordKeys(label="x"))
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    files = {
+        **{f"cat/{name}": data for name, data in IMAGES.items()},
+        **{f"owl/{number}.jxr": b"" for number in range(7)},
+        "cat/._00.png": b"",
+        "cat/@eaDir/00.png": b"",
+        "#recycle/00.png": b"",
+        "System Volume Information/00.png": b"",
+        "cat/Thumbs.db": b"",
+        "readme": b"",
+    }
+    listing = listing_of(tmp_path, "tar", files)
+    assert listing.classes == ("cat",)
+    assert [str(each) for each in listing.excluded] == [
+        "8 files that are no images by their names, such as owl/0.jxr",
+        "4 images that are hidden, or in folders of the system, such as #recycle/00.png",
+        "1 folders without an image, such as owl",
+    ]
+
+
+def test_formats_that_nothing_here_decodes_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("vavae.data.sources.listing.UNDECODABLE_SUFFIXES", frozenset([".heic"]))
+    monkeypatch.setattr("vavae.data.sources.listing.IMAGE_SUFFIXES", frozenset([".png"]))
+    files = {**{f"a/{name}": data for name, data in IMAGES.items()}, "b/1.HEIC": b"", "b/2.heic": b""}
+    found = [str(each) for each in listing_of(tmp_path, "folder", files).excluded]
+    assert found == [
+        "2 files of .heic, which nothing here decodes (pip install 'vavae[formats]'), such as b/1.HEIC",
+        "1 folders without an image, such as b",
+    ]
+    with pytest.raises(UserError, match=r"no images; it must hold class/name.*; 1 files of .heic, which nothing here"):
+        listing_of(tmp_path, "zip", {"b/1.heic": b""})
+
+
+def test_names_that_are_not_utf_8_simply_work(tmp_path):
+    folder = os.fsencode(tmp_path / "x")
+    for name in (b"caf\xe9", b"b"):
+        os.makedirs(folder + b"/" + name)
+        for number in range(2):
+            Path(os.fsdecode(folder + b"/" + name + b"/%02d\xe9.png" % number)).write_bytes(png(number))
+    source = open_source(str(tmp_path / "x"), HERE)
+    listing = source.listing()
+    assert listing.classes == ("b", "caf\\xe9")
+    assert digest(listing.fingerprint)
+    assert [decode_image(source.read(record))[0, 0, 0] for record in listing.records] == [0, 1, 0, 1]
+
+
+def test_each_file_counts_once_whatever_links_lead_to_it(tmp_path):
+    name, outside = pack(tmp_path, "folder", {f"a/{name}": data for name, data in IMAGES.items()}), tmp_path / "outside"
+    (outside / "c").mkdir(parents=True)
+    (outside / "c" / "07.png").write_bytes(png(7))
+    root = Path(name)
+    (root / "b").mkdir()
+    (root / "b" / "06.png").write_bytes(png(6))
+    (root / "b" / "twin.png").symlink_to(root / "a" / "00.png")
+    (root / "b" / "cycle").symlink_to(root)
+    (root / "0").symlink_to(root / "a")  # comes first in sorted order, and is not the folder itself
+    (root / "c").symlink_to(outside / "c")
+    (root / "d").symlink_to(outside / "c")
+    (root / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    source = open_source(name, HERE)
+    listing = source.listing()
+    assert listing.classes == ("a", "b", "c")
+    assert [record.key for record in listing.records] == [f"a/{name}" for name in NAMES] + ["b/06.png", "c/07.png"]
+    assert [decode_image(source.read(record))[0, 0, 0] for record in listing.records] == [*range(8)]
+    assert [str(each) for each in listing.excluded] == [
+        "4 links to folders that are there already, or to nothing, such as 0",
+        "1 links to images that are there already, such as b/twin.png",
+    ]
+
+
+def test_a_link_to_a_file_that_is_no_image_by_its_name_is_an_image(tmp_path):
+    name = pack(tmp_path, "folder", {"blobs/ab": png(5)})
+    (Path(name) / "cat").mkdir()
+    (Path(name) / "cat" / "1.png").symlink_to(Path(name) / "blobs" / "ab")
+    assert contents(name) == (("cat",), [("cat/1.png", 0, 5)])
+
+
+def test_empty_class_folders_are_named(tmp_path):
+    name = pack(tmp_path, "folder", FILES)
+    (Path(name) / "owl").mkdir()
+    (Path(name) / "more" / "deep").mkdir(parents=True)
+    found = [str(each) for each in open_source(name, HERE).listing().excluded]
+    assert found[-1] == "2 folders without an image, such as more"
+
+
+def test_folders_that_windows_separates(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("cat", "dog"):
+            member = zipfile.ZipInfo("x")
+            member.filename = f"set\\{name}\\1.png"
+            archive.writestr(member, png(3))
+    assert contents(str(tmp_path / "x.zip"))[0] == ("cat", "dog")
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """A function that writes a data set of the package `datasets` and returns the name of its source."""
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in range(4)]
+
+    def write(columns, features):
+        kinds = {"image": datasets.Image(), "int": datasets.Value("int64"), "text": datasets.Value("string")}
+        kinds["class"] = datasets.ClassLabel(names=["cat", "dog"])
+        filled = {name: images if column == "images" else column for name, column in columns.items()}
+        table = datasets.Dataset.from_dict(
+            filled, datasets.Features({name: kinds[kind] for name, kind in features.items()})
+        )
+        folder = tmp_path / uuid.uuid4().hex
+        (folder / "data").mkdir(parents=True)
+        table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+        return f"huggingface:{folder}"
+
+    return write
+
+
+def test_columns_of_a_data_set(tables):
+    def found(columns, kinds, **keys):
+        source = open_source(
+            tables({"image": "images", **columns}, {"image": "image", **kinds}), HERE, keys=RecordKeys(**keys)
+        )
+        listing = source.listing()
+        reds = [int(decode_image(source.read(record))[0, 0, 0]) for record in listing.records]
+        return listing.classes, list(zip(reds, (record.label for record in listing.records), strict=True)), listing
+
+    pairs = [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert found({"label": [0, 1, 0, 1]}, {"label": "class"})[:2] == (("cat", "dog"), pairs)
+    assert found({"label": [0, 1, 0, 1]}, {"label": "int"})[:2] == (("0", "1"), pairs)
+    assert found({"label": ["a", "b", "a", "b"]}, {"label": "text"})[:2] == (("a", "b"), pairs)
+    assert found({"x": [0, 1, 0, 1]}, {"x": "int"}, label="x")[:2] == (("0", "1"), pairs)
+    classes, unlabeled, listing = found({"text": ["a", "b", "c", "d"]}, {"text": "text"})
+    assert (classes, unlabeled) == ((), [(red, 0) for red in range(4)])
+    assert [record.caption for record in listing.records] == ["a", "b", "c", "d"]
+    images = [Image.new("RGB", (4, 4)), None, Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))]
+    classes, kept, listing = found({"image": images, "label": [0, 1, None, 1]}, {"label": "class"})
+    assert kept == [(0, 0), (0, 1)]
+    assert [str(each) for each in listing.excluded] == [
+        "1 rows without a label, such as row 2",
+        "1 rows without an image, such as row 1",
+    ]
+    with pytest.raises(UserError, match="several columns of images, image and mask: name one of them with"):
+        found({"mask": "images"}, {"mask": "image"})
+    with pytest.raises(UserError, match="several columns of labels, a and b: name one of them with"):
+        found({"a": [0] * 4, "b": [0] * 4}, {"a": "class", "b": "class"})
+    with pytest.raises(UserError, match=r"x \(shards.image_key\) is no column of images; its columns are image"):
+        found({}, {}, image="x")
+    with pytest.raises(UserError, match=r"x \(shards.label_key\) is no column of numbers or texts"):
+        found({}, {}, label="x")
+
+
+ROWS = {
+    "formats": "test_image.test_a_fresh_process_knows_every_format test_image.test_formats_with_decoders_of_their_own",
+    "colors": "test_image.test_other_modes",
+    "sizes": "test_image.test_crop_has_the_size_asked_for_and_keeps_a_constant",
+    "names": "test_sources.test_names_that_are_not_utf_8_simply_work",
+    "class folders": "test_sources.test_class_folders",
+    "one flat folder": "test_sources.test_a_flat_set_has_no_labels",
+    "zip, tar, tar.gz": "test_sources.test_class_folders test_sources.test_a_zip_packed_in_another_way_is_refused",
+    "a tar of tars": "test_sources.test_a_tar_of_class_tars_as_imagenet_comes",
+    "`dataset.json`": "test_sources.test_the_labels_of_stylegan_come_before_its_numbered_folders",
+    "`metadata.jsonl`, `metadata.csv`": "test_sources.test_labels_that_a_file_beside_the_images_names",
+    "`shards.labels`": "test_sources.test_labels_that_a_file_beside_the_images_names",
+    "`huggingface:NAME`": "test_sources.test_columns_of_a_data_set",
+    "WebDataset shards": "test_verify.test_labels_from_where_people_have_them",
+    "captions": "test_write.test_captions_are_members_of_their_records",
+    "no labels wanted": "test_sources.test_class_folders_are_taken_without_labels_where_that_is_asked_for",
+}
+"""Tests of this folder by the row of the README's table on images that they prove."""
+
+
+def test_every_row_of_the_table_on_images_has_a_test():
+    text = (Path(__file__).parents[2] / "vavae" / "data" / "README.md").read_text()
+    section = text.partition("## What your images may look like")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [*ROWS]
+    for names in ROWS.values():
+        for name in names.split():
+            module, _, function = name.partition(".")
+            assert f"def {function}(" in (Path(__file__).parent / f"{module}.py").read_text(), name

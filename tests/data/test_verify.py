@@ -26,6 +26,7 @@ from vavae.latents.shards import write_latents
 from vavae.storage.storage import Storage, sha256_of
 
 LABELS = [0, 2, 2, 1, 0]
+PNG = image_shards.png(np.zeros((4, 4, 3), np.uint8))
 
 
 def write_tar(path, labels, form="jpeg", members=None):
@@ -102,7 +103,23 @@ def test_named_classes(tmp_path, theirs, capsys):
     ("members", "message"),
     [
         ({"txt": b"a cat", "cls": b"1"}, r"theirs/bad.tar#photos/n0: without an image: its members are \['cls', 'txt'"),
-        ({"png": image_shards.png(np.zeros((4, 4, 3), np.uint8))}, r"theirs/bad.tar#photos/n0: its class is b''"),
+        ({"png": PNG, "cls": b""}, r"theirs/bad.tar#photos/n0: its class is b''; expected a member cls"),
+        ({"png": PNG, "cls": b"-1"}, r"theirs/bad.tar#photos/n0: its class is '-1'; expected a number from 0"),
+        ({"png": PNG, "cls": b"\1\0"}, r"theirs/bad.tar#photos/n0: its class is b'\\x01\\x00'; expected a member cls"),
+        (
+            {"png": PNG, "jpg": PNG, "cls": b"1"},
+            r"#photos/n0: several images, png and jpg: name one of them with",
+        ),
+        (
+            {"a.png": PNG, "b.png": PNG},
+            r"#photos/n0: several images, a.png and b.png: name one of them",
+        ),
+        (
+            {"png": PNG, "a.cls": b"1", "b.cls": b"2"},
+            r"#photos/n0: several labels, a.cls and b.cls: name one of",
+        ),
+        ({"png": PNG, "cls": b"1", "label": b"2"}, r"#photos/n0: several labels, cls and label: name one of them with"),
+        ({"png": PNG, "json": b"{"}, r"#photos/n0: its member json holds no JSON"),
     ],
 )
 def test_records_that_are_no_labeled_images_are_named(tmp_path, capsys, members, message):
@@ -112,6 +129,66 @@ def test_records_that_are_no_labeled_images_are_named(tmp_path, capsys, members,
     assert error.count("\n") == 1
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(error)
+
+
+def index_of(tmp_path, members, *options):
+    """The manifest of an index of one shard, and what was printed of it."""
+    path = write_tar(tmp_path / "theirs" / "x.tar", [0, 1, 2], members=members)
+    assert main(["data", "index", str(tmp_path / "i"), "--train", path, "--validation", path, *options]) == 0
+    return read_manifest(Storage(str(tmp_path / "i")))
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "classes", "keys"),
+    [
+        ({"cls": b"2\n"}, [], ("0", "1", "2"), (None, None)),
+        ({"cls": b"tench"}, [], ("tench",), (None, None)),
+        ({"label": b"1"}, [], ("0", "1"), (None, "label")),
+        ({"output.cls": b"1"}, [], ("0", "1"), (None, "output.cls")),
+        ({"json": b'{"label": 1, "class_id": "n01"}'}, [], ("0", "1"), (None, "json.label")),
+        (
+            {"json": b'{"label": 1, "class_id": "n01"}'},
+            ["--label-key", "json.class_id"],
+            ("n01",),
+            (None, "json.class_id"),
+        ),
+        ({"cls": b"1", "json": b'{"label": 0}'}, [], ("0", "1"), (None, None)),
+        ({"txt": b"a cat", "json": b'{"caption": "a photo"}'}, [], (), (None, None)),
+        ({"cls": b"1"}, ["--label-key", "none"], (), (None, None)),
+        ({"cls": b"1", "seg.png": b"a mask"}, [], ("0", "1"), (None, None)),
+        ({"cls": b"1", "jpg": b"a mask"}, ["--image-key", "png"], ("0", "1"), ("png", None)),
+    ],
+)
+def test_labels_from_where_people_have_them(tmp_path, members, options, classes, keys):
+    manifest = index_of(tmp_path, {"png": PNG, **members}, *options)
+    assert manifest.classes == classes
+    assert (manifest.image_key, manifest.label_key) == keys
+    found = gather(read_images(Storage(str(tmp_path / "i")), manifest, "train", 3, 3))
+    assert found.labels.tolist() == [max(0, len(classes) - 1)] * 3
+    assert main(["data", "verify", str(tmp_path / "i"), "--images"]) == 0
+    assert main(["data", "stats", str(tmp_path / "i")]) == 0
+
+
+def test_a_run_names_an_image_or_takes_an_index_without_labels(tmp_path):
+    index_of(tmp_path, {"png": PNG, "a.cls": b"1"})
+    source = f"indexed:{tmp_path / 'i'}"
+    storage, config = Storage(str(tmp_path / "run")), ShardsConfig(source=source, label_key="none", image_key="png")
+    manifest = write_shards(storage, "shards", config, lambda done, total: None)
+    assert (manifest.classes, manifest.label_key, manifest.image_key) == ((), None, "png")
+    with pytest.raises(UserError, match=r"shards.label_key=cls, but indexed:.* was made with a.cls: leave it out"):
+        write_shards(storage, "other", ShardsConfig(source=source, label_key="cls"), lambda done, total: None)
+
+
+def test_classes_without_an_image_are_named(tmp_path, capsys):
+    index_of(tmp_path, {"png": PNG, "cls": b"2"})
+    assert "3 classes (left out: 2 classes without an image, such as 0); use them with" in capsys.readouterr().out
+    assert main(["data", "stats", str(tmp_path / "i")]) == 0
+    assert "left out: 2 classes without an image, such as 0" in capsys.readouterr().out
+    (tmp_path / "names").write_text("a\nb\n")
+    train = ["--train", str(tmp_path / "theirs"), "--validation", str(tmp_path / "theirs")]
+    bare = write_tar(tmp_path / "theirs" / "x.tar", [0], members={"png": PNG})
+    assert main(["data", "index", str(tmp_path / "j"), *train, "--classes", str(tmp_path / "names")]) == 2, bare
+    assert "--classes names 2 classes, but the records have no labels" in capsys.readouterr().err
 
 
 def test_a_place_without_shards_or_index_is_named(tmp_path, capsys):

@@ -374,3 +374,75 @@ def test_the_digest_is_of_the_content():
     assert first != manifest([{**shard, "sha256": "b"}])
     assert first != manifest([shard], classes=["y"])
     assert first != manifest([shard, shard])
+
+
+def make_folder(path, names, damaged=()):
+    """A folder of images; names are bytes or text."""
+    for index, name in enumerate(names):
+        place = os.fsdecode(os.fsencode(path) + b"/" + os.fsencode(name))
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with open(place, "wb") as file:
+            file.write(b"damaged" if name in damaged else jpeg(index))
+    return str(path)
+
+
+def members_of(storage, path):
+    with tarfile.open(storage.url(path)) as tar:
+        return {member.name.partition(".")[2] for member in tar}
+
+
+def test_images_without_labels_have_no_class_member(storage, tmp_path):
+    source = make_folder(tmp_path / "flat", [f"{index:02d}.jpg" for index in range(20)])
+    config = ShardsConfig(source=source, image_size=32, validation_fraction=0.3)
+    manifest = write_shards(storage, "shards", config, silent)
+    assert manifest.classes == ()
+    assert members_of(storage, "shards/train/000000.tar") == {"png", "json"}
+    assert read_manifest(storage, "shards") == manifest
+    folders = make_folder(tmp_path / "classes", ["a/1.jpg", "b/1.jpg"])
+    both = config.model_copy(update={"validation_source": folders})
+    with pytest.raises(UserError, match=r"shards.validation_source has classes and shards.source has none: name those"):
+        plan_shards(both, storage)
+    with pytest.raises(UserError, match=r"shards.source has classes and shards.validation_source has none"):
+        plan_shards(both.model_copy(update={"source": folders, "validation_source": source}), storage)
+    plan = plan_shards(both.model_copy(update={"label_key": "none"}), storage)
+    assert plan.classes == ()
+    assert {record.label for shard in plan.shards for record in shard.records} == {0}
+
+
+def test_images_with_names_that_are_not_utf_8_are_written_and_left_out_by_name(storage, tmp_path):
+    names = [b"caf\xe9/%d\xff.jpg" % index for index in range(8)] + [b"b/%d.jpg" % index for index in range(8)]
+    config = ShardsConfig(
+        source=make_folder(tmp_path / "x", names, damaged={names[3]}), image_size=32, validation_fraction=0
+    )
+    manifest = write_shards(storage, "shards", config, silent)
+    assert manifest.classes == ("b", "caf\\xe9")
+    assert manifest.skipped == ("caf\\xe9/3\\xff.jpg",)
+    assert read_manifest(storage, "shards") == manifest
+    keys = {original for _, original, _, _ in samples(storage, manifest)["train"]}
+    assert "caf\\xe9/0\\xff.jpg" in keys
+    assert write_shards(storage, "shards", config, silent) == manifest, "what is done is found again"
+
+
+def test_classes_that_nothing_is_left_of_are_named(storage, tmp_path):
+    names = [f"{name}/{index}.jpg" for name in "abc" for index in range(1)] + [f"d/{index}.jpg" for index in range(30)]
+    config = ShardsConfig(source=make_folder(tmp_path / "x", names, damaged={"b/0.jpg"}), image_size=32)
+    config = config.model_copy(update={"validation_fraction": 0.5})
+    held_out = [name[0] for name in names[:3] if is_held_out(name, config) and name[0] != "b"]
+    manifest = write_shards(storage, "shards", config, silent)
+    assert manifest.left_out.startswith(
+        "1 images that cannot be read, such as b/0.jpg; 1 classes without an image, such"
+    )
+    found = {each.reason: each.count for each in manifest.excluded}
+    assert found.pop("classes without an image") == 1
+    assert found == ({"classes whose only images are held out": len(held_out)} if held_out else {})
+
+
+def test_captions_are_members_of_their_records(storage, tmp_path):
+    source = make_folder(tmp_path / "x", [f"{index}.jpg" for index in range(4)])
+    rows = [json.dumps({"file_name": f"{index}.jpg", "text": f"cät {index}"}) for index in range(3)]
+    (tmp_path / "x" / "metadata.jsonl").write_text("\n".join(rows))
+    config = ShardsConfig(source=source, image_size=32, validation_fraction=0)
+    write_shards(storage, "shards", config, silent)
+    dataset = webdataset.WebDataset([storage.url("shards/train/000000.tar")], shardshuffle=False)
+    found = {json.loads(each["json"])["key"]: each.get("txt", b"").decode() for each in dataset}
+    assert found == {"0.jpg": "cät 0", "1.jpg": "cät 1", "2.jpg": "cät 2", "3.jpg": ""}

@@ -42,6 +42,13 @@ def test_a_random_label_is_a_function_of_seed_and_index(index):
     assert laws[0](index) == laws[1](index)
 
 
+@pytest.mark.parametrize("mode", ["class_balanced", "random"])
+def test_without_classes_every_label_is_the_null_label(mode):
+    assert labels(mode, 3, classes=()) == [0, 0, 0]
+    with pytest.raises(UserError, match=r"sample.labels: the images have no classes: leave it out"):
+        labels(("cat",), 1, classes=())
+
+
 def test_another_seed_draws_other_labels():
     assert labels("random", 50) != labels("random", 50, seed=4)
 

@@ -40,7 +40,7 @@ def sampling_benchmark(config: RunConfig, device: torch.device) -> Computation:
         raise UserError(f"solver.name={config.solver.name}: the slow side has euler alone; set solver.name=euler")
     sampler = _random_sampler(config, device)
     indices, count = range(config.sample.batch_size), config.sample.batch_size
-    labels = [index % sampler.lightningdit.null_label for index in indices]
+    labels = [index % max(1, sampler.lightningdit.null_label) for index in indices]
 
     def fast() -> Tensor:
         return sampler.images(indices, labels, config.seed, config.guidance, config.solver)

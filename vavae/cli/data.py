@@ -21,6 +21,12 @@ def add_commands(commands: Any) -> None:
     index.add_argument("--train", nargs="+", required=True, metavar="URL", help="shards, or folders of .tar files")
     index.add_argument("--validation", nargs="+", required=True, metavar="URL", help="held-out ones likewise")
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    index.add_argument("--image-key", metavar="KEY", help="member of a record with the image, where it has several")
+    index.add_argument(
+        "--label-key",
+        metavar="KEY",
+        help="member with the class, or json.<key>; `none` takes the images without classes",
+    )
     verify = _command(commands, "verify", "check size, checksum, count and classes of every shard", _verify)
     verify.add_argument("--images", action="store_true", help="decode every image, too")
     verify.add_argument("--drop", action="store_true", help="decode, and take unreadable images out of the manifest")
@@ -43,15 +49,17 @@ def _command(commands: Any, name: str, text: str, act: Callable[[argparse.Namesp
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from vavae.data.config import RecordKeys
     from vavae.data.shards.verify import index_shards, read_class_names
 
     splits = {"train": arguments.train, "validation": arguments.validation}
     classes = read_class_names(arguments.classes) if arguments.classes else None
     storage = _storage(arguments)
-    manifest = index_shards(splits, classes, storage)
+    manifest = index_shards(splits, classes, storage, RecordKeys(arguments.image_key, arguments.label_key))
     write_manifest(storage, "", manifest)
     counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.splits)
-    print(f"{counts} images of {len(manifest.classes)} classes; use them with shards.source=indexed:{arguments.folder}")
+    left_out = f" (left out: {manifest.left_out})" if manifest.left_out else ""
+    print(f"{counts} images of {_classes(manifest)}{left_out}; use them with shards.source=indexed:{arguments.folder}")
     return 0
 
 
@@ -92,7 +100,18 @@ def _stats(arguments: argparse.Namespace) -> int:
         mean = filesize.decimal(found.image_bytes // max(1, found.images))
         print(f"{split}: {found.images:,} images in {found.shards:,} shards, {filesize.decimal(found.bytes)}")
         print(f"  {forms}; {mean} each on average")
-        print(f"  {len(counts):,} classes of {min(counts):,} to {max(counts):,} images")
-    if manifest.skipped_count:
-        print(f"{manifest.skipped_count:,} unreadable images were left out, such as {manifest.skipped[0]}")
+        if counts:
+            print(f"  {len(counts):,} classes of {min(counts):,} to {max(counts):,} images")
+            empty = [name for name, count in zip(manifest.classes, counts, strict=True) if not count]
+            if empty:
+                print(f"  {len(empty):,} classes without an image, such as {empty[0]}")
+        else:
+            print("  no classes")
+    if manifest.left_out:
+        print(f"left out: {manifest.left_out}")
     return 0
+
+
+def _classes(manifest: Manifest) -> str:
+    """The number of classes, in words."""
+    return f"{len(manifest.classes):,} classes" if manifest.classes else "no classes"

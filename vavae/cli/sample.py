@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vavae.cli.arguments import add_overrides
+from vavae.errors import UserError
 from vavae.progress import Progress, Rate, display
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ def add_commands(commands: Any) -> None:
     """Add ``vavae sample``; ``act`` of its arguments returns the exit status."""
     sample = commands.add_parser("sample", help="make images of given classes from a trained run")
     sample.add_argument("--run", required=True, metavar="FOLDER", help="path or URL of the folder of the run")
-    sample.add_argument("--classes", required=True, metavar="LIST", help="names or numbers, such as 207,360")
+    sample.add_argument(
+        "--classes", metavar="LIST", help="names or numbers, such as 207,360; needed where there are any"
+    )
     sample.add_argument(
         "--seeds",
         required=True,
@@ -40,14 +43,18 @@ def _sample(arguments: argparse.Namespace) -> int:
     from vavae.latents.manifest import read_latent_manifest
     from vavae.runs.sampling_inputs import SamplingInputs
     from vavae.sampling.files import SampleRequest, parse_seeds, writer_of
-    from vavae.sampling.labels import find_classes
+    from vavae.sampling.labels import check_classes, find_classes
     from vavae.sampling.sampler import Sampler
 
     guidance = [] if arguments.guidance is None else [f"guidance.scale={arguments.guidance}"]
     inputs = SamplingInputs.at(arguments.run, [*arguments.overrides, *guidance])
-    config, names = inputs.config, [name.strip() for name in arguments.classes.split(",")]
-    known = read_latent_manifest(inputs.latents.folder).classes
-    request = SampleRequest(find_classes(names, known, "--classes"), parse_seeds(arguments.seeds))
+    config, known = inputs.config, read_latent_manifest(inputs.latents.folder).classes
+    check_classes(config, known)
+    if arguments.classes is None and known:
+        raise UserError(f"--classes is missing: name some of the {len(known)}, such as {known[0]}")
+    names = None if arguments.classes is None else [name.strip() for name in arguments.classes.split(",")]
+    labels = [0] if names is None else find_classes(names, known, "--classes")
+    request = SampleRequest(labels, parse_seeds(arguments.seeds))
     out, count = arguments.out, len(request.indices)
     write = writer_of(out, count)
     # Nothing else runs here, so the threads are not those of one worker among many.
@@ -58,7 +65,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     folder, slash, name = out.rpartition("/")
     with inputs.output.run.at(folder or slash or ".").create(name) as local:
         write(local, request, _with_progress(batches, count))
-    made = f"{len(request.classes)} classes with {len(request.seeds)} seeds"
+    made = f"{len(request.classes)} classes with {len(request.seeds)} seeds" if known else f"{count} images"
     print(f"{out}: {made}, {config.solver.summary}, {config.guidance.summary}")
     return 0
 

@@ -1,11 +1,11 @@
 """Configuration of image shards and of the stream of training images."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, as_one_number, height_and_width, runtime
+from vavae.config import Config, LocalPath, added, as_one_number, height_and_width, runtime
 
 Crop = Literal["center", "random", "random_resized"]
 _LEAST_SIDE = 8
@@ -24,6 +24,17 @@ def _check_size(value: Any, check: ValidatorFunctionWrapHandler) -> int | tuple[
     return size
 
 
+NO_LABELS = "none"
+"""`shards.label_key` of images that are taken without labels."""
+
+
+class RecordKeys(NamedTuple):
+    """Names of the image and the class of a record, or of the columns of a set; None where only one can be meant."""
+
+    image: str | None = None
+    label: str | None = None
+
+
 class ShardsConfig(Config):
     """Conversion of a set of images to shards.
 
@@ -31,10 +42,23 @@ class ShardsConfig(Config):
     """
 
     source: SourceName = runtime()
-    """Images with a class each: a folder of class folders, a .zip or .tar(.gz) of such a folder (path or URL; `#train`
-    after an archive means its folder `train`), a .tar of one .tar per class such as ILSVRC2012_img_train.tar,
+    """Images, with a class each or with none: a folder of class folders or of images alone, a .zip or .tar(.gz) of such
+    a folder (path or URL; `#train` after an archive means its folder `train`), a .tar of one .tar per class such as
+    ILSVRC2012_img_train.tar,
     `digits`, `huggingface:<name>[#split]` or `torchvision:<Class>[#split]`. Or `indexed:<folder>`: the shards of a
     manifest that `vavae data index` wrote, with both splits, used where they lie."""
+
+    labels: Annotated[str, Field(min_length=1), LocalPath()] | None = runtime(None)
+    """Classes of images that lie in no class folders: a CSV with a header, or a text as `validation_labels`."""
+
+    image_key: str | None = added(None, min_length=1)
+    """Column of a data set that holds the images; null takes the only one. (`vavae data index --image-key` says it of
+    shards that others made: the member of a record, such as `jpg`.)"""
+
+    label_key: str | None = added(None, min_length=1)
+    """Where the class of an image stands: a column of a data set, of a `metadata.jsonl`, a `metadata.csv` or `labels`.
+    Null takes the column `label` or the only one that can be meant; `none` takes the images without labels. (`vavae
+    data index --label-key` says it of shards that others made: a member such as `cls`, or `json.label`.)"""
 
     validation_source: SourceName | None = runtime(None)
     """Held-out images with the same classes, named likewise."""
@@ -70,6 +94,11 @@ class ShardsConfig(Config):
     def height_and_width(self) -> tuple[int, int]:
         """Both sides of the stored images, pixels."""
         return height_and_width(self.image_size)
+
+    @property
+    def keys(self) -> RecordKeys:
+        """Columns of the images and of their classes."""
+        return RecordKeys(self.image_key, self.label_key)
 
     @model_validator(mode="after")
     def _labels_need_images(self) -> Self:

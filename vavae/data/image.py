@@ -1,5 +1,7 @@
 """Decoding and encoding of image files, and the crops that training and evaluation make of them."""
 
+import importlib
+import importlib.util
 import io
 import math
 import struct
@@ -7,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from PIL.ImageFile import ImageFile
 
 from vavae.data.config import Crop, ShardsConfig
@@ -19,8 +21,35 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """File extension of each stored format, by Pillow's names."""
 
 # Pillow knows more, some through other programs; a set of photographs has no use for them.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+_ALWAYS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+)
+_OPTIONAL = {"AVIF": (".avif", ".avifs"), "HEIF": (".heic", ".heif", ".hif"), "JXL": (".jxl",)}
+"""File suffixes of formats that Pillow decodes in some builds, or with another package, by Pillow's names."""
 Image.init()  # registers every format; Pillow would do it on demand, but not where formats are named
+
+
+def _decoders() -> frozenset[str]:
+    """The optional formats that can be decoded here."""
+    found = {"AVIF"} if features.check("avif") else set()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+        found.add("HEIF")
+    if importlib.util.find_spec("pillow_jxl") is not None:
+        importlib.import_module("pillow_jxl")  # which registers itself
+        found.add("JXL")
+    return frozenset(found)
+
+
+_FOUND = _decoders()
+_FORMATS = (*_ALWAYS, *sorted(_FOUND))
+
+IMAGE_SUFFIXES = _SUFFIXES.union(*(_OPTIONAL[form] for form in _FOUND))
+"""Suffixes of the names of image files that can be decoded here, in lower case."""
+
+UNDECODABLE_SUFFIXES = frozenset(suffix for form in _OPTIONAL.keys() - _FOUND for suffix in _OPTIONAL[form])
+"""Suffixes of those that another package would decode."""
 
 # What Pillow raises on damaged files; the last ones come from damaged TIFF tags.
 _DAMAGE = (

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -39,7 +39,7 @@ class ImageMicroBatch(NamedTuple):
     images: Tensor
     """Images uint8 [S, 3, H, W]; in memory the channels of a pixel lie together, until floats are made of them."""
     labels: Tensor
-    """Classes int64 [S]."""
+    """Classes int64 [S]; all 0 where there are none."""
     unreadable: Sequence[str] = ()
     """Names, `<split>/<shard>#<key>`, of images that could not be read and were replaced by others."""
 
@@ -120,7 +120,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
         seed: int,
     ) -> None:
         shards = OrderedShards(storage, split, manifest.splits[split], order, micro_batch_size)
-        self._size, self._classes = manifest.height_and_width, len(manifest.classes)
+        self._size, self._reader = manifest.height_and_width, manifest.reader
         super().__init__(shards, micro_batch_bytes=micro_batch_size * 3 * math.prod(self._size))
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
@@ -155,34 +155,13 @@ class ImageStream(ShardStream[ImageMicroBatch]):
             index = (location.record + offset) % len(shard)
             record, place = shard[index], f"{name}#{shard.key(index)}"
             try:
-                data = image_bytes(record, place)
+                data = self._reader.image(record, place)
                 pixels = prepare_image(data, self._size, self._config.crop, rng, buffer=image)
                 mirrored = self._config.flip and rng.random() < 0.5
                 if mirrored or not np.may_share_memory(pixels, image):
                     image[:] = pixels[:, ::-1] if mirrored else pixels
-                return _Found(label_of(record, self._classes, place), unreadable)
+                return _Found(self._reader.label(record, place), unreadable)
             except UnreadableImage as error:
                 logger.warning("unreadable image %s, replaced by the next one: %s", place, error)
                 unreadable.append(place)
         raise UserError(f"{name}: no readable image in the whole shard")
-
-
-def label_of(record: Mapping[str, bytes], classes: int, place: str) -> int:
-    """Class index of a record; UserError with its place where there is none, or one beyond the classes."""
-    text = record.get("cls", b"")
-    if not text.strip().isdigit():
-        raise UserError(f"{place}: its class is {text[:20]!r}; expected a member cls with 0 to {classes - 1}")
-    if int(text) >= classes:
-        raise UserError(f"{place}: label {int(text)}, but the manifest has {classes} classes; make the shards again")
-    return int(text)
-
-
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-
-
-def image_bytes(record: Mapping[str, bytes], place: str = "a record") -> bytes:
-    """Return the encoded image among a record's members; UserError with its place where there is none."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in record:
-            return record[extension]
-    raise UserError(f"{place}: without an image: its members are {sorted(record)}; expected png, jpg, jpeg or webp")

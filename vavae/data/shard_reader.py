@@ -1,6 +1,5 @@
 """Sequential readers of whole shards, in their order."""
 
-import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice
@@ -14,7 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vavae.data.ahead import map_ahead
 from vavae.data.image import UnreadableImage, decode_image, prepare_image
-from vavae.data.image_stream import image_bytes, label_of
+from vavae.data.record import LABEL, caption_of, find_image, name_of
 from vavae.data.shards.manifest import Manifest, ShardInfo, open_shard
 from vavae.data.shards.mapped_shard import MappedShard
 from vavae.errors import UserError
@@ -29,7 +28,7 @@ class LabeledImages(NamedTuple):
     images: Tensor
     """Images uint8 [B, 3, H, W]."""
     labels: Tensor
-    """Classes int64 [B]."""
+    """Classes int64 [B]; all 0 where there are none."""
 
 
 def shard_records(
@@ -69,6 +68,8 @@ class ReadableImage(NamedTuple):
     label: int
     key: str
     """Name of the image, as its source calls it."""
+    caption: str | None = None
+    """Text on the image, where its record has one."""
 
 
 class _UnreadableImage(NamedTuple):
@@ -91,7 +92,7 @@ class ReadableImages:
 
     def __init__(self, records: Iterable[ShardRecord], manifest: Manifest, ahead: int, threads: int = 1) -> None:
         self._records, self._ahead, self._threads = records, ahead, threads
-        self._size, self._classes = manifest.height_and_width, len(manifest.classes)
+        self._size, self._reader = manifest.height_and_width, manifest.reader
         self.skipped: list[str] = []
         """Names of the images that were left out so far."""
 
@@ -105,12 +106,12 @@ class ReadableImages:
 
     def _read(self, at: ShardRecord) -> ReadableImage | _UnreadableImage:
         record = at.shard[at.record]
-        key = json.loads(record["json"])["key"] if "json" in record else at.shard.key(at.record)
+        key = name_of(record, at.shard.key(at.record))
         try:
-            pixels = prepare_image(image_bytes(record, at.place), self._size)
+            pixels = prepare_image(self._reader.image(record, at.place), self._size)
         except UnreadableImage as error:
             return _UnreadableImage(key, at.place, str(error))
-        return ReadableImage(pixels, label_of(record, self._classes, at.place), key)
+        return ReadableImage(pixels, self._reader.label(record, at.place), key, caption_of(record))
 
 
 def open_records(storage: Storage, split: str, info: ShardInfo, within: range | None = None) -> Iterator[ShardRecord]:
@@ -201,13 +202,14 @@ def batched(images: Iterable[ReadableImage], batch_size: int) -> Iterator[list[R
 
 
 def _read_sample(record: Mapping[str, Any]) -> ReadableImage:
-    return ReadableImage(decode_image(image_bytes(record)), int(record["cls"]), record["__key__"])
+    return ReadableImage(decode_image(record[find_image(record)]), int(record[LABEL]), record["__key__"])
 
 
 def _batch(samples: Sequence[ReadableImage]) -> LabeledImages:
-    images, labels, _ = zip(*samples, strict=True)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, H, W, 3] → [B, 3, H, W]
-    return LabeledImages(pixels, torch.tensor(labels))
+    pixels = (
+        torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2).contiguous()
+    )  # [B, H, W, 3] → [B, 3, H, W]
+    return LabeledImages(pixels, torch.tensor([sample.label for sample in samples]))
 
 
 def gather(batches: Iterable[LabeledImages]) -> LabeledImages:

@@ -68,6 +68,8 @@ def evaluate(
         train, held_out = (evaluator.first_images(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
         verdict = classify_generated(evaluator.samples(), train, held_out, config.seed)
         counts = config.sample.images, len(held_out.images), len(train.images)
+        if verdict.within_class_variety is None:
+            _log.warning("no within-class variety: no class has two generated and two differing real images")
         metrics += classifier_metrics(verdict, *counts, config)
     latent_space = evaluator.latent_space(
         lambda done, total: report(Progress("evaluate", done, total, "maps", doing="mapping latents"))

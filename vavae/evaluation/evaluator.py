@@ -14,7 +14,7 @@ from vavae.data.shard_reader import LabeledImages, gather, read_images, read_spa
 from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.evaluation.config import HELD_OUT, RECONSTRUCTION_PROTOCOLS, TRAIN
+from vavae.evaluation.config import HELD_OUT, RECONSTRUCTION_PROTOCOLS, TRAIN, EvaluateConfig
 from vavae.evaluation.generation import Reference, sample_batches
 from vavae.evaluation.latent_space import LatentSpace, evaluate_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
@@ -23,6 +23,7 @@ from vavae.finite import require_finite_images
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.losses.perceptual import LPIPS
 from vavae.metrics.features import FeatureExtractor, Summaries, Summarizer, describe, join, load_extractor, summarize
+from vavae.metrics.latent_space import FEWEST_TOKENS
 from vavae.metrics.reference import ReferenceFile, read_reference, reference_images
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.evaluation_inputs import EvaluationInputs
@@ -60,13 +61,16 @@ class Evaluator:
         inputs: with samples where they are to be evaluated.
 
     Raises:
-        UserError: the held-out images are not those of the protocol, or the reference file does not fit.
+        UserError: the held-out images are not those of the protocol, the reference file does not fit, or there are
+            too few classes or images for what is to be measured.
     """
 
     def __init__(self, inputs: EvaluationInputs) -> None:
         self.inputs, self._config = inputs, inputs.config.evaluate
         self._threads = threads_of(inputs.config.workers.cpus)
         self._manifest = read_manifest(inputs.shards)
+        if inputs.samples is not None:
+            check_data(self._config, len(self._manifest.classes), self._manifest.count(TRAIN))
         held_out = self._manifest.count(HELD_OUT)
         wanted = RECONSTRUCTION_PROTOCOLS.get(self._config.reconstruction_protocol, held_out)
         if held_out != wanted:
@@ -298,6 +302,27 @@ class Evaluator:
             facts["file"] = {"file": sha256_of(self._reference_path)}
         extractors = config.metrics.fingerprint()
         return {name: digest({"extractors": extractors, **fact})[:16] for name, fact in facts.items()}
+
+
+def check_data(config: EvaluateConfig, classes: int, images: int) -> None:
+    """Check that images can be measured as a configuration asks.
+
+    Args:
+        config: of the evaluation.
+        classes: number of their classes.
+        images: number of training images, or more.
+
+    Raises:
+        UserError: there are too few classes or images.
+    """
+    if config.class_agreement and classes < 2:
+        raise UserError(
+            f"evaluate.class_agreement takes two classes or more, the images have {classes or 'none'}: set it to false"
+        )
+    if config.latent_space is not None and images < FEWEST_TOKENS:
+        raise UserError(
+            f"evaluate.latent_space takes {FEWEST_TOKENS} training images, there are {images}: set it to null"
+        )
 
 
 def _join_reconstructions(parts: Iterable[Tensors]) -> Tensors:

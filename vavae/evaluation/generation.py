@@ -145,8 +145,8 @@ class ClassifierVerdict(NamedTuple):
     """Share of generated images that it puts into the class asked for, 0 to 1."""
     ceiling: float
     """Share of held-out real images that it classifies right, 0 to 1."""
-    within_class_variety: float
-    """Mean pixel distance within a class, generated over real."""
+    within_class_variety: float | None
+    """Mean pixel distance within a class, generated over real; None where no class has two images of both."""
 
 
 def classify_generated(

@@ -104,17 +104,14 @@ def classifier_metrics(
     protocol = _generated(generated, config)
     classifier = f"support vector machine on the pixels of {train:,} training images"
     real = f"custom: {held_out:,} held-out images"
-    return [
+    metrics = [
         Metric("class_agreement", verdict.class_agreement, "", f"{protocol}; {classifier}", "higher"),
         Metric("class_agreement_of_real_images", verdict.ceiling, "", f"{real}; {classifier}", "higher"),
-        Metric(
-            "within_class_variety",
-            verdict.within_class_variety,
-            "",
-            f"{protocol}; mean pixel distance within a class, over that of {train:,} training images",
-            "higher",
-        ),
     ]
+    if verdict.within_class_variety is not None:
+        variety = f"{protocol}; mean pixel distance within a class, over that of {train:,} training images"
+        metrics.append(Metric("within_class_variety", verdict.within_class_variety, "", variety, "higher"))
+    return metrics
 
 
 def latent_space_metrics(latent_space: LatentSpace) -> list[Metric]:

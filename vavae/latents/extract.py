@@ -1,6 +1,7 @@
 """Extraction of latents: one image shard in, one latent shard of the same name out, its record written last."""
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -44,6 +45,8 @@ class LatentShardRecord(BaseModel):
     """Partial sums, see `LatentStatistics`."""
     keys: tuple[str, ...]
     """Names of the images, in order, as their source calls them."""
+    captions: FileInfo | None = None
+    """Size and checksum of the file of their captions, where they have any."""
     skipped: tuple[str, ...] = ()
     """Names of the unreadable images, which have no latent."""
 
@@ -180,10 +183,19 @@ class Extraction:
             shard=ShardInfo(name=source.name, count=len(shard.keys), bytes=size, sha256=sha256),
             statistics=shard.statistics.to_json(),
             keys=tuple(shard.keys),
+            captions=self._write_captions(captions_path(path), shard.captions),
             skipped=tuple(images.skipped),
         )
         self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
         return _without_names(record)
+
+    def _write_captions(self, path: str, captions: Sequence[str | None]) -> FileInfo | None:
+        """Write the captions of a shard beside it, as they are; None where no image has one."""
+        if not any(caption is not None for caption in captions):
+            return None
+        data = json.dumps(captions, ensure_ascii=False, indent=0).encode()
+        self._latents.write_bytes(path, data)
+        return FileInfo(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def _encode(
         self, model: VAVAE, batches: Iterable[list[ReadableImage]], device: torch.device
@@ -193,7 +205,8 @@ class Extraction:
             images = _stack([image.pixels for image in batch], pinned=device.type == "cuda")
             posteriors = self._posteriors(model, images.to(device, non_blocking=True)).to("cpu", non_blocking=True)
             copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            yield _EncodedBatch(posteriors, copied, [image.label for image in batch], [image.key for image in batch])
+            labels, keys, captions = ([getattr(image, name) for image in batch] for name in ("label", "key", "caption"))
+            yield _EncodedBatch(posteriors, copied, labels, keys, captions)
 
     def _posteriors(self, model: VAVAE, images: Tensor) -> Tensor:
         """Encode uint8 [B, 3, H, W] to float16 [B, 2 · (1 + flip), C, h, w], a short batch padded to the full size."""
@@ -226,12 +239,15 @@ class Extraction:
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
         total, sizes = LatentStatistics(shape[0]), self._latents.sizes()
+        captions: dict[str, FileInfo] = {}
         for task, record in zip(self.tasks(), records, strict=True):
             path = f"{task.split}/{record.shard.name}"
             assert self._is_done(task, record, sizes.get(path)), (
                 f"{self._latents.url(path)} is not what its record says"
             )
             splits[task.split].append(record.shard)
+            if record.captions is not None:
+                captions[captions_path(f"{task.split}/{record.shard.name}")] = record.captions
             if task.split == "train":
                 total.merge(LatentStatistics.from_json(record.statistics))
         normalization = self._normalization(total)
@@ -248,7 +264,7 @@ class Extraction:
             f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
             for split, shards in splits.items()
             for shard in shards
-        }
+        } | captions
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
             save_file(normalization, local)
@@ -272,6 +288,7 @@ class _EncodedBatch(NamedTuple):
     copied: torch.cuda.Event | None
     labels: list[int]
     keys: list[str]
+    captions: list[str | None]
 
 
 class _LatentShard:
@@ -287,6 +304,7 @@ class _LatentShard:
         self._tar, self._first = tar, first_index
         self.statistics = LatentStatistics(channels)
         self.keys: list[str] = []
+        self.captions: list[str | None] = []
 
     def add(self, batch: _EncodedBatch) -> int:
         """Append a batch, and return its number of images."""
@@ -304,6 +322,7 @@ class _LatentShard:
         for array, label in zip(arrays, batch.labels, strict=True):
             self._tar.add(self._first + self._tar.count, latent_members(array, label))
         self.keys += batch.keys
+        self.captions += batch.captions
         return len(arrays)
 
 
@@ -316,6 +335,11 @@ def _stack(images: Sequence[np.ndarray], pinned: bool) -> Tensor:
 
 def _without_names(record: LatentShardRecord) -> LatentShardRecord:
     return record.model_copy(update={"keys": (), "skipped": ()})
+
+
+def captions_path(shard: str) -> str:
+    """Path of the captions of a shard of latents: a list of JSON in the order of its records, null for none."""
+    return f"{shard.removesuffix('.tar')}.captions.json"
 
 
 def _record_path(split: str, shard: ShardInfo) -> str:

@@ -21,6 +21,7 @@ class LatentManifest(BaseModel):
     flip: bool
     """Whether mirror images are stored too."""
     classes: tuple[str, ...]
+    """Names of the classes; none for images without labels."""
     splits: dict[str, ShardList]
 
     @property

@@ -1,7 +1,8 @@
 """Latent shards: WebDataset tars of constant record size, so that any reader can stream them and ours can map them.
 
 A record is `<nine digits>.latent.npy`, float16 [2 · (1 + flip), C, H, W] with the posterior's mean and standard
-deviation of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label.
+deviation of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label, which is 0
+where there are no classes.
 """
 
 import io

@@ -28,7 +28,7 @@ class LatentMicroBatch(NamedTuple):
     std: Tensor
     """float32 [S, C, H, W]."""
     labels: Tensor
-    """int64 [S]."""
+    """int64 [S]; all 0, the null label, where there are no classes."""
 
 
 class LatentStream(ShardStream[LatentMicroBatch]):
@@ -81,7 +81,7 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         def open_file(path: Path) -> MappedLatents:
             count, classes = self.shards.infos[shard].count, len(self._manifest.classes)
             mapped = MappedLatents(path, count, self._manifest.record_shape)
-            if mapped.labels.max(initial=0) >= classes:
+            if mapped.labels.max(initial=0) >= max(1, classes):
                 raise UserError(
                     f"{path}: label {mapped.labels.max()}, but the manifest has {classes} classes; "
                     "compute the latents again"

@@ -127,14 +127,11 @@ def class_agreement(
 
 def within_class_variety(
     generated: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, *, seed: int, max_per_class: int = 200
-) -> float:
+) -> float | None:
     """Mean pixel distance between images of one class, generated over real, averaged over classes.
 
     The value 1 is as various as the real images, 0 is one image per class. Arguments as in :func:`class_agreement`;
-    classes without two differing real images and two generated ones are left out.
-
-    Raises:
-        UserError: no class is left.
+    classes without two differing real images and two generated ones are left out; None where no class is left.
     """
     ratios = []
     for name in real_labels.unique().tolist():
@@ -145,9 +142,7 @@ def within_class_variety(
         ]
         if len(of_generated) > 1 and distances[1] > 0:
             ratios.append(distances[0] / distances[1])
-    if not ratios:
-        raise UserError("within-class variety needs a class with two generated and two differing real images")
-    return sum(ratios) / len(ratios)
+    return sum(ratios) / len(ratios) if ratios else None
 
 
 def _mean_distance(images: Tensor) -> float:

@@ -1,10 +1,11 @@
-"""The classes of generated images."""
+"""The classes of generated images; the one label of a model without classes is 0, its null label."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
+from vavae.runs.config import RunConfig
 from vavae.sampling.config import SampleConfig
 
 
@@ -19,6 +20,8 @@ def label_law(config: SampleConfig, classes: Sequence[str], seed: int) -> Callab
     Raises:
         UserError: a given label names no class.
     """
+    if not classes and isinstance(config.labels, str):
+        return lambda index: 0
     if config.labels == "random":
         return lambda index: int(numpy_generator(seed, "sample label", index).integers(len(classes)))
     given = (
@@ -27,6 +30,24 @@ def label_law(config: SampleConfig, classes: Sequence[str], seed: int) -> Callab
         else find_classes(config.labels, classes, "sample.labels")
     )
     return lambda index: given[index % len(given)]
+
+
+def check_classes(config: RunConfig, classes: Sequence[str]) -> None:
+    """Check that what samples are asked to show is there.
+
+    Args:
+        config: of a run, with its samples and their guidance.
+        classes: names of the classes of its images.
+
+    Raises:
+        UserError: a given label names no class, or there is guidance and no class to guide to.
+    """
+    label_law(config.sample, classes, config.seed)
+    if not classes and config.guidance.scale != 1:
+        raise UserError(
+            f"guidance.scale={config.guidance.scale:g}, but the images have no classes to guide to: "
+            "set guidance.scale=1"
+        )
 
 
 def find_classes(wanted: Sequence[int | str], classes: Sequence[str], place: str) -> list[int]:
@@ -40,6 +61,8 @@ def find_classes(wanted: Sequence[int | str], classes: Sequence[str], place: str
     Raises:
         UserError: no such class exists.
     """
+    if not classes:
+        raise UserError(f"{place}: the images have no classes: leave it out")
     labels = {name: label for label, name in enumerate(classes)}
     return [_find(str(name), labels, place) for name in wanted]
 

@@ -10,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.ahead import in_turn, map_ahead, threads_of
 from vavae.data.image import decode_image
-from vavae.data.image_stream import image_bytes
 from vavae.data.pixels import encode_png
+from vavae.data.record import find_image
 from vavae.data.shard_reader import LabeledImages, labeled_images, shard_records
 from vavae.data.shards.tar import write_tar
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.latents.manifest import read_latent_manifest
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.config import SampleConfig
-from vavae.sampling.labels import label_law
+from vavae.sampling.labels import check_classes, label_law
 from vavae.sampling.sampler import Sampler
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
@@ -74,9 +74,10 @@ class SampleSet:
         """The set that a configuration asks for, done or not.
 
         Raises:
-            UserError: `sample.labels` names a class that does not exist.
+            UserError: `sample.labels` names a class that does not exist, or there is guidance without classes.
         """
         classes = read_latent_manifest(inputs.latents.folder).classes
+        check_classes(inputs.config, classes)
         config, folder = inputs.config, inputs.output.folder
         return cls(
             folder,
@@ -171,7 +172,7 @@ class SampleSet:
         for record in shard_records(self._storage.local_file(_path(shard))):
             index = int(record["__key__"])
             if index in wanted:
-                yield index, decode_image(image_bytes(record))
+                yield index, decode_image(record[find_image(record)])
 
     def _indices(self, shard: int) -> list[int]:
         first = shard * self.config.shard_images

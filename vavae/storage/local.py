@@ -5,10 +5,12 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 PARTIAL = ".partial"
 _BLOCK_BYTES = 1 << 20
@@ -26,21 +28,69 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return state.hexdigest()
 
 
-def local_sizes(folder: str) -> Iterator[tuple[str, int]]:
-    """Yield path and bytes of the files beneath a local folder, through links.
+class LocalFiles(NamedTuple):
+    """The files beneath a local folder, through links; each folder once."""
 
-    What vanishes meanwhile is left out; a folder that cannot be read is an error.
+    sizes: dict[str, int]
+    """Bytes by path."""
+    links: dict[str, str]
+    """Real paths of those that are links, or lie in a folder that is one, by path."""
+    unfollowed: list[str]
+    """Paths of links that lead nowhere, or to a folder that is among these already."""
+    empty: list[str]
+    """Paths of folders without anything in them."""
+
+
+def local_files(folder: str) -> LocalFiles:
+    """List the files beneath a local folder, through links.
+
+    A folder that several paths lead to is taken once: by its own path where that is beneath `folder`, else by the first
+    link in sorted order; so a link to a folder above itself is no endless way. What vanishes meanwhile is left out; a
+    folder that cannot be read is an error.
     """
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise error
 
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in names:
-            path = f"{parent.rstrip('/')}/{name}"
-            if not name.endswith(PARTIAL) and os.path.isfile(path):
-                yield path, os.path.getsize(path)
+    found = LocalFiles({}, {}, [], [])
+    real_root = os.path.realpath(folder)
+    visited: set[str] = set()
+    waiting = [(folder.rstrip("/") or "/", real_root)]
+    linked_folders: list[tuple[str, str]] = []
+    while waiting:
+        start, real_start = waiting.pop(0)
+        for real, folders, names in os.walk(real_start, onerror=refuse):
+            if real in visited:
+                folders.clear()
+                if real == real_start:
+                    found.unfollowed.append(start)
+                continue
+            visited.add(real)
+            parent = (start + real[len(real_start) :]).rstrip("/")
+            if not folders and not names:
+                found.empty.append(parent)
+            for name in [name for name in folders if os.path.islink(f"{real}/{name}")]:
+                folders.remove(name)
+                linked_folders.append((f"{parent}/{name}", os.path.realpath(f"{real}/{name}")))
+            for name in names:
+                path, real_path = f"{parent}/{name}", f"{real.rstrip('/')}/{name}"
+                if name.endswith(PARTIAL):
+                    continue
+                is_link = os.path.islink(real_path)
+                try:
+                    state = os.stat(real_path)
+                except OSError:
+                    if is_link:
+                        found.unfollowed.append(path)
+                    continue
+                if stat.S_ISREG(state.st_mode):
+                    found.sizes[path] = state.st_size
+                    if is_link or real_start != real_root:
+                        found.links[path] = os.path.realpath(real_path) if is_link else real_path
+        if not waiting:
+            waiting, linked_folders = sorted(linked_folders), []
+    return found
 
 
 @contextmanager

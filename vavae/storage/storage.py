@@ -25,7 +25,7 @@ from vavae.errors import UserError
 from vavae.storage.cache import Cache
 from vavae.storage.config import DEFAULT_CACHE, StorageConfig, StorageOptions
 from vavae.storage.filesystem import explained, open_place
-from vavae.storage.local import PARTIAL, linked, local_sizes, naming_failed_writes, replacing, sha256_of
+from vavae.storage.local import PARTIAL, linked, local_files, naming_failed_writes, replacing, sha256_of
 from vavae.storage.retry import COUNTERS, Retry
 
 __all__ = ["Storage", "sha256_of"]
@@ -108,7 +108,7 @@ class Storage:
         """Sizes in bytes of all files beneath a folder, at any depth, by sorted path; empty without such a folder."""
         name = self._name(prefix)
         if self.is_local:
-            return dict(sorted((self._relative(path), size) for path, size in local_sizes(name)))
+            return dict(sorted((self._relative(path), size) for path, size in local_files(name).sizes.items()))
         found = self._ask(prefix, lambda: self._fs.find(name, detail=True))
         # An object whose name ends in a slash stands for a folder: other programs put them.
         return {self._relative(path): info["size"] for path, info in sorted(found.items()) if not path.endswith("/")}

@@ -21,7 +21,7 @@ _FOLDERS: dict[Job, tuple[str, ...]] = {
     "train_vavae": ("tokenizer", "tensorboard/train_vavae"),
     "precompute_latents": ("latents",),
 }
-_SOURCES = ("source", "validation_source", "validation_labels")
+_SOURCES = ("source", "labels", "validation_source", "validation_labels")
 _PHASES = "train_vavae.stages."
 
 JobRequest = Callable[[RunConfig, Job], Run]

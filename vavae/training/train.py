@@ -31,6 +31,7 @@ from vavae.runs.training_inputs import (
     TrainingInputs,
     resolve_once,
 )
+from vavae.sampling.labels import check_classes
 from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights
 from vavae.training.callbacks.diffusion import SamplePreview
 from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview, held_out_images
@@ -192,6 +193,7 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     """Train the LightningDiT on latents and export it. Every rank calls it."""
     config, training = inputs.config, inputs.config.train_lightningdit
     manifest, normalizer = resolve_once(world, lambda: _read_latents(inputs, config.latent_shape))
+    check_classes(config, manifest.classes)
     model = config.lightningdit.with_classes(len(manifest.classes))
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = training.batch_size // config.stream.lanes

@@ -20,6 +20,9 @@ from pydantic_core import CoreSchema, core_schema
 from typing_extensions import NotRequired, TypedDict
 
 from vavae.config import digest, height_and_width
+from vavae.data.config import RecordKeys
+from vavae.data.exclusions import Exclusion, exclusion, in_words
+from vavae.data.record import RecordReader
 from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
 
@@ -151,7 +154,7 @@ class Manifest(BaseModel):
     """Shards by split (`train`, `validation`), in order."""
 
     classes: tuple[str, ...]
-    """Names of the classes; an image's label is an index into them."""
+    """Names of the classes; an image's label is an index into them. None: the records have no labels."""
 
     image_size: int | tuple[int, int]
     """Side in pixels, or height and width, of the images that training sees; others are scaled and cut."""
@@ -165,14 +168,40 @@ class Manifest(BaseModel):
     skipped_count: int = 0
     """Number of images that could not be read."""
 
+    excluded: tuple[Exclusion, ...] | None = None
+    """Whatever else of the sources is in no shard, by the reason; and classes without an image."""
+
+    image_key: str | None = None
+    """Member of a record with the image; None takes the only one."""
+
+    label_key: str | None = None
+    """Member of a record with the class, or `json.<key>`; None is `cls`."""
+
+    by_name: bool | None = None
+    """Whether records hold names of classes, not their labels."""
+
+    @property
+    def left_out(self) -> str:
+        """One line on all that is in no shard; empty where nothing was left out."""
+        unreadable = exclusion("images that cannot be read", self.skipped)
+        unreadable = [each.model_copy(update={"count": self.skipped_count}) for each in unreadable]
+        return in_words([*unreadable, *(self.excluded or ())])
+
+    @property
+    def reader(self) -> RecordReader:
+        """Reader of the image and the label of a record."""
+        return RecordReader(RecordKeys(self.image_key, self.label_key), self.classes, bool(self.by_name))
+
     @property
     def digest(self) -> str:
-        """Digest of the content: the shards by checksum and order, and the classes."""
+        """Digest of the content: the shards by checksum and order, the classes, and how records are read."""
         shards = {
             name: [[shard.sha256, shard.count, *([shard.dropped] if shard.dropped else [])] for shard in split]
             for name, split in self.splits.items()
         }
-        return digest({"shards": shards, "classes": self.classes})
+        keys = {name: getattr(self, name) for name in ("image_key", "label_key", "by_name")}
+        found = {name: value for name, value in keys.items() if value is not None}
+        return digest({"shards": shards, "classes": self.classes, **found})
 
     @property
     def height_and_width(self) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from vavae.errors import UserError
 
 T = TypeVar("T")
 
+_GZIP = b"\x1f\x8b"
+
 
 class ShardCache(Generic[T]):
     """The most recently used open shards. Maps stay in the process that made them: a pickled cache arrives empty."""
@@ -50,7 +52,10 @@ class MappedShard:
                 self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             records = index_tar(path, self._memory)
         except ValueError as error:
-            raise UserError(f"{path}: not a readable shard ({error}); make the shards again") from error
+            with path.open("rb") as file:
+                is_packed = file.read(len(_GZIP)) == _GZIP
+            reason, remedy = ("it is gzipped", "unpack it") if is_packed else (error, "make the shards again")
+            raise UserError(f"{path}: not a readable shard ({reason}); {remedy}") from error
         if dropped:
             records = {key: parts for at, (key, parts) in enumerate(records.items()) if at not in dropped}
         if count not in (None, len(records)):

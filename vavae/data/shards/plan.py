@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vavae.config import digest, identity
-from vavae.data.config import ShardsConfig
+from vavae.data.config import NO_LABELS, ShardsConfig
+from vavae.data.exclusions import Exclusion
+from vavae.data.record import LABEL
 from vavae.data.shards.manifest import Manifest, read_manifest
-from vavae.data.sources.listing import Fingerprint, Listing, Record
+from vavae.data.sources.listing import Fingerprint, Listing, Record, Source
 from vavae.data.sources.opening import INDEXED, open_source
 from vavae.errors import UserError
 from vavae.randomness import numpy_generator
@@ -29,6 +31,8 @@ class PlannedShard(NamedTuple):
     config: ShardsConfig
     plan: str
     """Digest of the plan that it belongs to."""
+    has_labels: bool = True
+    """Whether its images have classes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class ShardPlan:
     sources: dict[str, Fingerprint]
     """Fingerprints of the sources by split; without a validation source both splits come from `train`."""
     shards: tuple[PlannedShard, ...]
+    excluded: tuple[Exclusion, ...] = ()
+    """What the sources have besides these images."""
 
     @property
     def images(self) -> int:
@@ -61,15 +67,16 @@ def plan_shards(config: ShardsConfig, storage: Storage) -> ShardPlan:
     index = read_index(config, storage)
     if index is not None:
         return ShardPlan(config, index.classes, describe_sources(config, storage), ())
-    names, listings = _source_names(config), _list_sources(config, storage)
+    names, listings = source_names(config), _list_sources(config, storage)
     sources = {split: listing.fingerprint for split, listing in listings.items()}
     plan = digest(origin(config, sources))
     shards = [
         shard
         for split, records in _split(listings, config).items()
-        for shard in _cut(split, records, names.get(split, config.source), config, plan)
+        for shard in _cut(split, records, names.get(split, config.source), config, plan, bool(listings[TRAIN].classes))
     ]
-    return ShardPlan(config, listings[TRAIN].classes, sources, tuple(shards))
+    excluded = [each for listing in listings.values() for each in listing.excluded]
+    return ShardPlan(config, listings[TRAIN].classes, sources, tuple(shards), tuple(excluded))
 
 
 def describe_sources(config: ShardsConfig, storage: Storage) -> dict[str, Fingerprint]:
@@ -84,11 +91,24 @@ def describe_sources(config: ShardsConfig, storage: Storage) -> dict[str, Finger
 
 
 def read_index(config: ShardsConfig, storage: Storage) -> Manifest | None:
-    """The manifest of shards that others made, with the image size of the configuration; None for any other source."""
+    """The manifest of shards that others made, with the image size of the configuration; None for any other source.
+
+    Raises:
+        UserError: there is none, or it was made with another key of the classes.
+    """
     kind, _, folder = config.source.partition(":")
     if kind != INDEXED:
         return None
-    return read_manifest(storage.at(folder)).model_copy(update={"image_size": config.image_size})
+    manifest = read_manifest(storage.at(folder))
+    update: dict[str, Any] = {"image_size": config.image_size, "image_key": config.image_key or manifest.image_key}
+    if config.label_key == NO_LABELS:
+        update |= {"classes": (), "label_key": None, "by_name": None}
+    elif config.label_key not in (None, manifest.label_key or LABEL):
+        raise UserError(
+            f"shards.label_key={config.label_key}, but {config.source} was made with {manifest.label_key or LABEL}: "
+            "leave it out, or run `vavae data index --label-key` again"
+        )
+    return manifest.model_copy(update=update)
 
 
 def input_digests(sources: Mapping[str, Fingerprint]) -> dict[str, str]:
@@ -101,16 +121,23 @@ def origin(config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> dict[str
     return {"config": identity(config), "sources": identity(sources)}
 
 
-def _source_names(config: ShardsConfig) -> dict[str, str]:
+def source_names(config: ShardsConfig) -> dict[str, str]:
+    """Names of the sources by split."""
     names = {TRAIN: config.source, VALIDATION: config.validation_source}
     return {split: name for split, name in names.items() if name is not None}
 
 
+def open_split(config: ShardsConfig, storage: Storage, split: str) -> Source:
+    """Open the source of a split; UserError where it can't be opened."""
+    field = {TRAIN: "labels", VALIDATION: "validation_labels"}[split]
+    return open_source(source_names(config)[split], storage, getattr(config, field), config.keys, field)
+
+
 def _list_sources(config: ShardsConfig, storage: Storage) -> dict[str, Listing]:
-    labels = {VALIDATION: config.validation_labels}
-    return {
-        split: open_source(name, storage, labels.get(split)).listing() for split, name in _source_names(config).items()
-    }
+    listings = {split: open_split(config, storage, split).listing() for split in source_names(config)}
+    if config.label_key == NO_LABELS:
+        return {split: listing.without_labels() for split, listing in listings.items()}
+    return listings
 
 
 def _split(listings: dict[str, Listing], config: ShardsConfig) -> dict[str, Sequence[Record]]:
@@ -140,6 +167,14 @@ def is_held_out(key: str, config: ShardsConfig) -> bool:
 
 def _relabel(listing: Listing, classes: Sequence[str], config: ShardsConfig) -> list[Record]:
     """The records with labels that index the classes of the train split."""
+    if bool(classes) != bool(listing.classes):
+        with_labels, without = ("source", "validation_source") if classes else ("validation_source", "source")
+        raise UserError(
+            f"shards.{with_labels} has classes and shards.{without} has none: name those of both (labels, "
+            f"validation_labels), or take both without labels (label_key={NO_LABELS})"
+        )
+    if not classes:
+        return [*listing.records]
     labels = {name: label for label, name in enumerate(classes)}
     unknown = [name for name in listing.classes if name not in labels]
     if unknown:
@@ -150,8 +185,10 @@ def _relabel(listing: Listing, classes: Sequence[str], config: ShardsConfig) -> 
     return [record._replace(label=labels[listing.classes[record.label]]) for record in listing.records]
 
 
-def _cut(split: str, records: Sequence[Record], source: str, config: ShardsConfig, plan: str) -> Iterator[PlannedShard]:
+def _cut(
+    split: str, records: Sequence[Record], source: str, config: ShardsConfig, plan: str, has_labels: bool
+) -> Iterator[PlannedShard]:
     order = numpy_generator(config.seed, "shards", split).permutation(len(records))
     for number, first in enumerate(range(0, len(records), config.shard_images)):
         chosen = tuple(records[index] for index in order[first : first + config.shard_images])
-        yield PlannedShard(f"{split}/{number:06d}", source, chosen, first, config, plan)
+        yield PlannedShard(f"{split}/{number:06d}", source, chosen, first, config, plan, has_labels)

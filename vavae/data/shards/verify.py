@@ -6,30 +6,39 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from vavae.data.config import ShardsConfig
+from vavae.data.config import RecordKeys, ShardsConfig
+from vavae.data.exclusions import exclusion
 from vavae.data.image import UnreadableImage, decode_image
-from vavae.data.image_stream import IMAGE_EXTENSIONS, image_bytes, label_of
+from vavae.data.record import LABEL, Numbering, RecordReader, find_image, find_label, read_label, readable
 from vavae.data.shards.manifest import Manifest, ShardInfo, ShardList, shard_file
 from vavae.data.shards.mapped_shard import MappedShard
 from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
 
 
-def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | None, storage: Storage) -> Manifest:
+def index_shards(
+    splits: Mapping[str, Sequence[str]],
+    classes: Sequence[str] | None,
+    storage: Storage,
+    keys: RecordKeys = RecordKeys(),  # noqa: B008 - it cannot be changed
+) -> Manifest:
     """Build the manifest of existing WebDataset tars, which stay where they are.
 
     Its image size is the default: a run that takes the manifest for its shards puts its own there.
 
     Args:
         splits: by split, paths or URLs of shards, or of folders whose .tar files are meant, at any depth.
-        classes: names of the classes; None numbers them up to the largest label.
+        classes: names of the classes; None takes those that stand in the records, or numbers them.
         storage: whose options and cache are used for shards that lie in a store.
+        keys: members of a record with the image and the class.
 
     Raises:
-        UserError: no shards there, a damaged or empty one, or a record without an image or without a class.
+        UserError: no shards there, a damaged or empty one, a record without an image or without a class where others
+            have one, several that can be meant, or a class that has no name.
     """
-    bound, largest = len(classes) if classes is not None else 10**9, -1
     found: dict[str, tuple[ShardInfo, ...]] = {}
+    values: dict[int | str, str] = {}  # with the place of the first record of each
+    label_key, is_first = keys.label, True
     for split, urls in splits.items():
         infos: list[ShardInfo] = []
         for place in _shards(urls, storage):
@@ -38,9 +47,12 @@ def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | N
             if not len(shard):
                 raise UserError(f"{url}: a shard without a record; delete it or leave it out")
             for index in range(len(shard)):
-                record, name = shard[index], f"{url}#{shard.key(index)}"
-                image_bytes(record, name)
-                largest = max(largest, label_of(record, bound, name))
+                record, name = shard[index], f"{url}#{readable(shard.key(index))}"
+                find_image(record, name, keys.image)
+                if is_first:
+                    label_key, is_first = find_label(record, name, keys.label), False
+                if label_key is not None:
+                    values.setdefault(read_label(record, label_key, name), name)
             infos.append(
                 ShardInfo(
                     name=f"{len(infos):06d}.tar",
@@ -51,9 +63,40 @@ def index_shards(splits: Mapping[str, Sequence[str]], classes: Sequence[str] | N
                 )
             )
         found[split] = tuple(infos)
-    names = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
-    size = ShardsConfig.model_fields["image_size"].default
-    return Manifest(splits=found, classes=names, image_size=size, sources={})
+    by_name = any(isinstance(value, str) for value in values)
+    names = _names_of(classes, values, by_name)
+    used = {str(value) if by_name else names[int(value)] for value in values}
+    empty = [name for name in names if name not in used]
+    return Manifest(
+        splits=found,
+        classes=names,
+        image_size=ShardsConfig.model_fields["image_size"].default,
+        sources={},
+        excluded=tuple(exclusion("classes without an image", empty)) or None,
+        image_key=keys.image,
+        label_key=None if label_key == LABEL else label_key,
+        by_name=by_name or None,
+    )
+
+
+def _names_of(classes: Sequence[str] | None, found: Mapping[int | str, str], by_name: bool) -> tuple[str, ...]:
+    """Names of the classes of an index; UserError where the given ones do not fit.
+
+    Args:
+        classes: names that are given.
+        found: what stands in the records, with the place of the first of each.
+        by_name: whether these are names, not labels.
+    """
+    if classes is None:
+        return Numbering.of(found).classes
+    if not found:
+        raise UserError(f"--classes names {len(classes)} classes, but the records have no labels: leave it out")
+    for value, place in found.items():
+        if by_name and str(value) not in classes:
+            raise UserError(f"{place}: its class {value!r} is none of the {len(classes)} that are named")
+        if not by_name and int(value) >= len(classes):
+            raise UserError(f"{place}: label {value}, but the manifest has {len(classes)} classes; name all of them")
+    return tuple(classes)
 
 
 def _shards(urls: Sequence[str], storage: Storage) -> Iterator[Storage]:
@@ -110,19 +153,25 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
                 except UserError as error:
                     faults.lines.append(str(error))
                 else:
-                    _check_records(shard, info, len(manifest.classes), images, faults)
+                    _check_records(shard, info, _reader_of(manifest), images, faults)
             yield faults
 
 
-def _check_records(shard: MappedShard, info: ShardInfo, classes: int, images: bool, faults: ShardFaults) -> None:
+def _reader_of(manifest: ShardSet) -> RecordReader:
+    return manifest.reader if isinstance(manifest, Manifest) else RecordReader(RecordKeys(), manifest.classes)
+
+
+def _check_records(
+    shard: MappedShard, info: ShardInfo, reader: RecordReader, images: bool, faults: ShardFaults
+) -> None:
     dropped = info.dropped or ()
     positions = (position for position in range(len(shard) + len(dropped)) if position not in dropped)
     for index, position in enumerate(positions):
         record, place = shard[index], f"{faults.split}/{info.name}#{shard.key(index)}"
         try:
-            label_of(record, classes, place)
+            reader.label(record, place)
             if images:
-                decode_image(image_bytes(record, place))
+                decode_image(reader.image(record, place))
         except UserError as error:
             faults.lines.append(str(error))
         except UnreadableImage as error:
@@ -170,14 +219,14 @@ class SplitStatistics(NamedTuple):
 def split_statistics(storage: Storage, manifest: Manifest, split: str) -> SplitStatistics:
     """Count the content of the shards of a split; UserError where one is damaged."""
     labels, extensions, size = Counter[int](), Counter[str](), 0
-    shards = manifest.splits[split]
+    shards, reader = manifest.splits[split], manifest.reader
     for info in shards:
         shard = MappedShard(shard_file(storage, split, info), info.count, info.dropped)
         for index in range(len(shard)):
             record, place = shard[index], f"{split}/{info.name}#{shard.key(index)}"
-            labels[label_of(record, len(manifest.classes), place)] += 1
-            size += len(image_bytes(record, place))
-            extensions[next(extension for extension in IMAGE_EXTENSIONS if extension in record)] += 1
+            labels[reader.label(record, place)] += 1
+            size += len(reader.image(record, place))
+            extensions[find_image(record, place, manifest.image_key)] += 1
     total = sum(shard.bytes for shard in shards)
     return SplitStatistics(len(shards), manifest.count(split), total, labels, extensions, size)
 

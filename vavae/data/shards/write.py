@@ -7,16 +7,21 @@ be killed, and resume.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.config import differences, digest
 from vavae.data.config import ShardsConfig
+from vavae.data.exclusions import Exclusion, exclusion
 from vavae.data.image import UnreadableImage, stored_image
+from vavae.data.record import CAPTION, LABEL, readable
 from vavae.data.shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
 from vavae.data.shards.plan import (
+    TRAIN,
+    VALIDATION,
     PlannedShard,
     ShardPlan,
     input_digests,
@@ -110,7 +115,7 @@ def write_shard(
         return present
     path, record_path = _path(prefix, shard), _record_path(prefix, shard)
     storage.delete(record_path)
-    source = reopen_source(shard.source, storage, shard.plan)
+    source = reopen_source(shard.source, storage, shard.plan, shard.config.keys)
     with storage.create(path) as local:
         with write_tar(local) as tar:
             skipped = _fill(tar, source, shard, advance)
@@ -169,11 +174,13 @@ def _gather(storage: Storage, prefix: str, plan: ShardPlan, records: Sequence[Sh
     splits: dict[str, list[ShardInfo]] = {}
     skipped: list[str] = []
     sizes = storage.sizes(prefix)
+    count_of: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for shard, record in zip(plan.shards, records, strict=True):
         path = _path(prefix, shard)
         assert _is_done(shard, record, sizes.get(path)), f"{storage.url(path)} is not what its record says"
         splits.setdefault(shard.name.partition("/")[0], []).append(record.shard)
         skipped += record.skipped
+        count_of[shard.name.partition("/")[0]].update(_labels_written(shard, record))
     empty = next((split for split, shards in splits.items() if not any(shard.count for shard in shards)), None)
     if empty:
         storage.delete(prefix)
@@ -185,7 +192,24 @@ def _gather(storage: Storage, prefix: str, plan: ShardPlan, records: Sequence[Sh
         sources=plan.sources,
         skipped=tuple(skipped[:_SKIPPED_NAMES]),
         skipped_count=len(skipped),
+        excluded=(*plan.excluded, *_empty_classes(plan.classes, count_of)) or None,
     )
+
+
+def _labels_written(shard: PlannedShard, record: ShardRecord) -> Iterator[int]:
+    """Yield the labels of the images in a shard."""
+    skipped = set(record.skipped)
+    return (image.label for image in shard.records if not skipped or readable(image.key) not in skipped)
+
+
+def _empty_classes(classes: Sequence[str], count_of: Mapping[str, Counter[int]]) -> list[Exclusion]:
+    """Classes that no image is left of, or none but held-out ones."""
+    train, held_out = (count_of.get(split, Counter[int]()) for split in (TRAIN, VALIDATION))
+    without = [label for label in range(len(classes)) if not train[label]]
+    return [
+        *exclusion("classes without an image", [classes[label] for label in without if not held_out[label]]),
+        *exclusion("classes whose only images are held out", [classes[label] for label in without if held_out[label]]),
+    ]
 
 
 def check_origin(storage: Storage, prefix: str, config: ShardsConfig, sources: Mapping[str, Fingerprint]) -> None:
@@ -227,11 +251,16 @@ def _fill(tar: ShardWriter, source: Source, shard: PlannedShard, advance: Callab
         try:
             stored = stored_image(data, shard.config)
         except UnreadableImage as error:
-            _log.warning("left out %s: %s", image.key, error)
-            skipped.append(image.key)
+            _log.warning("left out %s: %s", readable(image.key), error)
+            skipped.append(readable(image.key))
         else:
-            original = json.dumps({"key": image.key}).encode()
-            tar.add(index, {stored.extension: stored.data, "cls": b"%d" % image.label, "json": original})
+            members = {stored.extension: stored.data}
+            if shard.has_labels:
+                members[LABEL] = b"%d" % image.label
+            members["json"] = json.dumps({"key": readable(image.key)}).encode()
+            if image.caption is not None:
+                members[CAPTION] = image.caption.encode()
+            tar.add(index, members)
         advance(1)
     return skipped
 

@@ -3,18 +3,31 @@
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from pydantic import JsonValue
 
+from vavae.data.config import NO_LABELS, RecordKeys
+from vavae.data.exclusions import Exclusion, exclusion, exclusions
+from vavae.data.image import IMAGE_SUFFIXES, UNDECODABLE_SUFFIXES
+from vavae.data.record import Numbering, readable
+from vavae.data.sources.metadata import LABEL_KEY, METADATA, read_metadata
 from vavae.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+_SYSTEM = frozenset(
+    name
+    for names in (
+        ("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "$recycle.bin"),
+        ("recycler", "lost+found", "found.000", "system volume information", "network trash folder"),
+        ("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    )
+    for name in names
 )
+"""Names, in lower case, of folders and files that file managers and NAS make by themselves."""
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test"))
 
 
@@ -28,11 +41,13 @@ class Record(NamedTuple):
     key: str
     """Name in the source, with "/" between the parts."""
     label: int
-    """Index of the class."""
+    """Index of the class; 0 in a source without classes."""
     position: int
     """Byte offset or index at which the source finds the image; 0 in sources that go by the key."""
     size: int
     """Size in bytes, as far as the source knows without reading; otherwise 0."""
+    caption: str | None = None
+    """Text on the image; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +56,24 @@ class Listing:
 
     kind: str
     classes: tuple[str, ...]
+    """Names of the classes; none for images without labels."""
     records: Sequence[Record]
+    excluded: tuple[Exclusion, ...] = ()
+    """What the source has besides them, by the reason for which it is left out."""
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Digest of names, classes and sizes, with the kind, the classes and the number of images."""
-        names = ((record.key, record.label, record.size) for record in self.records)
+        """Digest of names, classes, sizes and captions, with the kind, the classes and the number of images."""
+        names: Iterable[tuple[str | int, ...]] = (
+            (record.key, record.label, record.size, *([] if record.caption is None else [record.caption]))
+            for record in self.records
+        )
         images = len(self.records)
         return {"kind": self.kind, "classes": [*self.classes], "images": images, "digest": digest_of_rows(names)}
+
+    def without_labels(self) -> "Listing":
+        """The same images without labels."""
+        return replace(self, classes=(), records=[record._replace(label=0) for record in self.records])
 
 
 def digest_of_rows(rows: Iterable[tuple[str | int, ...]]) -> str:
@@ -72,74 +97,192 @@ class Source(Protocol):
         """Read the bytes of an image file as the source has them; UserError where the source is damaged."""
 
 
-class Arrange(Protocol):
-    """A function that arranges files by class."""
-
-    def __call__(self, kind: str, place: str, files: Iterable["File"], inside: str = "") -> Listing:
-        """Arrange files by class; arguments as of `list_class_folders`."""
-
-
 class File(NamedTuple):
-    """A file in a folder or an archive."""
+    """A file in a folder or an archive; the path of a folder ends in "/"."""
 
     path: str
     position: int
     size: int
 
 
-def list_class_folders(kind: str, place: str, files: Iterable[File], inside: str = "") -> Listing:
-    """Arrange files by class folder: `class/.../name.jpg`, beneath any number of folders that wrap all classes.
+class Files(NamedTuple):
+    """The files of a source."""
+
+    kind: str
+    """Kind of source that holds them."""
+    place: str
+    """Its name, for errors."""
+    files: Iterable[File]
+    read: Callable[[File], bytes]
+    """Reads one of them."""
+    inside: str = ""
+    """The folder to stay within; "" for all."""
+    excluded: Sequence[Exclusion] = ()
+    """What the source has left out already."""
+
+
+Arrange = Callable[[Files], Listing]
+"""Arranges files by class."""
+
+
+class Sorted(NamedTuple):
+    """The files of a source by what they are."""
+
+    images: list[File]
+    """In the order of their paths."""
+    metadata: list[File]
+    others: list[str]
+    """Paths of visible files and folders that are neither."""
+    excluded: list[Exclusion]
+
+
+def list_class_folders(source: Files, keys: RecordKeys = RecordKeys()) -> Listing:  # noqa: B008 - it cannot be changed
+    """Arrange files by the classes that a file beside them names, or by class folder, or take them without labels.
+
+    Class folders are `class/.../name.jpg`, beneath any number of folders that wrap all classes. Images that all lie in
+    one folder, which is the source or a split of it, have no labels.
 
     Args:
-        kind: kind of source that holds the files.
-        place: its name, for errors.
-        files: all files in it; those that are no images, and hidden ones, are left out.
-        inside: the folder to stay within; "" for all.
+        source: the files; those that are no images, and hidden ones, are left out.
+        keys: the column of the classes.
     """
-    images = images_among(files, place, inside, "class/name.jpg (or .png, ...)")
-    depth = _wrapping_folders(images)
-    stray = next((file.path for file in images if file.path.count("/") <= depth), None)
-    if stray:
-        raise UserError(f"source {place}: {stray} lies in no class folder; arrange the images as class/name.jpg")
-    classes = sorted({_part(file, depth) for file in images})
-    if len(classes) > 1 and _SPLITS.issuperset(classes):
+    found = sort_files(source, "class/name.jpg (or .png, ...)")
+    described = [read_metadata(file.path, source.read(file), keys.label) for file in found.metadata]
+    captions = {name: text for each in described for name, text in each.captions.items()}
+    labels = {name: label for each in described for name, label in each.labels.items()}
+    if keys.label == NO_LABELS:
+        listing = _unlabeled(source, found)
+    elif labels:
+        listing = _by_metadata(source, found, labels)
+    elif keys.label is not None:
         raise UserError(
-            f"source {place}: {', '.join(classes)} are splits, not classes; name one of them as the source and "
+            f"source {source.place}: no {', '.join(sorted(METADATA))} with a column {keys.label} ({LABEL_KEY})"
+        )
+    else:
+        listing = _by_folder(source, found)
+    if not captions:
+        return listing
+    records = [record._replace(caption=captions.get(record.key)) for record in listing.records]
+    return replace(listing, records=records)
+
+
+def _unlabeled(source: Files, found: Sorted) -> Listing:
+    records = [Record(file.path, 0, file.position, file.size) for file in found.images]
+    return Listing(source.kind, (), records, tuple(found.excluded))
+
+
+def _by_metadata(source: Files, found: Sorted, labels: dict[str, int | str | None]) -> Listing:
+    _refuse_splits(source, {_part(file, _wrapping_folders(found.images)) for file in found.images})
+    numbering = Numbering.of(label for label in labels.values() if label is not None)
+    records, unlabeled = [], []
+    for file in found.images:
+        label = labels.get(file.path)
+        if label is None:
+            unlabeled.append(readable(file.path))
+        else:
+            records.append(Record(file.path, numbering.labels[label], file.position, file.size))
+    if not records:
+        names = ", ".join(file.path for file in found.metadata)
+        raise UserError(f"source {source.place}: {names} names none of its images, such as {found.images[0].path}")
+    excluded = [*found.excluded, *exclusion("images without a label", unlabeled)]
+    return Listing(source.kind, numbering.classes, records, tuple(excluded))
+
+
+def _by_folder(source: Files, found: Sorted) -> Listing:
+    images, place = found.images, source.place
+    depth = max(len(source.inside.split("/")) if source.inside else 0, _wrapping_folders(images))
+    while all(file.path.count("/") > depth and _part(file, depth) == _part(images[0], depth) for file in images):
+        if _part(images[0], depth) not in _SPLITS:
+            break
+        depth += 1
+    stray = [file.path for file in images if file.path.count("/") <= depth]
+    if len(stray) == len(images):
+        return _unlabeled(source, found)
+    if stray:
+        raise UserError(
+            f"source {place}: {stray[0]} lies in no class folder; arrange the images as class/name.jpg, or take them "
+            f"without labels ({LABEL_KEY}={NO_LABELS})"
+        )
+    folders = sorted({_part(file, depth) for file in images})
+    _refuse_splits(source, folders)
+    labels = {name: label for label, name in enumerate(folders)}
+    records = [Record(file.path, labels[_part(file, depth)], file.position, file.size) for file in images]
+    wrap = "".join(f"{part}/" for part in images[0].path.split("/")[:depth])
+    others = {path.split("/")[depth] for path in found.others if path.startswith(wrap) and path.count("/") > depth}
+    empty = exclusion("folders without an image", [readable(name) for name in sorted(others.difference(folders))])
+    return Listing(source.kind, tuple(map(readable, folders)), records, (*found.excluded, *empty))
+
+
+def _refuse_splits(source: Files, folders: Iterable[str]) -> None:
+    names = sorted(folders)
+    if len(names) > 1 and _SPLITS.issuperset(names):
+        raise UserError(
+            f"source {source.place}: {', '.join(names)} are splits, not classes; name one of them as the source and "
             "another as the validation source (after an archive: #train)"
         )
-    labels = {name: label for label, name in enumerate(classes)}
-    records = [Record(file.path, labels[_part(file, depth)], file.position, file.size) for file in images]
-    return Listing(kind, tuple(classes), records)
 
 
-def images_among(files: Iterable[File], place: str, inside: str, expected: str) -> list[File]:
-    """The images within a folder of a source, sorted; UserError where there are none, or two of one name.
+def sort_files(source: Files, expected: str) -> Sorted:
+    """Tell the images of a source from its other files; UserError where there are no images, or two of one name.
 
     Nothing is ever unpacked, but the names go into the shards: one that leads out of the archive is an error too.
+
+    Args:
+        source: the files.
+        expected: what it must hold, for errors.
     """
-    images = sorted(
-        file for file in _within(files, place) if _is_image(file.path) and file.path.startswith(inside and f"{inside}/")
-    )
+    images: list[File] = []
+    metadata: list[File] = []
+    others: list[str] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    for file in _within(source):
+        base = posixpath.basename(file.path)
+        suffix = posixpath.splitext(base)[1].lower()
+        if _is_hidden(file.path):
+            if suffix in IMAGE_SUFFIXES:
+                left_out["images that are hidden, or in folders of the system"].append(file.path)
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(file)
+        elif base in METADATA:
+            metadata.append(file)
+        else:
+            others.append(file.path)
+            if suffix in UNDECODABLE_SUFFIXES:
+                left_out[f"files of {suffix}, which nothing here decodes (pip install 'vavae[formats]')"].append(
+                    file.path
+                )
+            elif base:
+                left_out["files that are no images by their names"].append(file.path)
+    place, inside = source.place, source.inside
+    excluded = exclusions({reason: [*map(readable, sorted(names))] for reason, names in left_out.items()})
     if not images:
-        raise UserError(f"source {place}: no images{inside and f' in {inside}/'}; it must hold {expected}")
+        found = "".join(f"; {each}" for each in excluded)
+        raise UserError(f"source {place}: no images{inside and f' in {inside}/'}; it must hold {expected}{found}")
+    images.sort()
     twin = next((file.path for file, after in pairwise(images) if file.path == after.path), None)
     if twin:
         raise UserError(f"source {place}: {twin} comes twice; pack it again with each file once")
-    return images
+    return Sorted(images, sorted(metadata), others, [*source.excluded, *excluded])
 
 
-def _within(files: Iterable[File], place: str) -> Iterator[File]:
-    for file in files:
+def _within(source: Files) -> Iterator[File]:
+    folder = source.inside and f"{source.inside}/"
+    for file in source.files:
         if file.path.startswith("/") or (".." in file.path and ".." in file.path.split("/")):
             raise UserError(
-                f"source {place}: {file.path} leads out of the archive; pack it again from inside its folder"
+                f"source {source.place}: {file.path} leads out of the archive; pack it again from inside its folder"
             )
-        yield file
+        if file.path.startswith(folder):
+            yield file
 
 
-def _is_image(path: str) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
-    return not hidden and posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
+def is_image(path: str) -> bool:
+    """Return whether a file is an image by its name."""
+    return posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) or part.lower() in _SYSTEM for part in path.split("/"))
 
 
 def _part(file: File, depth: int) -> str:

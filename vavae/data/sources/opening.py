@@ -3,13 +3,14 @@
 import re
 import tarfile
 import zipfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from vavae.config import written_path
+from vavae.data.config import NO_LABELS, RecordKeys
 from vavae.data.shards.manifest import MANIFEST
 from vavae.data.sources.datasets import DigitsSource, HuggingFaceSource, TorchvisionSource
-from vavae.data.sources.files import FolderSource, TarSource, ZipSource
+from vavae.data.sources.files import FolderSource, TarSource, ZipSource, check_packing
 from vavae.data.sources.labels import LabelFile, read_label_file
 from vavae.data.sources.listing import Arrange, Source, list_class_folders
 from vavae.errors import UserError
@@ -22,42 +23,53 @@ INDEXED = "indexed"
 _ARCHIVE_AND_FOLDER = re.compile(r"(.+\.(?:zip|tar|tar\.gz|tgz))#(.+)")
 
 
-def open_source(name: str, storage: Storage, labels: str | None = None) -> Source:
+def open_source(
+    name: str,
+    storage: Storage,
+    labels: str | None = None,
+    keys: RecordKeys = RecordKeys(),  # noqa: B008 - it cannot be changed
+    labels_field: str = "labels",
+) -> Source:
     """Open a source by the name that :class:`~vavae.data.config.ShardsConfig` documents.
 
     Args:
         name: path, URL, or name of a data set.
         storage: whose options say how a store is reached, and whose cache takes what has to be fetched.
         labels: path or URL of a file with the classes of images that lie in no class folders.
+        keys: columns of the images and of their classes.
+        labels_field: the field of the configuration that names `labels`, for errors.
 
     Raises:
         UserError: nothing is there, or it is neither a folder nor an archive, or its package is missing.
     """
     kind, _, rest = name.partition(":")
     if labels is not None and (name == "digits" or kind in (INDEXED, "huggingface", "torchvision")):
-        raise UserError(
-            f"validation_labels {written_path(labels)}: {name} brings its classes along; leave the option out"
-        )
+        raise UserError(f"{labels_field} {written_path(labels)}: {name} brings its classes along; leave the option out")
     if kind == INDEXED:  # opened to see that it is there; its shards are taken as they are
         return FolderSource(_index(rest, storage, written_path(name)))
+    if (name == "digits" or kind == "torchvision") and (keys.image or keys.label not in (None, NO_LABELS)):
+        field, value = ("image_key", keys.image) if keys.image else ("label_key", keys.label)
+        raise UserError(f"shards.{field}={value}: {name} has no columns; leave the field out")
     if name == "digits":
         return DigitsSource()
     if kind in ("huggingface", "torchvision"):
         data_set, _, split = rest.partition("#")
         if kind == "huggingface":
-            return HuggingFaceSource(data_set, split)
+            return HuggingFaceSource(data_set, split, keys)
         return TorchvisionSource(data_set, split, Path(storage.cache).expanduser() / "torchvision")
-    return _open_files(name, storage, list_class_folders if labels is None else _read_labels(labels, storage).arrange)
+    if labels is not None:
+        return _open_files(name, storage, _read_labels(labels, storage, labels_field, keys).arrange)
+    return _open_files(name, storage, partial(list_class_folders, keys=keys))
 
 
-def reopen_source(name: str, storage: Storage, fingerprint: str) -> Source:
+def reopen_source(name: str, storage: Storage, fingerprint: str, keys: RecordKeys) -> Source:
     """Return an open source for reading many shards in one process; another content is another source."""
-    return _reopen(name, storage.cache, storage.options, fingerprint)
+    return _reopen(name, storage.cache, storage.options, fingerprint, keys)
 
 
 @lru_cache(maxsize=2)
-def _reopen(name: str, cache: str, options: StorageOptions, fingerprint: str) -> Source:
-    return open_source(name, Storage(".", cache, options))
+def _reopen(name: str, cache: str, options: StorageOptions, fingerprint: str, keys: RecordKeys) -> Source:
+    return open_source(name, Storage(".", cache, options), keys=keys)
 
 
 def _index(folder: str, storage: Storage, source: str) -> Storage:
@@ -67,11 +79,11 @@ def _index(folder: str, storage: Storage, source: str) -> Storage:
     return place
 
 
-def _read_labels(name: str, storage: Storage) -> LabelFile:
+def _read_labels(name: str, storage: Storage, field: str, keys: RecordKeys) -> LabelFile:
     place = storage.at(name)
     if not place.is_file():
-        raise UserError(f"validation_labels {written_path(name)!r} is not there: name the file with the classes")
-    return read_label_file(place.local_file())
+        raise UserError(f"{field} {written_path(name)!r} is not there: name the file with the classes")
+    return read_label_file(place.local_file(), field, keys)
 
 
 def _open_files(name: str, storage: Storage, arrange: Arrange) -> Source:
@@ -80,8 +92,8 @@ def _open_files(name: str, storage: Storage, arrange: Arrange) -> Source:
     place = storage.at(archive)
     if not place.exists():
         raise UserError(
-            f"source {written_path(name)!r} is not there: give a folder of class folders, a .zip or .tar(.gz) of one, "
-            "'digits', 'huggingface:<name>' or 'torchvision:<Class>'"
+            f"source {written_path(name)!r} is not there: give a folder of images or of class folders, a .zip or "
+            ".tar(.gz) of one, 'digits', 'huggingface:<name>' or 'torchvision:<Class>'"
         )
     if place.is_file():
         return _open_archive(place.local_file(), inside.strip("/"), arrange)
@@ -89,6 +101,7 @@ def _open_files(name: str, storage: Storage, arrange: Arrange) -> Source:
 
 
 def _open_archive(path: Path, inside: str, arrange: Arrange) -> Source:
+    check_packing(path)
     if zipfile.is_zipfile(path):
         return ZipSource(path, inside, arrange)
     if tarfile.is_tarfile(path):

@@ -47,8 +47,9 @@ class LightningDiTConfig(Config):
     """Attention heads; overrides the size's."""
     patch_size: int = Field(1, ge=1)
     """Side of the square of latent positions that makes one token."""
-    classes: int | None = Field(None, ge=1)
-    """Labels; one more embedding stands for "no label". Null takes as many as the latents have."""
+    classes: int | None = Field(None, ge=0)
+    """Labels; one more embedding stands for "no label", alone where there are none: the model is unconditional then.
+    Null takes as many as the latents have."""
     qk_norm: bool = True
     """Normalize queries and keys per head; the released weights have it off, long runs diverge without it."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"

@@ -75,7 +75,8 @@ def latents_of(config: RunConfig, count: int) -> Tensor:
 def lightningdit_of(config: RunConfig) -> LightningDiT:
     """Build the LightningDiT of a run; where the number of classes is not known, with one class."""
     model = config.lightningdit
-    return LightningDiT(model.with_classes(model.classes or 1), config.tokenizer.latent_dim, config.grid)
+    known = model.with_classes(1 if model.classes is None else model.classes)
+    return LightningDiT(known, config.tokenizer.latent_dim, config.grid)
 
 
 def velocity(config: RunConfig) -> MetaModel:
