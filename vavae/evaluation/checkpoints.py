@@ -49,10 +49,11 @@ def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) ->
     )
     generated = evaluator.summarize(images, settings.images)
     metrics = generation_metrics(generated, evaluator.references(), config, evaluator.device)
+    content = metrics_json(metrics)
     # A folder of its own: TensorBoard follows the newest file of a folder, and the training keeps writing its own.
     tensorboard = inputs.evaluation.storage.child("tensorboard/train_lightningdit_measured")
     show_checkpoint_metrics(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
-    checkpoints.write(images_seen, metrics_json(metrics))
+    checkpoints.write(images_seen, content)
 
 
 def evaluate_pending_checkpoints(inputs: CheckpointEvaluationInputs) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import classify_generated
-from vavae.evaluation.metric import Metric
+from vavae.evaluation.metric import Metric, require_results
 from vavae.evaluation.metrics import (
     classifier_metrics,
     generation_metrics,
@@ -89,4 +89,6 @@ def evaluate_tokenizer(inputs: EvaluationInputs, advance: Callable[[int], None])
     evaluator = Evaluator(inputs)
     for part in evaluator.missing(("held_out", "reconstructions")):
         evaluator.evaluate(part, advance)
-    return reconstruction_metrics(evaluator.reconstruction(), inputs.config)
+    metrics = reconstruction_metrics(evaluator.reconstruction(), inputs.config)
+    require_results(metrics)
+    return metrics

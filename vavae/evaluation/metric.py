@@ -1,6 +1,7 @@
 """A metric with all that is needed to compare it with another, and its form in `metrics.json`."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from vavae.storage.storage import Storage
 
 @dataclass(frozen=True)
 class Metric:
-    """A number and all that is needed to compare it with another: results are made of these alone.
+    """A number and all that is needed to compare it with another.
 
     Args:
         name: name of the metric.
@@ -20,9 +21,6 @@ class Metric:
         protocol: extractor, number of images, guidance and the like.
         better: direction of better values.
         spread: standard deviation of the value, where it is a mean over several draws.
-
-    Raises:
-        UserError: the value or the spread is not finite.
     """
 
     name: str
@@ -32,12 +30,19 @@ class Metric:
     better: Literal["higher", "lower"] = "lower"
     spread: float | None = None
 
-    def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.value, self.spread or 0.0))):
-            spread = "" if self.spread is None else f" ± {self.spread:g}"
+
+def require_results(metrics: Iterable[Metric]) -> None:
+    """Refuse metrics that are no results, before they are written anywhere.
+
+    Raises:
+        UserError: a value or a spread is not finite.
+    """
+    for metric in metrics:
+        if not all(map(math.isfinite, (metric.value, metric.spread or 0.0))):
+            spread = "" if metric.spread is None else f" ± {metric.spread:g}"
             raise UserError(
-                f"{self.name} is {self.value:g}{spread}, which is no result ({self.protocol}): look at the images and "
-                "models that it is of, and evaluate them again"
+                f"{metric.name} is {metric.value:g}{spread}, which is no result ({metric.protocol}): look at the "
+                "images and models that it is of, and evaluate them again"
             )
 
 
@@ -49,7 +54,12 @@ def read_metrics(folder: Storage) -> list[Metric]:
 
 
 def metrics_json(metrics: list[Metric]) -> dict[str, dict[str, Any]]:
-    """Fields of metrics by name, as `read_metrics` reads them."""
+    """Fields of metrics by name, as `read_metrics` reads them.
+
+    Raises:
+        UserError: a metric is not finite.
+    """
+    require_results(metrics)
     return {
         metric.name: {
             "value": metric.value,
