@@ -7,7 +7,7 @@ from ray_jobs.runtime.actor_pool import Advance, Resources, Work, work_through
 from ray_jobs.runtime.command import main
 from vavae.distributed.world import World
 from vavae.interop.export import load_tokenizer
-from vavae.latents.extract import Extraction, ShardTask
+from vavae.latents.extract import Extraction, ShardTask, place_tokenizer
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.runs.run import Run
 
@@ -25,7 +25,7 @@ def work(run: Run) -> None:
 def _make_work(inputs: ExtractionInputs) -> Work:
     extraction, device = Extraction.of(inputs), World.current(inputs.config.workers.use_gpu).device
     tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
-    tokenizer.to(device)
+    place_tokenizer(tokenizer, inputs.config, device)
 
     def do(task: ShardTask, advance: Advance) -> None:
         extraction.encode(task, tokenizer, device, advance)

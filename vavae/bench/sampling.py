@@ -75,7 +75,7 @@ def _random_sampler(config: RunConfig, device: torch.device) -> Sampler:
         for name, tensor in model.named_parameters():
             tensor.add_(disturbance(name, tensor.shape))
     normalizer = LatentNormalizer(torch.zeros(dim), torch.ones(dim))
-    return Sampler(tokenizer.to(device).eval(), model.to(device).eval(), normalizer.to(device))
+    return Sampler.of(tokenizer.eval(), model.eval(), normalizer, config, device)
 
 
 def _guided(sampler: Sampler, config: RunConfig) -> list[bool]:
