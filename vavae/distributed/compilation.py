@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 from vavae.distributed.config import WorkersConfig
