@@ -465,8 +465,9 @@ def test_half_precision_moves_a_latent_by_a_small_part_of_its_spread(tmp_path, e
 
 def test_the_precision_is_a_part_of_what_latents_are_made_from_only_where_it_is_not_single(extract, tokenizer):
     encode_all(extract(), tokenizer)
-    single, half = (extract(config=CONFIG.model_copy(update={"precision": each})) for each in ("fp32", "bf16"))
-    assert all(single.record(task) for task in single.tasks())
+    changes = ({"precision": "fp32"}, {"precision": "bf16"}, {"compile_blocks": True})
+    single, half, compiled = (extract(config=CONFIG.model_copy(update=each)) for each in changes)
+    assert all(single.record(task) and compiled.record(task) for task in single.tasks())
     assert not any(half.record(task) for task in half.tasks())
 
 

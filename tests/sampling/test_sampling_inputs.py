@@ -31,7 +31,7 @@ def done(made, *overrides):
     [
         ([], [True, True, True]),
         (["sample.batch_size=1", "sample.actors=3", "sample.npz=true", "evaluate.images=5"], [True, True, True]),
-        (["sample.precision=fp32"], [True, True, True]),
+        (["sample.precision=fp32", "sample.compile_blocks=true"], [True, True, True]),
         (["sample.precision=bf16"], [False, False, False]),
         (["sample.images=17"], [True, True, False, False, False]),
         (["sample.images=8"], [True, True]),

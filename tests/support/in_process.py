@@ -5,7 +5,7 @@ from vavae.distributed.world import World
 from vavae.evaluation.evaluate import evaluate
 from vavae.evaluation.evaluator import Evaluator
 from vavae.interop.export import load_tokenizer
-from vavae.latents.extract import Extraction
+from vavae.latents.extract import Extraction, place_tokenizer
 from vavae.report.write_report import write_evaluation
 from vavae.runs.evaluation_inputs import EvaluationInputs, ReportInputs
 from vavae.runs.extraction_inputs import ExtractionInputs
@@ -25,6 +25,7 @@ def precompute_latents(run: Run) -> None:
     inputs = ExtractionInputs.of(run)
     extraction = Extraction.of(inputs)
     tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
+    place_tokenizer(tokenizer, run.config, World().device)
     records = [extraction.encode(task, tokenizer, World().device, ignore) for task in extraction.tasks()]
     inputs.output.commit(*extraction.finish(inputs.config.latent_shape, records))
 

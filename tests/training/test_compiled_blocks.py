@@ -1,26 +1,34 @@
 """Blocks that are compiled do what they did, keep their names, and are refused where they can't work."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from support import image_shards, small_models
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
 from support.trained_run import trained_run
 from support.training_steps import JOBS, LANES, build_step, figures_of, tiny_config
+from torch import Tensor, nn
 
 from vavae.config import load
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed import compilation
-from vavae.distributed.compilation import compiles_blocks
+from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import EngineConfig, WorkersConfig
 from vavae.distributed.world import World
+from vavae.latents.extract import place_tokenizer
+from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job, Run
+from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.runs.training_inputs import LightningDiTTrainingInputs
+from vavae.sampling.sampler import Sampler
 from vavae.training import train as train_module
 from vavae.training.session import LocalSession
 
@@ -80,7 +88,50 @@ def test_gpus_that_promise_no_bits_compile(
     monkeypatch.setattr(compilation, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     workers = WorkersConfig(use_gpu=device == "cuda", deterministic=deterministic)
-    assert compiles_blocks(setting, EngineConfig(**engine), workers, torch.device(device)) is compiles
+    whole_weights = EngineConfig(**engine).has_whole_weights
+    assert compiles_blocks(setting, workers, torch.device(device), whole_weights) is compiles
+
+
+class Reshape(nn.Module):
+    """A graph without arithmetic, which takes no time to compile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten()
+
+
+def test_every_shape_is_compiled_in_any_thread() -> None:
+    """More shapes than torch compiles by default, in a thread that knows nothing of this one's settings."""
+    block, counted = Reshape(), torch._dynamo.utils.counters["frames"]
+    compile_each([block])
+    before = counted["ok"]
+    with ThreadPoolExecutor(1) as thread:
+        for size in range(2, 12):
+            assert thread.submit(block, torch.ones(size, 3)).result().shape == (3 * size,)
+    assert counted["ok"] - before == 10
+
+
+@pytest.mark.skipif(" " in torch.__file__, reason="torch gives its compiler paths without quotes")
+def test_extraction_and_sampling_give_the_same_compiled(tmp_path: Path) -> None:
+    stored = SamplingInputs.of(trained_run(tmp_path))
+    images = torch.rand(3, 3, image_shards.SIZE, image_shards.SIZE, generator=torch_generator(0, "images")) * 2 - 1
+    noise = torch.randn(3, small_models.TOKENIZER.latent_dim, 4, 4, generator=torch_generator(0, "noise"))
+    outputs = {}
+    for compiles in (False, True):
+        sections = {
+            name: getattr(stored.config, name).model_copy(update={"compile_blocks": compiles})
+            for name in ("latents", "sample")
+        }
+        inputs = replace(stored, config=stored.config.model_copy(update=sections))
+        tokenizer = place_tokenizer(small_models.tokenizer(), inputs.config, torch.device("cpu"))
+        sampler = Sampler.load(inputs, torch.device("cpu"))
+        for blocks in (tokenizer.residual_blocks(), sampler.tokenizer.residual_blocks(), sampler.lightningdit.blocks):
+            assert all((block._compiled_call_impl is not None) == compiles for block in blocks)
+        with torch.inference_mode():
+            posterior = tokenizer.encode(images)
+            velocity = sampler.lightningdit(noise, torch.full((3,), 0.4), torch.arange(3))
+            outputs[compiles] = (posterior.mean, posterior.std, velocity, sampler.tokenizer.decode(noise))
+    for found, expected in zip(outputs[True], outputs[False], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", [{"backend": "torch"}, {"zero_stage": 0}])

@@ -14,7 +14,7 @@ from vavae.bench.computation import Computation, build_side, dense_peak
 from vavae.bench.data.shards import SPLIT, make_images, write_images
 from vavae.data.image import prepare_image
 from vavae.data.pixels import to_float
-from vavae.latents.extract import Extraction
+from vavae.latents.extract import Extraction, place_tokenizer
 from vavae.latents.shards import MappedLatents
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig
@@ -44,7 +44,8 @@ def extraction_benchmark(config: RunConfig, device: torch.device, images: int) -
         folder, files = Path(name), make_images(images)
         shards = Storage(str(folder / "images"))
         manifest = write_images(shards, files).model_copy(update={"image_size": config.shards.image_size})
-        model = initialized(config.seed, "tokenizer", lambda: VAVAE(config.tokenizer)).to(device).eval()
+        model = initialized(config.seed, "tokenizer", lambda: VAVAE(config.tokenizer)).eval()
+        place_tokenizer(model, config, device)
         decode = partial(_decode, files, config.shards.height_and_width)
         decoded = decode()
         encode = partial(_encode, model, decoded, config, device)

@@ -1,5 +1,6 @@
 """Benchmark of sampling, against its networks alone and against guidance in two passes."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -45,7 +46,10 @@ def sampling_benchmark(config: RunConfig, device: torch.device) -> Computation:
     def fast() -> Tensor:
         return sampler.images(indices, labels, config.seed, config.guidance, config.solver)
 
-    found, expected = fast().float(), _in_two_passes(sampler, config, labels).float()
+    in_two_passes, networks_alone = (
+        sampler.autocast()(partial(slow, sampler, config, labels)) for slow in (_in_two_passes, _networks_alone)
+    )
+    found, expected = fast().float(), in_two_passes().float()
     difference = (found - expected).abs().mean().item()
     assert difference < 0.5, f"guidance in two passes gives other images, by {difference:g} levels of 255 on average"
 
@@ -55,8 +59,8 @@ def sampling_benchmark(config: RunConfig, device: torch.device) -> Computation:
 
     sides = {
         SAMPLER: build_side(lambda: fast, flops, device),
-        TWO_PASSES: build_side(lambda: lambda: _in_two_passes(sampler, config, labels), flops, device),
-        NETWORKS: build_side(lambda: lambda: _networks_alone(sampler, config, labels), flops, device),
+        TWO_PASSES: build_side(lambda: in_two_passes, flops, device),
+        NETWORKS: build_side(lambda: networks_alone, flops, device),
     }
     name = f"sampling, {count} images, {config.solver.summary}, {config.guidance.summary}"
     pairs = [(SAMPLER, NETWORKS), (SAMPLER, TWO_PASSES)]
@@ -75,7 +79,7 @@ def _random_sampler(config: RunConfig, device: torch.device) -> Sampler:
         for name, tensor in model.named_parameters():
             tensor.add_(disturbance(name, tensor.shape))
     normalizer = LatentNormalizer(torch.zeros(dim), torch.ones(dim))
-    return Sampler(tokenizer.to(device).eval(), model.to(device).eval(), normalizer.to(device))
+    return Sampler.of(tokenizer.eval(), model.eval(), normalizer, config, device)
 
 
 def _guided(sampler: Sampler, config: RunConfig) -> list[bool]:

@@ -87,4 +87,4 @@ def _load_sampler(inputs: CheckpointEvaluationInputs, images_seen: int, classes:
     load_average(inputs.training, images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
     tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
-    return Sampler(tokenizer.to(device), model.to(device), normalizer.to(device), config.sample.precision)
+    return Sampler.of(tokenizer, model, normalizer, config, device)

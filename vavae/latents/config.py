@@ -16,6 +16,9 @@ class LatentsConfig(Config):
     precision: Precision = added("fp32")
     """Precision of the encoder's layers. Published figures are those of `fp32`. `bf16`, made for GPUs, moves latents by
     1 to 2 % of their spread (root mean square, random weights)."""
+    compile_blocks: bool | None = runtime(None)
+    """Compile the tokenizer's residual blocks with `torch.compile`: latents differ by rounding alone, and the first
+    batch of an actor takes a minute or more. Null does on GPUs that promise no bits, where there is a compiler."""
     scale: float | None = Field(None, gt=0)
     """Train the diffusion on latents times this number instead of whitened ones (SD-VAE's is 0.18215); it changes the
     statistics alone, no latent."""

@@ -22,12 +22,14 @@ from vavae.data.pixels import to_float
 from vavae.data.shard_reader import ReadableImage, ReadableImages, batched, open_records
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import ShardWriter, write_tar
+from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.errors import UserError
 from vavae.latents.config import LatentsConfig
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import latent_members
 from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics
 from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.runs.config import RunConfig
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
@@ -59,6 +61,13 @@ class ShardTask(NamedTuple):
     """Position of the shard in its split."""
     first_index: int
     """Index within the split of its first record."""
+
+
+def place_tokenizer(tokenizer: VAVAE, config: RunConfig, device: torch.device) -> VAVAE:
+    """Move a tokenizer to the device where it is to encode, its blocks compiled if the configuration says so."""
+    if compiles_blocks(config.latents.compile_blocks, config.workers, device):
+        compile_each(tokenizer.residual_blocks())
+    return tokenizer.to(device)
 
 
 class Extraction:

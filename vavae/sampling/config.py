@@ -24,6 +24,10 @@ class SampleConfig(Config):
     """Precision of the layers of LightningDiT and decoder; the solver's state is always fp32. Published figures are
     those of `fp32`. `bf16`, made for GPUs, moves pixels by 1 to 4 % of their spread (root mean square, random
     weights)."""
+    compile_blocks: bool | None = runtime(None)
+    """Compile the blocks of the LightningDiT and the tokenizer's residual blocks with `torch.compile`: images differ by
+    rounding alone, and the first batch of each size takes a minute or more. Null does on GPUs that promise no bits,
+    where there is a compiler."""
     npz: bool = runtime(False)
     """Write all images into `samples.npz` as well, as the evaluator of ADM reads them."""
     batch_size: int = runtime(100, ge=1)

@@ -10,6 +10,7 @@ from vavae.data.pixels import to_uint8
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
+from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import Precision
 from vavae.errors import UserError
 from vavae.finite import require_finite
@@ -18,6 +19,7 @@ from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
+from vavae.runs.config import RunConfig
 from vavae.runs.sampling_inputs import SamplingInputs
 
 
@@ -29,6 +31,20 @@ class Sampler(NamedTuple):
     normalizer: LatentNormalizer
     precision: Precision = "fp32"
     """Precision of the layers of both models; the solver's state and the pixels are float32."""
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: VAVAE,
+        lightningdit: LightningDiT,
+        normalizer: LatentNormalizer,
+        config: RunConfig,
+        device: torch.device,
+    ) -> "Sampler":
+        """Move models to the device where they are to sample, in the precision and compiled as `config.sample` says."""
+        if compiles_blocks(config.sample.compile_blocks, config.workers, device):
+            compile_each([*lightningdit.blocks, *tokenizer.residual_blocks()])
+        return cls(tokenizer.to(device), lightningdit.to(device), normalizer.to(device), config.sample.precision)
 
     @classmethod
     def load(cls, inputs: SamplingInputs, device: torch.device | None = None) -> "Sampler":
@@ -51,8 +67,7 @@ class Sampler(NamedTuple):
                 f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
             )
         normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
-        precision = inputs.config.sample.precision
-        return cls(autoencoder.to(device), model.to(device), normalizer.to(device), precision)
+        return cls.of(autoencoder, model, normalizer, inputs.config, device)
 
     @torch.inference_mode()
     def images(
@@ -79,10 +94,9 @@ class Sampler(NamedTuple):
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
         noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        velocity = ClassifierFreeGuidance(autocast(model.forward), model.null_label, guidance)
+        velocity = ClassifierFreeGuidance(self.autocast()(model.forward), model.null_label, guidance)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
-        decode = autocast(self.tokenizer.decode)
+        decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
         finite = decoded.isfinite().all()
         images = to_uint8(decoded).cpu()  # the host waits here, and not for the flag
@@ -104,6 +118,10 @@ class Sampler(NamedTuple):
         raise UserError(
             f"sample {indices[bad]}: {what}, though all weights are finite: set sample.precision=fp32, or {cure}"
         )
+
+    def autocast(self) -> torch.autocast:
+        """The autocast that both models run under."""
+        return torch.autocast(self.normalizer.mean.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def batches(
         self,

@@ -107,7 +107,7 @@ class DiffusionStep:
         self.model = initialized(
             config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
         ).to(world.device)
-        if compiles_blocks(training.compile_blocks, training.engine, config.workers, world.device):
+        if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
             compile_each(self.model.model.blocks)
         self._engine = build_engine(
             self.model,

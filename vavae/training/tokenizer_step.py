@@ -28,7 +28,7 @@ from vavae.losses.objective import (
 )
 from vavae.losses.perceptual import Perceptual, build_perceptual
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.models.tokenizer.autoencoder import VAVAE, ResnetBlock
+from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
@@ -158,8 +158,8 @@ class TokenizerStep:
             ),
         )
         self.model.freeze(phase.frozen)
-        if compiles_blocks(training.compile_blocks, training.engine, config.workers, world.device):
-            compile_each(layer for layer in self.model.autoencoder.modules() if isinstance(layer, ResnetBlock))
+        if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
+            compile_each(self.model.autoencoder.residual_blocks())
             compile_each([*self.teacher.blocks, *([] if self._perceptual is None else [self._perceptual])])
         self._generator = self._engine("generator", self.model, training.optimizer, start)
         self.engines: dict[str, Engine] = {"generator": self._generator}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from vavae.models.dit.config import SIZES
 from vavae.models.dit.model import RMSNorm, RotaryEmbedding, SwiGLU, rotate, sincos_position_embedding, token_positions
@@ -49,6 +50,31 @@ def test_rows_turn_the_first_half_of_a_head_and_columns_the_second():
 def test_rotation_keeps_the_dtype():
     x = torch.ones(1, GRID[0] * GRID[1], 1, HEAD_DIM, dtype=torch.bfloat16)
     assert rotate(x, RotaryEmbedding(HEAD_DIM, GRID)()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_and_its_gradient_are_bitwise_those_of_stacked_pairs(dtype):
+    rng = torch.Generator().manual_seed(0)
+    shape, embedding = (2, GRID[0] * GRID[1], 3, HEAD_DIM), RotaryEmbedding(HEAD_DIM, GRID)
+    values, weights = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    ours, theirs = (values.clone().requires_grad_() for _ in range(2))
+    first, second = theirs.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)  # by a right angle
+    cos, sin = embedding.freqs_cos[:, None], embedding.freqs_sin[:, None]
+    expected, found = torch.addcmul(theirs * cos, turned, sin).type_as(theirs), rotate(ours, embedding())
+    assert torch.equal(found, expected)
+    for each in (expected, found):
+        each.backward(weights)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.skipif(" " in torch.__file__, reason="torch gives its compiler paths without quotes")
+def test_a_compiled_rotation_writes_its_result_alone():
+    x = torch.randn(1, GRID[0] * GRID[1], 2, HEAD_DIM, requires_grad=True)
+    compiled, rotation = torch.compile(rotate, dynamic=False), RotaryEmbedding(HEAD_DIM, GRID)()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, codes = run_and_get_code(lambda: compiled(x, rotation).sum().backward())
+    assert [code.count("= empty_strided_cpu(") for code in codes] == [1, 1], "forward and backward"
 
 
 def test_sincos_embedding_swaps_its_halves_when_the_grid_is_transposed():

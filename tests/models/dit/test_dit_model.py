@@ -185,6 +185,30 @@ def test_bfloat16_autocast_and_bfloat16_weights_stay_near_float32():
         assert (velocity - exact).norm() < 0.03 * exact.norm()
 
 
+def test_tokens_stay_in_float32_between_blocks_whose_products_are_bfloat16():
+    """Seen here 0.3 % in velocity and gradient; 0.9 and 0.8 % with tokens that are bfloat16 between blocks, too."""
+    generator = torch.Generator().manual_seed(2)
+    model = LightningDiT(LightningDiTConfig(**{**TINY, "depth": 12, "width": 64}), 3, 4, generator)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.02, generator=generator)
+    types, results = {}, []
+    for name in ("blocks.0", "blocks.11", "blocks.5.attn.qkv", "blocks.5.mlp.w3", "final_layer.linear"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: types.update({name: output.dtype})
+        )
+    target, *_ = inputs(model, batch=16, seed=2)
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            velocity = model(*inputs(model, batch=16))
+        (velocity - target).square().mean().backward()
+        results.append((velocity.detach(), torch.cat([each.grad.flatten() for each in model.parameters()])))
+    assert [*types.values()] == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+    for exact, mixed in zip(*results, strict=True):
+        assert 1e-4 < (mixed - exact).norm() / exact.norm() < 0.005
+
+
 def test_the_model_is_one_graph():
     model = tiny()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -87,6 +87,7 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+    """Negated at the first channel of each pair."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -111,14 +112,18 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self) -> Rotation:
         """The tables in the shape that :func:`rotate` takes, the same for every head."""
-        return Rotation(self.freqs_cos[:, None], self.freqs_sin[:, None])
+        first, second = self.freqs_sin.unflatten(-1, (-1, 2)).unbind(-1)
+        sin = torch.stack([-first, second], dim=-1).flatten(-2)
+        return Rotation(self.freqs_cos[:, None], sin[:, None])
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate each channel pair (x0, x1) of x [B, N, heads, head_dim] by the angle of its token and frequency."""
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)  # by a right angle
-    return torch.addcmul(x * rotation.cos, turned, rotation.sin).type_as(x)
+    """Rotate each channel pair (x0, x1) of x [B, N, heads, head_dim] by the angle of its token and frequency.
+
+    Pairs are swapped by a flip, which a compiler reads in place; stacked from halves they would be written to memory.
+    """
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * rotation.cos, swapped, rotation.sin).type_as(x)
 
 
 EPS = 1e-6
@@ -263,6 +268,11 @@ class FinalLayer(nn.Module):
 
 class LightningDiT(nn.Module):
     """The transformer velocity(x_t, t, y) for latents of one grid.
+
+    Tokens between the blocks keep the dtype of the weights, under an autocast too, which is that of the tables of
+    positions that they begin with. In bfloat16 they would take 20 of the 130 bytes and more that a compiled block moves
+    per token and channel in a training step, but multiply the error: that of the velocity from 0.3 to 0.9 % of its norm
+    at depth 12 and to 1.3 % at depth 28, that of the gradient from 0.3 to 0.8 and 1 %, as they round at every block.
 
     Args:
         config: sizes and switches.

@@ -260,6 +260,10 @@ class VAVAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_dim, 2 * config.latent_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(config.latent_dim, config.latent_dim, kernel_size=1)
 
+    def residual_blocks(self) -> list[ResnetBlock]:
+        """All residual blocks of encoder and decoder, which do most of the work."""
+        return [layer for layer in self.modules() if isinstance(layer, ResnetBlock)]
+
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The posterior of images [B, 3, H, W] in [-1, 1]; H and W are multiples of ``config.downsample``.
 
