@@ -46,7 +46,7 @@ def open_source(name: str, storage: Storage, labels: str | None = None) -> Sourc
         data_set, _, split = rest.partition("#")
         if kind == "huggingface":
             return HuggingFaceSource(data_set, split)
-        return TorchvisionSource(data_set, split, Path(storage.cache).expanduser() / "torchvision")
+        return TorchvisionSource(data_set, split, storage.cache_folder / "torchvision")
     return _open_files(name, storage, list_class_folders if labels is None else _read_labels(labels, storage).arrange)
 
 
@@ -56,7 +56,7 @@ def reopen_source(name: str, storage: Storage, fingerprint: str) -> Source:
 
 
 @lru_cache(maxsize=2)
-def _reopen(name: str, cache: str, options: StorageOptions, fingerprint: str) -> Source:
+def _reopen(name: str, cache: str | None, options: StorageOptions, fingerprint: str) -> Source:
     return open_source(name, Storage(".", cache, options))
 
 
