@@ -24,7 +24,7 @@ from vavae.distributed.shard_files import (
     map_file,
     save_tensor_shards,
 )
-from vavae.distributed.sharded_tensors import gather_full, tensor_shards_of
+from vavae.distributed.sharded_tensors import copy_shards, gather_full, tensor_shards_of
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 
@@ -255,6 +255,20 @@ def test_fragments_are_views() -> None:
     module = network()
     tensor_shards_of(module, World())["first.weight"].values.fill_(3.0)
     assert (module.first.weight == 3).all()
+
+
+def test_shards_are_filled_from_any_that_hold_their_ranges() -> None:
+    given, filled = network(0), network(1)
+    left = filled.last.weight.clone()
+    whole = {name: part for name, part in tensor_shards_of(given, World()).items() if name != "last.weight"}
+    target = tensor_shards_of(filled, World(1, 3))
+    copy_shards(whole, target)
+    for name, part in tensor_shards_of(given, World(1, 3)).items():
+        assert target[name].values.equal(part.values) == (name != "last.weight"), name
+    assert filled.last.weight.equal(left)
+    assert not filled.first.weight.equal(given.first.weight), "the ranges of other ranks stay"
+    with pytest.raises(AssertionError, match=r"first\.weight: of another module"):
+        copy_shards({"first.weight": whole["first.bias"]}, target)
 
 
 def test_one_rank_holds_the_whole() -> None:
