@@ -28,7 +28,7 @@ from vavae.storage.storage import Storage
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
-    """Check the inputs of jobs, storage access, and pretrained weights.
+    """Check the inputs of jobs, storage access, and pretrained weights; a slow place of the cache is a warning.
 
     Args:
         run: the run.
@@ -53,6 +53,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         run.storage.delete(".access")
     except OSError as error:
         raise UserError(f"storage.root={written_path(config.storage.root)}: cannot write there ({error})") from error
+    run.storage.warn_of_slow_cache()
     for job in TRAININGS:
         if job in jobs and JOBS[job].inputs[0] not in jobs:
             check_cache(run, job)

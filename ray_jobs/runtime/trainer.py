@@ -4,7 +4,6 @@ import math
 import os
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig
@@ -58,7 +57,7 @@ def fit(run: Run, job: Job) -> None:
         run_config=RunConfig(
             name=f"{run.config.name}-{job}",
             # Local, for Ray's own clients of object stores know none of our options.
-            storage_path=storage.url("ray") if storage.is_local else str(Path(storage.cache).expanduser() / "ray"),
+            storage_path=storage.url("ray") if storage.is_local else str(storage.cache_folder / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )

@@ -4,7 +4,6 @@ import importlib.util
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -59,9 +58,7 @@ def tuner(
         run_config=tune.RunConfig(
             name="tune",
             # Local, for Tune's own clients of object stores know none of our options.
-            storage_path=(
-                storage.url() if storage.is_local else str(Path(storage.cache).expanduser() / "ray" / sweep.config.name)
-            ),
+            storage_path=storage.url() if storage.is_local else str(storage.cache_folder / "ray" / sweep.config.name),
             failure_config=tune.FailureConfig(max_failures=sweep.config.retries),
             callbacks=callbacks,
             verbose=0,

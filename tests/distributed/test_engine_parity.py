@@ -16,6 +16,7 @@ from vavae.distributed.deepspeed_engine import DeepSpeedEngine
 from vavae.distributed.engine import MOMENTS
 from vavae.distributed.world import World
 from vavae.runs.run import Job
+from vavae.training.step import Step
 
 pytestmark = pytest.mark.gloo
 
@@ -159,6 +160,11 @@ def meet_no_number(world: World, job: Job) -> list[Met]:
     return [_meet_no_number(world, job, engine) for engine in (TORCH, *ZERO, *OFFLOADED)]
 
 
+def _weights(step: Step, world: World) -> dict[str, dict[str, Tensor]]:
+    """Full weights by engine, on every rank."""
+    return {name: world.broadcast(engine.weights()) for name, engine in step.engines.items()}
+
+
 def _meet_no_number(world: World, job: Job, config: dict[str, Any]) -> Met:
     training = {"discriminator_optimizer": {"learning_rate": 1e-3}}
     losses = {"adversarial": {"start_images": 0, "channels": 32, "layers": 2, "norm": "batch"}}
@@ -166,11 +172,11 @@ def _meet_no_number(world: World, job: Job, config: dict[str, Any]) -> Met:
     micro_batches = next(load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0))
     average, (engine, *_) = step.ema, step.engines.values()
     backward, bad = engine.backward, math.nan if world.rank == world.size - 1 else 1.0
-    results, updates, states = [], [], [{name: engine.weights() for name, engine in step.engines.items()}]
+    results, updates, states = [], [], [_weights(step, world)]
     for factor in (1.0, bad, 1.0):
         engine.backward = lambda loss, factor=factor: backward(loss * factor)  # type: ignore[method-assign]
         results.append(step.run(micro_batches, 0, 1e-3).gradient_norms)
-        states.append({name: engine.weights() for name, engine in step.engines.items()})
+        states.append(_weights(step, world))
         updates.append({name: engine.updates for name, engine in step.engines.items()})
     untouched = {
         name: _difference(states[2][name], states[1][name])

@@ -13,6 +13,7 @@ import vavae.distributed.engine
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
+from vavae.training.step import StepWeights
 from vavae.training.tokenizer_step import TokenizerStep
 
 pytestmark = pytest.mark.gloo
@@ -41,18 +42,16 @@ def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tens
         )
     config = tiny_config({"images": 4 * BATCH, "stages": _STAGES}, engine=engine)
     accumulation_steps = assign_lanes(LANES, world.rank, world.size)
-    micro_batches, start, seen = load_micro_batches(DrawnImages(), accumulation_steps, 0, workers=0), None, []  # type: ignore[type-var]
+    start: StepWeights | None = None
+    micro_batches, seen = load_micro_batches(DrawnImages(), accumulation_steps, 0, workers=0), []  # type: ignore[type-var]
     for stage in config.tokenizer_phases():
         step = TokenizerStep(config, stage, start, DrawnImages(), world)  # type: ignore[arg-type]
         step.run(next(micro_batches), stage.from_images, 1e-3)
         assert step.ema is not None
         step.ema.update()
         start = step.weights()
-        assert start.average is not None
-        averaged = {f"average.{name}": tensor for name, tensor in start.average.items()}
-        seen.append(
-            averaged | {f"{engine}.{name}": t for engine, state in start.engines.items() for name, t in state.items()}
-        )
+        states = {"average": step.ema.weights(), **{name: engine.weights() for name, engine in step.engines.items()}}
+        seen.append({f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()})
     return seen
 
 

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
 from torch import Tensor, nn
 
+from vavae.distributed import sharded_tensors
 from vavae.distributed.build import build_engine
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import Engine
@@ -22,7 +24,7 @@ from vavae.distributed.shard_files import (
     map_file,
     save_tensor_shards,
 )
-from vavae.distributed.sharded_tensors import gather_full, tensor_shards_of
+from vavae.distributed.sharded_tensors import copy_shards, gather_full, tensor_shards_of
 from vavae.distributed.world import World
 from vavae.training.ema import ExponentialMovingAverage
 
@@ -110,10 +112,11 @@ def test_an_average_is_read_by_any_engine_on_any_number_of_ranks(
     floats = sum(tensor.numel() for tensor in expected.values() if tensor.is_floating_point())
     assert sum(rank.held for rank in ranks) == floats, "each rank averages its own share"
     assert len(list(tmp_path.iterdir())) == writers
-    for average_read in gloo.run(readers, read, other, tmp_path):
-        for name, tensor in ranks[0].average.items():
-            if tensor.is_floating_point():
-                assert torch.equal(average_read[name], tensor), name
+    average_read, *elsewhere = gloo.run(readers, read, other, tmp_path)
+    assert not any(elsewhere), "rank 0 alone holds the whole"
+    for name, tensor in ranks[0].average.items():
+        if tensor.is_floating_point():
+            assert torch.equal(average_read[name], tensor), name
 
 
 def state_of(engine: Engine, world: World) -> dict[str, Tensor]:
@@ -181,9 +184,60 @@ def test_the_state_of_any_engine_is_read_by_any_other(
     saved, after = gloo.run(writers, save_state, engine, tmp_path, steps)[0]
     assert any(name.startswith("exp_avg_sq/") for name in saved) == (steps > 0)
     same = (writers, engine) == (readers, other)
-    for loaded, resumed in gloo.run(readers, load_state, other, tmp_path, steps, 0 if same else 2):
-        torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
-        torch.testing.assert_close(resumed, after, rtol=0, atol=0 if same else 1e-6)
+    (loaded, resumed), *elsewhere = gloo.run(readers, load_state, other, tmp_path, steps, 0 if same else 2)
+    assert not any(map(any, elsewhere)), "rank 0 alone holds the whole"
+    torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+    torch.testing.assert_close(resumed, after, rtol=0, atol=0 if same else 1e-6)
+
+
+class Gathered(NamedTuple):
+    """Weights and moments of an engine as they are gathered on a rank."""
+
+    full: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    """By one reduction of each whole tensor."""
+    own: int
+    """Bytes of this rank's shards."""
+    sent: int
+    """Bytes that this rank sends to gather all."""
+
+
+def gather_counted(world: World, config: dict[str, Any]) -> Gathered:
+    """Train for a step, and gather in buckets of a few values."""
+    engine = engine_of(world, config)
+    take_a_step(engine, 0)
+    parts = {**engine.tensor_shards(), **engine.moments()}
+    expected = {}
+    for name, part in parts.items():
+        flat = torch.zeros(part.shape.numel(), dtype=part.values.dtype)
+        flat[part.offset : part.offset + len(part.values)] = part.values
+        expected[name] = world.sum(flat).view(part.shape)
+    sent, gather = [], dist.gather
+
+    def counted(values: Tensor, gathered: list[Tensor] | None) -> None:
+        sent.append(0 if world.is_first else values.nbytes)
+        gather(values, gathered)
+
+    def refused(*arguments: Any) -> None:
+        raise AssertionError("reduced in whole")
+
+    dist.gather, dist.all_reduce, sharded_tensors._BUCKET_BYTES = counted, refused, 150
+    return Gathered(gather_full(parts, world), expected, sum(part.values.nbytes for part in parts.values()), sum(sent))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine"), [(1, TORCH), *((2, engine) for engine in (TORCH, *ZERO, _AS_DELIVERED)), (3, ZERO[3])]
+)
+def test_rank_0_alone_gathers_the_whole(gloo: GlooLauncher, world_size: int, engine: dict[str, Any]) -> None:
+    first, *others = gloo.run(world_size, gather_counted, engine)
+    assert first.full.keys() == first.expected.keys()
+    for name, tensor in first.expected.items():
+        assert first.full[name].dtype == tensor.dtype, name
+        assert first.full[name].equal(tensor), name
+    assert first.sent == 0
+    assert not any(rank.full for rank in others)
+    if world_size == 2:
+        assert others[0].sent == others[0].own, "each shard travels once, and what rank 0 has does not"
 
 
 def shares(world: World) -> dict[str, tuple[int, int]]:
@@ -201,6 +255,20 @@ def test_fragments_are_views() -> None:
     module = network()
     tensor_shards_of(module, World())["first.weight"].values.fill_(3.0)
     assert (module.first.weight == 3).all()
+
+
+def test_shards_are_filled_from_any_that_hold_their_ranges() -> None:
+    given, filled = network(0), network(1)
+    left = filled.last.weight.clone()
+    whole = {name: part for name, part in tensor_shards_of(given, World()).items() if name != "last.weight"}
+    target = tensor_shards_of(filled, World(1, 3))
+    copy_shards(whole, target)
+    for name, part in tensor_shards_of(given, World(1, 3)).items():
+        assert target[name].values.equal(part.values) == (name != "last.weight"), name
+    assert filled.last.weight.equal(left)
+    assert not filled.first.weight.equal(given.first.weight), "the ranges of other ranks stay"
+    with pytest.raises(AssertionError, match=r"first\.weight: of another module"):
+        copy_shards({"first.weight": whole["first.bias"]}, target)
 
 
 def test_one_rank_holds_the_whole() -> None:

@@ -1,10 +1,13 @@
 """The node's cache: bounded, one fetch for all, nothing half-written, whoever dies in the middle."""
 
 import fcntl
+import logging
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,8 +15,11 @@ import pytest
 from support.waiting import wait_until
 
 from vavae.errors import UserError
+from vavae.storage import scratch
 from vavae.storage.cache import Cache
 from vavae.storage.local import PARTIAL
+from vavae.storage.scratch import network_file_system, scratch_folder
+from vavae.storage.storage import Storage
 
 FORK = multiprocessing.get_context("fork")
 
@@ -49,15 +55,15 @@ def sizes(folder):
 
 
 def test_a_file_is_fetched_once_under_its_name(tmp_path):
-    cache = Cache(str(tmp_path), 100)
+    cache = Cache(tmp_path, 100)
     path = get(cache, "k", b"abcd")
     assert path.read_bytes() == b"abcd"
     assert path.name == "f.bin"
-    assert Cache(str(tmp_path), 100).get("k", "f.bin", lambda: 4, refuse) == path
+    assert Cache(tmp_path, 100).get("k", "f.bin", lambda: 4, refuse) == path
 
 
 def test_what_was_asked_for_longest_ago_is_dropped(tmp_path):
-    cache = Cache(str(tmp_path), 10)
+    cache = Cache(tmp_path, 10)
     first, second = get(cache, "a", b"1234"), get(cache, "b", b"1234")
     assert get(cache, "a", b"1234") == first
     third = get(cache, "c", b"1234")
@@ -70,7 +76,7 @@ def test_what_was_asked_for_longest_ago_is_dropped(tmp_path):
 
 
 def test_a_file_above_the_bound_is_refused_with_the_field_to_change(tmp_path):
-    cache = Cache(str(tmp_path), 1000)
+    cache = Cache(tmp_path, 1000)
     get(cache, "a", b"1")
     with pytest.raises(UserError, match=r"storage\.cache_bytes = 1,000 cannot hold a file of 1,001 bytes"):
         get(cache, "b", b"x" * 1001)
@@ -78,7 +84,7 @@ def test_a_file_above_the_bound_is_refused_with_the_field_to_change(tmp_path):
 
 
 def test_a_mapped_file_keeps_its_pages_when_it_is_dropped(tmp_path):
-    cache = Cache(str(tmp_path), 8192)
+    cache = Cache(tmp_path, 8192)
     path = get(cache, "a", b"a" * 8192)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
         get(cache, "b", b"b" * 8192)
@@ -91,7 +97,7 @@ def test_a_failed_fetch_leaves_nothing(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    cache = Cache(str(tmp_path), 100)
+    cache = Cache(tmp_path, 100)
     with pytest.raises(KeyboardInterrupt):
         cache.get("k", "f.bin", lambda: 8, fail)
     assert sizes(tmp_path) == {}
@@ -99,7 +105,7 @@ def test_a_failed_fetch_leaves_nothing(tmp_path):
 
 
 def test_an_empty_file_can_be_cached(tmp_path):
-    assert get(Cache(str(tmp_path), 1), "k", b"").read_bytes() == b""
+    assert get(Cache(tmp_path, 1), "k", b"").read_bytes() == b""
 
 
 def run_all(target, arguments):
@@ -130,7 +136,7 @@ def test_of_processes_that_want_the_same_file_one_fetches_it(tmp_path, asked):
     log, data = tmp_path / "log", os.urandom(1000)
 
     def want(key):
-        cache = Cache(str(tmp_path / "cache"), 10_000)
+        cache = Cache(tmp_path / "cache", 10_000)
         path = get(cache, key, data, log=log, before=lambda: wait_until(lambda: asked.value == 6))
         assert path.read_bytes() == data
 
@@ -155,8 +161,8 @@ def killed_half_way(folder, key, data):
 
 def test_a_killed_fetch_is_taken_over_by_one_that_waits(tmp_path, asked):
     data = os.urandom(1000)
-    process = killed_half_way(str(tmp_path), "k", data)
-    waiting = FORK.Process(target=get, args=(Cache(str(tmp_path), 10_000), "k", data))
+    process = killed_half_way(tmp_path, "k", data)
+    waiting = FORK.Process(target=get, args=(Cache(tmp_path, 10_000), "k", data))
     waiting.start()
     wait_until(lambda: asked.value == 2)
     assert waiting.is_alive()
@@ -170,8 +176,8 @@ def test_a_killed_fetch_is_taken_over_by_one_that_waits(tmp_path, asked):
 
 
 def test_what_a_killed_fetch_left_is_swept_and_what_a_living_one_holds_is_not(tmp_path):
-    process = killed_half_way(str(tmp_path), "other", bytes(6000))
-    cache = Cache(str(tmp_path), 10_000)
+    process = killed_half_way(tmp_path, "other", bytes(6000))
+    cache = Cache(tmp_path, 10_000)
     get(cache, "a", bytes(3000))
     get(cache, "b", bytes(3000))
     assert sizes(tmp_path) == {"other/.partial": 6000, "b/f.bin": 3000}
@@ -191,7 +197,7 @@ def test_a_folder_that_another_process_drops_just_now_is_made_again(tmp_path, mo
         mkdir(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "mkdir", dropped_at_first)
-    assert get(Cache(str(tmp_path), 3000), "k", b"x").read_bytes() == b"x"
+    assert get(Cache(tmp_path, 3000), "k", b"x").read_bytes() == b"x"
     assert len(made) > 1
 
 
@@ -199,7 +205,7 @@ def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "k").touch()
     with pytest.raises(NotADirectoryError):
-        get(Cache(str(tmp_path), 3000), "k", b"x")
+        get(Cache(tmp_path, 3000), "k", b"x")
 
 
 def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
@@ -209,7 +215,7 @@ def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
     reached = FORK.RawArray("i", 6)
 
     def work(seed, turns):
-        cache = Cache(str(tmp_path), 3000)
+        cache = Cache(tmp_path, 3000)
         for turn in range(turns):
             reached[seed] = turn
             number = (seed * 7 + turn * 5 + turn // 9) % 8
@@ -228,7 +234,73 @@ def test_many_processes_a_small_bound_and_some_of_them_killed(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 3 + [0] * 3
-    get(Cache(str(tmp_path), 3000), "last", bytes(600))
+    get(Cache(tmp_path, 3000), "last", bytes(600))
     left = sizes(tmp_path)
     assert not [path for path in left if path.endswith(".partial")]
     assert sum(left.values()) <= 3000
+
+
+_MOUNTS = r"""
+22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 259:1 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p1 rw
+40 27 0:50 / /home rw,relatime shared:30 master:2 - nfs4 server:/export/home rw,vers=4.2
+41 40 0:51 / /home/me/local rw - xfs /dev/nvme1n1 rw
+42 27 0:52 / /mnt/two\040words rw - lustre ost@tcp:/fs rw
+43 27 0:53 / /mnt/remote rw - fuse.sshfs me@there:/ rw
+44 27 0:54 / /mnt/covered rw - nfs server:/old rw
+45 44 0:55 / /mnt/covered rw - tmpfs tmpfs rw
+46 27 0:56 / /mnt/container rw - fuse.fuse-overlayfs fuse-overlayfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("/tmp/vavae-0", None),
+        ("/home/me/.cache/vavae", "nfs4"),
+        ("/homes/me", None),
+        ("/home/me/local/cache", None),
+        ("/mnt/two words/cache", "lustre"),
+        ("/mnt/remote", "fuse.sshfs"),
+        ("/mnt/covered/cache", None),
+        ("/mnt/container/cache", None),
+    ],
+)
+def test_a_network_file_system_is_told_by_the_innermost_mount(folder, kind):
+    assert network_file_system(Path(folder), _MOUNTS.strip()) == kind
+
+
+def test_a_cache_on_a_network_file_system_is_a_warning_with_the_field_to_change(tmp_path, monkeypatch, caplog):
+    place = Path(os.path.realpath(tmp_path)) / "cache"
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"27 1 259:1 / / rw - ext4 /dev/sda rw\n40 27 0:50 / {place} rw - beegfs beegfs_nodev rw\n")
+    monkeypatch.setattr(scratch, "_MOUNTS", mounts)
+    with caplog.at_level(logging.WARNING):
+        for root in (str(tmp_path / "runs"), "memory://a-slow-cache"):
+            Storage(root, str(place / "below")).warn_of_slow_cache()
+        Storage("memory://a-slow-cache", str(tmp_path)).warn_of_slow_cache()
+        (line,) = caplog.messages
+        assert str(place / "below") in line
+        assert "(beegfs)" in line
+        assert "set storage.cache to" in line
+        mounts.unlink()
+        Storage("memory://a-slow-cache", str(place)).warn_of_slow_cache()
+    assert caplog.messages == [line]
+
+
+def test_without_a_folder_the_cache_is_the_user_s_own_below_each_machine_s_temporary_folder(tmp_path, monkeypatch):
+    storage = Storage("memory://a-cache-in-scratch")
+    storage.write_bytes("file", b"content")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (folder,) = {pickle.loads(pickle.dumps(storage)).cache_folder, scratch_folder()}
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert pickle.loads(pickle.dumps(storage)).local_file("file").is_relative_to(folder)
+
+
+def test_a_folder_that_another_user_has_made_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"vavae-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"belongs to another user: set storage\.cache to"):
+        scratch_folder()

@@ -100,14 +100,14 @@ def train_job(world: World, job: Job, setup: Setup) -> History:
     stream = load_micro_batches(step.source(), assign_lanes(setup.lanes, world.rank, world.size), 0, workers=0)
     if setup.smooth:
         smooth_networks(step)
-    before, figures = _parameters(step.engines), []
+    before, figures = _parameters(step.engines, world), []
     for number in range(setup.steps):
         micro_batches = next(stream)
         if setup.smooth:
             smooth_images(micro_batches)
         result = step.run(micro_batches, number * training.batch_size, training.optimizer.learning_rate / (1 + number))
         figures.append(figures_of(result, world))
-    after = _parameters(step.engines)
+    after = _parameters(step.engines, world)
     here = {
         f"{engine}.{name}": parameter.detach()
         for engine in step.engines
@@ -141,8 +141,8 @@ def smooth_networks(step: Step) -> None:
                 setattr(layer, name, nn.SiLU())
 
 
-def _parameters(engines: Mapping[str, Any]) -> dict[str, Tensor]:
-    whole = {name: engine.weights() for name, engine in engines.items()}
+def _parameters(engines: Mapping[str, Any], world: World) -> dict[str, Tensor]:
+    whole = {name: world.broadcast(engine.weights()) for name, engine in engines.items()}
     return {
         f"{engine}.{name}": whole[engine][name]
         for engine in engines

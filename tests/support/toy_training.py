@@ -44,6 +44,7 @@ class ToyStep:
         self.stopwatch = Stopwatch(World().device)
         self.rates: list[float] = []
         self.remembered: StepState = {}
+        self.awaits_checkpoint = False
 
     def source(self) -> "ToyStep":
         """See `Step.source`."""
@@ -77,6 +78,7 @@ class ToyStep:
     def load_state_dict(self, state: StepState) -> None:
         """See `Step.load_state_dict`."""
         self.remembered = state
+        self.awaits_checkpoint = False
 
 
 def no_log() -> None:

@@ -1,10 +1,12 @@
 """Both training steps at a size that takes milliseconds, on micro-batches that are drawn instead of read."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import nn
 
 from vavae.data.image import png_bytes
 from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
@@ -75,13 +77,14 @@ class DrawnLatents:
         return LatentMicroBatch(*key, mean, torch.full_like(mean, 0.1), labels)
 
 
-def build_step(job: Job, config: RunConfig, world: World) -> Step:
+def build_step(job: Job, config: RunConfig, world: World, awaits_checkpoint: bool = False) -> Step:
     """The step object of a training."""
     if job == "train_vavae":
-        return TokenizerStep(config, config.tokenizer_phases()[0], None, DrawnImages(), world)  # type: ignore[arg-type]
+        phase = config.tokenizer_phases()[0]
+        return TokenizerStep(config, phase, None, DrawnImages(), world, awaits_checkpoint)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
-    return DiffusionStep(config, model, DrawnLatents(), normalizer, world)  # type: ignore[arg-type]
+    return DiffusionStep(config, model, DrawnLatents(), normalizer, world, awaits_checkpoint)  # type: ignore[arg-type]
 
 
 def figures_of(result: StepResult, world: World) -> dict[str, float]:
@@ -92,6 +95,18 @@ def figures_of(result: StepResult, world: World) -> dict[str, float]:
 def without_signs(row: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a row but for the share of logits of the right sign: rounding may turn the sign of one near zero."""
     return {name: value for name, value in row.items() if name != DISCRIMINATOR_ACCURACY}
+
+
+def fill_empty_memory() -> None:
+    """Let memory that nothing has set hold no number, in modules that are built without their values."""
+    to_empty = nn.Module.to_empty
+
+    def filled(module: nn.Module, *, device: torch.device) -> nn.Module:
+        for tensor in to_empty(module, device=device).state_dict().values():
+            tensor.fill_(math.nan if tensor.is_floating_point() else -1)
+        return module
+
+    nn.Module.to_empty = filled  # type: ignore[method-assign,assignment]
 
 
 class Notes:

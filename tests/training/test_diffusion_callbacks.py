@@ -48,7 +48,7 @@ def test_a_black_picture_is_none_and_ends_no_training(storage, parts, caplog):
 def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     step = build_step("train_lightningdit", CONFIG, World())
     randomize(step)
-    step.ema.load(step.engines["lightningdit"].weights())
+    step.ema.load(step.engines["lightningdit"].local_shards())
     found = preview(storage, step, parts)
     generator = Sampler(parts[0], step.engines["lightningdit"].module.model.eval(), parts[1])
     labels = [index % CLASSES for index in range(SHOWN)]
@@ -57,7 +57,7 @@ def test_it_is_what_sampling_would_make_of_the_average(storage, parts):
     assert found == png_bytes(image_grid(images, 8, scale=enlargement((16, 16))))
     randomize(step)  # the average stays
     assert preview(storage, step, parts) == found
-    step.ema.load(step.engines["lightningdit"].weights())
+    step.ema.load(step.engines["lightningdit"].local_shards())
     assert preview(storage, step, parts) != found
 
 

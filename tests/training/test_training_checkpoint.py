@@ -24,7 +24,7 @@ from vavae.runs.config import BestConfig
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
-from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.checkpoint import Checkpoints, EarlierCheckpointError
 from vavae.training.checkpoints.lease import SupersededError
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.step import StepResult
@@ -85,6 +85,18 @@ def test_an_incomplete_checkpoint_is_skipped(storage: Storage, caplog: pytest.Lo
     assert "000000000008 is incomplete and is skipped" in caplog.text
     assert train_toy(storage, images=8).images_seen == 8
     assert toy_checkpoints(storage).restore(ToyStep()).images_seen == 8
+
+
+def test_a_step_that_awaits_a_checkpoint_does_not_begin_without_one(storage: Storage) -> None:
+    train_toy(storage, images=8, keep=1)
+    storage.child("checkpoints/000000000008").delete(_file_of(storage, "000000000008"))
+    step = ToyStep()
+    step.awaits_checkpoint = True
+    with pytest.raises(EarlierCheckpointError):
+        toy_checkpoints(storage).restore(step)
+    train_toy(storage, images=4)
+    assert toy_checkpoints(storage).restore(step).images_seen == 4
+    assert not step.awaits_checkpoint
 
 
 def test_a_damaged_one_ahead_does_not_outlive_the_good(storage: Storage) -> None:

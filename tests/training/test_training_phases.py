@@ -19,6 +19,7 @@ from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
+from vavae.training import tokenizer_step
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
 from vavae.training.train import train
@@ -110,12 +111,16 @@ def test_each_phase_has_its_losses(straight: Run) -> None:
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 1), (3,), (4,), (5, 1)])
-def test_stopped_anywhere_it_ends_up_the_same(shards: Path, straight: Run, tmp_path: Path, stops: tuple[int]) -> None:
+def test_stopped_anywhere_it_ends_up_the_same(
+    shards: Path, straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: tuple[int]
+) -> None:
     shutil.copytree(shards, tmp_path / "runs")
     run = _run(tmp_path / "runs", "train_vavae.checkpoint_images=1_000_000")
     for steps in stops:
         train(begin_training(run, "train_vavae", World()), StoppingSession(steps), World())
         assert run.artifact("train_vavae") is None
+        # From here on a checkpoint or the phase before gives all weights.
+        monkeypatch.setattr(tokenizer_step, "initialized", None)
     train(begin_training(run, "train_vavae", World()), LocalSession(), World())
     ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
     assert ours is not None
@@ -135,6 +140,22 @@ def test_a_damaged_checkpoint_of_a_phase_leads_back_to_the_phase_of_the_one_befo
     newest, before = checkpoints.list()[-1], checkpoints.list()[-2]
     assert (int(before), int(newest)) == (48, 64), "the end of a phase, and the middle of the next"
     file = next(path for path in checkpoints.list(newest, recursive=True) if "/generator/" in path)
+    data = checkpoints.read_bytes(file)
+    checkpoints.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
+    ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
+    assert ours is not None
+    assert theirs is not None
+    assert ours.digest == theirs.digest
+
+
+def test_without_an_intact_checkpoint_it_begins_anew(shards: Path, straight: Run, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "runs")
+    run = _run(tmp_path / "runs", "train_vavae.checkpoint_images=1_000_000")
+    train(begin_training(run, "train_vavae", World()), StoppingSession(1), World())
+    checkpoints = run.storage.child(f"{run.training_prefix('train_vavae')}/checkpoints")
+    (only,) = checkpoints.list()
+    file = next(path for path in checkpoints.list(only, recursive=True) if "/generator/" in path)
     data = checkpoints.read_bytes(file)
     checkpoints.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
     train(begin_training(run, "train_vavae", World()), LocalSession(), World())

@@ -28,7 +28,7 @@ _FRESH = TrainState(images_seen=0, config="bench", data="bench")
 class _TrainedStep:
     """Training step after one update, so that its optimizer has moments: as much of a step as a checkpoint needs."""
 
-    ema, accumulation_steps = None, ()
+    ema, accumulation_steps, awaits_checkpoint = None, (), False
 
     def __init__(self, parameters: int, device: torch.device) -> None:
         world = World(device=device)

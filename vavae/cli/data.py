@@ -9,7 +9,7 @@ from rich import filesize
 
 from vavae.data.shards.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from vavae.errors import UserError
-from vavae.storage.config import DEFAULT_CACHE, StorageOptions
+from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
 
 
@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
     stats = _command(commands, "stats", "show counts, sizes and classes", _stats)
     for command in (index, verify, stats):
         command.add_argument("folder", metavar="FOLDER", help=f"path or URL of the folder of {MANIFEST}")
-        command.add_argument("--cache", default=DEFAULT_CACHE, help="folder for fetched shards; default: %(default)s")
+        command.add_argument("--cache", help="folder for fetched shards; default: one below the temporary folder")
         command.add_argument("--anonymous", action="store_true", help="ask S3 without keys, for public buckets")
 
 

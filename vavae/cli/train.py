@@ -38,6 +38,8 @@ def _train(arguments: argparse.Namespace) -> int:
     job, session = _JOBS[arguments.model], SignaledSession(EventLog(run.storage))
     with process_group(run.config.workers.use_gpu, run.config.collective_seconds(job)):
         world = World.current(run.config.workers.use_gpu)
+        if world.is_first:
+            run.storage.warn_of_slow_cache()
         with session.handle_signals():
             inputs = begin_training(run, job, world)
             train(replace(inputs, config=resolve_lanes_at_once(inputs.config, world)), session, world)

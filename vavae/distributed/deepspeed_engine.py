@@ -114,8 +114,12 @@ class DeepSpeedEngine:
         """Shards of the state dict, see `Engine.tensor_shards`."""
         return tensor_shards_of(self.module, self._world, _partition)
 
+    def local_shards(self) -> dict[str, TensorShard]:
+        """Local values of the state dict, see `Engine.local_shards`."""
+        return local_shards(self.module, self._world, _partition)
+
     def weights(self) -> dict[str, Tensor]:
-        """Full state dict on the CPU, see `Engine.weights`."""
+        """Full state dict on the CPU of rank 0, see `Engine.weights`."""
         return gather_full(self.tensor_shards(), self._world)
 
     @property
@@ -132,7 +136,7 @@ class DeepSpeedEngine:
     @contextmanager
     def restore(self, updates: int) -> Iterator[dict[str, TensorShard]]:
         """Yield shards to fill, see `Engine.restore`."""
-        weights = local_shards(self.module, self._world, _partition)
+        weights = self.local_shards()
         begin_at(self.optimizer, self._optimized(), updates)
         if self._zero_stage == 0:
             yield weights | {name: as_full_shard(t) for name, t in full_moments(self.module, self.optimizer).items()}

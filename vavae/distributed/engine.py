@@ -45,8 +45,11 @@ class Engine(Protocol):
     def tensor_shards(self) -> dict[str, TensorShard]:
         """Shards of this rank of the module's state dict, as trained and in place; see `tensor_shards_of`."""
 
+    def local_shards(self) -> dict[str, TensorShard]:
+        """All that this rank holds of the module's state dict, in place; see `local_shards`."""
+
     def weights(self) -> dict[str, Tensor]:
-        """Full state dict of the module, as trained, on the CPU. Called on every rank."""
+        """Full state dict of the module, as trained, on the CPU of rank 0; empty elsewhere. Called on every rank."""
 
     @property
     def updates(self) -> int:
@@ -120,8 +123,12 @@ class TorchEngine:
         """Shards of the state dict, see `Engine.tensor_shards`."""
         return tensor_shards_of(self.module, self._world)
 
+    def local_shards(self) -> dict[str, TensorShard]:
+        """Full tensors of the state dict, see `Engine.local_shards`."""
+        return local_shards(self.module, self._world)
+
     def weights(self) -> dict[str, Tensor]:
-        """Full state dict on the CPU, see `Engine.weights`."""
+        """Full state dict on the CPU of rank 0, see `Engine.weights`."""
         return gather_full(self.tensor_shards(), self._world)
 
     @property
@@ -138,7 +145,7 @@ class TorchEngine:
         """Yield shards to fill, see `Engine.restore`."""
         begin_at(self._optimizer, self._parameters, updates)
         moments = full_moments(self.module, self._optimizer)
-        yield local_shards(self.module, self._world) | {name: as_full_shard(t) for name, t in moments.items()}
+        yield self.local_shards() | {name: as_full_shard(t) for name, t in moments.items()}
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

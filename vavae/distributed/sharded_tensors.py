@@ -4,12 +4,16 @@ A parameter is flattened and split among the ranks in equal ranges, the last one
 and a view of the full parameter in every other engine. A buffer belongs to the first rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor, nn
 
 from vavae.distributed.world import World
+
+_BUCKET_BYTES = 64 << 20
+"""Most bytes of full tensors that are gathered at once; a larger tensor travels alone."""
 
 
 class TensorShard(NamedTuple):
@@ -88,11 +92,58 @@ def local_shards(module: nn.Module, world: World, partition: FindPartition = not
     return parts
 
 
+def copy_shards(source: Mapping[str, TensorShard], target: Mapping[str, TensorShard]) -> None:
+    """Copy values into shards of the same tensors; what `source` lacks stays as it is.
+
+    Args:
+        source: shards that hold at least the ranges of those in `target`, in any type and on any device.
+        target: shards to fill in place.
+    """
+    for name, given in source.items():
+        offset, values, shape = target[name]
+        assert given.shape == shape, f"{name}: of another module"
+        values.copy_(given.values[offset - given.offset :][: len(values)])
+
+
 def gather_full(parts: Mapping[str, TensorShard], world: World) -> dict[str, Tensor]:
-    """Gather the full tensors from the shards of all ranks, on the CPU. Every rank calls it."""
-    tensors = {}
-    for name, part in parts.items():
-        flat = part.values.new_zeros(part.shape.numel())
-        flat[part.offset : part.offset + len(part.values)] = part.values
-        tensors[name] = world.sum(flat).view(part.shape).cpu()
-    return tensors
+    """Gather full tensors from the shards of all ranks, on the CPU of rank 0 alone. Every rank calls it.
+
+    They travel in buckets: besides the result, rank 0 holds one of these, and any other rank its own part of one.
+
+    Args:
+        parts: this rank's shards, of the same tensors in the same order on every rank.
+        world: the ranks.
+
+    Returns:
+        The full tensors by name; none on the other ranks.
+    """
+    shards, value_bytes = [*parts.values()], torch.tensor([[part.values.element_size()] for part in parts.values()])
+    ranges = [own * value_bytes for own in world.gather(torch.tensor([(s.offset, len(s.values)) for s in shards]))]
+    full = [torch.empty(shard.shape, dtype=shard.values.dtype) for shard in shards if world.is_first]
+    for bucket in _buckets(shards):
+        lengths = [of_rank[bucket.start : bucket.stop, 1].tolist() for of_rank in ranges]
+        own = torch.cat([_bytes_of(shards[index].values).to(world.device) for index in bucket])
+        gathered = world.gather_values(own, [*map(sum, lengths)])
+        for rank, values in enumerate(gathered):
+            for index, piece in zip(bucket, values.cpu().split(lengths[rank]), strict=True):
+                start = int(ranges[rank][index, 0])
+                _bytes_of(full[index])[start : start + len(piece)] = piece
+    return dict(zip(parts, full, strict=True)) if world.is_first else {}
+
+
+def _buckets(shards: Sequence[TensorShard]) -> Iterator[range]:
+    """Split tensors, by index, into as few runs as hold no more than a bucket; a larger tensor has one of its own."""
+    start, held = 0, 0
+    for index, shard in enumerate(shards):
+        size = shard.shape.numel() * shard.values.element_size()
+        if start < index and held + size > _BUCKET_BYTES:
+            yield range(start, index)
+            start, held = index, 0
+        held += size
+    if shards:
+        yield range(start, len(shards))
+
+
+def _bytes_of(values: Tensor) -> Tensor:
+    """View contiguous values as uint8 [n]."""
+    return values.contiguous().view(-1).view(torch.uint8)

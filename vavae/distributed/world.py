@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from vavae.errors import UserError
 
@@ -115,6 +116,23 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def gather_values(self, values: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Gather values [n] of one type, on rank 0 alone. Every rank calls it.
+
+        Args:
+            values: of this rank.
+            counts: n of every rank.
+
+        Returns:
+            The values of all ranks in order; nothing on the other ranks.
+        """
+        most = max(counts[1:], default=0)
+        gathered = [values.new_empty(most) for _ in counts] if self.is_first else []
+        if most:
+            # All send equally many; what rank 0 sends to itself is cut off and dropped.
+            dist.gather(nn.functional.pad(values, (0, most - len(values))), gathered or None)
+        return [values, *(got[:count] for got, count in zip(gathered[1:], counts[1:], strict=True))] if gathered else []
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""

@@ -24,8 +24,8 @@ class Cache:
     is never dropped, so the bound holds as long as those files fit in it together.
     """
 
-    def __init__(self, folder: str, limit: int) -> None:
-        self._root = Path(folder).expanduser()
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._root = folder
         self._files = self._root / "files"
         self._limit = limit
 

@@ -4,8 +4,6 @@ from typing import Annotated
 
 from vavae.config import Config, LocalPath, runtime
 
-DEFAULT_CACHE = "~/.cache/vavae"
-
 
 class StorageOptions(Config):
     """Access to a store. Keys come from the usual chain (environment, profile, role) and are never fields."""
@@ -53,5 +51,6 @@ class StorageConfig(StorageOptions):
     root: Annotated[str, LocalPath()] = runtime("runs")
     """Folder or URL of any file system that fsspec knows (s3://bucket/prefix, gs://..., hf://..., memory://...)."""
 
-    cache: Annotated[str, LocalPath()] = runtime(DEFAULT_CACHE)
-    """Folder of this machine for whole files fetched from a URL, shared by all its processes."""
+    cache: Annotated[str, LocalPath()] | None = runtime(None)
+    """Folder of each machine for whole files fetched from a URL, shared by all its processes; null is one of this user
+    below the machine's temporary folder (TMPDIR, or else /tmp)."""

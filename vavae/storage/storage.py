@@ -23,10 +23,11 @@ from fsspec.utils import tokenize
 
 from vavae.errors import UserError
 from vavae.storage.cache import Cache
-from vavae.storage.config import DEFAULT_CACHE, StorageConfig, StorageOptions
+from vavae.storage.config import StorageConfig, StorageOptions
 from vavae.storage.filesystem import explained, open_place
 from vavae.storage.local import PARTIAL, linked, local_files, naming_failed_writes, replacing, sha256_of
 from vavae.storage.retry import COUNTERS, Retry
+from vavae.storage.scratch import scratch_folder, warn_of_network_file_system
 
 __all__ = ["Storage", "sha256_of"]
 
@@ -42,7 +43,8 @@ class Storage:
     """Files named by paths relative to ``root``, with "/" between the parts. Small to pickle; may cross a fork.
 
     ``root`` is a folder or a URL; a relative folder becomes absolute, so that workers with another working directory
-    mean the same one. ``cache`` is a local folder for :meth:`local_file`. ``options`` say how a store is reached.
+    mean the same one. ``cache`` is a local folder for :meth:`local_file`; None is one below each machine's temporary
+    folder. ``options`` say how a store is reached.
     ``Storage.counters`` holds this process's totals over all storages. A path that could leave the root raises
     UserError, and so does a store that refuses access; a missing file raises FileNotFoundError; a store that goes on
     failing raises :class:`vavae.storage.retry.StorageUnavailableError`.
@@ -50,7 +52,7 @@ class Storage:
 
     counters = COUNTERS
 
-    def __init__(self, root: str, cache: str = DEFAULT_CACHE, options: StorageOptions | None = None) -> None:
+    def __init__(self, root: str, cache: str | None = None, options: StorageOptions | None = None) -> None:
         self.options = StorageOptions() if options is None else options
         self._place, self._process = open_place(root, self.options), os.getpid()
         self.is_local = isinstance(self._place.filesystem, LocalFileSystem)
@@ -75,6 +77,16 @@ class Storage:
         """The full name of a path, for people and for other programs."""
         name = self._name(path)
         return name if self.is_local else self._fs.unstrip_protocol(name)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of this machine for the cache."""
+        return scratch_folder() if self.cache is None else Path(self.cache).expanduser()
+
+    def warn_of_slow_cache(self) -> None:
+        """Log a warning where what is fetched from this storage would be kept on a network file system."""
+        if not self.is_local:
+            warn_of_network_file_system(self.cache_folder)
 
     def child(self, prefix: str) -> "Storage":
         """The storage whose root is a folder of this one."""
@@ -221,7 +233,7 @@ class Storage:
             return Path(name)
         info = self._info(path) if sha256 is None else {}
         version = sha256 or f"{info['size']} {_version(info)}"
-        return Cache(self.cache, self.options.cache_bytes).get(
+        return Cache(self.cache_folder, self.options.cache_bytes).get(
             hashlib.sha256(f"{self.url(path)} {version}".encode()).hexdigest(),
             name.rpartition("/")[2],
             lambda: info["size"] if info else self.size(path),
@@ -330,7 +342,7 @@ class Storage:
         return name.removeprefix(f"{self._base}/")
 
 
-def _restore(root: str, cache: str, options: dict[str, Any]) -> Storage:
+def _restore(root: str, cache: str | None, options: dict[str, Any]) -> Storage:
     return Storage(root, cache, StorageOptions(**options))
 
 

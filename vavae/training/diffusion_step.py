@@ -28,7 +28,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialize import initialized
+from vavae.training.initialize import initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, TermSum, variances
 
@@ -84,6 +84,7 @@ class DiffusionStep:
         stream: micro-batches of latents.
         normalizer: of the latents.
         world: the ranks.
+        awaits_checkpoint: initialize nothing, because a checkpoint comes next.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class DiffusionStep:
         stream: LatentStream,
         normalizer: LatentNormalizer,
         world: World,
+        awaits_checkpoint: bool = False,
     ) -> None:
         training = config.train_lightningdit
+        self.awaits_checkpoint = awaits_checkpoint
         self._config, self._stream, self._world = config, stream, world
         lanes, at_once = config.stream.lanes, training.lanes_at_once
         assert at_once != "auto", "lanes_at_once is resolved before the training"
@@ -104,9 +107,15 @@ class DiffusionStep:
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
         objective = FlowMatchingObjective(config.objective)
-        self.model = initialized(
-            config.seed, "lightningdit", lambda: FlowMatchingModel(LightningDiT(model, dim, grid), objective)
-        ).to(world.device)
+
+        def build() -> FlowMatchingModel:
+            return FlowMatchingModel(LightningDiT(model, dim, grid), objective)
+
+        self.model = (
+            uninitialized(build, world.device)
+            if awaits_checkpoint
+            else initialized(config.seed, "lightningdit", build).to(world.device)
+        )
         if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
             compile_each(self.model.model.blocks)
         self._engine = build_engine(
@@ -162,6 +171,7 @@ class DiffusionStep:
     def load_state_dict(self, state: StepState) -> None:
         """See `Step.load_state_dict`."""
         assert not state, "a checkpoint of another training"
+        self.awaits_checkpoint = False
 
     def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
         """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vavae.distributed.engine import Engine
-from vavae.distributed.sharded_tensors import gather_full
+from vavae.distributed.sharded_tensors import TensorShard, copy_shards, gather_full
 from vavae.distributed.world import World
 from vavae.runs.config import TrainingConfig
 
@@ -48,14 +48,15 @@ class ExponentialMovingAverage:
         torch._foreach_lerp_(self._averages, [weights.float() for weights in self._weights], share)
 
     def weights(self) -> dict[str, Tensor]:
-        """Gather the full averaged state dict on the CPU of every rank; entries without average are as they are."""
+        """Gather the full averaged state dict on the CPU of rank 0; entries without average are as they are.
+
+        Every rank calls it. It is empty on the others.
+        """
         return gather_full({**self._engine.tensor_shards(), **self.tensor_shards}, self._world)
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Load a full average, as `weights` returns it, strictly."""
-        for name, (offset, values, shape) in self.tensor_shards.items():
-            assert weights[name].shape == shape, f"{name}: the average of another module"
-            values.copy_(weights[name].flatten()[offset : offset + len(values)])
+    def load(self, weights: Mapping[str, TensorShard]) -> None:
+        """Load this rank's shards of an average, or more of it, strictly."""
+        copy_shards({name: weights[name] for name in self.tensor_shards}, self.tensor_shards)
 
 
 def ramp_limit(training: TrainingConfig, images_seen: int) -> float:

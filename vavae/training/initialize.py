@@ -19,3 +19,16 @@ def initialized(seed: int, purpose: str, build: Callable[[], ModuleT]) -> Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(seed, "weights", purpose))
         return build()
+
+
+def uninitialized(build: Callable[[], ModuleT], device: torch.device) -> ModuleT:
+    """Build a module on a device for whoever sets its whole state dict at once: until then its values are undefined.
+
+    Nothing is computed or drawn.
+    """
+    with torch.device("meta"):
+        module = build()
+    names = module.state_dict().keys()
+    lost = [name for name, _ in module.named_buffers() if name not in names]
+    assert not lost, f"{lost[0]} is in no state dict, so nothing would set it"
+    return module.to_empty(device=device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vavae.data.image_stream import MicroBatchSource
 from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.engine import Engine
+from vavae.distributed.sharded_tensors import TensorShard
 from vavae.training.ema import ExponentialMovingAverage
 from vavae.training.logging.stopwatch import Stopwatch
 
@@ -37,12 +38,12 @@ def variances(outputs: Tensor, data: Tensor) -> Tensor:
 
 
 class StepWeights(NamedTuple):
-    """The full weights of a step, on the CPU."""
+    """The weights of a step, as far as a rank holds them."""
 
-    engines: Mapping[str, Mapping[str, Tensor]]
-    """State dicts by the names of the engines."""
-    average: Mapping[str, Tensor] | None
-    """State dict of the average, if there is one."""
+    engines: Mapping[str, Mapping[str, TensorShard]]
+    """Shards of state dicts by the names of the engines, see `Engine.local_shards`."""
+    average: Mapping[str, TensorShard] | None
+    """Shards of the average, if there is one."""
 
 
 StepState = Mapping[str, Sequence[float | None]]
@@ -51,6 +52,9 @@ StepState = Mapping[str, Sequence[float | None]]
 
 class Step(Protocol):
     """Step object of a training: its weights, its data and its mathematics."""
+
+    awaits_checkpoint: bool
+    """True where it was built without values of its weights, until a checkpoint is loaded into it."""
 
     @property
     def engines(self) -> Mapping[str, Engine]:

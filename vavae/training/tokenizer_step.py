@@ -1,6 +1,6 @@
 """One optimizer step of the VA-VAE and its discriminator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from vavae.distributed.build import build_engine
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine
+from vavae.distributed.sharded_tensors import TensorShard, copy_shards
 from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
@@ -36,7 +37,7 @@ from vavae.runs.config import RunConfig
 from vavae.runs.phases import Part, TokenizerPhase
 from vavae.training.collapse import DISCRIMINATOR_ACCURACY, OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage
-from vavae.training.initialize import initialized
+from vavae.training.initialize import ModuleT, initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, StepWeights, TermSum, variances
 
@@ -131,6 +132,7 @@ class TokenizerStep:
         start: weights to begin with instead of random ones; of the phase before, or of another training.
         stream: micro-batches of images.
         world: the ranks.
+        awaits_checkpoint: initialize nothing, because a checkpoint comes next.
     """
 
     def __init__(
@@ -140,8 +142,10 @@ class TokenizerStep:
         start: StepWeights | None,
         stream: ImageStream,
         world: World,
+        awaits_checkpoint: bool = False,
     ) -> None:
         training, losses = config.train_vavae, phase.losses
+        self.awaits_checkpoint = awaits_checkpoint
         self._config, self._losses, self._stream, self._world = config, losses, stream, world
         self.accumulation_steps = assign_lanes(config.stream.lanes, world.rank, world.size)
         self._adaptive_weights: dict[int, AdaptiveWeights] = {}
@@ -150,41 +154,48 @@ class TokenizerStep:
         self._perceptual = build_perceptual(losses.perceptual, self.teacher.early_features)
         if self._perceptual is not None:
             self._perceptual.to(world.device)
-        self.model = initialized(
-            config.seed,
+        given = {} if start is None else start.engines
+        self.model = self._build(
             "tokenizer",
             lambda: TokenizerModel(
                 config.tokenizer, losses, self.teacher.feature_dim, training.engine.has_whole_weights
             ),
+            given.get("generator", {}),
         )
         self.model.freeze(phase.frozen)
         if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
             compile_each(self.model.autoencoder.residual_blocks())
             compile_each([*self.teacher.blocks, *([] if self._perceptual is None else [self._perceptual])])
-        self._generator = self._engine("generator", self.model, training.optimizer, start)
+        self._generator = self._engine(self.model, training.optimizer, given.get("generator", {}))
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
         if config.adversarial:
-            objective: nn.Module = initialized(
-                config.seed, "discriminator", lambda: DiscriminatorObjective(losses.adversarial)
+            judged = given.get("discriminator", {})
+            objective: nn.Module = self._build(
+                "discriminator", lambda: DiscriminatorObjective(losses.adversarial), judged
             )
             if losses.adversarial.norm == "sync_batch":
                 objective = sync_batch_norm(objective, world)
-            self._adversary = self._engine("discriminator", objective, training.of_discriminator, start)
+            self._adversary = self._engine(objective, training.of_discriminator, judged)
             self.engines["discriminator"] = self._adversary
         decay = training.ema_decay
         self.ema = ExponentialMovingAverage(self._generator, decay, world) if decay else None
         if self.ema is not None and start is not None and start.average is not None:
             self.ema.load(start.average)
 
-    def _engine(self, name: str, module: nn.Module, optimizer: OptimizerConfig, start: StepWeights | None) -> Engine:
+    def _build(self, purpose: str, build: Callable[[], ModuleT], given: Mapping[str, TensorShard]) -> ModuleT:
+        """Build a module, initialized unless a checkpoint or what is given sets all of its values."""
+        if self.awaits_checkpoint or given:
+            module = uninitialized(build, self._world.device)
+            if self.awaits_checkpoint or given.keys() >= module.state_dict().keys():
+                return module
+        return initialized(self._config.seed, purpose, build).to(self._world.device)
+
+    def _engine(self, module: nn.Module, optimizer: OptimizerConfig, given: Mapping[str, TensorShard]) -> Engine:
         training = self._config.train_vavae
         micro_batch_size = training.batch_size // self._config.stream.lanes
-        if start is not None and name in start.engines:
-            # What the start lacks (a projection, where there was no teacher) stays as it was initialized.
-            module.load_state_dict({**module.state_dict(), **start.engines[name]})
-        return build_engine(
-            module.to(self._world.device),
+        engine = build_engine(
+            module,
             optimizer,
             training.engine,
             training.precision,
@@ -192,6 +203,11 @@ class TokenizerStep:
             len(self.accumulation_steps),
             micro_batch_size,
         )
+        if given:
+            # What is not given (a projection, where there was no teacher) stays as it was initialized.
+            with engine.restore(updates=0) as parts:
+                copy_shards(given, parts)
+        return engine
 
     def source(self) -> ImageStream:
         """See `Step.source`."""
@@ -270,9 +286,9 @@ class TokenizerStep:
         return losses
 
     def weights(self) -> StepWeights:
-        """Gather all weights, with which another phase may begin. Every rank calls it."""
-        engines = {name: engine.weights() for name, engine in self.engines.items()}
-        return StepWeights(engines, None if self.ema is None else self.ema.weights())
+        """Weights on this rank, in place, with which another phase may begin."""
+        engines = {name: engine.local_shards() for name, engine in self.engines.items()}
+        return StepWeights(engines, None if self.ema is None else self.ema.tensor_shards)
 
     def state_dict(self) -> StepState:
         """See `Step.state_dict`: the adaptive weights by lane, where they are kept for longer than a step."""
@@ -285,6 +301,7 @@ class TokenizerStep:
 
     def load_state_dict(self, state: StepState) -> None:
         """See `Step.load_state_dict`."""
+        self.awaits_checkpoint = False
         self._adaptive_weights = {
             int(lane): AdaptiveWeights(
                 *(None if weight is None else torch.tensor(weight, device=self._world.device) for weight in weights)

@@ -1,7 +1,8 @@
 """The two trainings as a whole: data, step, loop, export. The same under Ray, torchrun and in a test."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -44,12 +45,14 @@ from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.utilization import Utilization
 from vavae.training.session import Session
-from vavae.training.step import Step, StepWeights
+from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
 from vavae.training.trainer import Trainer
 from vavae.training.warm_start import starting_weights
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SPLIT = "train"
 _OFFLOAD_THREADS = 4
@@ -144,49 +147,54 @@ def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World)
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(inputs.shards, manifest, SPLIT, order, size, config.stream, config.seed)
-    attempt, trained = _Attempt(inputs, session, world), None
-    callbacks = _tokenizer_callbacks(inputs, world)
-    while trained is None:
-        try:
-            trained = _train_phases(attempt, config, stream, callbacks)
-        except EarlierCheckpointError:
-            continue  # a damaged checkpoint is known now: from the phase of the one before
-        if trained is None:
-            return
-    start, state = trained
+    attempt, callbacks = _Attempt(inputs, session, world), _tokenizer_callbacks(inputs, world)
+    trained = _until_restored(lambda: _train_phases(attempt, config, stream, callbacks))
+    if trained is None:
+        return
+    step, state = trained
     description = TokenizerDescription(
         tokenizer=config.tokenizer,
         teacher=config.teacher,
         vision_foundation=config.losses.vision_foundation,
         feature_dim=teacher_geometry(config.teacher).feature_dim,
     )
-    exported = start.engines["generator"] if start.average is None else start.average
+    exported = exported_weights(step, "generator")
     weights = {WEIGHTS: strip_prefix("autoencoder.", exported), ALIGNMENT: strip_prefix("alignment.", exported)}
     attempt.export(description, weights, state)
 
 
 def _train_phases(
     attempt: _Attempt, config: RunConfig, stream: ImageStream, callbacks: Sequence[Callback]
-) -> tuple[StepWeights, TrainState] | None:
-    """Train the tokenizer in its phases; returns weights and state at the end, None where the training was stopped.
+) -> tuple[TokenizerStep, TrainState] | None:
+    """Train the tokenizer in its phases; returns the last step and its state, None where the training was stopped.
 
     Raises:
         EarlierCheckpointError: see `Checkpoints.restore`.
     """
     world, seen = attempt.world, attempt.checkpoints.images_seen()
-    weights = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
+    start = None if seen else starting_weights(config, teacher_geometry(config.teacher).feature_dim)
+    step: TokenizerStep | None = None
     for phase in config.tokenizer_phases(seen):
         if phase.until_images < seen:
             continue
         if phase.from_images and world.any(attempt.session.stop_requested()):
             return None
-        step = TokenizerStep(config, phase, weights, stream, world)
+        awaits_checkpoint = seen > 0 and step is None
+        step = TokenizerStep(config, phase, start if step is None else step.weights(), stream, world, awaits_checkpoint)
         state = attempt.fit(step, range(phase.from_images, phase.until_images), callbacks)
         if state.images_seen < phase.until_images:
             return None
-        weights = step.weights()
-    assert weights is not None, "a budget has at least one phase"
-    return weights, state
+    assert step is not None, "a budget has at least one phase"
+    return step, state
+
+
+def _until_restored(train: Callable[[], Result]) -> Result:
+    """Call a training again where its newest checkpoint is damaged, which it knows then: from the one before."""
+    while True:
+        try:
+            return train()
+        except EarlierCheckpointError:
+            pass
 
 
 def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:
@@ -198,7 +206,6 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = training.batch_size // config.stream.lanes
     stream = LatentStream(inputs.latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
-    step = DiffusionStep(config, model, stream, normalizer, world)
     attempt = _Attempt(inputs, session, world)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
@@ -207,7 +214,13 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
         callbacks.append(
             SamplePreview(config, model, tokenizer, normalizer, classes, training.preview_images, folder, world)
         )
-    state = attempt.fit(step, range(training.images), callbacks)
+
+    def train() -> tuple[DiffusionStep, TrainState]:
+        awaits_checkpoint = attempt.checkpoints.images_seen() > 0
+        step = DiffusionStep(config, model, stream, normalizer, world, awaits_checkpoint)
+        return step, attempt.fit(step, range(training.images), callbacks)
+
+    step, state = _until_restored(train)
     if state.images_seen < training.images:
         return
     description = LightningDiTDescription(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vavae.config import differences
+from vavae.distributed.sharded_tensors import as_full_shard
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
@@ -35,7 +36,8 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
         return None
     place = Storage.of(config.storage).at(url)
     engines = _released(config, url, feature_dim) if place.is_file() else _exported(config, place)
-    return StepWeights(engines, average=None)
+    shards = {engine: {name: as_full_shard(t) for name, t in state.items()} for engine, state in engines.items()}
+    return StepWeights(shards, average=None)
 
 
 def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[str, Tensor]]:

@@ -56,7 +56,7 @@ def open_source(
         data_set, _, split = rest.partition("#")
         if kind == "huggingface":
             return HuggingFaceSource(data_set, split, keys)
-        return TorchvisionSource(data_set, split, Path(storage.cache).expanduser() / "torchvision")
+        return TorchvisionSource(data_set, split, storage.cache_folder / "torchvision")
     if labels is not None:
         return _open_files(name, storage, _read_labels(labels, storage, labels_field, keys).arrange)
     return _open_files(name, storage, partial(list_class_folders, keys=keys))
@@ -68,7 +68,7 @@ def reopen_source(name: str, storage: Storage, fingerprint: str, keys: RecordKey
 
 
 @lru_cache(maxsize=2)
-def _reopen(name: str, cache: str, options: StorageOptions, fingerprint: str, keys: RecordKeys) -> Source:
+def _reopen(name: str, cache: str | None, options: StorageOptions, fingerprint: str, keys: RecordKeys) -> Source:
     return open_source(name, Storage(".", cache, options), keys=keys)
 
 

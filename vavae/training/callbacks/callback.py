@@ -28,7 +28,10 @@ class Callback(Protocol):
 
 
 def exported_weights(step: Step, engine: str) -> dict[str, Tensor]:
-    """Gather the state dict that would be exported now, the average where there is one, on the CPU of every rank."""
+    """Gather the state dict that would be exported now, the average where there is one, on the CPU of rank 0.
+
+    Every rank calls it. It is empty on the others.
+    """
     return step.engines[engine].weights() if step.ema is None else step.ema.weights()
 
 

@@ -59,7 +59,10 @@ class _Found(NamedTuple):
 
 
 class EarlierCheckpointError(Exception):
-    """A checkpoint of a phase is damaged, and the one before belongs to an earlier phase, whose step must load it."""
+    """A checkpoint is damaged, and a step must be made anew from what there was before it.
+
+    That belongs to an earlier phase, whose step must load it, or there is none for a step that awaits one.
+    """
 
 
 class Checkpoints:
@@ -231,7 +234,7 @@ class Checkpoints:
 
         Raises:
             UserError: it was made with another configuration or other data.
-            EarlierCheckpointError: what there is, as far as it is not damaged, belongs to an earlier phase.
+            EarlierCheckpointError: what there is, as far as it is not damaged, is nothing for this step.
         """
         if self._saved is not None and self._saved.images_seen == begin:
             return self._saved
@@ -244,7 +247,7 @@ class Checkpoints:
             assert self._candidates, "there was a newest one"
             self._candidates.pop(0)
             found = self._newest()
-        if begin > self._fresh.images_seen:
+        if begin > self._fresh.images_seen or step.awaits_checkpoint:
             raise EarlierCheckpointError
         return self._fresh
 
@@ -275,10 +278,13 @@ class Checkpoints:
         return not damaged
 
     def _files(self, found: _Found, key: str) -> Iterator[ShardFile]:
-        """Open the files of a set of weights, from the one on that a rank of this index has written."""
+        """Open the files of a set of weights, from the one on that a rank of this index has written.
+
+        The second one is that of rank 0, which alone holds buffers: a thousand ranks would search all others for them.
+        """
         paths = sorted(path for path in found.record.files if path.split("/")[1] == key)
         start = self._world.rank * len(paths) // self._world.size
-        for path in [*paths[start:], *paths[:start]]:
+        for path in dict.fromkeys([*paths[start : start + 1], *paths[:1], *paths[start:], *paths[:start]]):
             info, header = found.record.files[path], found.details.headers.get(path)
             yield _open(self._storage, f"{found.name}/{path}", info, header)
 
