@@ -291,7 +291,7 @@ def test_each_recipe_can_be_planned_offline_and_says_what_to_fetch(path, offline
     out = capfd.readouterr().out
     assert f"{config.train_lightningdit.images:,} images" in out
     needed = [line.removeprefix("still needed: ") for line in out.splitlines() if line.startswith("still needed: ")]
-    assert needed[0].startswith("shards: source 'imagenet/train' is not there: give a folder of class folders")
+    assert needed[0].startswith("shards: source 'imagenet/train' is not there: give a folder of images or of class")
     assert needed[1].startswith("shards: source 'imagenet/val' is not there")
     networks = {"losses.perceptual": "vgg16"}
     if config.teacher.name in TEACHERS.values():

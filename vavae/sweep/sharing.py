@@ -21,7 +21,7 @@ _FOLDERS: dict[Job, tuple[str, ...]] = {
     "train_vavae": ("tokenizer", "tensorboard/train_vavae"),
     "precompute_latents": ("latents",),
 }
-_SOURCES = ("source", "labels", "validation_source", "validation_labels")
+_SOURCES = ("source", "validation_source", "validation_labels")
 _PHASES = "train_vavae.stages."
 
 JobRequest = Callable[[RunConfig, Job], Run]
@@ -85,6 +85,8 @@ def content_key(config: RunConfig, job: Job) -> str:
     parts: dict[str, Any] = {"job": job, "identity": run.identity(job), "budget": run.budget(job)}
     if job == "prepare_shards":
         parts["sources"] = {name: getattr(config.shards, name) for name in _SOURCES}
+        if config.shards.labels is not None:  # which came later than the others
+            parts["sources"]["labels"] = config.shards.labels
     return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})
 
 
