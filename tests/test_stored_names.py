@@ -78,19 +78,26 @@ def words(arguments):
     return [each.value for each in arguments if isinstance(each, ast.Constant) and isinstance(each.value, str)]
 
 
+def called(call):
+    return ast.unparse(call.func).rpartition(".")[2]
+
+
 def purposes():
     """The words in calls of the generators, and in calls of functions that hand a parameter on as such a word."""
     trees = [ast.parse(path.read_text()) for folder in ("vavae", "ray_jobs") for path in (ROOT / folder).rglob("*.py")]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    handing_on = {
-        function.name
-        for function in functions
-        for call in ast.walk(function)
-        if isinstance(call, ast.Call) and ast.unparse(call.func) in GENERATORS
-        if {"purpose", "*key"} & {*map(ast.unparse, call.args)}
-    }
-    return {word for call in calls if ast.unparse(call.func) in GENERATORS | handing_on for word in words(call.args)}
+    known, before = GENERATORS, set()
+    while known != before:
+        before = known
+        known = known | {
+            function.name
+            for function in functions
+            for call in ast.walk(function)
+            if isinstance(call, ast.Call) and called(call) in known
+            if {"purpose", "*key"} & {*map(ast.unparse, call.args)}
+        }
+    return {word for call in calls if called(call) in known for word in words(call.args)}
 
 
 def test_the_words_that_key_randomness_stay():
