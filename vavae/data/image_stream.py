@@ -149,7 +149,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
     def _read_into(self, image: np.ndarray, location: Location, rng: np.random.Generator) -> _Found:
         """Fill in the image at a location, or the next readable one of its shard."""
         shard = self._open.get(location.shard, self._map)
-        name = f"{self.shards.split}/{self.shards.infos[location.shard].name}"
+        name = f"{self.shards.split}/{self.shards.infos.name(location.shard)}"
         unreadable: list[str] = []
         for offset in range(len(shard)):
             index = (location.record + offset) % len(shard)

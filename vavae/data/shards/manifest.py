@@ -120,6 +120,10 @@ class ShardList(Sequence[ShardInfo]):
             dropped=self._dropped.get(at),
         )
 
+    def name(self, index: int) -> str:
+        """Name of a shard, which is asked for with every image, without the rest of its entry."""
+        return self._names[index].decode()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardList) and [*self] == [*other]
 
