@@ -20,7 +20,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     checkout, installed = folder / "checkout", folder / "installed"
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "vavae", "ray_jobs", "configs/*.yaml", "pyproject.toml", "setup.py", "README.md"],
+        ["git", "ls-files", "-z", "vavae", "ray_jobs", "configs", "pyproject.toml", "README.md"],
         cwd=ROOT,
         capture_output=True,
         text=True,

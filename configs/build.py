@@ -1,11 +1,11 @@
-"""Put `configs/` into the package as `vavae/presets`; everything else about the build is in `pyproject.toml`."""
+"""Build of the package with the configurations of this folder as `vavae/presets`, as `pyproject.toml` asks for."""
 
 from pathlib import Path
 
-from setuptools import setup
 from setuptools.command.build_py import build_py
 
 _CONFIGS = Path("configs")
+_THIS = "configs/build.py"
 
 
 class BuildWithPresets(build_py):
@@ -25,11 +25,8 @@ class BuildWithPresets(build_py):
 
     def get_source_files(self) -> list[str]:
         """All files that the build is made of, which belong into a source distribution."""
-        return [*super().get_source_files(), *self._presets()]
+        return [*super().get_source_files(), *self._presets(), _THIS]
 
     def _presets(self) -> dict[str, str]:
         folder = Path(self.build_lib, "vavae", "presets")
         return {str(path): str(folder / path.relative_to(_CONFIGS)) for path in sorted(_CONFIGS.rglob("*.yaml"))}
-
-
-setup(cmdclass={"build_py": BuildWithPresets})
