@@ -67,7 +67,8 @@ RECORDS = {
     LatentManifest: "tokenizer shape flip classes splits",
     ShardRecord: "plan shard skipped",
     ShardInfo: "name count bytes sha256 url dropped",
-    Manifest: "splits classes image_size sources skipped skipped_count excluded image_key label_key by_name",
+    Manifest: "splits classes image_size sources skipped skipped_count excluded image_key label_key by_name channels "
+    "depth",
     SampleShardRecord: "origin images file",
     Hardware: "workers device threads torch lanes_at_once",
 }

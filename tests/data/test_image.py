@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,9 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
+from pydantic import ValidationError
 
 from vavae.data import image as images
-from vavae.data.config import ShardsConfig
+from vavae.data.config import PixelFormat, ShardsConfig
 from vavae.data.image import (
     UnreadableImage,
     center_crop_resize,
@@ -35,6 +38,7 @@ def noise(height, width, channels=3):
 
 
 RGB = noise(5, 7)
+CROPS = ("center", "random", "random_resized")
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
@@ -77,6 +81,84 @@ def test_a_fresh_process_knows_every_format(tmp_path):
         (tmp_path / form).write_bytes(saved(Image.fromarray(RGB), form))
     program = "import sys, vavae.data.image as i\nfor path in sys.argv[1:]: i.decode_image(open(path, 'rb').read())"
     subprocess.run([sys.executable, "-c", program, *(str(tmp_path / form) for form in forms)], check=True)
+
+
+GRAY, DEEP, CLEAR = PixelFormat(1), PixelFormat(1, 16), PixelFormat(4)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bits_of_gray_stay_what_they_are(form):
+    pixels = np.random.default_rng(0).integers(0, 65536, (20, 31)).astype(np.uint16)
+    data = saved(Image.fromarray(pixels), form)
+    assert (decode_image(data, form=DEEP) == pixels[..., None]).all()
+    config = ShardsConfig(source="x", image_size=(20, 31), channels=1, depth=16)
+    stored = stored_image(data, config)
+    assert stored.extension == "png"
+    assert (prepare_image(stored.data, (20, 31), form=DEEP) == pixels[..., None]).all()
+    (cropped, turned) = (prepare_image(data, (20, 20), crop, np.random.default_rng(0), form=DEEP) for crop in CROPS[:2])
+    assert cropped.dtype == turned.dtype == np.uint16
+    assert (cropped == pixels[:, 5:25, None]).all()
+    smaller = prepare_image(data, (10, 15), form=DEEP)
+    assert abs(smaller.mean() - pixels.mean()) < 1500, "scaled in its own range"
+    assert len(np.unique(smaller % 257)) > 1, "values between those of 8 bits"
+
+
+def test_gray_and_opacity_are_kept():
+    rng = np.random.default_rng(0)
+    gray, clear = rng.integers(0, 256, (12, 9), np.uint8), rng.integers(0, 256, (12, 9, 4), np.uint8)
+    assert (decode_image(saved(Image.fromarray(gray)), form=GRAY) == gray[..., None]).all()
+    assert (decode_image(saved(Image.fromarray(clear)), form=CLEAR) == clear).all()
+    assert (decode_image(saved(Image.fromarray(gray)), form=DEEP) == gray[..., None].astype(int) * 257).all()
+    opaque = decode_image(saved(Image.fromarray(clear[..., :3])), form=CLEAR)
+    assert (opaque[..., :3] == clear[..., :3]).all()
+    assert (opaque[..., 3] == 255).all()
+    deep = saved(Image.fromarray(gray.astype(np.uint16) * 257))
+    assert (decode_image(deep, form=GRAY) == gray[..., None]).all()
+    for channels, kept in ((1, gray[..., None]), (4, clear)):
+        config = ShardsConfig(source="x", image_size=(12, 9), channels=channels)
+        stored = stored_image(saved(Image.fromarray(kept[..., 0] if channels == 1 else kept)), config)
+        assert (decode_image(stored.data, form=config.pixel_format) == kept).all()
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("form", [GRAY, DEEP, CLEAR], ids=str)
+def test_crops_of_every_format(crop, form):
+    data = saved(SCENE.resize((60, 40)), "JPEG")
+    pixels = prepare_image(data, (16, 24), crop, np.random.default_rng(0), form=form)
+    assert pixels.shape == (16, 24, form.channels)
+    assert pixels.dtype == (np.uint16 if form == DEEP else np.uint8)
+
+
+def png_of_16_bits(kind, channels):
+    """A PNG of one pixel with 16 bits in each channel, which Pillow does not write."""
+    rows = zlib.compress(b"\0" + b"\x12\x34" * channels)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    whole = [name + body for name, body in chunks]
+    parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in whole]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_sixteen_bits_of_color_are_refused_where_sixteen_bits_are_asked_for(kind, channels):
+    data = png_of_16_bits(kind, channels)
+    assert decode_image(data).shape == (1, 1, 3)
+    with pytest.raises(UnreadableImage, match="16 bits of color"):
+        decode_image(data, form=DEEP)
+    assert decode_image(png_of_16_bits(0, 1), form=DEEP).item() == 0x1234
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"depth": 16}, "depth=16 with channels=3"),
+        ({"depth": 16, "channels": 1, "format": "jpeg"}, "format=jpeg with channels=1 and depth=16"),
+        ({"channels": 4, "format": "jpeg"}, "format=jpeg with channels=4"),
+        ({"channels": 2}, "channels"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused(fields, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ShardsConfig(source="x", **fields)
 
 
 def test_other_modes():
@@ -178,9 +260,7 @@ def test_what_is_not_square_is_halved_scaled_and_cut_at_the_center():
 
 def test_a_large_jpeg_is_cut_at_random_from_a_smaller_decode(monkeypatch):
     data, asked = saved(SCENE.resize((1200, 900)), "JPEG"), []
-    monkeypatch.setattr(
-        images, "decode_image", lambda data, at_least=None, buffer=None: asked.append(at_least) or decode_image(data)
-    )
+    monkeypatch.setattr(images, "decode_image", lambda data, at_least, *_: asked.append(at_least) or decode_image(data))
     assert prepare_image(data, (64, 64), "random", np.random.default_rng(0)).shape == (64, 64, 3)
     assert asked == [(128, 128)]
 

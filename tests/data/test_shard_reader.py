@@ -65,9 +65,9 @@ def test_a_batch_is_decoded_while_the_one_before_is_used(storage, monkeypatch):
     """Across the end of a shard, too."""
     decoded = threading.Semaphore(0)
 
-    def decode(*arguments):
+    def decode(*arguments, **options):
         decoded.release()
-        return prepare_image(*arguments)
+        return prepare_image(*arguments, **options)
 
     monkeypatch.setattr(shard_reader, "prepare_image", decode)
     manifest = write_image_shards(storage, {"validation": COUNTS})

@@ -787,6 +787,8 @@ def test_columns_of_a_data_set(tables):
 ROWS = {
     "formats": "test_image.test_a_fresh_process_knows_every_format test_image.test_formats_with_decoders_of_their_own",
     "colors": "test_image.test_other_modes",
+    "gray, opacity": "test_image.test_gray_and_opacity_are_kept",
+    "16 bits of gray": "test_image.test_sixteen_bits_of_gray_stay_what_they_are",
     "sizes": "test_image.test_crop_has_the_size_asked_for_and_keeps_a_constant",
     "names": "test_sources.test_names_that_are_not_utf_8_simply_work",
     "class folders": "test_sources.test_class_folders",

@@ -12,7 +12,7 @@ import vavae.torchvision_compat  # noqa: F401  (before torchmetrics)
 # isort: split
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from vavae.data.pixels import to_float, to_uint8
+from vavae.data.pixels import to_float, to_pixels
 from vavae.data.shard_reader import LabeledImages
 from vavae.evaluation.reconstruction import ReconstructedBatch, Reconstruction, Reconstructor, reconstruct
 from vavae.losses.config import PerceptualLossConfig
@@ -51,11 +51,11 @@ def test_lpips_is_of_what_the_decoder_gives_and_the_rest_of_8_bits(reconstructor
         decoded = reconstructor.tokenizer.decode(posterior.mean + posterior.std * torch.stack(noise))
         assert reconstructor.lpips is not None
         lpips = reconstructor.lpips(pixels, decoded)
-        rounded = reconstructor.lpips(pixels, to_float(to_uint8(decoded)))
+        rounded = reconstructor.lpips(pixels, to_float(to_pixels(decoded)))
     torch.testing.assert_close(found.metrics["lpips"], lpips)
     assert (lpips - rounded).abs().max() > 1e-5
-    assert torch.equal(found.reconstructions, to_uint8(decoded))
-    for original, restored, psnr in zip(images(), to_uint8(decoded), found.metrics["psnr"], strict=True):
+    assert torch.equal(found.reconstructions, to_pixels(decoded))
+    for original, restored, psnr in zip(images(), to_pixels(decoded), found.metrics["psnr"], strict=True):
         theirs = peak_signal_noise_ratio(restored.double(), original.double(), data_range=255.0)
         assert psnr.item() == pytest.approx(theirs.item(), rel=1e-6)
     assert found.metrics.keys() == {"psnr", "ssim", "lpips"}, "what there is no projection for is left out"

@@ -371,9 +371,9 @@ def test_a_batch_is_encoded_while_the_next_is_decoded_and_the_one_before_is_writ
     order, encode, members = Order(), tokenizer.encode, extraction_module.latent_members
     decoded, written = iter(range(5)), iter(range(5))
 
-    def decode(*arguments):
+    def decode(*arguments, **options):
         order.happen("decoded", next(decoded))
-        return prepare_image(*arguments)
+        return prepare_image(*arguments, **options)
 
     def write(*arguments):
         if next(written) == 0:
@@ -417,9 +417,12 @@ def test_a_shard_is_stored_while_the_next_is_encoded(extract, tokenizer, monkeyp
 
 def test_no_more_is_decoded_than_the_bound_allows(extract, tokenizer, monkeypatch):
     decoded = []
-    monkeypatch.setattr(
-        shard_reader, "prepare_image", lambda *arguments: decoded.append(1) or prepare_image(*arguments)
-    )
+
+    def decode(*arguments, **options):
+        decoded.append(1)
+        return prepare_image(*arguments, **options)
+
+    monkeypatch.setattr(shard_reader, "prepare_image", decode)
     ahead, encode = [], tokenizer.encode
 
     def count(pixels):

@@ -9,7 +9,7 @@ import torch
 from support import image_shards, small_models
 from support.trained_run import DIGEST, MEAN, STD, trained_run
 
-from vavae.data.pixels import to_uint8
+from vavae.data.pixels import to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
@@ -135,7 +135,7 @@ def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(sampler):
     noise = torch.randn(shape, generator=torch_generator(SEED, "sample", 3))[None]
     velocity = sampler.lightningdit(noise, torch.zeros(1), torch.tensor([2]))
     latent = (noise + velocity) * STD.float()[:, None, None] + MEAN.float()[:, None, None]
-    expected = to_uint8(sampler.tokenizer.decode(latent))
+    expected = to_pixels(sampler.tokenizer.decode(latent))
     found = sampler.images([3], [2], SEED, PLAIN, SolverConfig(num_steps=1))
     assert (found.int() - expected.int()).abs().max() <= 1
 

@@ -11,7 +11,7 @@ from support import image_shards
 from support.image_shards import write_image_shards
 from support.training_steps import Notes, build_step, tiny_config
 
-from vavae.data.pixels import enlargement, to_float, to_uint8
+from vavae.data.pixels import enlargement, to_float, to_pixels
 from vavae.distributed.world import World
 from vavae.metrics.latent_space import LatentProbes
 from vavae.randomness import torch_generator
@@ -83,7 +83,7 @@ def test_a_preview_shows_images_reconstructions_and_their_difference(storage):
     with torch.no_grad():
         posterior = autoencoder(step).encode(to_float(images(SHOWN)))
         noise = torch.randn(posterior.mean.shape, generator=torch_generator(CONFIG.seed, "observed posterior"))
-        by_hand = to_uint8(autoencoder(step).decode(posterior.at(noise))).permute(0, 2, 3, 1).numpy()
+        by_hand = to_pixels(autoencoder(step).decode(posterior.at(noise))).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(restored, by_hand)
     np.testing.assert_array_equal(difference, np.minimum(4 * abs(restored.astype(int) - originals), 255))
 

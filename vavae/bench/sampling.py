@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vavae.bench.computation import Computation, build_side, dense_peak
 from vavae.bench.steps import disturbance
-from vavae.data.pixels import to_uint8
+from vavae.data.pixels import to_pixels
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import time_grid
 from vavae.errors import UserError
@@ -108,7 +108,7 @@ def _in_two_passes(sampler: Sampler, config: RunConfig, labels: list[int]) -> Te
             null = model(x, times, torch.full_like(y, model.null_label))[:, :channels]
             velocity[:, :channels] = null + scale * (velocity[:, :channels] - null)
         x = x + (t_next - t) * velocity
-    return to_uint8(sampler.tokenizer.decode(sampler.normalizer.denormalize(x))).cpu()
+    return to_pixels(sampler.tokenizer.decode(sampler.normalizer.denormalize(x))).cpu()
 
 
 @torch.inference_mode()

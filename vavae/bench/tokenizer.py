@@ -86,7 +86,7 @@ def _add_turns(turns: dict[str, StepTurns], name: str, config: RunConfig, world:
 def _micro_batch(config: RunConfig, lane: int, device: torch.device) -> ImageMicroBatch:
     """Images of one micro-batch, as a loader hands them over."""
     count = config.train_vavae.batch_size // config.stream.lanes
-    shape = (count, *config.shards.height_and_width, 3)
+    shape = (count, *config.shards.height_and_width, config.shards.channels)
     images = torch.randint(0, 256, shape, generator=torch_generator(0, "bench", lane), dtype=torch.uint8)
     labels = torch.zeros(count, dtype=torch.int64)
     if device.type == "cuda":

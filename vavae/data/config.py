@@ -28,6 +28,27 @@ NO_LABELS = "none"
 """`shards.label_key` of images that are taken without labels."""
 
 
+class PixelFormat(NamedTuple):
+    """Channels of images, and bits of each."""
+
+    channels: int = 3
+    """1: gray, 3: red, green and blue, 4: with opacity."""
+    depth: int = 8
+
+    @property
+    def largest(self) -> int:
+        """Largest value of a channel; the least is 0."""
+        return 2**self.depth - 1
+
+    @property
+    def fields(self) -> dict[str, int | None]:
+        """Both as fields, which are None where they are those of `RGB`."""
+        return {name: None if value == getattr(RGB, name) else value for name, value in self._asdict().items()}
+
+
+RGB = PixelFormat()
+
+
 class RecordKeys(NamedTuple):
     """Names of the image and the class of a record, or of the columns of a set; None where only one can be meant."""
 
@@ -75,6 +96,13 @@ class ShardsConfig(Config):
     """Side in pixels of the stored images, or `[height, width]`, after ADM's center crop and resize: images are scaled
     to cover it, and cut."""
 
+    channels: Literal[1, 3, 4] = added(3)
+    """Channels of the stored images: 1 is gray, 3 color, 4 color with opacity. Networks that take color see gray three
+    times, and color over mid-gray where it is not opaque."""
+
+    depth: Literal[8, 16] = added(8)
+    """Bits of a channel; 16 is for gray, as of medical images. Networks that take 8 bits see it divided by 257."""
+
     keep_original: bool = False
     """Store JPEG, PNG and WebP files as they are wherever both sides reach those of `image_size`."""
 
@@ -96,9 +124,22 @@ class ShardsConfig(Config):
         return height_and_width(self.image_size)
 
     @property
+    def pixel_format(self) -> PixelFormat:
+        """Channels and depth of the stored images."""
+        return PixelFormat(self.channels, self.depth)
+
+    @property
     def keys(self) -> RecordKeys:
         """Columns of the images and of their classes."""
         return RecordKeys(self.image_key, self.label_key)
+
+    @model_validator(mode="after")
+    def _format_holds_them(self) -> Self:
+        if self.depth == 16 and self.channels != 1:
+            raise ValueError(f"depth=16 with channels={self.channels}: 16 bits are for gray images; set channels=1")
+        if self.format == "jpeg" and (self.channels == 4 or self.depth == 16):
+            raise ValueError(f"format=jpeg with channels={self.channels} and depth={self.depth}: set format=png")
+        return self
 
     @model_validator(mode="after")
     def _labels_need_images(self) -> Self:

@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from PIL.ImageFile import ImageFile
 
-from vavae.data.config import Crop, ShardsConfig
+from vavae.data.config import RGB, Crop, PixelFormat, ShardsConfig
 
 MAX_PIXELS = 100_000_000
 """Pixels above which an image is taken for a decompression bomb."""
@@ -66,6 +66,13 @@ _DAMAGE = (
 
 _START, _SCAN = b"\xff\xd8", b"\xda"  # of a JPEG
 _FAST_COLORS = ("YCbCr", "Gray", "RGB")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Modes of Pillow by the number of channels."""
+_GRAY_16 = PixelFormat(1, 16)
+_STEPS = 257
+"""Steps of 16 bits in one of 8."""
+_BITS_PER_SAMPLE = 258
+"""Tag of TIFF."""
 _OVERSIZE = 2  # scaled decoding leaves the last halving to a better filter
 _AREA, _RATIO, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
@@ -87,8 +94,9 @@ def prepare_image(
     crop: Crop = "center",
     rng: np.random.Generator | None = None,
     buffer: np.ndarray | None = None,
+    form: PixelFormat = RGB,
 ) -> np.ndarray:
-    """Decode the part of an image file that training, extraction and evaluation see: uint8 [H, W, 3].
+    """Decode the part of an image file that training, extraction and evaluation see: [H, W, C] as `decode_image` has.
 
     Args:
         data: the file.
@@ -98,54 +106,63 @@ def prepare_image(
             aspect ratio W / H and scales that (Szegedy et al. 2015, with torchvision's bounds).
         rng: draws the cut; not needed for `center`.
         buffer: uint8 [H, W, 3], overwritten; a JPEG of that size is decoded into it, and a view of it returned.
+        form: channels and depth.
 
     Raises:
         UnreadableImage: it cannot be decoded.
     """
     height, width = size
     if crop == "center":  # published figures rest on these very pixels: no scaled decoding
-        pixels = decode_image(data, buffer=buffer)
+        pixels = decode_image(data, buffer=buffer, form=form)
         if pixels.shape[:2] == size:
             return pixels
-        return np.asarray(center_crop_resize(Image.fromarray(pixels), size))
+        return _pixels(center_crop_resize(_picture(pixels), size), form)
     assert rng is not None, f"crop {crop} needs an rng"
     if crop == "random_resized":
-        pixels = decode_image(data)
-        image, box = Image.fromarray(pixels), _random_box(pixels.shape[1], pixels.shape[0], width / height, rng)
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box))
-    pixels = decode_image(data, at_least=(_OVERSIZE * height, _OVERSIZE * width), buffer=buffer)
+        pixels = decode_image(data, form=form)
+        image, box = _picture(pixels), _random_box(pixels.shape[1], pixels.shape[0], width / height, rng)
+        return _pixels(image.resize((width, height), Image.Resampling.BICUBIC, box), form)
+    pixels = decode_image(data, (_OVERSIZE * height, _OVERSIZE * width), buffer, form)
     spare = np.array(pixels.shape[:2]) - size
     if spare.min() != 0:
-        pixels = np.asarray(_scale_to_cover(Image.fromarray(pixels), size))
+        pixels = _pixels(_scale_to_cover(_picture(pixels), size), form)
         spare = np.array(pixels.shape[:2]) - size
     top, left = (rng.random(2) * (spare + 1)).astype(int)
     return pixels[top : top + height, left : left + width]
 
 
-def decode_image(data: bytes, at_least: tuple[int, int] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
-    """RGB pixels of an image file: uint8 [H, W, 3], upright (EXIF), from any mode.
+def decode_image(
+    data: bytes,
+    at_least: tuple[int, int] | None = None,
+    buffer: np.ndarray | None = None,
+    form: PixelFormat = RGB,
+) -> np.ndarray:
+    """Pixels of an image file: uint8 or uint16 [H, W, C], upright (EXIF), from any mode.
 
     Args:
         data: the file.
         at_least: where given, a JPEG may come two to eight times smaller, but not below this height and width.
         buffer: uint8, overwritten and returned where it has the shape of a JPEG's pixels.
+        form: channels and depth.
 
     Raises:
-        UnreadableImage: no image, a damaged or an absurdly large one.
+        UnreadableImage: no image, a damaged or an absurdly large one; or one in color with 16 bits where those are
+            asked for.
     """
-    if data.startswith(_START) and _is_upright(data):
+    if form == RGB and data.startswith(_START) and _is_upright(data):
         pixels = _decode_jpeg(data, at_least, buffer)
         if pixels is not None:
             return pixels
-    return np.asarray(_load(_open(data)))
+    return _pixels(_load(data, form), form)
 
 
 def stored_image(data: bytes, config: ShardsConfig) -> StoredImage:
     """The form in which the shards hold an image file; UnreadableImage where it cannot be decoded."""
-    form, image, size = _open(data).format, Image.fromarray(decode_image(data)), config.height_and_width
-    if config.keep_original and form in EXTENSIONS and _covers(image, size):
-        return StoredImage(data, EXTENSIONS[form])
-    return encode_image(center_crop_resize(image, size), config.format, config.jpeg_quality)
+    kind, form, size = _open(data).format, config.pixel_format, config.height_and_width
+    image = _picture(decode_image(data, form=form))
+    if config.keep_original and kind in EXTENSIONS and _covers(image, size):
+        return StoredImage(data, EXTENSIONS[kind])
+    return encode_pixels(_pixels(center_crop_resize(image, size), form), config.format, config.jpeg_quality)
 
 
 def center_crop_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -161,8 +178,13 @@ def center_crop_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image
     return image.crop((left, top, left + width, top + height))
 
 
+def encode_pixels(pixels: np.ndarray, form: str = "png", jpeg_quality: int = 95) -> StoredImage:
+    """The file of pixels, as `decode_image` gives them; `form` is `png` or `jpeg`."""
+    return encode_image(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), form, jpeg_quality)
+
+
 def encode_image(image: Image.Image, form: str, jpeg_quality: int = 95) -> StoredImage:
-    """The file of an RGB image; `form` is `png` or `jpeg`."""
+    """The file of an image; `form` is `png` or `jpeg`."""
     buffer = io.BytesIO()
     if form == "jpeg":
         image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
@@ -263,23 +285,57 @@ def _open(data: bytes) -> ImageFile:
     return image
 
 
-def _load(image: ImageFile) -> Image.Image:
-    """Decode an image, upright and in RGB."""
+def _load(data: bytes, form: PixelFormat) -> Image.Image:
+    """Decode an image, upright, in a mode of these channels; of 16 bits, in floating point.
+
+    Opacity is dropped where there is no channel for it, as ADM does.
+    """
+    image = _open(data)
+    if form.depth == 16 and _is_deep_color(data, image):  # which Pillow would decode to 8 bits
+        raise UnreadableImage("16 bits of color: only gray images keep 16 bits; convert it to gray")
     try:
-        return _rgb(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(image)
     except _DAMAGE as error:
         raise UnreadableImage(str(error)) from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to eight bits of red, green and blue. An alpha channel is dropped, as ADM does."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise UnreadableImage(f"gray values {gray.min()} to {gray.max()}: not 16 bits")
-        image = Image.fromarray((gray / 257).round().astype(np.uint8))
-    elif image.mode == "F":
+    if upright.mode == "F":
         raise UnreadableImage("floating-point pixels have no agreed range")
-    elif image.mode == "P":
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        if upright.mode == "I" or upright.mode.startswith("I;16"):
+            gray = np.asarray(upright).astype(np.int64)
+            if gray.min() < 0 or gray.max() > _GRAY_16.largest:
+                raise UnreadableImage(f"gray values {gray.min()} to {gray.max()}: not 16 bits")
+            if form == _GRAY_16:
+                return Image.fromarray(gray.astype(np.float32))
+            upright = Image.fromarray((gray / _STEPS).round().astype(np.uint8))
+        elif upright.mode == "P":
+            upright = upright.convert("RGBA")
+        converted = upright.convert(_MODES[form.channels])
+    except UnreadableImage:
+        raise
+    except _DAMAGE as error:
+        raise UnreadableImage(str(error)) from error
+    return converted if form.depth == 8 else Image.fromarray(np.asarray(converted, np.float32) * _STEPS)
+
+
+def _is_deep_color(data: bytes, image: ImageFile) -> bool:
+    """Return whether the header of an image tells of 16 bits in more than one channel."""
+    if image.format == "PNG":
+        depth, kind = data[24:26]  # of the chunk IHDR
+        return depth == 16 and kind != 0
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+    return isinstance(bits, tuple) and len(bits) > 1 and max(bits) > 8
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    """Image of pixels that Pillow scales: of 16 bits, in floating point."""
+    if pixels.dtype == np.uint16:
+        pixels = pixels.astype(np.float32)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _pixels(image: Image.Image, form: PixelFormat) -> np.ndarray:
+    """Pixels [H, W, C] of an image, the inverse of `_picture`."""
+    pixels = np.asarray(image)
+    if form.depth == 16:
+        pixels = pixels.round().clip(0, form.largest).astype(np.uint16)
+    return pixels[..., None] if form.channels == 1 else pixels

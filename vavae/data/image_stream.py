@@ -1,7 +1,6 @@
 """The stream of micro-batches that feeds a training: a map-style dataset over (lane, step), so workers never matter."""
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -120,8 +119,8 @@ class ImageStream(ShardStream[ImageMicroBatch]):
         seed: int,
     ) -> None:
         shards = OrderedShards(storage, split, manifest.splits[split], order, micro_batch_size)
-        self._size, self._reader = manifest.height_and_width, manifest.reader
-        super().__init__(shards, micro_batch_bytes=micro_batch_size * 3 * math.prod(self._size))
+        self._size, self._form, self._reader = manifest.height_and_width, manifest.pixel_format, manifest.reader
+        super().__init__(shards, micro_batch_bytes=micro_batch_size * manifest.image_bytes)
         self._config, self._seed = config, seed
         self._open: ShardCache[MappedShard] = ShardCache(config.open_shards)
         self.quarantine = Quarantine(config.unreadable_limit)
@@ -130,14 +129,15 @@ class ImageStream(ShardStream[ImageMicroBatch]):
     def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
         rng = numpy_generator(self._seed, "augment", key.lane, key.step)
         locations = self.shards.order.micro_batch(key.lane, key.step, self.shards.micro_batch_size)
-        pixels = np.empty((len(locations), *self._size, 3), np.uint8)
+        dtype = np.uint8 if self._form.depth == 8 else np.uint16
+        pixels = np.empty((len(locations), *self._size, self._form.channels), dtype)
         labels = []
         unreadable: list[str] = []
         for location, image in zip(locations, pixels, strict=True):
             found = self._read_into(image, location, rng)
             labels.append(found.label)
             unreadable += found.unreadable
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [S, H, W, 3] → [S, 3, H, W]
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [S, H, W, C] → [S, C, H, W]
         return ImageMicroBatch(key.lane, key.step, images, torch.tensor(labels), tuple(unreadable))
 
     def _map(self, shard: int) -> MappedShard:
@@ -156,7 +156,7 @@ class ImageStream(ShardStream[ImageMicroBatch]):
             record, place = shard[index], f"{name}#{shard.key(index)}"
             try:
                 data = self._reader.image(record, place)
-                pixels = prepare_image(data, self._size, self._config.crop, rng, buffer=image)
+                pixels = prepare_image(data, self._size, self._config.crop, rng, image, self._form)
                 mirrored = self._config.flip and rng.random() < 0.5
                 if mirrored or not np.may_share_memory(pixels, image):
                     image[:] = pixels[:, ::-1] if mirrored else pixels

@@ -1,4 +1,4 @@
-"""Pixels in their two ranges, uint8 in shards and pictures and [-1, 1] for the tokenizer; pictures of many images.
+"""Pixels in their two ranges, whole numbers in shards and [-1, 1] for the tokenizer; pictures of many images.
 
 Gaps between images are transparent, so that a picture suits any page.
 """
@@ -10,25 +10,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae.data.image import encode_image
+from vavae.data.image import encode_pixels
+from vavae.models.backbones.color import as_color
 
 _PICTURE_PIXELS = 64
+_HALVES = {torch.uint8: 127.5, torch.uint16: 32767.5}
+"""Half of the largest value of a pixel."""
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Convert uint8 [B, 3, H, W] in 0..255 to float32 in [-1, 1], contiguous however the pixels lie in memory."""
-    assert images.dtype == torch.uint8, f"expected uint8 pixels, got {images.dtype}"
-    return images.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+    """Convert uint8 or uint16 [B, C, H, W] to float32 in [-1, 1], contiguous however the pixels lie in memory."""
+    assert images.dtype in _HALVES, f"expected pixels of 8 or 16 bits, got {images.dtype}"
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / _HALVES[images.dtype] - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Convert float [B, 3, H, W], nominally in [-1, 1], to uint8, clamped; exact inverse of `to_float`."""
-    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+def pixel_dtype(depth: int) -> torch.dtype:
+    """Type of pixels of 8 or 16 bits."""
+    return {8: torch.uint8, 16: torch.uint16}[depth]
+
+
+def to_pixels(images: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Convert float [B, C, H, W], nominally in [-1, 1], to uint8 or uint16, clamped; exact inverse of `to_float`."""
+    half = _HALVES[dtype]
+    return images.float().mul(half).add(half).round().clamp(0, 2 * half).to(dtype)
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """View pixels of any format, uint8 or uint16 [B, C, H, W], in color: uint8 [B, 3, H, W].
+
+    Gray is taken three times, and what is not opaque lies over mid-gray; 16 bits are rounded to 8.
+    """
+    if images.dtype == torch.uint8 and images.shape[1] == 3:
+        return images
+    return to_pixels(as_color(to_float(images)))
 
 
 def encode_png(image: Tensor) -> bytes:
-    """Encode an image, uint8 [3, H, W], as a PNG file."""
-    return encode_image(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), "png").data
+    """Encode an image, uint8 or uint16 [C, H, W], as a PNG file."""
+    return encode_pixels(image.permute(1, 2, 0).contiguous().numpy()).data
 
 
 def enlargement(size: Sequence[int]) -> int:
@@ -40,7 +59,7 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 2
     """Lay out images in reading order; given class after class with ``columns`` of each, rows are classes.
 
     Args:
-        images: uint8 [N, 3, H, W].
+        images: uint8 or uint16 [N, C, H, W].
         columns: images in a row; the last row may be shorter.
         scale: whole-number enlargement, each pixel a square.
         padding: gap between images, in pixels of the picture.
@@ -66,9 +85,7 @@ def pair_grid(
 
 def _tiles(images: Tensor, scale: int) -> np.ndarray:
     """Enlarged opaque tiles [N, H scale, W scale, 4]."""
-    assert images.shape[1] == 3, f"images are [N, 3, H, W], not {tuple(images.shape)}"
-    pixels = images.cpu().permute(0, 2, 3, 1).numpy()
-    assert pixels.dtype == np.uint8, f"images are uint8, not {pixels.dtype}"
+    pixels = to_rgb(images.cpu()).permute(0, 2, 3, 1).numpy()
     opaque = np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=3)
     return opaque.repeat(scale, axis=1).repeat(scale, axis=2)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vavae.data.ahead import map_ahead
+from vavae.data.config import RGB, PixelFormat
 from vavae.data.image import UnreadableImage, decode_image, prepare_image
 from vavae.data.record import LABEL, caption_of, find_image, name_of
 from vavae.data.shards.manifest import Manifest, ShardInfo, open_shard
@@ -92,7 +94,7 @@ class ReadableImages:
 
     def __init__(self, records: Iterable[ShardRecord], manifest: Manifest, ahead: int, threads: int = 1) -> None:
         self._records, self._ahead, self._threads = records, ahead, threads
-        self._size, self._reader = manifest.height_and_width, manifest.reader
+        self._size, self._form, self._reader = manifest.height_and_width, manifest.pixel_format, manifest.reader
         self.skipped: list[str] = []
         """Names of the images that were left out so far."""
 
@@ -108,7 +110,7 @@ class ReadableImages:
         record = at.shard[at.record]
         key = name_of(record, at.shard.key(at.record))
         try:
-            pixels = prepare_image(self._reader.image(record, at.place), self._size)
+            pixels = prepare_image(self._reader.image(record, at.place), self._size, form=self._form)
         except UnreadableImage as error:
             return _UnreadableImage(key, at.place, str(error))
         return ReadableImage(pixels, self._reader.label(record, at.place), key, caption_of(record))
@@ -178,20 +180,23 @@ def read_span(
     yield from map(_batch, batched(ReadableImages(records, manifest, batch_size, threads), batch_size))
 
 
-def labeled_images(records: Iterable[Mapping[str, Any]], threads: int = 1) -> LabeledImages:
+def labeled_images(records: Iterable[Mapping[str, Any]], threads: int = 1, form: PixelFormat = RGB) -> LabeledImages:
     """Decode records that this package wrote, of one image size, into one batch; see :func:`labeled_batches`."""
-    return _batch(list(map_ahead(_read_sample, records, 2 * threads, threads)))
+    return _batch(list(map_ahead(partial(_read_sample, form=form), records, 2 * threads, threads)))
 
 
-def labeled_batches(records: Iterable[Mapping[str, Any]], batch_size: int, threads: int = 1) -> Iterator[LabeledImages]:
+def labeled_batches(
+    records: Iterable[Mapping[str, Any]], batch_size: int, threads: int = 1, form: PixelFormat = RGB
+) -> Iterator[LabeledImages]:
     """Decode records that this package wrote, of one image size, each batch while the one before it is used.
 
     Args:
         records: members by extension, and the name as `__key__`.
         batch_size: images of a batch; the last one may be smaller.
         threads: threads that decode; their number changes nothing.
+        form: channels and depth of the images.
     """
-    return map(_batch, batched(map_ahead(_read_sample, records, batch_size, threads), batch_size))
+    return map(_batch, batched(map_ahead(partial(_read_sample, form=form), records, batch_size, threads), batch_size))
 
 
 def batched(images: Iterable[ReadableImage], batch_size: int) -> Iterator[list[ReadableImage]]:
@@ -201,14 +206,14 @@ def batched(images: Iterable[ReadableImage], batch_size: int) -> Iterator[list[R
         yield batch
 
 
-def _read_sample(record: Mapping[str, Any]) -> ReadableImage:
-    return ReadableImage(decode_image(record[find_image(record)]), int(record[LABEL]), record["__key__"])
+def _read_sample(record: Mapping[str, Any], form: PixelFormat) -> ReadableImage:
+    return ReadableImage(decode_image(record[find_image(record)], form=form), int(record[LABEL]), record["__key__"])
 
 
 def _batch(samples: Sequence[ReadableImage]) -> LabeledImages:
     pixels = (
         torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2).contiguous()
-    )  # [B, H, W, 3] → [B, 3, H, W]
+    )  # [B, H, W, C] → [B, C, H, W]
     return LabeledImages(pixels, torch.tensor([sample.label for sample in samples]))
 
 

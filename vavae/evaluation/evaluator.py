@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vavae.config import digest, identity, written_path
 from vavae.data.ahead import threads_of
+from vavae.data.pixels import to_rgb
 from vavae.data.shard_reader import LabeledImages, gather, read_images, read_span
 from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
@@ -134,7 +135,7 @@ class Evaluator:
             images: batches uint8 [B, 3, H, W].
             count: number of images.
         """
-        return summarize(images, self.extractors, count, self.device, image=_IMAGE_WORDS["samples"])
+        return summarize(map(to_rgb, images), self.extractors, count, self.device, image=_IMAGE_WORDS["samples"])
 
     def references(self) -> dict[str, Reference]:
         """References that generated images are compared with, by the name of the extractor."""
@@ -153,13 +154,14 @@ class Evaluator:
         return found
 
     def first_images(self, split: str, limit: int) -> LabeledImages:
-        """The first images of a split, at most `limit`."""
+        """The first images of a split, at most `limit`, in color."""
         size = self._config.batch_size
-        return gather(read_images(self.inputs.shards, self._manifest, split, limit, size, self._threads))
+        return _in_color(gather(read_images(self.inputs.shards, self._manifest, split, limit, size, self._threads)))
 
     def samples(self) -> LabeledImages:
-        """All samples of the run."""
-        return gather(read_samples(self._samples.folder, self._sample_files, self._threads))
+        """All samples of the run, in color."""
+        form = self._manifest.pixel_format
+        return _in_color(gather(read_samples(self._samples.folder, self._sample_files, self._threads, form)))
 
     def clean(self) -> None:
         """Delete the parts of these samples; those of the tokenizer and of real images stay for other samples."""
@@ -202,17 +204,18 @@ class Evaluator:
         return pack(summarize(self._batches(part), self.extractors, keep, self.device, advance, image, first))
 
     def _batches(self, part: Part) -> Iterator[Tensor]:
-        """The images of a part in batches uint8 [B, 3, H, W]."""
+        """The images of a part in color, in batches uint8 [B, 3, H, W]."""
         size, threads = self._config.metrics.batch_size, self._threads
         if part.set_name == "samples":
             shard_images = self.inputs.config.sample.shard_images
-            yield from sample_batches(self._samples.folder, self._sample_files, shard_images, part.span, size, threads)
+            found = (self._samples.folder, self._sample_files, shard_images, part.span, size, threads)
+            yield from map(to_rgb, sample_batches(*found, self._manifest.pixel_format))
         elif part.set_name == "file":
             yield from reference_images(self._reference_path, part.span, size)
         else:
             split = _SPLITS[part.set_name]
             for batch in read_span(self.inputs.shards, self._manifest, split, part.span, size, threads):
-                yield batch.images
+                yield to_rgb(batch.images)
 
     def _reconstruct(self, span: range, advance: Callable[[int], None]) -> Tensors:
         """Metrics of every image of a part, features of its reconstructions, and some pairs for the picture."""
@@ -222,7 +225,7 @@ class Evaluator:
         summarizer = Summarizer(self.extractors, 0, self.device, word, span.start)
         parts, finite, shown = [], [], max(0, self._config.pictures - span.start)
         for batch in reconstruct(batches, self._reconstructor, self.inputs.config.seed, span.start, self.device):
-            summarizer.update(batch.reconstructions)
+            summarizer.update(to_rgb(batch.reconstructions))
             pictures = {"originals": batch.originals[:shown], "reconstructions": batch.reconstructions[:shown]}
             parts.append(batch.metrics | pictures)
             finite.append(batch.finite)
@@ -302,6 +305,10 @@ class Evaluator:
             facts["file"] = {"file": sha256_of(self._reference_path)}
         extractors = config.metrics.fingerprint()
         return {name: digest({"extractors": extractors, **fact})[:16] for name, fact in facts.items()}
+
+
+def _in_color(images: LabeledImages) -> LabeledImages:
+    return images._replace(images=to_rgb(images.images))
 
 
 def check_data(config: EvaluateConfig, classes: int, images: int) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vavae.data.config import RGB, PixelFormat
 from vavae.data.shard_reader import LabeledImages, labeled_batches, shard_records
 from vavae.errors import UserError
 from vavae.metrics.features import FeatureSummary, Summaries
@@ -118,9 +119,15 @@ def further_distances(
 
 
 def sample_batches(
-    samples: Storage, files: Sequence[str], shard_images: int, span: range, batch_size: int, threads: int = 1
+    samples: Storage,
+    files: Sequence[str],
+    shard_images: int,
+    span: range,
+    batch_size: int,
+    threads: int = 1,
+    form: PixelFormat = RGB,
 ) -> Iterator[Tensor]:
-    """Read the samples of a span in batches uint8 [B, 3, H, W]; a batch ends with its shard.
+    """Read the samples of a span in batches uint8 or uint16 [B, C, H, W]; a batch ends with its shard.
 
     Args:
         samples: folder of the samples.
@@ -129,12 +136,13 @@ def sample_batches(
         span: indices of the samples.
         batch_size: B, at most.
         threads: threads that decode; their number changes nothing.
+        form: channels and depth of the images.
     """
     for number in range(span.start // shard_images, -(-span.stop // shard_images)):
         first = number * shard_images
         records = shard_records(samples.local_file(sorted(files)[number]))
         chosen = islice(records, max(0, span.start - first), span.stop - first)
-        for batch in labeled_batches(chosen, batch_size, threads):
+        for batch in labeled_batches(chosen, batch_size, threads, form):
             yield batch.images
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import to_float, to_uint8
+from vavae.data.pixels import to_float, to_pixels
 from vavae.data.shard_reader import LabeledImages
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
@@ -40,9 +40,9 @@ class ReconstructedBatch(NamedTuple):
     """Some images, their reconstructions, and the metrics of each."""
 
     originals: Tensor
-    """uint8 [B, 3, H, W]."""
+    """uint8 or uint16 [B, C, H, W]."""
     reconstructions: Tensor
-    """uint8 [B, 3, H, W]."""
+    """uint8 or uint16 [B, C, H, W]."""
     metrics: dict[str, Tensor]
     """Metrics by name, float [B]: `psnr` in decibels, `ssim`; and where their networks are there `lpips` and
     `alignment`, the mean cosine of projected latents and teacher features over positions and batch."""
@@ -59,7 +59,7 @@ def reconstruct(
     LPIPS sees the decoder's own output, not rounded or clamped to 8 bits, as in the released code.
 
     Args:
-        batches: held-out images, uint8 [B, 3, H, W] each.
+        batches: held-out images, uint8 or uint16 [B, C, H, W] each.
         reconstructor: the networks, on the device.
         seed: keys the posterior noise, together with the index of the image.
         first: index of the first image.
@@ -73,7 +73,7 @@ def reconstruct(
             posterior = tokenizer.encode(pixels)  # mean and deviation [B, C, h, w]
             z = posterior.at(_noise(posterior.mean.shape, seed, first).to(device))
             decoded = tokenizer.decode(z)
-            restored = to_uint8(decoded)
+            restored = to_pixels(decoded, images.dtype)
             metrics = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
             if lpips is not None:
                 metrics["lpips"] = lpips(pixels, decoded)
@@ -96,7 +96,7 @@ class Reconstruction(NamedTuple):
     frechet_distances: dict[str, float]
     """Fréchet distance between originals and reconstructions by the name of the extractor."""
     pairs: tuple[Tensor, Tensor]
-    """The first originals and their reconstructions, uint8 [P, 3, H, W] each."""
+    """The first originals and their reconstructions, uint8 or uint16 [P, C, H, W] each."""
 
     @classmethod
     def of(

@@ -64,8 +64,8 @@ def _settings(config: TokenizerConfig, image_size: int | tuple[int, int]) -> dic
     attends = [level in config.attention_levels for level in range(len(config.channel_multipliers))]
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
         "down_block_types": [f"{'Attn' * attention}DownEncoderBlock2D" for attention in attends],
         "up_block_types": [f"{'Attn' * attention}UpDecoderBlock2D" for attention in reversed(attends)],
         "block_out_channels": [config.channels * multiplier for multiplier in config.channel_multipliers],

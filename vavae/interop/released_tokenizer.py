@@ -110,13 +110,14 @@ def save_released_tokenizer(
 
 
 def _infer_autoencoder(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    channels, *_ = weights.shape("tokenizer", "encoder.conv_in.weight", 4)
+    channels, image_channels, *_ = weights.shape("tokenizer", "encoder.conv_in.weight", 4)
     _, latent_dim, *_ = weights.shape("tokenizer", "post_quant_conv.weight", 4)
     levels = range(_count(weights, r"encoder\.down\.(\d+)\."))
     first_convolutions = [f"encoder.down.{level}.block.0.conv1.weight" for level in levels]
     widths = [weights.shape("tokenizer", name, 4)[0] for name in first_convolutions]
     return {
         "latent_dim": latent_dim,
+        "image_channels": image_channels,
         "channels": channels,
         "channel_multipliers": tuple(width // channels for width in widths),
         "res_blocks": _count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
@@ -139,7 +140,8 @@ def _infer_projection(weights: WeightsFile, overrides: Mapping[str, Any]) -> dic
 
 
 def _infer_discriminator(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    channels, *_ = weights.shape("tokenizer with discriminator", f"{_DISCRIMINATOR}main.0.weight", 4)
+    first = f"{_DISCRIMINATOR}main.0.weight"
+    channels, image_channels, *_ = weights.shape("tokenizer with discriminator", first, 4)
     own = weights.part(_DISCRIMINATOR).tensors
     convolutions = sum(tensor.ndim == 4 for tensor in own.values())
     has_statistics = any(name.endswith("running_mean") for name in own)
@@ -147,6 +149,7 @@ def _infer_discriminator(weights: WeightsFile, overrides: Mapping[str, Any]) -> 
         "channels": channels,
         "layers": convolutions - 2,
         "norm": "batch" if has_statistics else "group",
+        "image_channels": image_channels,
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vavae.config import digest, identity
 from vavae.data.ahead import in_turn, map_ahead, threads_of
-from vavae.data.pixels import to_float
+from vavae.data.pixels import pixel_dtype, to_float
 from vavae.data.shard_reader import ReadableImage, ReadableImages, batched, open_records
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import ShardWriter, write_tar
@@ -218,16 +218,17 @@ class Extraction:
             yield _EncodedBatch(posteriors, copied, labels, keys, captions)
 
     def _posteriors(self, model: VAVAE, images: Tensor) -> Tensor:
-        """Encode uint8 [B, 3, H, W] to float16 [B, 2 · (1 + flip), C, h, w], a short batch padded to the full size."""
+        """Encode pixels [B, c, H, W] to float16 [B, 2 · (1 + flip), C, h, w], a short batch padded to the full size."""
         count = len(images)
         padded = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
-        views = [padded, padded.flip(-1)] if self._config.flip else [padded]
+        pixels = to_float(padded)
+        views = [pixels, pixels.flip(-1)] if self._config.flip else [pixels]
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
         parts = []
         with torch.inference_mode():
             for view in views:
                 with autocast:
-                    posterior = model.encode(to_float(view))
+                    posterior = model.encode(view)
                 parts += [posterior.mean[:count], posterior.std[:count]]
         return torch.stack(parts, dim=1).half()
 
@@ -336,8 +337,8 @@ class _LatentShard:
 
 
 def _stack(images: Sequence[np.ndarray], pinned: bool) -> Tensor:
-    """Stack pixels uint8 [H, W, 3] to uint8 [B, 3, H, W], in which the channels of a pixel stay together."""
-    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
+    """Stack pixels [H, W, C] to [B, C, H, W], in which the channels of a pixel stay together."""
+    stacked = torch.empty((len(images), *images[0].shape), dtype=pixel_dtype(8 * images[0].itemsize), pin_memory=pinned)
     np.stack(images, out=stacked.numpy())
     return stacked.permute(0, 3, 1, 2)
 

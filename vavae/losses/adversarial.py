@@ -14,17 +14,18 @@ _INIT_STD = 0.02
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN, arXiv 1611.07004: images [B, 3, H, W] in [-1, 1] -> float32 logits [B, 1, h, w], high for real images.
+    """PatchGAN, arXiv 1611.07004: images [B, C, H, W] in [-1, 1] -> float32 logits [B, 1, h, w], high for real images.
 
     Parameters are named and initialized as in the released code (``main.N``). The norm `sync_batch` is built as a plain
     batch normalization, which `sync_batch_norm` extends over the ranks.
     """
 
-    def __init__(self, config: AdversarialLossConfig) -> None:
+    def __init__(self, config: AdversarialLossConfig, image_channels: int = 3) -> None:
         super().__init__()
         multipliers = [min(2**layer, _MAX_MULTIPLIER) for layer in range(config.layers + 1)]
         widths = [config.channels * multiplier for multiplier in multipliers]
-        modules: list[nn.Module] = [nn.Conv2d(3, widths[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        first = nn.Conv2d(image_channels, widths[0], kernel_size=4, stride=2, padding=1)
+        modules: list[nn.Module] = [first, nn.LeakyReLU(0.2)]
         for index in range(1, len(widths)):
             stride = 2 if index < config.layers else 1
             modules += [
@@ -45,7 +46,7 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float32 [B, 1, h, w], one per overlapping patch, of images [B, 3, H, W] in [-1, 1]."""
+        """Logits float32 [B, 1, h, w], one per overlapping patch, of images [B, C, H, W] in [-1, 1]."""
         return self.main(images.to(next(self.parameters()).dtype)).float()
 
 
@@ -92,13 +93,13 @@ class DiscriminatorTerms(NamedTuple):
 class DiscriminatorObjective(nn.Module):
     """The discriminator's step in one forward, so that an engine can wrap it whole."""
 
-    def __init__(self, config: AdversarialLossConfig) -> None:
+    def __init__(self, config: AdversarialLossConfig, image_channels: int = 3) -> None:
         super().__init__()
-        self.discriminator = PatchDiscriminator(config)
+        self.discriminator = PatchDiscriminator(config, image_channels)
         self._loss = DISCRIMINATOR_LOSSES[config.loss]
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> DiscriminatorTerms:
-        """Compare images and reconstructions, both [B, 3, H, W] in [-1, 1]; the reconstructions are detached.
+        """Compare images and reconstructions, both [B, C, H, W] in [-1, 1]; the reconstructions are detached.
 
         Each of the two has batch statistics of its own.
         """

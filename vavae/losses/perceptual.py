@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae.losses.config import PerceptualLossConfig
+from vavae.models.backbones.color import as_color
 from vavae.models.backbones.load import LoadBackbone, freeze, load_backbone
 
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -82,14 +83,14 @@ class LPIPS(nn.Module):
         return cls(vgg.features, published_heads())
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Distances [B] of images [B, 3, H, W] in [-1, 1]; gradients flow to both arguments."""
+        """Distances [B] of images [B, C, H, W] in [-1, 1]; gradients flow to both arguments."""
         pairs = zip(self.heads, self._features(images), self._features(reconstruction), strict=True)
         return torch.stack(
             [(head * squared_distances(first, second)).sum(dim=1).mean(dim=(1, 2)) for head, first, second in pairs]
         ).sum(dim=0)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        x = (images - self.mean) / self.std
+        x = (as_color(images) - self.mean) / self.std
         outputs = []
         for index, layer in enumerate(self.layers):
             x = layer(x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vavae.data.ahead import threads_of
+from vavae.data.config import RGB
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
 from vavae.distributed.config import Precision
@@ -21,7 +22,7 @@ from vavae.planning.formulas import (
     peak_rate,
     step_traffic,
 )
-from vavae.planning.sizes import latent_bytes, sample_bytes, trained_parameters, training_bytes
+from vavae.planning.sizes import image_bytes, latent_bytes, sample_bytes, trained_parameters, training_bytes
 from vavae.planning.training import TrainingEstimate, estimate_training, lanes_at_once
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
@@ -97,7 +98,7 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
 
 def stored_bytes(config: RunConfig, dataset: Dataset) -> float:
     """Mean bytes of one image among the shards."""
-    return dataset.image_bytes or _BYTES_PER_PIXEL[_image_format(config)] * math.prod(config.shards.height_and_width)
+    return dataset.image_bytes or _BYTES_PER_PIXEL[_image_format(config)] * image_bytes(config) / RGB.channels
 
 
 def tokenizer_flops(config: RunConfig) -> float:

@@ -41,7 +41,12 @@ def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> in
 
 def sample_bytes(config: RunConfig) -> int:
     """Bytes of all samples, at most: PNG takes less than their pixels, the file of all of them takes as much."""
-    return config.sample.images * 3 * math.prod(config.shards.height_and_width) * (1 + config.sample.npz)
+    return config.sample.images * image_bytes(config) * (1 + config.sample.npz)
+
+
+def image_bytes(config: RunConfig) -> int:
+    """Bytes of the pixels of one image."""
+    return math.prod(config.shards.height_and_width) * config.shards.channels * config.shards.depth // 8
 
 
 def latent_bytes(config: RunConfig) -> int:
@@ -57,7 +62,9 @@ def trained_parameters(config: RunConfig, job: Job) -> Mapping[str, int]:
         return {"lightningdit": _parameters(on_meta(lambda: lightningdit_of(config)))}
     found = {"generator": _parameters(on_meta(lambda: VAVAE(config.tokenizer)))}
     if config.adversarial:
-        found["discriminator"] = _parameters(on_meta(lambda: PatchDiscriminator(config.losses.adversarial)))
+        found["discriminator"] = _parameters(
+            on_meta(lambda: PatchDiscriminator(config.losses.adversarial, config.shards.channels))
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """The training sections, and `RunConfig`, the one configuration that all jobs of a run share."""
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -239,6 +239,14 @@ class RunConfig(Config):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_takes_the_images(cls, data: Any) -> Any:
+        sections = [data.get(name, {}) for name in ("shards", "tokenizer")] if isinstance(data, dict) else []
+        if not all(isinstance(section, dict) for section in sections) or "channels" not in sections[0]:
+            return data
+        return {**data, "tokenizer": {"image_channels": sections[0]["channels"], **sections[1]}}
+
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width of a latent."""
@@ -289,6 +297,11 @@ class RunConfig(Config):
         if any(side % factor for side in self.shards.height_and_width):
             size = describe_size(self.shards.image_size)
             raise ValueError(f"shards.image_size={size} is no multiple of {factor}, the tokenizer's downsampling")
+        if self.tokenizer.image_channels != self.shards.channels:
+            raise ValueError(
+                f"tokenizer.image_channels={self.tokenizer.image_channels}, but shards.channels="
+                f"{self.shards.channels}: leave the former out"
+            )
         channels = self.guidance.channels
         if channels is not None and channels > self.tokenizer.latent_dim:
             raise ValueError(

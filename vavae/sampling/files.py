@@ -95,7 +95,7 @@ def write_shard(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -
     Args:
         path: local file.
         request: classes and seeds of the images.
-        batches: all images, uint8 [B, 3, H, W] each.
+        batches: all images, uint8 or uint16 [B, C, H, W] each.
     """
     labels, seeds = request.labels, request.indices
     encoded = map_ahead(lambda batch: [encode_png(image) for image in batch], batches, ahead=1)
@@ -112,7 +112,7 @@ def write_array(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], count: int) -> None:
-    """Write images uint8 [H, W, 3] as `arr_0` uint8 [N, H, W, 3], holding one of them at a time.
+    """Write images uint8 or uint16 [H, W, C] as `arr_0` [N, H, W, C], holding one of them at a time.
 
     Args:
         path: local file.
@@ -124,7 +124,11 @@ def write_npz(path: Path, images: Iterable[np.ndarray], count: int) -> None:
     with ZipFile(path, "w") as archive, archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
         for image in images:
             if not written:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(image.dtype),
+                    "fortran_order": False,
+                    "shape": (count, *image.shape),
+                }
                 np.lib.format.write_array_header_1_0(member, header)
             member.write(image.tobytes())
             written += 1

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.ahead import in_turn, map_ahead, threads_of
+from vavae.data.config import RGB, PixelFormat
 from vavae.data.image import decode_image
 from vavae.data.pixels import encode_png
 from vavae.data.record import find_image
@@ -47,6 +48,7 @@ class SampleSet:
         origin: digest of everything that a sample is a function of, besides its index.
         classes: names of the classes, in the order of their labels.
         threads: threads that encode images; their number changes nothing.
+        form: channels and depth of the images.
 
     Raises:
         UserError: a given label is none of the classes.
@@ -62,10 +64,11 @@ class SampleSet:
         origin: str,
         classes: Sequence[str],
         threads: int = 1,
+        form: PixelFormat = RGB,
     ) -> None:
         self._storage, self.config, self._seed = storage, config, seed
         self._guidance, self._solver, self._origin = guidance, solver, origin
-        self._threads, self._turn = threads, Lock()
+        self._threads, self._form, self._turn = threads, form, Lock()
         self.label = label_law(config, classes, seed)
         """The label of the sample at an index."""
 
@@ -88,6 +91,7 @@ class SampleSet:
             inputs.origin,
             classes,
             threads_of(config.workers.cpus),
+            config.shards.pixel_format,
         )
 
     def shards(self) -> range:
@@ -154,7 +158,7 @@ class SampleSet:
         return files
 
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """Some of the samples, once their shards are done: uint8 [B, 3, H, W]."""
+        """Some of the samples, once their shards are done: uint8 or uint16 [B, C, H, W]."""
         wanted = set(indices)
         found = {
             index: pixels
@@ -164,7 +168,7 @@ class SampleSet:
         return torch.from_numpy(np.stack([found[index] for index in indices])).permute(0, 3, 1, 2).contiguous()
 
     def pixels(self) -> Iterator[np.ndarray]:
-        """All samples uint8 [H, W, 3], one after the other, once their shards are done."""
+        """All samples uint8 or uint16 [H, W, C], one after the other, once their shards are done."""
         for shard in self.shards():
             yield from (pixels for _, pixels in self._decode(shard, set(self._indices(shard))))
 
@@ -172,23 +176,26 @@ class SampleSet:
         for record in shard_records(self._storage.local_file(_path(shard))):
             index = int(record["__key__"])
             if index in wanted:
-                yield index, decode_image(record[find_image(record)])
+                yield index, decode_image(record[find_image(record)], form=self._form)
 
     def _indices(self, shard: int) -> list[int]:
         first = shard * self.config.shard_images
         return list(range(first, min(first + self.config.shard_images, self.config.images)))
 
 
-def read_samples(storage: Storage, files: Iterable[str], threads: int = 1) -> Iterator[LabeledImages]:
+def read_samples(
+    storage: Storage, files: Iterable[str], threads: int = 1, form: PixelFormat = RGB
+) -> Iterator[LabeledImages]:
     """Read samples, a shard at a time.
 
     Args:
         storage: folder of the samples.
         files: names of the shards.
         threads: threads that decode a shard; their number changes nothing.
+        form: channels and depth of the images.
     """
     for name in sorted(files):
-        yield labeled_images(shard_records(storage.local_file(name)), threads)
+        yield labeled_images(shard_records(storage.local_file(name)), threads, form)
 
 
 def _each_image(batches: Iterable[torch.Tensor], advance: Callable[[int], None]) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import to_uint8
+from vavae.data.pixels import pixel_dtype, to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.diffusion.guidance import ClassifierFreeGuidance
 from vavae.diffusion.solvers import solve
@@ -30,7 +30,9 @@ class Sampler(NamedTuple):
     lightningdit: LightningDiT
     normalizer: LatentNormalizer
     precision: Precision = "fp32"
-    """Precision of the layers of both models; the solver's state and the pixels are float32."""
+    """Precision of the layers of both models; the solver's state and the decoder's output are float32."""
+    depth: int = 8
+    """Bits of a channel of the images."""
 
     @classmethod
     def of(
@@ -44,7 +46,8 @@ class Sampler(NamedTuple):
         """Move models to the device where they are to sample, in the precision and compiled as `config.sample` says."""
         if compiles_blocks(config.sample.compile_blocks, config.workers, device):
             compile_each([*lightningdit.blocks, *tokenizer.residual_blocks()])
-        return cls(tokenizer.to(device), lightningdit.to(device), normalizer.to(device), config.sample.precision)
+        models = tokenizer.to(device), lightningdit.to(device), normalizer.to(device)
+        return cls(*models, config.sample.precision, config.shards.depth)
 
     @classmethod
     def load(cls, inputs: SamplingInputs, device: torch.device | None = None) -> "Sampler":
@@ -78,7 +81,7 @@ class Sampler(NamedTuple):
         guidance: GuidanceConfig,
         solver: SolverConfig,
     ) -> Tensor:
-        """Generate images: uint8 [B, 3, H, W].
+        """Generate images: uint8 or uint16 [B, C, H, W].
 
         Args:
             indices: index of each image's noise, which depends on it and the seed alone.
@@ -99,7 +102,7 @@ class Sampler(NamedTuple):
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
         finite = decoded.isfinite().all()
-        images = to_uint8(decoded).cpu()  # the host waits here, and not for the flag
+        images = to_pixels(decoded, pixel_dtype(self.depth)).cpu()  # the host waits here, and not for the flag
         if not finite:
             self._refuse(latents, decoded.isfinite().flatten(1).all(1), indices)
         return images

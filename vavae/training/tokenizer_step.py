@@ -172,7 +172,7 @@ class TokenizerStep:
         if config.adversarial:
             judged = given.get("discriminator", {})
             objective: nn.Module = self._build(
-                "discriminator", lambda: DiscriminatorObjective(losses.adversarial), judged
+                "discriminator", lambda: DiscriminatorObjective(losses.adversarial, config.shards.channels), judged
             )
             if losses.adversarial.norm == "sync_batch":
                 objective = sync_batch_norm(objective, world)

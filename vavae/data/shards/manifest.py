@@ -1,5 +1,6 @@
 """The manifest of a set of image shards: written beside them, read by everything that streams them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic_core import CoreSchema, core_schema
 from typing_extensions import NotRequired, TypedDict
 
 from vavae.config import digest, height_and_width
-from vavae.data.config import RecordKeys
+from vavae.data.config import RGB, PixelFormat, RecordKeys
 from vavae.data.exclusions import Exclusion, exclusion, in_words
 from vavae.data.record import RecordReader
 from vavae.errors import UserError
@@ -184,6 +185,12 @@ class Manifest(BaseModel):
     by_name: bool | None = None
     """Whether records hold names of classes, not their labels."""
 
+    channels: int | None = None
+    """Channels of the images that training sees; None is 3."""
+
+    depth: int | None = None
+    """Bits of a channel; None is 8."""
+
     @property
     def left_out(self) -> str:
         """One line on all that is in no shard; empty where nothing was left out."""
@@ -203,7 +210,7 @@ class Manifest(BaseModel):
             name: [[shard.sha256, shard.count, *([shard.dropped] if shard.dropped else [])] for shard in split]
             for name, split in self.splits.items()
         }
-        keys = {name: getattr(self, name) for name in ("image_key", "label_key", "by_name")}
+        keys = {name: getattr(self, name) for name in ("image_key", "label_key", "by_name", "channels", "depth")}
         found = {name: value for name, value in keys.items() if value is not None}
         return digest({"shards": shards, "classes": self.classes, **found})
 
@@ -211,6 +218,16 @@ class Manifest(BaseModel):
     def height_and_width(self) -> tuple[int, int]:
         """Both sides of the images, pixels."""
         return height_and_width(self.image_size)
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Channels and depth of the images."""
+        return PixelFormat(self.channels or RGB.channels, self.depth or RGB.depth)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the pixels of an image."""
+        return math.prod(self.height_and_width) * self.pixel_format.channels * self.pixel_format.depth // 8
 
     def count(self, split: str) -> int:
         """Images in a split."""

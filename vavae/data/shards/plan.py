@@ -100,7 +100,11 @@ def read_index(config: ShardsConfig, storage: Storage) -> Manifest | None:
     if kind != INDEXED:
         return None
     manifest = read_manifest(storage.at(folder))
-    update: dict[str, Any] = {"image_size": config.image_size, "image_key": config.image_key or manifest.image_key}
+    update: dict[str, Any] = {
+        "image_size": config.image_size,
+        **config.pixel_format.fields,
+        "image_key": config.image_key or manifest.image_key,
+    }
     if config.label_key == NO_LABELS:
         update |= {"classes": (), "label_key": None, "by_name": None}
     elif config.label_key not in (None, manifest.label_key or LABEL):

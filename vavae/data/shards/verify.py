@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from vavae.data.config import RecordKeys, ShardsConfig
+from vavae.data.config import RGB, PixelFormat, RecordKeys, ShardsConfig
 from vavae.data.exclusions import exclusion
 from vavae.data.image import UnreadableImage, decode_image
 from vavae.data.record import LABEL, Numbering, RecordReader, find_image, find_label, read_label, readable
@@ -143,6 +143,7 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
         manifest: the shards, of images or latents.
         images: decode every image, too.
     """
+    form = (manifest.pixel_format if isinstance(manifest, Manifest) else RGB) if images else None
     for split, shards in manifest.splits.items():
         for number, info in enumerate(shards):
             faults = ShardFaults(split, number, [], {})
@@ -153,7 +154,7 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
                 except UserError as error:
                     faults.lines.append(str(error))
                 else:
-                    _check_records(shard, info, _reader_of(manifest), images, faults)
+                    _check_records(shard, info, _reader_of(manifest), form, faults)
             yield faults
 
 
@@ -162,7 +163,7 @@ def _reader_of(manifest: ShardSet) -> RecordReader:
 
 
 def _check_records(
-    shard: MappedShard, info: ShardInfo, reader: RecordReader, images: bool, faults: ShardFaults
+    shard: MappedShard, info: ShardInfo, reader: RecordReader, form: PixelFormat | None, faults: ShardFaults
 ) -> None:
     dropped = info.dropped or ()
     positions = (position for position in range(len(shard) + len(dropped)) if position not in dropped)
@@ -170,8 +171,8 @@ def _check_records(
         record, place = shard[index], f"{faults.split}/{info.name}#{shard.key(index)}"
         try:
             reader.label(record, place)
-            if images:
-                decode_image(reader.image(record, place))
+            if form is not None:
+                decode_image(reader.image(record, place), form=form)
         except UserError as error:
             faults.lines.append(str(error))
         except UnreadableImage as error:

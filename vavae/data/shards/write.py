@@ -189,6 +189,7 @@ def _gather(storage: Storage, prefix: str, plan: ShardPlan, records: Sequence[Sh
         splits={split: tuple(shard for shard in shards if shard.count) for split, shards in splits.items()},
         classes=plan.classes,
         image_size=plan.config.image_size,
+        **plan.config.pixel_format.fields,
         sources=plan.sources,
         skipped=tuple(skipped[:_SKIPPED_NAMES]),
         skipped_count=len(skipped),

@@ -175,7 +175,7 @@ class DiagonalGaussian:
 
 
 class Encoder(nn.Module):
-    """The encoder of LDM: [B, 3, H, W] in [-1, 1] -> [B, 2·latent_dim, H/f, W/f].
+    """The encoder of LDM: [B, image_channels, H, W] in [-1, 1] -> [B, 2·latent_dim, H/f, W/f].
 
     The adaptive weight of the vision-foundation loss is measured at ``conv_out.weight`` (released code).
     """
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(3, config.channels, kernel_size=3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, kernel_size=3, padding=1)
         self.down = nn.ModuleList(
             Level(
                 width_in,
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder of LDM: [B, latent_dim, h, w] -> [B, 3, f·h, f·w], about [-1, 1] and not clamped.
+    """The decoder of LDM: [B, latent_dim, h, w] -> [B, image_channels, f·h, f·w], about [-1, 1] and not clamped.
 
     Levels are numbered as in the encoder, from the image inwards, and run from the last to the first. The adaptive
     weight of the adversarial loss is measured at ``conv_out.weight`` (released code).
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         for level, width in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = Upsample(width)
         self.norm_out = group_norm(widths[0], config.norm_groups)
-        self.conv_out = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode latents [B, latent_dim, h, w] that have passed ``post_quant_conv`` to images [B, 3, f·h, f·w]."""

@@ -1,10 +1,11 @@
 """Configuration of the autoencoder and of its teacher."""
 
 import difflib
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vavae.config import Config, runtime
+from vavae.config import Config, added, runtime
 from vavae.models.backbones.config import EMBEDDED, BackboneConfig
 
 TEACHERS = {
@@ -34,6 +35,9 @@ class TokenizerConfig(Config):
 
     latent_dim: int = Field(32, gt=0)
     """Channels of the latent."""
+
+    image_channels: Literal[1, 3, 4] = added(3)
+    """Channels of the images. A run gives it `shards.channels`, which it must equal."""
 
     channels: int = Field(128, gt=0)
     """Channels of the first level; each level has this times its multiplier."""

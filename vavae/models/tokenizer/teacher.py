@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae.errors import UserError
+from vavae.models.backbones.color import as_color
 from vavae.models.backbones.config import EMBEDDED
 from vavae.models.backbones.load import ImageNormalizer, LoadBackbone, freeze, load_backbone, meta_backbone
 from vavae.models.tokenizer.config import TeacherConfig
@@ -109,7 +110,7 @@ class VisionFoundationTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features [B, feature_dim, h, w] on a grid (h, w), of images [B, 3, H, W] in [-1, 1].
+        """Features [B, feature_dim, h, w] on a grid (h, w), of images [B, C, H, W] in [-1, 1], seen in color.
 
         Transformers give their patch tokens after the final norm, without class, distillation or register tokens and
         before any pooling, as the released code has it of DINOv2 and MAE; position embeddings are resampled by timm. Of
@@ -117,7 +118,7 @@ class VisionFoundationTeacher(nn.Module):
         and what SAM was trained to give (the paper does not say which it took). Convolutional networks give the output
         of one feature level.
         """
-        size = self.geometry.image_size(grid)
+        size, images = self.geometry.image_size(grid), as_color(images)
         if images.shape[2:] != size:
             # Bilinear without antialiasing, as the released code feeds a 256 px image to a patch-14 teacher.
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -130,7 +131,7 @@ class VisionFoundationTeacher(nn.Module):
         return features
 
     def early_features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps [B, C_i, H_i, W_i] of all levels before the teacher's own, from images [B, 3, H, W] in [-1, 1].
+        """Feature maps [B, C_i, H_i, W_i] of all levels before the teacher's own, from images [B, C, H, W] in [-1, 1].
 
         Gradients flow to the images. For a distance between images; it always uses the teacher's image statistics.
 
@@ -142,7 +143,7 @@ class VisionFoundationTeacher(nn.Module):
                 f"teacher {self.config.name} has no early feature levels to compare images by: take a convolutional "
                 f"one, such as {EMBEDDED}, or another perceptual distance"
             )
-        return self._intermediates(self.normalizer(images), list(range(self.geometry.level)))
+        return self._intermediates(self.normalizer(as_color(images)), list(range(self.geometry.level)))
 
     def _intermediates(self, images: Tensor, levels: list[int]) -> list[Tensor]:
         return self.model.forward_intermediates(

@@ -85,10 +85,10 @@ class SamplePreview:
         log.picture(images_seen, "samples", grid, self._folder)
 
     def _generate(self, model: LightningDiT) -> Tensor:
-        """Sample the images, uint8 [N, 3, H, W]."""
+        """Sample the images, uint8 or uint16 [N, C, H, W]."""
         config, device = self._config, self._world.device
         assert self._tokenizer is not None, "rank 0 has the tokenizer"
-        sampler = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device))
+        sampler = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device), depth=config.shards.depth)
         batches = sampler.batches(
             range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import enlargement, image_grid, to_float, to_uint8
+from vavae.data.pixels import enlargement, image_grid, to_float, to_pixels, to_rgb
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import Manifest
 from vavae.distributed.world import World
@@ -32,7 +32,7 @@ class LatentProbe:
 
     Args:
         config: configuration of the run.
-        images: uint8 [N, 3, H, W], see `held_out_images`.
+        images: uint8 or uint16 [N, C, H, W], see `held_out_images`.
         every_images: images of the training between two calls.
         world: the ranks.
     """
@@ -55,7 +55,7 @@ class ReconstructionPreview:
 
     Args:
         config: configuration of the run.
-        images: uint8 [N, 3, H, W], see `held_out_images`.
+        images: uint8 or uint16 [N, C, H, W], see `held_out_images`.
         every_images: images of the training between two calls.
         folder: where pictures go.
         world: the ranks.
@@ -76,15 +76,15 @@ class ReconstructionPreview:
         if not decoded.isfinite().all():
             logger.warning("no preview at %s images: the reconstructions are not finite", images_seen)
             return
-        restored = to_uint8(decoded).cpu()
-        difference = (restored.int() - self._images.int()).abs() * _DIFFERENCE_SCALE
-        triplets = torch.cat([self._images, restored, difference.clamp(max=255).byte()])
+        images, restored = to_rgb(self._images), to_rgb(to_pixels(decoded, self._images.dtype).cpu())
+        difference = (restored.int() - images.int()).abs() * _DIFFERENCE_SCALE
+        triplets = torch.cat([images, restored, difference.clamp(max=255).byte()])
         grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-2:]))
         log.picture(images_seen, "reconstructions", grid, self._folder)
 
 
 def held_out_images(shards: Storage, manifest: Manifest) -> Tensor:
-    """Read the first held-out images, uint8 [N, 3, H, W]; training images where none are held out."""
+    """Read the first held-out images, uint8 or uint16 [N, C, H, W]; training images where none are held out."""
     split = "validation" if manifest.splits.get("validation") else "train"
     return gather(read_images(shards, manifest, split, PROBED, _BATCH)).images
 
@@ -95,7 +95,7 @@ def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
 
 @torch.inference_mode()
 def _latents(model: VAVAE, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
-    """Sample the posteriors of images, uint8 [N, 3, H, W], in batches [b, C, h, w]."""
+    """Sample the posteriors of images, uint8 or uint16 [N, C, H, W], in batches [b, C, h, w]."""
     rng = torch_generator(seed, "observed posterior")
     for batch in images.split(_BATCH):
         posterior = model.encode(to_float(batch.to(world.device)))

@@ -63,8 +63,8 @@ def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
 
 
 def images_of(config: RunConfig, count: int) -> Tensor:
-    """Empty images [count, 3, H, W], to be made when the work is called."""
-    return torch.empty(count, 3, *config.shards.height_and_width)
+    """Empty images [count, C, H, W], to be made when the work is called."""
+    return torch.empty(count, config.shards.channels, *config.shards.height_and_width)
 
 
 def latents_of(config: RunConfig, count: int) -> Tensor:
@@ -127,7 +127,7 @@ def tokenizer_step(
     teacher, perceptual = frozen_networks(config.teacher, losses.perceptual)
     model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights))
     model.freeze(phase.frozen)
-    judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial))
+    judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial, config.shards.channels))
 
     def step() -> None:
         batch = images_of(config, images)
