@@ -108,7 +108,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(_ROOT / name, folder / name)
     _link_environment(folder)
     source = DigitsSource()
-    for record in source.listing().records[:40]:
+    for record in source.listing().records[:120]:  # enough for a map of latents
         image = folder / "path" / "to" / "images" / f"{record.key}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(source.read(record))

@@ -95,6 +95,7 @@ class Recording(LocalSession):
     """Keeps the events."""
 
     def __init__(self, stop_at_step: int | None = None) -> None:
+        super().__init__()
         self.recorded: list[Event] = []
         self._stop_at, self._steps = stop_at_step, 0
 

@@ -59,7 +59,8 @@ def _index(arguments: argparse.Namespace) -> int:
     write_manifest(storage, "", manifest)
     counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.splits)
     left_out = f" (left out: {manifest.left_out})" if manifest.left_out else ""
-    print(f"{counts} images of {_classes(manifest)}{left_out}; use them with shards.source=indexed:{arguments.folder}")
+    kinds = f"{len(manifest.classes):,} classes" if manifest.classes else "no classes"
+    print(f"{counts} images of {kinds}{left_out}; use them with shards.source=indexed:{arguments.folder}")
     return 0
 
 
@@ -110,8 +111,3 @@ def _stats(arguments: argparse.Namespace) -> int:
     if manifest.left_out:
         print(f"left out: {manifest.left_out}")
     return 0
-
-
-def _classes(manifest: Manifest) -> str:
-    """The number of classes, in words."""
-    return f"{len(manifest.classes):,} classes" if manifest.classes else "no classes"

@@ -144,6 +144,7 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
         images: decode every image, too.
     """
     form = (manifest.pixel_format if isinstance(manifest, Manifest) else RGB) if images else None
+    reader = manifest.reader if isinstance(manifest, Manifest) else RecordReader(RecordKeys(), manifest.classes)
     for split, shards in manifest.splits.items():
         for number, info in enumerate(shards):
             faults = ShardFaults(split, number, [], {})
@@ -154,12 +155,8 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
                 except UserError as error:
                     faults.lines.append(str(error))
                 else:
-                    _check_records(shard, info, _reader_of(manifest), form, faults)
+                    _check_records(shard, info, reader, form, faults)
             yield faults
-
-
-def _reader_of(manifest: ShardSet) -> RecordReader:
-    return manifest.reader if isinstance(manifest, Manifest) else RecordReader(RecordKeys(), manifest.classes)
 
 
 def _check_records(

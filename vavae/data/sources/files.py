@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from vavae.data.exclusions import Exclusion, exclusions
+from vavae.data.image import IMAGE_SUFFIXES
 from vavae.data.record import readable
-from vavae.data.sources.listing import Arrange, File, Files, Listing, Record, is_image, list_class_folders
+from vavae.data.sources.listing import Arrange, File, Files, Listing, Record, list_class_folders
 from vavae.errors import UserError
 from vavae.storage.local import LocalFiles, local_files
 from vavae.storage.storage import Storage
@@ -76,7 +77,7 @@ class FolderSource:
 
 def _twins(found: LocalFiles, root: str) -> list[str]:
     """Paths of links to images that have another path among the files, sorted."""
-    images = [path for path in found.sizes if is_image(path)]
+    images = [path for path in found.sizes if Path(path).suffix.lower() in IMAGE_SUFFIXES]
     if not found.links:
         return []
     real_root = f"{os.path.realpath(root).rstrip('/')}/"

@@ -238,7 +238,7 @@ def sort_files(source: Files, expected: str) -> Sorted:
     for file in _within(source):
         base = posixpath.basename(file.path)
         suffix = posixpath.splitext(base)[1].lower()
-        if _is_hidden(file.path):
+        if any(part.startswith((".", "__MACOSX")) or part.lower() in _SYSTEM for part in file.path.split("/")):
             if suffix in IMAGE_SUFFIXES:
                 left_out["images that are hidden, or in folders of the system"].append(file.path)
         elif suffix in IMAGE_SUFFIXES:
@@ -274,15 +274,6 @@ def _within(source: Files) -> Iterator[File]:
             )
         if file.path.startswith(folder):
             yield file
-
-
-def is_image(path: str) -> bool:
-    """Return whether a file is an image by its name."""
-    return posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) or part.lower() in _SYSTEM for part in path.split("/"))
 
 
 def _part(file: File, depth: int) -> str:

@@ -57,10 +57,6 @@ class Table(NamedTuple):
         by_name = {name.lower(): name for name in self.columns}
         return next((by_name[name] for name in FILE_NAMES if name in by_name), None)
 
-    def caption_column(self) -> str | None:
-        """Column of captions; None without one."""
-        return next((name for name in CAPTION_NAMES if name in self.columns), None)
-
 
 def read_metadata(path: str, data: bytes, key: str | None) -> Described:
     """Read a file that describes images, one of `METADATA`.
@@ -112,7 +108,8 @@ def _of_jsonl(path: str, data: bytes, key: str | None) -> Described:
 
 
 def _of_table(path: str, table: Table, key: str | None) -> Described:
-    file, label, caption = table.file_column(), table.label_column(key), table.caption_column()
+    file, label = table.file_column(), table.label_column(key)
+    caption = next((name for name in CAPTION_NAMES if name in table.columns), None)
     if file is None:
         raise UserError(f"{path}: no column with the names of images; its columns are {', '.join(table.columns)}")
     found = Described({}, {})
