@@ -48,6 +48,7 @@ class StoppingSession(LocalSession):
     """Asks to stop from one of its steps on."""
 
     def __init__(self, at_step: int) -> None:
+        super().__init__()
         self._left = at_step
 
     def stop_requested(self) -> bool:
