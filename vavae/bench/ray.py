@@ -1,6 +1,5 @@
 """Benchmark of a whole training under Ray, against the same one without."""
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,8 +13,8 @@ from vavae.config.load import load
 from vavae.data.shards.write import write_shards
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.files import LOG
 from vavae.runs.run import Run
+from vavae.training.logging.log import read_rows
 
 _MODULES = {VAVAE_SIDE: ("ray_jobs.train_vavae",), "a bare loop": ("vavae", "train", "vavae")}
 """Module and arguments of each side."""
@@ -54,7 +53,7 @@ def _rate(module: Sequence[str], config: str, overrides: Sequence[str]) -> float
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command[1:])}: {done.stderr.strip().rpartition(os.linesep)[2]}")
-        rows = [json.loads(line) for line in run.storage.read_bytes(LOG).decode().splitlines()]
+        rows = read_rows(run.training_folder("train_vavae").child("log"))
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row][_FIRST_ROWS:]
     if not rates:
         raise UserError(f"{len(rows)} rows of the log are too few to measure: lower train_vavae.log_images")
