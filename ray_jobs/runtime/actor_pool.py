@@ -111,6 +111,7 @@ def _process(items: Sequence[Any], actors: Sequence[Any]) -> list[Any]:
     """Give every actor an item, and the next one as soon as it is free; returns the results in the order of the items.
 
     After an error no item is given, and what the others are at is waited for: none is killed in the middle of a file.
+    What an actor has that waits for its node is taken back.
     """
     left, running, failed = enumerate(items), dict[Any, tuple[int, Any]](), None
     results: dict[int, Any] = {}
@@ -122,7 +123,10 @@ def _process(items: Sequence[Any], actors: Sequence[Any]) -> list[Any]:
         try:
             results[index] = ray.get(done)
         except ray.exceptions.RayError as error:
-            failed = failed or error
+            if failed is None:
+                failed = error
+                for task in running:
+                    ray.cancel(task)  # which ends those that have not begun, and none that has
         if failed is None:
             running.update((actor.do.remote(item), (index, actor)) for index, item in islice(left, 1))
     if failed is not None:

@@ -21,7 +21,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (7, image_shards.SIZE, image_
 
 
 def evaluator(folder: Path, held_out: int = 4, **arrays: np.ndarray) -> Evaluator:
-    """Of a run whose reference is a file of these arrays."""
+    """Evaluator of a run whose reference is a file of these arrays."""
     np.savez(folder / "some.npz", **arrays)
     run, shards = trained_run(folder), Storage(str(folder / "images"))
     write_manifest(shards, "", image_shards.write_image_shards(shards, {"train": (3,), "validation": (held_out,)}))

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -28,7 +29,7 @@ from support.trained_run import trained_run
 from support.waiting import wait_until
 
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
-from ray_jobs.runtime import command
+from ray_jobs.runtime import actor_pool, command
 from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
 from ray_jobs.runtime.cluster import cluster
@@ -457,3 +458,28 @@ def test_an_outage_of_the_store_in_a_worker_is_that_of_the_job() -> None:
 
     with pytest.raises(StorageUnavailableError, match="no answer"), command.unwrap_worker_errors():
         ray.get(meet_an_outage.remote())
+
+
+def test_after_an_error_what_has_begun_is_finished_and_nothing_waits_for_a_node(tmp_path: Path) -> None:
+    class Writer:
+        """An actor of a pool, whose items are files that take a while; here, for workers can't import a test."""
+
+        def do(self, file: Path | None) -> str:
+            if file is None:
+                time.sleep(0.5)
+                raise OSError("the disk is full")
+            file.write_text("begun")
+            time.sleep(2)
+            file.write_text("whole")
+            return file.name
+
+    def actors(*cpus: float) -> list[Any]:
+        return [ray.remote(num_cpus=each, max_restarts=1, max_task_retries=1)(Writer).remote() for each in cpus]
+
+    names = ["b", "a", "c"]
+    assert actor_pool._process([tmp_path / name for name in names], actors(0.1, 0.1)) == names
+    with pytest.raises(ray.exceptions.RayTaskError, match="the disk is full"):
+        actor_pool._process([tmp_path / "d", None, tmp_path / "e", tmp_path / "f"], actors(0.1, 0.1, 1000))
+    assert (tmp_path / "d").read_text() == "whole"
+    assert not (tmp_path / "e").exists(), "its actor has no node"
+    assert not (tmp_path / "f").exists(), "no item is given after an error"

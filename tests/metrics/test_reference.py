@@ -127,7 +127,7 @@ def test_moments_in_any_type_of_numbers_are_read(file, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_singular_covariance_keeps_its_rounding(file, dtype):
-    """Of fewer images than dimensions, whose eigenvalues of zero fall below it in every type."""
+    """A covariance of fewer images than dimensions, whose eigenvalues of zero fall below zero in every type."""
     features = np.random.default_rng(1).normal(size=(20, 100)) + 3
     sigma = np.cov(features.T).astype(dtype)
     assert np.linalg.eigvalsh(sigma.astype(float))[0] < 0

@@ -131,6 +131,19 @@ def test_stopped_anywhere_it_ends_up_the_same(
     assert all(torch.equal(tensor, theirs_judge[name]) for name, tensor in _discriminator(run, 112).items())
 
 
+def _resume_with_a_flipped_byte(run: Run, checkpoint: str, straight: Run) -> None:
+    """Damage a checkpoint of a run, train on, and compare the export with that of an undisturbed run."""
+    checkpoints = run.storage.child(f"{run.training_prefix('train_vavae')}/checkpoints")
+    file = next(path for path in checkpoints.list(checkpoint, recursive=True) if "/generator/" in path)
+    data = checkpoints.read_bytes(file)
+    checkpoints.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
+    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
+    ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
+    assert ours is not None
+    assert theirs is not None
+    assert ours.digest == theirs.digest
+
+
 def test_a_damaged_checkpoint_of_a_phase_leads_back_to_the_phase_of_the_one_before(
     shards: Path, straight: Run, tmp_path: Path
 ) -> None:
@@ -140,14 +153,7 @@ def test_a_damaged_checkpoint_of_a_phase_leads_back_to_the_phase_of_the_one_befo
     checkpoints = run.storage.child(f"{run.training_prefix('train_vavae')}/checkpoints")
     newest, before = checkpoints.list()[-1], checkpoints.list()[-2]
     assert (int(before), int(newest)) == (48, 64), "the end of a phase, and the middle of the next"
-    file = next(path for path in checkpoints.list(newest, recursive=True) if "/generator/" in path)
-    data = checkpoints.read_bytes(file)
-    checkpoints.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
-    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
-    ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
-    assert ours is not None
-    assert theirs is not None
-    assert ours.digest == theirs.digest
+    _resume_with_a_flipped_byte(run, newest, straight)
 
 
 def test_without_an_intact_checkpoint_it_begins_anew(shards: Path, straight: Run, tmp_path: Path) -> None:
@@ -156,14 +162,7 @@ def test_without_an_intact_checkpoint_it_begins_anew(shards: Path, straight: Run
     train(begin_training(run, "train_vavae", World()), StoppingSession(1), World())
     checkpoints = run.storage.child(f"{run.training_prefix('train_vavae')}/checkpoints")
     (only,) = checkpoints.list()
-    file = next(path for path in checkpoints.list(only, recursive=True) if "/generator/" in path)
-    data = checkpoints.read_bytes(file)
-    checkpoints.write_bytes(file, data[:-1] + bytes([data[-1] ^ 1]))
-    train(begin_training(run, "train_vavae", World()), LocalSession(), World())
-    ours, theirs = read(run.storage, "tokenizer/export"), read(straight.storage, "tokenizer/export")
-    assert ours is not None
-    assert theirs is not None
-    assert ours.digest == theirs.digest
+    _resume_with_a_flipped_byte(run, only, straight)
 
 
 def test_a_smaller_budget_afterwards_exports_what_there_is(straight: Run, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Both sides of a size."""
+    """Height and width of a size that may be one number for both."""
     return (size, size) if isinstance(size, int) else size
 
 

@@ -42,7 +42,7 @@ class PixelFormat(NamedTuple):
 
     @property
     def fields(self) -> dict[str, int | None]:
-        """Both as fields, which are None where they are those of `RGB`."""
+        """Channels and depth as fields of a manifest, None where they are those of `RGB`."""
         return {name: None if value == getattr(RGB, name) else value for name, value in self._asdict().items()}
 
 
@@ -77,7 +77,7 @@ class ShardsConfig(Config):
     shards that others made: the member of a record, such as `jpg`.)"""
 
     label_key: str | None = added(None, min_length=1)
-    """Where the class of an image stands: a column of a data set, of a `metadata.jsonl`, a `metadata.csv` or `labels`.
+    """Place of the class of an image: a column of a data set, of a `metadata.jsonl`, a `metadata.csv` or `labels`.
     Null takes the column `label` or the only one that can be meant; `none` takes the images without labels. (`vavae
     data index --label-key` says it of shards that others made: a member such as `cls`, or `json.label`.)"""
 
@@ -120,7 +120,7 @@ class ShardsConfig(Config):
 
     @property
     def height_and_width(self) -> tuple[int, int]:
-        """Both sides of the stored images, pixels."""
+        """Height and width of the stored images, pixels."""
         return height_and_width(self.image_size)
 
     @property

@@ -8,7 +8,7 @@ EXAMPLES = 5
 
 
 class Exclusion(BaseModel):
-    """What is left out for one reason."""
+    """Files or images that are left out for one reason."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -47,7 +47,7 @@ class ReconstructedBatch(NamedTuple):
     """Metrics by name, float [B]: `psnr` in decibels, `ssim`; and where their networks are there `lpips` and
     `alignment`, the mean cosine of projected latents and teacher features over positions and batch."""
     finite: Tensor
-    """Whether the decoder's output was finite, bool [B]; a reconstruction that was not is black."""
+    """True where the decoder's output was finite, bool [B]; a reconstruction that was not is black."""
 
 
 @torch.inference_mode()

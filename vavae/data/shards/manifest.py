@@ -174,7 +174,7 @@ class Manifest(BaseModel):
     """Number of images that could not be read."""
 
     excluded: tuple[Exclusion, ...] | None = None
-    """Whatever else of the sources is in no shard, by the reason; and classes without an image."""
+    """Files and images of the sources that are in no shard, by the reason, and classes without an image."""
 
     image_key: str | None = None
     """Member of a record with the image; None takes the only one."""
@@ -183,7 +183,7 @@ class Manifest(BaseModel):
     """Member of a record with the class, or `json.<key>`; None is `cls`."""
 
     by_name: bool | None = None
-    """Whether records hold names of classes, not their labels."""
+    """True where records hold names of classes, not their labels."""
 
     channels: int | None = None
     """Channels of the images that training sees; None is 3."""
@@ -216,7 +216,7 @@ class Manifest(BaseModel):
 
     @property
     def height_and_width(self) -> tuple[int, int]:
-        """Both sides of the images, pixels."""
+        """Height and width of the images, pixels."""
         return height_and_width(self.image_size)
 
     @property

@@ -32,7 +32,7 @@ class PlannedShard(NamedTuple):
     plan: str
     """Digest of the plan that it belongs to."""
     has_labels: bool = True
-    """Whether its images have classes."""
+    """True where its images have classes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ShardPlan:
     """Fingerprints of the sources by split; without a validation source both splits come from `train`."""
     shards: tuple[PlannedShard, ...]
     excluded: tuple[Exclusion, ...] = ()
-    """What the sources have besides these images."""
+    """Files and images of the sources that are left out, by the reason."""
 
     @property
     def images(self) -> int:

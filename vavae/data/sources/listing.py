@@ -59,7 +59,7 @@ class Listing:
     """Names of the classes; none for images without labels."""
     records: Sequence[Record]
     excluded: tuple[Exclusion, ...] = ()
-    """What the source has besides them, by the reason for which it is left out."""
+    """Files and images of the source that are left out, by the reason."""
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -118,7 +118,7 @@ class Files(NamedTuple):
     inside: str = ""
     """The folder to stay within; "" for all."""
     excluded: Sequence[Exclusion] = ()
-    """What the source has left out already."""
+    """Files that the source has left out already, by the reason."""
 
 
 Arrange = Callable[[Files], Listing]
@@ -129,7 +129,7 @@ class Sorted(NamedTuple):
     """The files of a source by what they are."""
 
     images: list[File]
-    """In the order of their paths."""
+    """Image files, in the order of their paths."""
     metadata: list[File]
     others: list[str]
     """Paths of visible files and folders that are neither."""
