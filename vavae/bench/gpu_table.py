@@ -88,7 +88,7 @@ def parts(on_gpu: bool) -> list[Part]:
         Part("train-vavae", 150, _tokenizer, (f16d32, dit, 3, device)),
         Part("latents", 50, _latents, (f16d32, dit, 512, 3, device)),
         Part("sample", 60, _sample, (xl, sampled, 3, device)),
-        Part("checkpoint", 40, _checkpoint, (128_000_000, 3, device)),
+        Part("checkpoint", 40, _checkpoint, (32_000_000, 3, device)),
         Part("data", 70, _data, (Sizes(images=512, latents=1024, shards=100), 3)),
         Part("metrics", 40, _metrics, (10_000, 2_048, 3)),
     ]

@@ -1,7 +1,9 @@
 """Compilation of the blocks of networks, on the device where they compute."""
 
+import inspect
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -38,6 +40,13 @@ def compile_each(blocks: Iterable[nn.Module]) -> None:
     """Compile blocks in place, each for its own shapes; they keep their names and weights."""
     # The adaptive weights differentiate a graph several times, so a backward pass may not write to what it is given.
     torch._functorch.config.donated_buffer = False
+    limit: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        # Torch that takes it here keeps torch._dynamo.config for each thread, and blocks may be called in another.
+        limit = {"recompile_limit": _SHAPES}
+    else:
+        from torch._dynamo import config
+
+        config.recompile_limit = _SHAPES
     for block in blocks:
-        # Not by torch._dynamo.config, which is of this thread alone: blocks may be called in another.
-        block.compile(dynamic=False, recompile_limit=_SHAPES)
+        block.compile(dynamic=False, **limit)
