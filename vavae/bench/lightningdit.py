@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vavae.bench.computation import Computation, Side, build_side, dense_peak
@@ -19,6 +19,7 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
+from vavae.models.dit.model import Predictions
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.diffusion_step import DiffusionStep, FlowMatchingModel
@@ -207,7 +208,10 @@ class _Peer:
             raise UserError(
                 f"--peer {name}: {unset[0]} is a weight of one network alone; give one with the public names"
             )
-        model = FlowMatchingModel(network.to(world.device), FlowMatchingObjective(config.objective))
+        # Type: it has the one method that is called.
+        model = FlowMatchingModel(
+            cast(Any, _Predicting(network)).to(world.device), FlowMatchingObjective(config.objective)
+        )
         self._inputs = _Inputs.drawn(config, world.device)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found, expected = (each(*self._inputs)[0].item() for each in (model, ours))
@@ -231,6 +235,18 @@ class _Peer:
         self._engine.update(self._learning_rate)
         if self._ema is not None:
             self._ema.update()
+
+
+class _Predicting(nn.Module):
+    """Network of other code, with the one output layer that it has."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
+        """See `LightningDiT.predict`."""
+        return Predictions(self.network(x, t, y), None)
 
 
 def _public_network(config: RunConfig, name: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config
+from vavae.config import Config, added
 
 
 class TimestepConfig(Config):
@@ -26,12 +26,14 @@ class ObjectiveConfig(Config):
 
     direction_weight: float = Field(1.0, ge=0)
     """Weight of 1 - cosine(predicted, true velocity) relative to their mean squared difference."""
+    intermediate_weight: float = added(0.5, gt=0)
+    """Weight of the mean squared difference of the velocity that `lightningdit.intermediate_head` predicts."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 
 
 class GuidanceConfig(Config):
-    """Classifier-free guidance when sampling."""
+    """Guidance when sampling: classifier-free, and internal by the weaker velocity of an inner block."""
 
     scale: float = Field(1.0, ge=0)
     """Scale w in v_null + w (v_label - v_null); 1 is no guidance."""
@@ -40,21 +42,33 @@ class GuidanceConfig(Config):
     channels: int | None = Field(None, ge=1)
     """Guide only that many first channels (the released code: 3); null guides all."""
 
+    internal_scale: float = added(1.0, ge=0)
+    """Scale w in v + (w - 1) (v - v_mid), where v_mid is the velocity that `lightningdit.intermediate_head` predicts;
+    it takes no further evaluation and comes before classifier-free guidance. 1 is no guidance."""
+    internal_interval: tuple[float, float] = added((0.0, 1.0))
+    """Timesteps low <= t <= high with internal guidance."""
+
     @property
     def summary(self) -> str:
         """Description in words, as metrics and reports carry it."""
-        if self.scale == 1:
-            return "no guidance"
-        channels = "" if self.channels is None else f" on {self.channels} channels"
-        return f"guidance {self.scale:g} for t in [{self.interval[0]:g}, {self.interval[1]:g}]{channels}"
+        parts = []
+        if self.scale != 1:
+            channels = "" if self.channels is None else f" on {self.channels} channels"
+            parts.append(f"guidance {self.scale:g} for t in [{self.interval[0]:g}, {self.interval[1]:g}]{channels}")
+        if self.internal_scale != 1:
+            low, high = self.internal_interval
+            parts.append(f"internal guidance {self.internal_scale:g} for t in [{low:g}, {high:g}]")
+        return ", ".join(parts) or "no guidance"
 
     @model_validator(mode="after")
-    def _interval_is_ordered(self) -> Self:
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"interval=[{low}, {high}] must satisfy 0 <= low <= high <= 1; scale=1 switches guidance off"
-            )
+    def _intervals_are_ordered(self) -> Self:
+        for prefix in ("", "internal_"):
+            low, high = getattr(self, f"{prefix}interval")
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"{prefix}interval=[{low}, {high}] must satisfy 0 <= low <= high <= 1; {prefix}scale=1 switches "
+                    "guidance off"
+                )
         return self
 
 

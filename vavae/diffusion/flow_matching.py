@@ -56,7 +56,9 @@ class FlowMatchingLosses(NamedTuple):
     direction: Tensor
     """1 - cosine over the channels, averaged over positions, in [0, 2]."""
     total: Tensor
-    """Sum velocity + direction_weight · direction."""
+    """Sum velocity + direction_weight · direction + intermediate_weight · intermediate."""
+    intermediate: Tensor | None = None
+    """Mean squared error of the velocity of an inner block; None where none is predicted."""
 
 
 class FlowMatchingObjective:
@@ -67,14 +69,24 @@ class FlowMatchingObjective:
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        self.direction_weight = config.direction_weight
+        self.direction_weight, self.intermediate_weight = config.direction_weight, config.intermediate_weight
 
-    def __call__(self, prediction: Tensor, velocity: Tensor) -> FlowMatchingLosses:
-        """Compare predicted and true velocities [B, C, H, W] of any float dtype."""
+    def __call__(self, prediction: Tensor, velocity: Tensor, intermediate: Tensor | None = None) -> FlowMatchingLosses:
+        """Compare predicted and true velocities [B, C, H, W] of any float dtype; that of an inner block, too."""
         prediction, velocity = prediction.float(), velocity.float()
-        squared = (prediction - velocity).square().flatten(1).mean(1)
+        squared = _squared_error(prediction, velocity)
         direction = (1 - F.cosine_similarity(prediction, velocity, dim=1)).flatten(1).mean(1)
-        return FlowMatchingLosses(squared, direction, squared + self.direction_weight * direction)
+        total = squared + self.direction_weight * direction
+        if intermediate is None:
+            return FlowMatchingLosses(squared, direction, total)
+        of_intermediate = _squared_error(intermediate.float(), velocity)
+        return FlowMatchingLosses(
+            squared, direction, total + self.intermediate_weight * of_intermediate, of_intermediate
+        )
+
+
+def _squared_error(prediction: Tensor, velocity: Tensor) -> Tensor:
+    return (prediction - velocity).square().flatten(1).mean(1)
 
 
 class TimestepBins(NamedTuple):

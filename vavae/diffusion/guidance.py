@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598). Time runs from noise (t = 0) to data (t = 1)."""
+"""Classifier-free and internal guidance. Time runs from noise (t = 0) to data (t = 1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ from vavae.diffusion.config import GuidanceConfig
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
+Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`."""
+
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.Generator) -> Tensor:
     """Replace each label of int64 [B] by the null label with a probability; one model then learns both velocities."""
@@ -20,7 +23,7 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """The guided velocity of a labeled model: v = v_null + scale · (v_label - v_null).
+    """The guided velocity of a labeled model: v = v_null + scale · (v_label - v_null) (arXiv 2207.12598).
 
     Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated.
     """
@@ -32,8 +35,10 @@ class ClassifierFreeGuidance:
     @property
     def jumps(self) -> list[float]:
         """Times between 0 and 1 at which guidance sets in or ends, ascending."""
-        bounds = torch.tensor(self.config.interval, dtype=torch.float32).tolist()
-        return sorted({bound for bound in bounds if 0 < bound < 1 and self.config.scale != 1})
+        config = self.config
+        ends = [*config.interval] * (config.scale != 1) + [*config.internal_interval] * (config.internal_scale != 1)
+        bounds = torch.tensor(ends, dtype=torch.float32).tolist()
+        return sorted({bound for bound in bounds if 0 < bound < 1})
 
     def active(self, t: Tensor) -> Tensor:
         """Mask bool [B] of the times t [B] that are guided; bounds are compared in float32, as timesteps are."""
@@ -56,3 +61,32 @@ class ClassifierFreeGuidance:
         velocity, v_null = labeled.clone(), unlabeled[:, : self.config.channels]
         velocity[part] = v_null + self.config.scale * (labeled[part] - v_null)
         return velocity
+
+
+@dataclass(frozen=True)
+class InternalGuidance:
+    """The velocity v + (scale - 1) · (v - v_mid), for each label by itself, v_mid of an inner block (arXiv 2512.24176).
+
+    Outside the interval it is v.
+    """
+
+    predict: Predict
+    config: GuidanceConfig
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
+        velocity, intermediate = self.predict(x, t, y)
+        assert intermediate is not None, "the model has an intermediate head"
+        low, high = torch.tensor(self.config.internal_interval, dtype=torch.float32, device=t.device)
+        excess = (self.config.internal_scale - 1) * ((low <= t) & (t <= high))
+        return velocity + excess.view(-1, 1, 1, 1).to(velocity.dtype) * (velocity - intermediate)
+
+
+def guided(predict: Predict, null_label: int, config: GuidanceConfig) -> ClassifierFreeGuidance:
+    """Velocity of a model under all guidance that a configuration asks for."""
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return predict(x, t, y)[0]
+
+    model = velocity if config.internal_scale == 1 else InternalGuidance(predict, config)
+    return ClassifierFreeGuidance(model, null_label, config)

@@ -82,9 +82,22 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "norm": "rmsnorm" if "blocks.0.norm1.weight" in names else "layernorm",
         "rope": _ROTATION in names,
         "shift": modulation != 4 * width,
+        "intermediate_head": _infer_head(weights, overrides),
         "latent_dim": latent_dim,
         "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }
+
+
+def _infer_head(weights: WeightsFile, overrides: Mapping[str, Any]) -> Any:
+    """Return what the overrides say of the intermediate head, which a file has without its place."""
+    if "final_layer_xr.linear.weight" not in weights.tensors:
+        return None
+    if not overrides.get("intermediate_head"):
+        raise UserError(
+            f"{weights.url}: it has an intermediate head (final_layer_xr), and no tensor tells after which block: pass "
+            "intermediate_head.after_block=... (the public LightningDiT-XL: 8)"
+        )
+    return overrides["intermediate_head"]
 
 
 def _infer_grid(patch: int, tokens: int, wanted: int | tuple[int, int] | None) -> tuple[int, int]:

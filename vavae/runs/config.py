@@ -308,6 +308,8 @@ class RunConfig(Config):
                 f"guidance.channels={channels} exceeds tokenizer.latent_dim={self.tokenizer.latent_dim}: "
                 "lower it, or null guides all"
             )
+        if self.lightningdit.intermediate_head is None:
+            self._has_no_intermediate_head()
         height, width = self.grid
         if height % self.lightningdit.patch_size or width % self.lightningdit.patch_size:
             raise ValueError(
@@ -321,3 +323,12 @@ class RunConfig(Config):
         if self.workers.count > lanes:
             raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
         return self
+
+    def _has_no_intermediate_head(self) -> None:
+        for section, name in (("guidance", "internal_scale"), ("objective", "intermediate_weight")):
+            value = getattr(getattr(self, section), name)
+            if value != type(getattr(self, section)).model_fields[name].default:
+                raise ValueError(
+                    f"{section}.{name}={value:g} is of the intermediate head, and there is none: give "
+                    "lightningdit.intermediate_head, or leave it out"
+                )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vavae.data.pixels import pixel_dtype, to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
-from vavae.diffusion.guidance import ClassifierFreeGuidance
+from vavae.diffusion.guidance import guided
 from vavae.diffusion.solvers import solve
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import Precision
@@ -97,7 +97,12 @@ class Sampler(NamedTuple):
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
         noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
-        velocity = ClassifierFreeGuidance(self.autocast()(model.forward), model.null_label, guidance)
+        if guidance.internal_scale != 1 and model.final_layer_xr is None:
+            raise UserError(
+                f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
+                "(lightningdit.intermediate_head): set it to 1"
+            )
+        velocity = guided(self.autocast()(model.predict), model.null_label, guidance)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))

@@ -69,9 +69,9 @@ class FlowMatchingModel(nn.Module):
             variances of predicted and true velocities [2].
         """
         point = LinearPath.sample(latents, noise, timesteps)
-        prediction = self.model(point.x_t, timesteps, labels)
-        losses = self._objective(prediction, point.velocity)
-        terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items()}
+        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels)
+        losses = self._objective(prediction, point.velocity, intermediate)
+        terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
         return losses.total.mean(), terms, losses.velocity.detach(), variances(prediction, point.velocity)
 
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, runtime
+from vavae.config import Config, added, runtime
 from vavae.errors import UserError
 
 
@@ -34,6 +34,13 @@ SIZES: dict[Size, TransformerShape] = {
 }  # fmt: skip
 
 
+class IntermediateHeadConfig(Config):
+    """A second output layer, after an inner block (internal guidance, arXiv 2512.24176)."""
+
+    after_block: int = Field(8, ge=1)
+    """Number of blocks that come before it."""
+
+
 class LightningDiTConfig(Config):
     """A named size, or one written out, and the switches of table 1 of the paper; the defaults are its full model."""
 
@@ -60,6 +67,9 @@ class LightningDiTConfig(Config):
     """Rotate queries and keys by row and column, beside the sin-cos embedding that is always added."""
     shift: bool = True
     """Let the adaptive layer norm of the blocks shift as well as scale and gate."""
+    intermediate_head: IntermediateHeadConfig | None = added(None)
+    """Predict the velocity after an inner block, too; `guidance.internal_scale` guides by it, as it is the weaker one.
+    Null builds none."""
     checkpoint_activations: bool = runtime(False)
     """Recompute each block in the backward pass: less memory for about a third more time."""
 
@@ -83,7 +93,11 @@ class LightningDiTConfig(Config):
             raise ValueError(
                 f"size is null, so give {', '.join(missing)} as well, or one of {', '.join(SIZES)} as size"
             )
-        _, width, heads = self.shape
+        depth, width, heads = self.shape
+        if self.intermediate_head is not None and self.intermediate_head.after_block > depth:
+            raise ValueError(
+                f"intermediate_head.after_block={self.intermediate_head.after_block} exceeds depth={depth}: lower it"
+            )
         if width % 4:
             raise ValueError(f"width={width} must be a multiple of 4: sine and cosine of row and column share it")
         if width % heads:

@@ -266,6 +266,14 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), scale, shift))
 
 
+class Predictions(NamedTuple):
+    """Velocities that one pass of the transformer predicts, both [B, C, H, W]."""
+
+    velocity: Tensor
+    intermediate: Tensor | None
+    """Of the head after an inner block; None where the model has none."""
+
+
 class LightningDiT(nn.Module):
     """The transformer velocity(x_t, t, y) for latents of one grid.
 
@@ -305,6 +313,10 @@ class LightningDiT(nn.Module):
         self._lay_out(grid)
         self.blocks = nn.ModuleList(Block(config) for _ in range(shape.depth))
         self.final_layer = FinalLayer(config, patch * patch * latent_dim)
+        self.final_layer_xr: FinalLayer | None = None  # the name of the public code
+        if config.intermediate_head is not None:
+            self.final_layer_xr = FinalLayer(config, patch * patch * latent_dim)
+            self.intermediate_after = config.intermediate_head.after_block
         initialize(self, rng)
 
     def _lay_out(self, grid: int | tuple[int, int], span: tuple[int, int] | None = None) -> None:
@@ -343,17 +355,24 @@ class LightningDiT(nn.Module):
             t: timesteps [B] in [0, 1].
             y: labels int64 [B] in [0, classes]; `null_label` = classes asks for the unconditional velocity.
         """
+        return self.predict(x, t, y).velocity
+
+    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
+        """Velocities of all output layers, for the arguments of `forward`."""
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
         activated = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, D], what every modulation starts with
         rotation = None if self.feat_rope is None else self.feat_rope()
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
-        for block in self.blocks:
+        intermediate = None
+        for finished, block in enumerate(self.blocks, 1):
             if recompute:
                 tokens = checkpoint(block, tokens, activated, rotation, use_reentrant=False)
             else:
                 tokens = block(tokens, activated, rotation)
-        return self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype)
+            if self.final_layer_xr is not None and finished == self.intermediate_after:
+                intermediate = self._unpatchify(self.final_layer_xr(tokens, activated)).to(x.dtype)
+        return Predictions(self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype), intermediate)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""
@@ -362,11 +381,14 @@ class LightningDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.latent_dim, *self.grid)
 
 
+_OUTPUTS = ("final_layer.linear.weight", "final_layer_xr.linear.weight")
+
+
 @torch.no_grad()
 def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
     """Set all parameters as published: Xavier, but zero for the modulations and the output (adaLN-zero)."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
+        if name.endswith("bias") or "adaLN_modulation" in name or name in _OUTPUTS:
             nn.init.zeros_(parameter)
         elif name.startswith(("t_embedder", "y_embedder")):
             nn.init.normal_(parameter, std=0.02, generator=rng)

@@ -31,6 +31,7 @@ METRICS: dict[str, MetricInfo] = {
     "loss/cosine": MetricInfo("marginal cosine loss"),
     "loss/distance": MetricInfo("marginal distance matrix loss"),
     "loss/velocity": MetricInfo("squared error of the velocity"),
+    "loss/intermediate": MetricInfo("mean squared error of the velocity of the intermediate head"),
     "loss/direction": MetricInfo("one less cosine of predicted and true velocity"),
     **{
         f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}": MetricInfo(

@@ -1,0 +1,20 @@
+"""Recipes beyond the paper, as sections of a configuration of two blocks on random latents."""
+
+from typing import Any
+
+from support.training_steps import tiny_config
+
+from vavae.runs.config import RunConfig
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "internal guidance": {"lightningdit": {"intermediate_head": {"after_block": 1}}},
+}
+"""By name: what each writes into the configuration."""
+
+
+def recipe_config(name: str, **training: Any) -> RunConfig:
+    """The tiny configuration with a recipe, and some fields of the trainings replaced."""
+    plain = tiny_config(**training).model_dump(exclude_unset=True)
+    for section, fields in RECIPES[name].items():
+        plain[section] = {**plain.get(section, {}), **fields}
+    return RunConfig.model_validate(plain)

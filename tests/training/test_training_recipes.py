@@ -1,0 +1,57 @@
+"""Recipes beyond the paper with every engine, and a training that goes on to the same bits."""
+
+from pathlib import Path
+
+import pytest
+from support.engine_parity import TORCH, ZERO
+from support.gloo import GlooLauncher
+from support.recipes import RECIPES, recipe_config
+from support.training_steps import LANES, build_step, figures_of
+
+from vavae.data.loader import load_micro_batches
+from vavae.data.sample_order import assign_lanes
+from vavae.distributed.world import World
+from vavae.storage.storage import Storage
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
+from vavae.training.step import Step
+
+STEPS = 4
+ENGINES = [TORCH, *ZERO]
+
+
+def take(step: Step, world: World, numbers: range) -> list[dict[str, float]]:
+    """Figures of some steps."""
+    stream = load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), numbers.start, workers=0)
+    return [figures_of(step.run(next(stream), number * LANES, 1e-3), world) for number in numbers]
+
+
+def train_with_every_engine(world: World, folder: str) -> dict[str, list[list[dict[str, float]]]]:
+    """Figures of each step, by recipe, then by engine; on the way, halfway through the first is resumed to its bits."""
+    figures = {}
+    for index, name in enumerate(RECIPES):
+        configs = [recipe_config(name, engine=engine) for engine in ENGINES]
+        steps = [build_step("train_lightningdit", each, world) for each in configs]
+        figures[name] = [take(step, world, range(STEPS)) for step in steps]
+        fresh, half = TrainState(images_seen=0, config="c", data="d"), STEPS // 2
+        first, second = (build_step("train_lightningdit", configs[0], world) for _ in range(2))
+        take(first, world, range(half))
+        storage = Storage(f"{folder}/{index}")
+        checkpoints = Checkpoints(storage, fresh, Retention(2), world)
+        checkpoints.save(first, fresh.after(half * LANES), {}, lambda: None)
+        checkpoints.wait_for_pending_save()
+        Checkpoints(storage, fresh, Retention(2), world).restore(second)
+        take(second, world, range(half, STEPS))
+        resumed = second.engines["lightningdit"].weights()
+        for weight, tensor in steps[0].engines["lightningdit"].weights().items():
+            assert tensor.equal(resumed[weight]), (name, weight)
+    return figures
+
+
+@pytest.mark.gloo
+def test_every_engine_takes_the_same_steps_and_goes_on_to_the_same_bits(gloo: GlooLauncher, tmp_path: Path) -> None:
+    for name, (plain, *others) in gloo.run(2, train_with_every_engine, str(tmp_path))[0].items():
+        for engine, figures in zip(ENGINES[1:], others, strict=True):
+            for step, (ours, theirs) in enumerate(zip(figures, plain, strict=True)):
+                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, engine, step)
