@@ -110,6 +110,6 @@ class SignaledSession(LocalSession):
                 signal.signal(number, handler)
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
+        signal.signal(number, signal.default_int_handler)  # first, as a second one may come at once
         self._stop = True
-        signal.signal(number, signal.default_int_handler)
+        print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)

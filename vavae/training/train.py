@@ -10,6 +10,7 @@ from torch import Tensor
 from vavae.config import Config, digest
 from vavae.data.image_stream import ImageStream
 from vavae.data.sample_order import order_of
+from vavae.distributed.compilation import compiles_blocks
 from vavae.distributed.world import World
 from vavae.interop.export import (
     ALIGNMENT,
@@ -86,6 +87,11 @@ class _Attempt:
             active=world.is_first,
             show=self.session.row,
         )
+        training, workers = inputs.training, inputs.config.workers
+        compiles = compiles_blocks(training.compile_blocks, workers, world.device, training.engine.has_whole_weights)
+        if world.is_first and compiles:
+            doing = "compiling in the first step, which takes a minute or more"
+            self.session.progress(Progress(inputs.job, 0, None, doing=doing))
         trainer = Trainer(
             job=inputs.job,
             step=step,
