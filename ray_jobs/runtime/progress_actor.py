@@ -1,12 +1,6 @@
 """The progress actor: workers report progress and events to it, and the driver reads them."""
 
-import signal
-import sys
-import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NamedTuple
 
 import ray
@@ -145,23 +139,3 @@ def on_this_node(actor: type, **options: Any) -> Any:
     """Make a class a Ray actor without resources that stays on the driver's node, whatever happens to other nodes."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(actor).options(scheduling_strategy=here, **options)
-
-
-@contextmanager
-def stop_on_signals(progress: ProgressActor) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM in the block into a request to stop; a second one interrupts at once."""
-
-    def request_stop(number: int, frame: FrameType | None) -> None:
-        print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
-        progress.request_stop()
-        signal.signal(number, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

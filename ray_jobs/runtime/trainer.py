@@ -11,7 +11,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ray_jobs.runtime.progress_actor import ProgressActor, stop_on_signals
+from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.runtime.progress_monitor import monitor_progress
 from ray_jobs.runtime.session import RaySession
 from vavae.distributed.torch_settings import configure_torch
@@ -21,7 +21,7 @@ from vavae.planning.training import resolve_lanes_at_once
 from vavae.runs.run import Job, Run
 from vavae.runs.training_inputs import begin_training
 from vavae.training.checkpoints.lease import SupersededError
-from vavae.training.session import this_process
+from vavae.training.session import stop_on_signals, this_process
 from vavae.training.train import train
 
 _STALE_SECONDS = "20"
@@ -62,7 +62,7 @@ def fit(run: Run, job: Job) -> None:
         ),
     )
     # In the main thread Ray Train would answer an interrupt itself, by ending the workers where they are.
-    with monitor_progress(run, job, progress), stop_on_signals(progress), ThreadPool(1) as thread:
+    with monitor_progress(run, job, progress), stop_on_signals(progress.request_stop), ThreadPool(1) as thread:
         try:
             thread.apply(trainer.fit)
         except TrainingFailedError:

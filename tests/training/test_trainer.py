@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 from collections.abc import Container, Mapping
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from vavae.progress import Progress
 from vavae.runs.events import Event
 from vavae.storage.storage import Storage
 from vavae.training.logging.log import MetricsLog, read_rows
-from vavae.training.session import LocalSession
+from vavae.training.session import LocalSession, stop_on_signals
 from vavae.training.step import Step
 from vavae.training.trainer import NonFiniteError
 
@@ -273,3 +275,16 @@ def test_it_gives_up_without_a_checkpoint_or_after_rolling_back_in_vain(
     step = PoisonedStep(poisoned)
     with pytest.raises(NonFiniteError, match=f"toy: gradients are not finite after {seen} images"):
         train_toy(storage, step, images=64, checkpoint_images=8, skip_limit=1, rollback_limit=limit)
+
+
+def test_a_signal_to_a_process_and_its_group_is_one_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops: list[int] = []
+    with pytest.raises(KeyboardInterrupt), stop_on_signals(lambda: stops.append(1)):  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        later = time.monotonic() + 2
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        assert len(stops) == 1
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("not interrupted")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

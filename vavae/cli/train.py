@@ -30,17 +30,17 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
     from vavae.runs.events import EventLog
     from vavae.runs.training_inputs import begin_training
-    from vavae.training.session import SignaledSession
+    from vavae.training.session import StoppableSession, stop_on_signals
     from vavae.training.train import train
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
     configure_torch(run.config.workers)
-    job, session = _JOBS[arguments.model], SignaledSession(EventLog(run.storage))
+    job, session = _JOBS[arguments.model], StoppableSession(EventLog(run.storage))
     with process_group(run.config.workers.use_gpu, run.config.collective_seconds(job)):
         world = World.current(run.config.workers.use_gpu)
         if world.is_first:
             run.storage.warn_of_slow_cache()
-        with session.handle_signals():
+        with stop_on_signals(session.request_stop):
             inputs = begin_training(run, job, world)
             train(replace(inputs, config=resolve_lanes_at_once(inputs.config, world)), session, world)
     if world.is_first and run.plan(job).done and job == "train_lightningdit":

@@ -4,7 +4,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -12,6 +14,8 @@ from typing import Protocol
 
 from vavae.progress import Progress, ProgressLines
 from vavae.runs.events import Event, EventLog
+
+_SAME_SIGNAL_SECONDS = 1.0
 
 
 def this_process() -> str:
@@ -90,8 +94,8 @@ class LocalSession:
 
 
 @dataclass
-class SignaledSession(LocalSession):
-    """Session in this process that SIGINT and SIGTERM ask to stop; a second one interrupts at once."""
+class StoppableSession(LocalSession):
+    """Session in this process that can be asked to stop, as by `stop_on_signals`."""
 
     _stop: bool = field(default=False, init=False)
 
@@ -99,17 +103,35 @@ class SignaledSession(LocalSession):
         """See `Session.stop_requested`."""
         return self._stop
 
-    @contextmanager
-    def handle_signals(self) -> Iterator[None]:
-        """Handle the signals until the block ends; in the main thread."""
-        before = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler)  # first, as a second one may come at once
+    def request_stop(self) -> None:
+        """Stop after the step that is being taken."""
         self._stop = True
-        print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM in the block into a request to stop; a second one interrupts at once.
+
+    One within a second of the first is the first: `timeout` and others send it to a process and then to its group. In
+    threads other than the main one signals are left alone.
+    """
+    first: float | None = None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            print("stopping after a checkpoint; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
+            request_stop()
+        elif time.monotonic() - first > _SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
