@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vavae.diffusion.config import GuidanceConfig
-from vavae.diffusion.guidance import ClassifierFreeGuidance, drop_labels
+from vavae.diffusion.config import GuidanceConfig, WeakModelConfig
+from vavae.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, drop_labels, guide
 
 NULL = 9
 X = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -111,3 +111,47 @@ def test_labels_are_dropped_with_the_stated_probability():
     kept = dropped != NULL
     assert torch.equal(dropped[kept], labels[kept])
     assert 1 - kept.double().mean() == pytest.approx(0.1, abs=5 * 0.3 / len(labels) ** 0.5)
+
+
+def weak_velocity(x, t, y):
+    return 3 * x - t.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.5])
+def test_a_weak_model_is_left_behind_by_the_scale_within_the_interval_alone(scale):
+    evaluated = []
+
+    def weak(x, t, y):
+        evaluated.append(len(x))
+        return weak_velocity(x, t, y)
+
+    config, t = WeakModelConfig(model="runs/weak", scale=scale, interval=(0.25, 0.75)), torch.tensor([0.1, 0.25])
+    out = Autoguidance(Model(), weak, config)(X, t, LABELS)
+    alone, v_weak = Model()(X, t, LABELS), weak_velocity(X, t, LABELS)
+    assert out[0].equal(alone[0])
+    assert sum(evaluated) == (scale != 1), "one image lies in the interval"
+    torch.testing.assert_close(out[1], v_weak[1] + scale * (alone[1] - v_weak[1]))
+
+
+def test_all_guidance_together_goes_from_the_inside_out():
+    weak = WeakModelConfig(model="runs/weak", scale=2, interval=(0.2, 1))
+    config = GuidanceConfig(scale=1.5, internal_scale=1.4, internal_interval=(0, 0.9), weak=weak)
+
+    def predict(x, t, y):
+        return Model()(x, t, y), -x
+
+    velocity = guide(predict, NULL, config, weak_velocity)
+    assert velocity.jumps == torch.tensor([0.2, 0.9]).tolist()
+
+    def of_label(y):
+        inner = predict(X, times(0.5), y)[0]
+        inner = inner + 0.4 * (inner + X)
+        v_weak = weak_velocity(X, times(0.5), y)
+        return v_weak + 2 * (inner - v_weak)
+
+    null = of_label(torch.full_like(LABELS, NULL))
+    torch.testing.assert_close(velocity(X, times(0.5), LABELS), null + 1.5 * (of_label(LABELS) - null))
+    assert config.summary == (
+        "guidance 1.5 for t in [0, 1], internal guidance 1.4 for t in [0, 0.9], "
+        "autoguidance 2 by weak for t in [0.2, 1]"
+    )

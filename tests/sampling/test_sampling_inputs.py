@@ -71,3 +71,45 @@ def test_a_run_without_latents_says_what_to_do(tmp_path):
     run.storage.delete(run.prefix("precompute_latents"))
     with pytest.raises(UserError, match=r"no latents yet; run python -m ray_jobs\.precompute_latents"):
         SamplingInputs.of(run)
+
+
+@pytest.fixture
+def weak(made):
+    """The export of the run itself, as the weaker model of its samples."""
+    return Run.at(made).folder("train_lightningdit").url()
+
+
+def test_a_model_that_guides_itself_changes_no_bit(made, weak):
+    plain, guided = (
+        Sampler.load(inputs).images(range(3), [0, 1, 2], 7, inputs.config.guidance, inputs.config.solver)
+        for inputs in (
+            SamplingInputs.at(made),
+            SamplingInputs.at(made, [f"guidance.weak.model={weak}", "guidance.weak.scale=2"]),
+        )
+    )
+    assert guided.equal(plain)
+
+
+def test_another_weak_model_makes_the_samples_again(made, tmp_path):
+    other = trained_run(tmp_path)
+    folder = other.folder("train_lightningdit")
+    override = [f"guidance.weak.model={folder.url()}", "guidance.weak.scale=2"]
+    before = SamplingInputs.at(made, override)
+    record = folder.read_json("artefact.json")
+    folder.write_json("artefact.json", {**record, "digest": DIGEST})
+    assert SamplingInputs.at(made, override).origin != before.origin
+    assert done(made, *override) == [False, False, False]
+
+
+def test_a_weak_model_that_cannot_guide_is_one_line(made, tmp_path):
+    other = trained_run(tmp_path)
+    folder = other.folder("train_lightningdit")
+    record = folder.read_json("artefact.json")
+    folder.write_json("artefact.json", {**record, "inputs": {**record["inputs"], "precompute_latents": "d" * 64}})
+    for model, message in (
+        (folder.url(), r"was trained on latents dddddddddddd, but this run on bbbbbbbbbbbb"),
+        (f"{made}/tokenizer/export", r"no whole export of a LightningDiT there"),
+        (str(tmp_path / "nothing"), r"no whole export of a LightningDiT there"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SamplingInputs.at(made, [f"guidance.weak.model={model}", "guidance.weak.scale=2"])

@@ -69,5 +69,8 @@ def _folder(run, job):
 
 
 def _commit(run, job, content, files):
-    config = digest(run.identity(job))
-    commit(run.storage, run.prefix(job), Artifact(kind=JOBS[job].makes, digest=content, config=config, files=files))
+    inputs = run.inputs(job) if job == "train_lightningdit" else {}
+    record = Artifact(
+        kind=JOBS[job].makes, digest=content, config=digest(run.identity(job)), inputs=inputs, files=files
+    )
+    commit(run.storage, run.prefix(job), record)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, added
+from vavae.config import Config, LocalPath, added
 
 
 class TimestepConfig(Config):
@@ -32,8 +32,37 @@ class ObjectiveConfig(Config):
     """Probability that an image is trained without its label, which guidance needs."""
 
 
+def _check_interval(name: str, interval: tuple[float, float], off: str) -> None:
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{name}=[{low}, {high}] must satisfy 0 <= low <= high <= 1; {off} switches guidance off")
+
+
+class WeakModelConfig(Config):
+    """A weaker LightningDiT that guides a better one: autoguidance (EDM2, arXiv 2406.02507)."""
+
+    model: Annotated[str, Field(min_length=1), LocalPath()]
+    """Export of a LightningDiT on the same latents, smaller or trained for a shorter time: path or URL of its folder,
+    such as `runs/small/lightningdit/export`."""
+    scale: float = Field(gt=0)
+    """Scale w in v_weak + w (v - v_weak), at the same label; before classifier-free guidance. 1 is no guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Timesteps low <= t <= high that are guided; in them the weak model is evaluated, too."""
+
+    @property
+    def summary(self) -> str:
+        """Description in words, as metrics and reports carry it."""
+        run = self.model.rstrip("/").removesuffix("/export").removesuffix("/lightningdit").rpartition("/")[2]
+        return f"autoguidance {self.scale:g} by {run} for t in [{self.interval[0]:g}, {self.interval[1]:g}]"
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> Self:
+        _check_interval("interval", self.interval, "weak=null")
+        return self
+
+
 class GuidanceConfig(Config):
-    """Guidance when sampling: classifier-free, and internal by the weaker velocity of an inner block."""
+    """Guidance when sampling: classifier-free, by the weaker velocity of an inner block, by a weaker model."""
 
     scale: float = Field(1.0, ge=0)
     """Scale w in v_null + w (v_label - v_null); 1 is no guidance."""
@@ -47,6 +76,8 @@ class GuidanceConfig(Config):
     it takes no further evaluation and comes before classifier-free guidance. 1 is no guidance."""
     internal_interval: tuple[float, float] = added((0.0, 1.0))
     """Timesteps low <= t <= high with internal guidance."""
+    weak: WeakModelConfig | None = added(None)
+    """A weaker model that guides; it needs no labels."""
 
     @property
     def summary(self) -> str:
@@ -58,17 +89,20 @@ class GuidanceConfig(Config):
         if self.internal_scale != 1:
             low, high = self.internal_interval
             parts.append(f"internal guidance {self.internal_scale:g} for t in [{low:g}, {high:g}]")
+        if self.weak is not None:
+            parts.append(self.weak.summary)
         return ", ".join(parts) or "no guidance"
+
+    @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """Intervals of all guidance that is on."""
+        found = [self.interval] * (self.scale != 1) + [self.internal_interval] * (self.internal_scale != 1)
+        return found if self.weak is None or self.weak.scale == 1 else [*found, self.weak.interval]
 
     @model_validator(mode="after")
     def _intervals_are_ordered(self) -> Self:
         for prefix in ("", "internal_"):
-            low, high = getattr(self, f"{prefix}interval")
-            if not 0 <= low <= high <= 1:
-                raise ValueError(
-                    f"{prefix}interval=[{low}, {high}] must satisfy 0 <= low <= high <= 1; {prefix}scale=1 switches "
-                    "guidance off"
-                )
+            _check_interval(f"{prefix}interval", getattr(self, f"{prefix}interval"), f"{prefix}scale=1")
         return self
 
 

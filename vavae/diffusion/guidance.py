@@ -1,4 +1,4 @@
-"""Classifier-free and internal guidance. Time runs from noise (t = 0) to data (t = 1)."""
+"""Classifier-free guidance, internal guidance and autoguidance. Time runs from noise (t = 0) to data (t = 1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vavae.diffusion.config import GuidanceConfig
+from vavae.diffusion.config import GuidanceConfig, WeakModelConfig
 
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
 Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`."""
+
+
+def within(t: Tensor, interval: tuple[float, float]) -> Tensor:
+    """Mask bool [B] of the times t [B] in a closed interval; bounds are compared in float32, as timesteps are."""
+    low, high = torch.tensor(interval, dtype=torch.float32, device=t.device)
+    return (low <= t) & (t <= high)
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.Generator) -> Tensor:
@@ -35,27 +41,24 @@ class ClassifierFreeGuidance:
     @property
     def jumps(self) -> list[float]:
         """Times between 0 and 1 at which guidance sets in or ends, ascending."""
-        config = self.config
-        ends = [*config.interval] * (config.scale != 1) + [*config.internal_interval] * (config.internal_scale != 1)
-        bounds = torch.tensor(ends, dtype=torch.float32).tolist()
+        bounds = torch.tensor(self.config.intervals, dtype=torch.float32).flatten().tolist()
         return sorted({bound for bound in bounds if 0 < bound < 1})
 
     def active(self, t: Tensor) -> Tensor:
-        """Mask bool [B] of the times t [B] that are guided; bounds are compared in float32, as timesteps are."""
-        low, high = torch.tensor(self.config.interval, dtype=torch.float32, device=t.device)
-        return (low <= t) & (t <= high) & (self.config.scale != 1)
+        """Mask bool [B] of the times t [B] that are guided."""
+        return within(t, self.config.interval) & (self.config.scale != 1)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B].
 
         Which images are guided is found out where t is: on the CPU that keeps no GPU waiting.
         """
-        guided = self.active(t).nonzero().flatten().to(x.device)
-        t = t.to(x.device)
-        if not len(guided):
+        active = self.active(t).nonzero().flatten()
+        if not len(active):
             return self.model(x, t, y)
+        guided = active.to(x.device)
         null = torch.full_like(y[guided], self.null_label)
-        both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
+        both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[active]]), torch.cat([y, null]))
         labeled, unlabeled = both.split([len(x), len(guided)])
         part = (guided, slice(self.config.channels))
         velocity, v_null = labeled.clone(), unlabeled[:, : self.config.channels]
@@ -75,18 +78,52 @@ class InternalGuidance:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
-        velocity, intermediate = self.predict(x, t, y)
+        velocity, intermediate = self.predict(x, t.to(x.device), y)
         assert intermediate is not None, "the model has an intermediate head"
-        low, high = torch.tensor(self.config.internal_interval, dtype=torch.float32, device=t.device)
-        excess = (self.config.internal_scale - 1) * ((low <= t) & (t <= high))
-        return velocity + excess.view(-1, 1, 1, 1).to(velocity.dtype) * (velocity - intermediate)
+        excess = (self.config.internal_scale - 1) * within(t, self.config.internal_interval)
+        return velocity + excess.view(-1, 1, 1, 1).to(velocity) * (velocity - intermediate)
 
 
-def guided(predict: Predict, null_label: int, config: GuidanceConfig) -> ClassifierFreeGuidance:
-    """Velocity of a model under all guidance that a configuration asks for."""
+@dataclass(frozen=True)
+class Autoguidance:
+    """The velocity v_weak + scale · (v - v_weak), both at the same label (arXiv 2406.02507).
 
-    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return predict(x, t, y)[0]
+    Outside the interval, and with scale 1, it is v alone and the weak model is not evaluated.
+    """
 
-    model = velocity if config.internal_scale == 1 else InternalGuidance(predict, config)
+    model: LabeledVelocity
+    weak: LabeledVelocity
+    config: WeakModelConfig
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
+        velocity = self.model(x, t, y)
+        active = (within(t, self.config.interval) & (self.config.scale != 1)).nonzero().flatten()
+        if not len(active):
+            return velocity
+        guided, velocity = active.to(x.device), velocity.clone()
+        v_weak = self.weak(x[guided], t[active].to(x.device), y[guided])
+        velocity[guided] = v_weak + self.config.scale * (velocity[guided] - v_weak)
+        return velocity
+
+
+def guide(
+    predict: Predict, null_label: int, config: GuidanceConfig, weak: LabeledVelocity | None = None
+) -> ClassifierFreeGuidance:
+    """Velocity of a model under all guidance that a configuration asks for.
+
+    Args:
+        predict: the model; it gets times on the device of x.
+        null_label: label that stands for none.
+        config: all guidance: internal guidance, then autoguidance, then classifier-free guidance.
+        weak: the model of `config.weak`; None where that is.
+    """
+
+    def alone(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return predict(x, t.to(x.device), y)[0]
+
+    model: LabeledVelocity = alone if config.internal_scale == 1 else InternalGuidance(predict, config)
+    if config.weak is not None:
+        assert weak is not None, "the weak model is loaded where the configuration names one"
+        model = Autoguidance(model, weak, config.weak)
     return ClassifierFreeGuidance(model, null_label, config)

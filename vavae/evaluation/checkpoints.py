@@ -12,7 +12,7 @@ from vavae.models.dit.model import LightningDiT
 from vavae.runs.config import LightningDiTTrainingConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.sampling.labels import label_law
-from vavae.sampling.sampler import Sampler
+from vavae.sampling.sampler import Sampler, load_weak_model
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import load_average
 from vavae.training.checkpoints.metrics import CHECKPOINTS, CheckpointMetrics
@@ -87,4 +87,5 @@ def _load_sampler(inputs: CheckpointEvaluationInputs, images_seen: int, classes:
     load_average(inputs.training, images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
     tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
-    return Sampler.of(tokenizer, model, normalizer, config, device)
+    weak = load_weak_model(inputs.weak, model)
+    return Sampler.of(tokenizer, model, normalizer, config, device, weak)

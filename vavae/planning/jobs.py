@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vavae.data.ahead import threads_of
 from vavae.data.config import RGB
-from vavae.diffusion.guidance import ClassifierFreeGuidance
+from vavae.diffusion.guidance import ClassifierFreeGuidance, within
 from vavae.diffusion.solvers import solve
 from vavae.distributed.config import Precision
 from vavae.planning.cluster import ClusterSpec
@@ -116,6 +116,7 @@ def tokenizer_flops(config: RunConfig) -> float:
 def velocity_evaluations(config: RunConfig) -> int:
     """Evaluations of the LightningDiT for the velocity of one sample, guidance included.
 
+    A weaker model that guides counts as the LightningDiT itself, which is larger, once for each label.
     `dopri5` is counted on the flow between two equal Gaussians, v = (2t - 1) / (t² + (1 - t)²) x; images take it more.
     """
     guidance = ClassifierFreeGuidance(lambda x, t, y: x, 0, config.guidance)
@@ -123,7 +124,9 @@ def velocity_evaluations(config: RunConfig) -> int:
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         nonlocal count
-        count += len(x) + int(guidance.active(t).sum())
+        labels, weak = len(x) + int(guidance.active(t).sum()), config.guidance.weak
+        by_weak = weak is not None and weak.scale != 1 and within(t, weak.interval).all()
+        count += 2 * labels if by_weak else labels
         return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
 
     noise = torch.ones(1, *config.latent_shape)

@@ -54,19 +54,22 @@ class CheckpointEvaluationInputs:
     """Folder of the training's checkpoints."""
     latents: Storage
     """Folder of the latents that it is trained on."""
+    weak: StoredArtifact | None
+    """LightningDiT that guides its samples, where the configuration names one."""
 
     @classmethod
     def of(cls, run: Run) -> "CheckpointEvaluationInputs":
         """Resolve those of a run.
 
         Raises:
-            UserError: the tokenizer or the latents are missing.
+            UserError: the tokenizer or the latents are missing, or the weak model can't guide.
         """
         custom = run.config.evaluate.model_copy(update={"generation_protocol": "custom"})
         return cls(
             evaluation=EvaluationInputs.of(Run(run.config.model_copy(update={"evaluate": custom}))),
             training=run.training_folder("train_lightningdit"),
             latents=run.folder("precompute_latents"),
+            weak=run.weak_model(),
         )
 
 

@@ -202,7 +202,35 @@ class Run:
             UserError: an input is missing.
         """
         run = self.snapshot()
-        return {name: run.require(name).digest for name in JOBS[job].inputs}
+        digests: dict[str, str] = {name: run.require(name).digest for name in JOBS[job].inputs}
+        weak = run.weak_model() if job == "sample" else None
+        return digests if weak is None else {**digests, "weak_model": weak.digest}
+
+    def weak_model(self) -> StoredArtifact | None:
+        """The export that `guidance.weak` names; None where the samples are not guided by a weaker model.
+
+        Raises:
+            UserError: there is no such LightningDiT, or it was trained on other latents.
+        """
+        weak = self.config.guidance.weak
+        if weak is None:
+            return None
+        parent, _, name = weak.model.rstrip("/").rpartition("/")
+        storage = Storage.of(self.config.storage).at(parent)
+        record = read(storage, name)
+        if record is None or record.kind != JOBS["train_lightningdit"].makes or not is_intact(storage, name, record):
+            raise UserError(
+                f"guidance.weak.model={weak.model}: no whole export of a LightningDiT there; give a folder such as "
+                "runs/NAME/lightningdit/export"
+            )
+        latents: Job = "precompute_latents"
+        ours, theirs = self.require(latents).digest, record.inputs[latents]
+        if theirs != ours:
+            raise UserError(
+                f"guidance.weak.model={weak.model} was trained on latents {theirs[:12]}, but this run on {ours[:12]}: "
+                "a model can only guide one on the same latents; train it in a run with the same tokenizer and shards"
+            )
+        return StoredArtifact(storage.child(name), record.digest, tuple(record.files))
 
     def plans(self, sources: bool = True) -> dict[Job, Plan]:
         """Plan every job, without any work.

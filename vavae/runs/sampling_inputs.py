@@ -18,6 +18,8 @@ class SamplingInputs:
     latents: StoredArtifact
     """Latents that the LightningDiT was trained on: their statistics, and the names of the classes."""
     lightningdit: StoredArtifact
+    weak: StoredArtifact | None
+    """LightningDiT that guides, where the configuration names one."""
     origin: str
     """Digest of everything that a sample is a function of, besides its index."""
     output: JobOutput
@@ -27,7 +29,7 @@ class SamplingInputs:
         """Resolve those of a run.
 
         Raises:
-            UserError: a model or the latents are missing.
+            UserError: a model or the latents are missing, or the weak model can't guide.
         """
         run = run.snapshot()
         identity = run.identity("sample")
@@ -38,6 +40,7 @@ class SamplingInputs:
             tokenizer=run.stored("train_vavae"),
             latents=run.stored("precompute_latents"),
             lightningdit=run.stored("train_lightningdit"),
+            weak=run.weak_model(),
             origin=digest({"config": {**identity, "sample": each}, "inputs": run.inputs("sample")}),
             output=run.output("sample"),
         )

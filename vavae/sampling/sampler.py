@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vavae.data.pixels import pixel_dtype, to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
-from vavae.diffusion.guidance import guided
+from vavae.diffusion.guidance import guide
 from vavae.diffusion.solvers import solve
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import Precision
@@ -20,6 +20,7 @@ from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
+from vavae.runs.run import StoredArtifact
 from vavae.runs.sampling_inputs import SamplingInputs
 
 
@@ -33,6 +34,8 @@ class Sampler(NamedTuple):
     """Precision of the layers of both models; the solver's state and the decoder's output are float32."""
     depth: int = 8
     """Bits of a channel of the images."""
+    weak: LightningDiT | None = None
+    """Model of `guidance.weak`."""
 
     @classmethod
     def of(
@@ -42,12 +45,14 @@ class Sampler(NamedTuple):
         normalizer: LatentNormalizer,
         config: RunConfig,
         device: torch.device,
+        weak: LightningDiT | None = None,
     ) -> "Sampler":
         """Move models to the device where they are to sample, in the precision and compiled as `config.sample` says."""
+        transformers = [lightningdit] if weak is None else [lightningdit, weak]
         if compiles_blocks(config.sample.compile_blocks, config.workers, device):
-            compile_each([*lightningdit.blocks, *tokenizer.residual_blocks()])
+            compile_each([*(block for each in transformers for block in each.blocks), *tokenizer.residual_blocks()])
         models = tokenizer.to(device), lightningdit.to(device), normalizer.to(device)
-        return cls(*models, config.sample.precision, config.shards.depth)
+        return cls(*models, config.sample.precision, config.shards.depth, None if weak is None else weak.to(device))
 
     @classmethod
     def load(cls, inputs: SamplingInputs, device: torch.device | None = None) -> "Sampler":
@@ -58,7 +63,7 @@ class Sampler(NamedTuple):
             device: where to put them; None takes a GPU where there is one.
 
         Raises:
-            UserError: the LightningDiT was trained on another tokenizer's latents.
+            UserError: the LightningDiT was trained on another tokenizer's latents, or the weak model can't guide it.
         """
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer, lightningdit = inputs.tokenizer, inputs.lightningdit
@@ -70,7 +75,8 @@ class Sampler(NamedTuple):
                 f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
             )
         normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
-        return cls.of(autoencoder, model, normalizer, inputs.config, device)
+        weak = load_weak_model(inputs.weak, model)
+        return cls.of(autoencoder, model, normalizer, inputs.config, device, weak)
 
     @torch.inference_mode()
     def images(
@@ -87,7 +93,7 @@ class Sampler(NamedTuple):
             indices: index of each image's noise, which depends on it and the seed alone.
             labels: class of each image.
             seed: seed of the run.
-            guidance: classifier-free guidance.
+            guidance: all guidance.
             solver: solver of the flow.
 
         Raises:
@@ -102,7 +108,8 @@ class Sampler(NamedTuple):
                 f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
                 "(lightningdit.intermediate_head): set it to 1"
             )
-        velocity = guided(self.autocast()(model.predict), model.null_label, guidance)
+        weak = None if self.weak is None else self.autocast()(self.weak.forward)
+        velocity = guide(self.autocast()(model.predict), model.null_label, guidance, weak)
         latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
@@ -144,6 +151,23 @@ class Sampler(NamedTuple):
         for start in range(0, len(indices), batch_size):
             batch = slice(start, start + batch_size)
             yield self.images(indices[batch], labels[batch], seed, guidance, solver)
+
+
+def load_weak_model(stored: StoredArtifact | None, model: LightningDiT) -> LightningDiT | None:
+    """Load the model that is to guide a better one, on the CPU; None stays None.
+
+    Raises:
+        UserError: it is for latents of another shape, or for other classes.
+    """
+    if stored is None:
+        return None
+    weak, _ = load_lightningdit(stored.folder)
+    for name in ("latent_dim", "grid", "null_label"):
+        ours, theirs = getattr(model, name), getattr(weak, name)
+        if ours != theirs:
+            what = "classes" if name == "null_label" else name
+            raise UserError(f"{stored.folder.url()}: {what} is {theirs}, but {ours} in the model that it is to guide")
+    return weak
 
 
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:

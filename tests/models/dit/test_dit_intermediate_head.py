@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig
 from vavae.diffusion.flow_matching import FlowMatchingObjective
-from vavae.diffusion.guidance import guided
+from vavae.diffusion.guidance import guide
 from vavae.diffusion.solvers import solve
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
@@ -86,7 +86,7 @@ def test_losses_gradients_and_samples_equal_the_public_implementation():
             internal_scale=sample["ig_scale"],
             internal_interval=spec["ig_interval"],
         )
-        velocity = guided(model.predict, spec["null_label"], guidance)
+        velocity = guide(model.predict, spec["null_label"], guidance)
         solver = SolverConfig(name="heun", num_steps=sample["num_points"] - 1, shift=sample["shift"])
         latents = solve(velocity, golden["sample.noise"], golden["sample.y"], solver, velocity.jumps)
         torch.testing.assert_close(latents, golden[f"sample.out.{name}"], atol=1e-5, rtol=0)
@@ -96,12 +96,12 @@ def test_scale_one_and_times_outside_the_interval_change_no_bit():
     model, (x, _, y) = tiny(intermediate_head=HEAD), inputs()
     t = torch.tensor([0.1, 0.3, 0.6, 0.9])
     plain = model(x, t, y)
-    assert torch.equal(guided(model.predict, 5, GuidanceConfig())(x, t, y), plain)
+    assert torch.equal(guide(model.predict, 5, GuidanceConfig())(x, t, y), plain)
     config = GuidanceConfig(internal_scale=2, internal_interval=(0.3, 0.6))
-    found = guided(model.predict, 5, config)(x, t, y)
+    found = guide(model.predict, 5, config)(x, t, y)
     changed = (found != plain).flatten(1).any(1)
     assert changed.tolist() == [False, True, True, False]
-    assert guided(model.predict, 5, config).jumps == torch.tensor([0.3, 0.6]).tolist()
+    assert guide(model.predict, 5, config).jumps == torch.tensor([0.3, 0.6]).tolist()
 
 
 def test_a_head_after_the_last_block_with_the_same_weights_predicts_the_same():

@@ -29,7 +29,8 @@ SHOWN, _COLUMNS = 16, 8
 class SamplePreview:
     """Samples the first images that the `sample` job would make with the present average, at intervals.
 
-    Rank 0 does it alone, in single precision, with the run's solver and guidance: the other ranks wait.
+    Rank 0 does it alone, in single precision, with the run's solver and guidance but for that by a weaker
+    model: the other ranks wait.
 
     Args:
         config: configuration of the run.
@@ -89,7 +90,8 @@ class SamplePreview:
         config, device = self._config, self._world.device
         assert self._tokenizer is not None, "rank 0 has the tokenizer"
         sampler = Sampler(self._tokenizer.to(device), model, self._normalizer.to(device), depth=config.shards.depth)
+        guidance = config.guidance.model_copy(update={"weak": None})  # there may be no memory for a second model
         batches = sampler.batches(
-            range(SHOWN), self._labels, config.seed, config.guidance, config.solver, config.sample.batch_size
+            range(SHOWN), self._labels, config.seed, guidance, config.solver, config.sample.batch_size
         )
         return torch.cat([*batches])
