@@ -81,7 +81,10 @@ def test_black_images_are_none_and_say_where_they_come_from(sampler, part, name,
 
 @pytest.mark.parametrize(
     ("part", "method", "cause"),
-    [("lightningdit", "_unpatchify", "LightningDiT's latent is not finite"), ("tokenizer", "decode", "decoder overflows")],
+    [
+        ("lightningdit", "_unpatchify", "LightningDiT's latent is not finite"),
+        ("tokenizer", "decode", "decoder overflows"),
+    ],
 )
 def test_an_image_that_overflows_from_finite_weights_is_named(sampler, monkeypatch, part, method, cause):
     honest = getattr(getattr(sampler, part), method)
