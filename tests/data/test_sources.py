@@ -247,7 +247,7 @@ def test_sets_that_bring_classes_take_no_label_file():
 MESSAGES = {
     "missing": (lambda place: str(place / "nothing"), "is not there: give a folder of images or of class folders"),
     "missing object": (lambda place: f"memory://{uuid.uuid4().hex}/x", "is not there"),
-    "empty": (lambda place: pack(place, "folder", {"cat/notes.txt": b""}), "no images; it must hold class/name.jpg"),
+    "empty": (lambda place: pack(place, "folder", {"cat/notes.txt": b""}), "no images; it must hold name.jpg or class/name.jpg"),
     "stray": (lambda place: pack(place, "zip", {**FILES, "x.png": b""}), "x.png lies in no class folder"),
     "splits": (lambda place: pack(place, "tar", {"train/a/1.png": b"", "val/a/1.png": b""}), "train, val are splits"),
     "no archive": (lambda place: file(place, "x.zip", b"PK no zip"), "neither a folder nor a zip nor a tar archive"),
@@ -664,7 +664,7 @@ def test_formats_that_nothing_here_decodes_are_named(tmp_path, monkeypatch):
         "2 files of .heic, which nothing here decodes (pip install 'vavae[formats]'), such as b/1.HEIC",
         "1 folders without an image, such as b",
     ]
-    with pytest.raises(UserError, match=r"no images; it must hold class/name.*; 1 files of .heic, which nothing here"):
+    with pytest.raises(UserError, match=r"no images; it must hold name.jpg or class/name.*; 1 files of .heic, which nothing here"):
         listing_of(tmp_path, "zip", {"b/1.heic": b""})
 
 

@@ -146,7 +146,7 @@ def list_class_folders(source: Files, keys: RecordKeys = RecordKeys()) -> Listin
         source: the files; those that are no images, and hidden ones, are left out.
         keys: the column of the classes.
     """
-    found = sort_files(source, "class/name.jpg (or .png, ...)")
+    found = sort_files(source, "name.jpg or class/name.jpg (or .png, ...)")
     described = [read_metadata(file.path, source.read(file), keys.label) for file in found.metadata]
     captions = {name: text for each in described for name, text in each.captions.items()}
     labels = {name: label for each in described for name, label in each.labels.items()}
