@@ -805,14 +805,16 @@ ROWS = {
     "sizes": "test_image.test_crop_has_the_size_asked_for_and_keeps_a_constant",
     "names": "test_sources.test_names_that_are_not_utf_8_simply_work",
     "class folders": "test_sources.test_class_folders",
-    "one flat folder": "test_sources.test_a_flat_set_has_no_labels",
+    "one flat folder": "test_sources.test_a_flat_set_has_no_labels "
+    "test_sources.test_one_folder_of_images_beside_a_table_of_captions_is_no_class",
     "zip, tar, tar.gz": "test_sources.test_class_folders test_sources.test_a_zip_packed_in_another_way_is_refused",
     "a tar of tars": "test_sources.test_a_tar_of_class_tars_as_imagenet_comes",
     "`dataset.json`": "test_sources.test_the_labels_of_stylegan_come_before_its_numbered_folders",
     "`metadata.jsonl`, `metadata.csv`": "test_sources.test_labels_that_a_file_beside_the_images_names",
     "`shards.labels`": "test_sources.test_labels_that_a_file_beside_the_images_names",
     "`huggingface:NAME`": "test_sources.test_columns_of_a_data_set",
-    "WebDataset shards": "test_verify.test_labels_from_where_people_have_them",
+    "WebDataset shards": "test_verify.test_labels_from_where_people_have_them "
+    "test_verify.test_records_of_a_null_label_are_left_out_and_counted",
     "captions": "test_write.test_captions_are_members_of_their_records",
     "no labels wanted": "test_sources.test_class_folders_are_taken_without_labels_where_that_is_asked_for",
 }
