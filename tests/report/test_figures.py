@@ -139,7 +139,7 @@ def test_smoothing_calms_and_passes_over_gaps():
     assert np.isfinite(np.delete(found, 30)).all()
 
 
-@pytest.mark.parametrize("module", ["vavae.report.figures", "vavae.sweep.plots"])
+@pytest.mark.parametrize("module", ["vavae.report.figures", "vavae.sweep.plots", "ray_jobs.pipeline"])
 def test_a_home_that_can_not_be_written_is_no_matter_of_figures(module, tmp_path):
     (tmp_path / "file").touch()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "XDG_"))}
