@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ray_jobs.runtime.command
 import ray_jobs.tune.command
@@ -183,10 +184,18 @@ def test_a_path_of_a_configuration_that_leads_nowhere_is_one_line(line, tmp_path
     line(["ray_jobs.pipeline", "--config", TINY, f"{key}={wrong(tmp_path, monkeypatch)}"])
 
 
-@pytest.mark.parametrize("wrong", [malformed, empty, unreadable])
+@pytest.mark.parametrize("wrong", [malformed, empty, unreadable, a_folder])
 @pytest.mark.parametrize("key", ["shards.source", "shards.validation_source"])
-def test_a_source_that_holds_no_images_is_one_line(line, tmp_path, monkeypatch, key, wrong):
+def test_a_source_that_holds_no_images_is_one_line_and_leaves_nothing(line, tmp_path, monkeypatch, key, wrong):
     line(["ray_jobs.prepare_shards", "--config", TINY, f"{key}={wrong(tmp_path, monkeypatch)}"])
+    assert not [*(tmp_path / "work").iterdir()]
+
+
+def test_a_source_of_too_few_images_to_hold_some_out_is_one_line(line, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "one.png")
+    words = line(["ray_jobs.prepare_shards", "--config", TINY, f"shards.source={tmp_path / 'images'}"])
+    assert "validation_fraction=0.15 of 1 images leaves none for" in words
 
 
 @pytest.mark.parametrize("command", ["ray_jobs.pipeline", "ray_jobs.tune_vf", "train", "import"])

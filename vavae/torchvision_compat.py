@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+import vavae.matplotlib_compat  # noqa: F401  (torchmetrics imports matplotlib)
+
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _declarations: list[torch.library.Library] = []
 """Libraries that hold the declarations, which vanish with them."""

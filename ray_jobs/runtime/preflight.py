@@ -3,14 +3,13 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import cast
 
 from vavae.config import written_path
 from vavae.data.config import ShardsConfig
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
-from vavae.data.shards.plan import TRAIN, describe_sources, open_split, source_names
+from vavae.data.shards.plan import TRAIN, open_split, plan_shards, source_names
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import check_data, find_reference
@@ -48,6 +47,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             if getattr(config.evaluate, field) and importlib.util.find_spec("sklearn") is None:
                 raise UserError(f"evaluate.{field} needs scikit-learn: pip install -e '.[metrics]'")
         _check_reference(config, run.storage)
+    _check_images(run, jobs)
     try:
         run.storage.write_bytes(".access", b"")
         run.storage.delete(".access")
@@ -57,7 +57,6 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     for job in TRAININGS:
         if job in jobs and JOBS[job].inputs[0] not in jobs:
             check_cache(run, job)
-    _check_labels(run, jobs)
     start = config.train_vavae.start_from
     if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
         raise UserError(
@@ -75,24 +74,23 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     return missing + (_missing_evaluation_files(config.evaluate, run.storage) if "evaluate" in jobs else [])
 
 
-def _check_labels(run: Run, jobs: Sequence[Job]) -> None:
-    """Refuse what the classes and the number of the images do not allow; where it matters, sources are listed for it.
+def _check_images(run: Run, jobs: Sequence[Job]) -> None:
+    """List the sources of image shards that are to be made, and refuse what the classes and images do not allow.
 
     Raises:
-        UserError: guidance or given labels without classes, or an evaluation that needs more classes or images.
+        UserError: sources that no shards can be made of; guidance or given labels without classes, or an evaluation
+            that needs more classes or images.
     """
     config, evaluate = run.config, run.config.evaluate
     samples = "sample" in jobs or "train_lightningdit" in jobs
     asked = samples and (config.guidance.scale != 1 or not isinstance(config.sample.labels, str))
     measured = "evaluate" in jobs and (evaluate.class_agreement or evaluate.latent_space is not None)
-    if not asked and not measured:
-        return
     if run.artifact("prepare_shards") is not None:
         manifest = read_manifest(run.storage, run.prefix("prepare_shards"))
         classes, images = manifest.classes, manifest.count(TRAIN)
     elif "prepare_shards" in jobs and not missing_sources(config.shards, run.storage):
-        found = describe_sources(config.shards, run.storage)[TRAIN]
-        classes, images = tuple(map(str, cast(list[str], found["classes"]))), cast(int, found["images"])
+        plan = plan_shards(config.shards, run.storage)
+        classes, images = plan.classes, plan.train_images
     else:
         return
     if asked:

@@ -70,6 +70,17 @@ def test_formats_with_decoders_of_their_own(form):
     assert {*images._OPTIONAL[form]} <= images.IMAGE_SUFFIXES
 
 
+@pytest.mark.parametrize("form", OPTIONAL)
+def test_damage_is_an_unreadable_image_to_decoders_of_their_own_too(form):
+    data = saved(Image.fromarray(np.zeros((16, 16, 3), np.uint8)), form)
+    for place in range(len(data)):
+        flipped = bytes([*data[:place], data[place] ^ 0xFF, *data[place + 1 :]])
+        for damaged in (flipped, data[:place]):
+            with contextlib.suppress(UnreadableImage), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(images, "MAX_PIXELS", 10_000)
+                assert decode_image(damaged).dtype == np.uint8
+
+
 def test_suffixes_without_a_decoder_are_told_from_those_with_one():
     assert not images.IMAGE_SUFFIXES & images.UNDECODABLE_SUFFIXES
     assert {".avif", ".heic", ".jxl", ".jpg"} <= images.IMAGE_SUFFIXES | images.UNDECODABLE_SUFFIXES

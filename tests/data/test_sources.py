@@ -247,7 +247,10 @@ def test_sets_that_bring_classes_take_no_label_file():
 MESSAGES = {
     "missing": (lambda place: str(place / "nothing"), "is not there: give a folder of images or of class folders"),
     "missing object": (lambda place: f"memory://{uuid.uuid4().hex}/x", "is not there"),
-    "empty": (lambda place: pack(place, "folder", {"cat/notes.txt": b""}), "no images; it must hold class/name.jpg"),
+    "empty": (
+        lambda place: pack(place, "folder", {"cat/notes.txt": b""}),
+        "no images; it must hold name.jpg or class/name.jpg",
+    ),
     "stray": (lambda place: pack(place, "zip", {**FILES, "x.png": b""}), "x.png lies in no class folder"),
     "splits": (lambda place: pack(place, "tar", {"train/a/1.png": b"", "val/a/1.png": b""}), "train, val are splits"),
     "no archive": (lambda place: file(place, "x.zip", b"PK no zip"), "neither a folder nor a zip nor a tar archive"),
@@ -578,6 +581,14 @@ def test_captions_are_carried_and_are_part_of_the_fingerprint(tmp_path):
     assert listing.fingerprint != with_text("a dog").fingerprint
 
 
+@pytest.mark.parametrize(("column", "classes"), [("text", ()), ("label", ("tree",))])
+def test_one_folder_of_images_beside_a_table_of_captions_is_no_class(tmp_path, column, classes):
+    files = {f"images/{name}": data for name, data in IMAGES.items()}
+    rows = [{"file_name": name, column: "tree"} for name in files]
+    listing = listing_of(tmp_path, "folder", {**files, "metadata.jsonl": jsonl(rows)})
+    assert (listing.classes, {record.label for record in listing.records}) == (classes, {0})
+
+
 AMBIGUOUS = {
     "two columns": (
         {"metadata.csv": b"file_name,class,class_id\n00.png,a,1\n"},
@@ -664,7 +675,9 @@ def test_formats_that_nothing_here_decodes_are_named(tmp_path, monkeypatch):
         "2 files of .heic, which nothing here decodes (pip install 'vavae[formats]'), such as b/1.HEIC",
         "1 folders without an image, such as b",
     ]
-    with pytest.raises(UserError, match=r"no images; it must hold class/name.*; 1 files of .heic, which nothing here"):
+    with pytest.raises(
+        UserError, match=r"no images; it must hold name.jpg or class/name.*; 1 files of .heic, which nothing here"
+    ):
         listing_of(tmp_path, "zip", {"b/1.heic": b""})
 
 
@@ -792,14 +805,16 @@ ROWS = {
     "sizes": "test_image.test_crop_has_the_size_asked_for_and_keeps_a_constant",
     "names": "test_sources.test_names_that_are_not_utf_8_simply_work",
     "class folders": "test_sources.test_class_folders",
-    "one flat folder": "test_sources.test_a_flat_set_has_no_labels",
+    "one flat folder": "test_sources.test_a_flat_set_has_no_labels "
+    "test_sources.test_one_folder_of_images_beside_a_table_of_captions_is_no_class",
     "zip, tar, tar.gz": "test_sources.test_class_folders test_sources.test_a_zip_packed_in_another_way_is_refused",
     "a tar of tars": "test_sources.test_a_tar_of_class_tars_as_imagenet_comes",
     "`dataset.json`": "test_sources.test_the_labels_of_stylegan_come_before_its_numbered_folders",
     "`metadata.jsonl`, `metadata.csv`": "test_sources.test_labels_that_a_file_beside_the_images_names",
     "`shards.labels`": "test_sources.test_labels_that_a_file_beside_the_images_names",
     "`huggingface:NAME`": "test_sources.test_columns_of_a_data_set",
-    "WebDataset shards": "test_verify.test_labels_from_where_people_have_them",
+    "WebDataset shards": "test_verify.test_labels_from_where_people_have_them "
+    "test_verify.test_records_of_a_null_label_are_left_out_and_counted",
     "captions": "test_write.test_captions_are_members_of_their_records",
     "no labels wanted": "test_sources.test_class_folders_are_taken_without_labels_where_that_is_asked_for",
 }

@@ -155,6 +155,7 @@ def index_of(tmp_path, members, *options):
         ({"cls": b"1", "json": b'{"label": 0}'}, [], ("0", "1"), (None, None)),
         ({"txt": b"a cat", "json": b'{"caption": "a photo"}'}, [], (), (None, None)),
         ({"cls": b"1"}, ["--label-key", "none"], (), (None, None)),
+        ({"json": b'{"label": null}'}, [], (), (None, None)),
         ({"cls": b"1", "seg.png": b"a mask"}, [], ("0", "1"), (None, None)),
         ({"cls": b"1", "jpg": b"a mask"}, ["--image-key", "png"], ("0", "1"), ("png", None)),
     ],
@@ -167,6 +168,25 @@ def test_labels_from_where_people_have_them(tmp_path, members, options, classes,
     assert found.labels.tolist() == [max(0, len(classes) - 1)] * 3
     assert main(["data", "verify", str(tmp_path / "i"), "--images"]) == 0
     assert main(["data", "stats", str(tmp_path / "i")]) == 0
+
+
+def test_records_of_a_null_label_are_left_out_and_counted(tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    for number, values in enumerate((["null", "1", "0"], ["null"], ["1", "null", "null"])):
+        (theirs / str(number)).mkdir(parents=True)
+        for index, value in enumerate(values):
+            members = {"png": PNG, "json": b'{"label": %s}' % value.encode()}
+            write_tar(theirs / str(number) / f"{index}.tar", [0], members=members)
+    train, validation = [str(theirs / number) for number in "01"], str(theirs / "2")
+    command = ["data", "index", str(tmp_path / "i"), "--train", *train, "--validation", validation]
+    assert main(command) == 0
+    words = "4 records of a null label, such as " + str(theirs / "0" / "0.tar") + "#photos/n0"
+    assert f"2 train, 1 validation images of 2 classes (left out: {words}" in capsys.readouterr().out
+    manifest = read_manifest(Storage(str(tmp_path / "i")))
+    assert gather(read_images(Storage(str(tmp_path / "i")), manifest, "train", 9, 9)).labels.tolist() == [1, 0]
+    assert main(["data", "verify", str(tmp_path / "i"), "--images"]) == 0
+    assert main([*command[:4], train[1], "--validation", validation]) == 2
+    assert "json.label is null in every record of split train" in capsys.readouterr().err
 
 
 def test_a_run_names_an_image_or_takes_an_index_without_labels(tmp_path):

@@ -1,5 +1,8 @@
 import math
+import os
 import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import matplotlib
@@ -134,3 +137,13 @@ def test_smoothing_calms_and_passes_over_gaps():
     assert np.isnan(found[30])
     assert np.nanstd(found) < 0.3
     assert np.isfinite(np.delete(found, 30)).all()
+
+
+@pytest.mark.parametrize("module", ["vavae.report.figures", "vavae.sweep.plots", "ray_jobs.pipeline"])
+def test_a_home_that_can_not_be_written_is_no_matter_of_figures(module, tmp_path):
+    (tmp_path / "file").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "XDG_"))}
+    environment["HOME"] = str(tmp_path / "file")
+    command = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

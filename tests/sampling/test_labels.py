@@ -86,12 +86,16 @@ def test_the_configuration_names_its_key():
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"),
+    ("mode", "classes", "words"),
     [
-        ("class_balanced", "50,000 class-balanced samples"),
-        ("random", "50,000 randomly labelled samples"),
-        ((1, "cat"), "50,000 samples of 2 given labels"),
+        ("class_balanced", 1000, "50,000 class-balanced samples"),
+        ("class_balanced", None, "50,000 class-balanced samples"),
+        ("class_balanced", 60_000, "50,000 samples, one of each of the first 50,000 of 60,000 classes"),
+        ("class_balanced", 0, "50,000 samples"),
+        ("random", 0, "50,000 samples"),
+        ("random", 1000, "50,000 randomly labelled samples"),
+        ((1, "cat"), 1000, "50,000 samples of 2 given labels"),
     ],
 )
-def test_the_mode_in_words(mode, words):
-    assert SampleConfig(labels=mode).in_words(50_000) == words
+def test_the_mode_in_words(mode, classes, words):
+    assert SampleConfig(labels=mode).in_words(50_000, classes) == words

@@ -37,7 +37,7 @@ def test_a_store_that_goes_away_stops_the_run_at_the_next_checkpoint_and_it_resu
     plan, step = Plan(seed=0, kinds=[Fault.ERROR_503], rate=1.0, within=f"checkpoints/{24:012d}"), ToyStep()
     with (
         faulty(s3.endpoint, plan) as endpoint,
-        pytest.raises(UserError, match=r"no checkpoint could be written: .*; the one before stays"),
+        pytest.raises(UserError, match=r"no checkpoint could be written: .*; earlier ones stay"),
     ):
         train_toy(_reached(endpoint, root, attempts=2), step, images=48, checkpoint_images=12)
     assert len(step.rates) == 9, "it learns of what happened to the checkpoint at 24 images when it comes to 36"

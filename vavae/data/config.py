@@ -41,6 +41,20 @@ class PixelFormat(NamedTuple):
         return 2**self.depth - 1
 
     @property
+    def in_words(self) -> str:
+        """Channels and depth, for the protocol of a metric."""
+        return f"{ ({1: 'gray', 3: 'color', 4: 'color and opacity'}[self.channels]) } of {self.depth} bits"
+
+    def as_color(self, depth: int = 8) -> str:
+        """Say how networks that take color see such images, for the protocol of a metric; empty where they are color.
+
+        Args:
+            depth: bits to which a channel is rounded.
+        """
+        seen = {1: "gray seen three times", 3: "", 4: "color seen over mid-gray where it is not opaque"}[self.channels]
+        return f"{seen}, {self.depth} bits rounded to {depth}" if self.depth > depth else seen
+
+    @property
     def fields(self) -> dict[str, int | None]:
         """Channels and depth as fields of a manifest, None where they are those of `RGB`."""
         return {name: None if value == getattr(RGB, name) else value for name, value in self._asdict().items()}

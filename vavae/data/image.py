@@ -51,7 +51,8 @@ IMAGE_SUFFIXES = _SUFFIXES.union(*(_OPTIONAL[form] for form in _FOUND))
 UNDECODABLE_SUFFIXES = frozenset(suffix for form in _OPTIONAL.keys() - _FOUND for suffix in _OPTIONAL[form])
 """Suffixes of those that another package would decode."""
 
-# What Pillow raises on damaged files; the last ones come from damaged TIFF tags.
+# What Pillow raises on damaged files; TypeError and OverflowError come from damaged TIFF tags, RuntimeError from the
+# decoders of AVIF and JPEG XL.
 _DAMAGE = (
     OSError,
     ValueError,
@@ -61,6 +62,7 @@ _DAMAGE = (
     Image.DecompressionBombError,
     TypeError,
     OverflowError,
+    RuntimeError,
 )
 
 

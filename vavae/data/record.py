@@ -50,7 +50,10 @@ class RecordReader:
         """Label of a record, 0 in a set without classes; UserError with its place where it has none of them."""
         if not self._count:
             return 0
-        value = read_label(record, self._keys.label or LABEL, place)
+        key = self._keys.label or LABEL
+        value = read_label(record, key, place)
+        if value is None:
+            raise UserError(f"{place}: its class {key} is null; index the shards again, which leaves such records out")
         if self._labels is not None:
             name = str(value)
             if name not in self._labels:
@@ -112,16 +115,24 @@ def find_label(record: Mapping[str, bytes], place: str, key: str | None) -> str 
     found = [name for name in record if name.rpartition(".")[2] in _LABEL_FILES]
     if not found:
         values = _json(record, place)
-        names = [name for name in LABEL_NAMES if isinstance(values.get(name), (int, str))]
+        present = [name for name in LABEL_NAMES if isinstance(values.get(name, ()), (int, str, type(None)))]
+        names = [name for name in present if values[name] is not None] or present
         found = [f"{_JSON}.{name}" for name in (names[:1] if LABEL_NAMES[0] in names else names)]
     return only(found, place, "labels", "shards.label_key") if found else None
 
 
-def read_label(record: Mapping[str, bytes], key: str, place: str) -> int | str:
-    """Label or name of the class of a record, by the key of a member or `json.<key>`; UserError where it has none."""
+def read_label(record: Mapping[str, bytes], key: str, place: str) -> int | str | None:
+    """Label or name of the class of a record, by the key of a member or `json.<key>`; None where that is null.
+
+    Raises:
+        UserError: the record has no such member or key, or no label or name there.
+    """
     member, _, name = key.partition(".")
     if member == _JSON and name:
-        value = _json(record, place).get(name)
+        values = _json(record, place)
+        value = values.get(name)
+        if name in values and value is None:
+            return None
         if isinstance(value, (int, str)) and not isinstance(value, bool):
             return label_value(value, f"{place}: its {key}")
         raise UserError(f"{place}: its class {key} is {value!r}; expected a number or a name (shards.label_key)")

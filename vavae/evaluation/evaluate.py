@@ -62,7 +62,9 @@ def evaluate(
             )
     begin("comparing features")
     metrics = reconstruction_metrics(reconstruction, config)
-    metrics += generation_metrics(evaluator.generated(), evaluator.references(), config, evaluator.device)
+    metrics += generation_metrics(
+        evaluator.generated(), evaluator.references(), config, evaluator.classes, evaluator.device
+    )
     if config.evaluate.class_agreement:
         begin("classifying samples")
         train, held_out = (evaluator.first_images(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
@@ -70,7 +72,7 @@ def evaluate(
         counts = config.sample.images, len(held_out.images), len(train.images)
         if verdict.within_class_variety is None:
             _log.warning("no within-class variety: no class has two generated and two differing real images")
-        metrics += classifier_metrics(verdict, *counts, config)
+        metrics += classifier_metrics(verdict, *counts, config, evaluator.classes)
     latent_space = evaluator.latent_space(
         lambda done, total: report(Progress("evaluate", done, total, "maps", doing="mapping latents"))
     )

@@ -86,6 +86,11 @@ class Evaluator:
             self._counts["file"] = self._file.images
         self._counts |= {"reconstructions": self._counts["held_out"], "samples": inputs.config.sample.images}
 
+    @property
+    def classes(self) -> int:
+        """Number of classes of the images."""
+        return len(self._manifest.classes)
+
     def missing(self, sets: Collection[SetName] | None = None) -> list[Part]:
         """The parts that are still to be evaluated, of some of the sets or of all."""
         names = [name for name in self._counts if sets is None or name in sets]
@@ -317,7 +322,7 @@ def check_data(config: EvaluateConfig, classes: int, images: int) -> None:
     Args:
         config: of the evaluation.
         classes: number of their classes.
-        images: number of training images, or more.
+        images: number of training images.
 
     Raises:
         UserError: there are too few classes or images.

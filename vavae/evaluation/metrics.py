@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from vavae.data.config import RGB
 from vavae.evaluation.generation import ClassifierVerdict, Reference, evaluate_generation, further_distances
 from vavae.evaluation.latent_space import LatentSpace
 from vavae.evaluation.metric import Metric
@@ -23,16 +24,18 @@ def reconstruction_metrics(reconstruction: Reconstruction, config: RunConfig) ->
     """Metrics of the tokenizer on held-out images."""
     protocol = config.evaluate.reconstruction_protocol
     images = f"{protocol}: {reconstruction.images:,} held-out images, one posterior sample each"
-    means = reconstruction.means
+    form, means = config.shards.pixel_format, reconstruction.means
+    own = images if form == RGB else f"{images}; {form.in_words}"
+    seen = _joined(images, form.as_color(form.depth))
     metrics = []
     if "psnr" in means:
         exact = f"; without {reconstruction.exact:,} that are exact" if reconstruction.exact else ""
-        metrics.append(Metric("psnr", means["psnr"], "dB", f"{images}{exact}", "higher"))
+        metrics.append(Metric("psnr", means["psnr"], "dB", f"{own}{exact}", "higher"))
     else:
         _log.warning("no PSNR: all %s reconstructions are exact", f"{reconstruction.images:,}")
-    metrics.append(Metric("ssim", means["ssim"], "", images, "higher"))
+    metrics.append(Metric("ssim", means["ssim"], "", own, "higher"))
     if "lpips" in means:
-        metrics.append(Metric("lpips", means["lpips"], "", f"{images}; VGG16, output not clamped", "lower"))
+        metrics.append(Metric("lpips", means["lpips"], "", f"{seen}; VGG16, output not clamped", "lower"))
     for name in config.evaluate.metrics.extractors:
         metric, distance = (
             _named("reconstruction_frechet_distance", name, config),
@@ -41,13 +44,17 @@ def reconstruction_metrics(reconstruction: Reconstruction, config: RunConfig) ->
         extraction = _extraction(name, reconstruction.images, config)
         metrics.append(Metric(metric, distance, "", f"{images}; {extraction}", "lower"))
     if "alignment" in means:
-        compared = f"{images}; projected latents against features of {config.teacher.name}"
+        compared = f"{seen}; projected latents against features of {config.teacher.name}"
         metrics.append(Metric("alignment_cosine", means["alignment"], "", compared, "higher"))
     return metrics
 
 
 def generation_metrics(
-    generated_images: Summaries, references: Mapping[str, Reference], config: RunConfig, device: torch.device
+    generated_images: Summaries,
+    references: Mapping[str, Reference],
+    config: RunConfig,
+    classes: int,
+    device: torch.device,
 ) -> list[Metric]:
     """Metrics of generated images: all of them through the main extractor, Fréchet distances through the others.
 
@@ -55,14 +62,16 @@ def generation_metrics(
         generated_images: features of the images by the name of the extractor, all kept.
         references: what they are compared with, by the name of the extractor.
         config: configuration of the run.
+        classes: number of classes of its images.
         device: where metrics over pairs of features are computed.
     """
     extractor, *others = config.evaluate.metrics.extractors
     found = evaluate_generation(generated_images[extractor], references[extractor], config.seed, device)
     further, images = further_distances(generated_images, references, others), found.images
-    generated, reference = _generated(images, config), references[extractor]
+    generated, reference = _generated(images, config, classes), references[extractor]
     against = f"{generated} against {reference.name}"
-    compared = f"{against}; {describe(extractor, config.evaluate.metrics).protocol}"
+    compared = f"{against}; {_protocol(extractor, config)}"
+    seen = config.shards.pixel_format.as_color()
     metrics = []
     distances = {extractor: found.frechet_distance, **further}
     for each in config.evaluate.metrics.extractors:
@@ -71,12 +80,12 @@ def generation_metrics(
         protocol = f"{generated} against {other.name}; {extraction}"
         metrics.append(Metric(_named("generation_frechet_distance", each, config), distance, "", protocol, "lower"))
     if found.spatial_frechet_distance is not None:
-        protocol = f"{against}; {extractor}, features of 17 x 17 positions (sFID)"
+        protocol = _joined(f"{against}; {extractor}, features of 17 x 17 positions (sFID)", seen)
         metrics.append(
             Metric("generation_spatial_frechet_distance", found.spatial_frechet_distance, "", protocol, "lower")
         )
     if found.inception_score is not None:
-        protocol = f"{generated}; {extractor}, mean over splits of {SPLIT_IMAGES:,}"
+        protocol = _joined(f"{generated}; {extractor}, mean over splits of {SPLIT_IMAGES:,}", seen)
         metrics.append(Metric("inception_score", found.inception_score, "", protocol, "higher"))
     if found.kernel_distance is not None:
         mean, std, subset = found.kernel_distance
@@ -90,7 +99,7 @@ def generation_metrics(
 
 
 def classifier_metrics(
-    verdict: ClassifierVerdict, generated: int, held_out: int, train: int, config: RunConfig
+    verdict: ClassifierVerdict, generated: int, held_out: int, train: int, config: RunConfig, classes: int
 ) -> list[Metric]:
     """Metrics of generated images by a classifier of real ones.
 
@@ -100,9 +109,10 @@ def classifier_metrics(
         held_out: number of images of the ceiling.
         train: number of images that it was fitted to.
         config: configuration of the run.
+        classes: number of classes of its images.
     """
-    protocol = _generated(generated, config)
-    classifier = f"support vector machine on the pixels of {train:,} training images"
+    protocol, seen = _generated(generated, config, classes), config.shards.pixel_format.as_color()
+    classifier = _joined(f"support vector machine on the pixels of {train:,} training images", seen)
     real = f"custom: {held_out:,} held-out images"
     metrics = [
         Metric("class_agreement", verdict.class_agreement, "", f"{protocol}; {classifier}", "higher"),
@@ -110,6 +120,7 @@ def classifier_metrics(
     ]
     if verdict.within_class_variety is not None:
         variety = f"{protocol}; mean pixel distance within a class, over that of {train:,} training images"
+        variety = _joined(variety, seen)
         metrics.append(Metric("within_class_variety", verdict.within_class_variety, "", variety, "higher"))
     return metrics
 
@@ -133,9 +144,15 @@ def latent_space_metrics(latent_space: LatentSpace) -> list[Metric]:
     ]
 
 
-def generation_protocol(generated: int, config: RunConfig) -> str:
-    """Protocol of generated images: their number and labels, solver and guidance."""
-    return f"{config.sample.in_words(generated)}, {config.solver.summary}, {config.guidance.summary}"
+def generation_protocol(generated: int, config: RunConfig, classes: int | None) -> str:
+    """Protocol of generated images: their number and labels, solver and guidance.
+
+    Args:
+        generated: number of images.
+        config: configuration of the run.
+        classes: number of classes of its images; None where it is not known.
+    """
+    return f"{config.sample.in_words(generated, classes)}, {config.solver.summary}, {config.guidance.summary}"
 
 
 def small_set_warning(extractor: Description, images: int) -> str | None:
@@ -145,14 +162,22 @@ def small_set_warning(extractor: Description, images: int) -> str | None:
     return f"only {images:,} images for {extractor.num_features:,} dimensions, so compare equal numbers only"
 
 
-def _generated(count: int, config: RunConfig) -> str:
-    return f"{config.evaluate.generation_protocol}: {generation_protocol(count, config)}"
+def _generated(count: int, config: RunConfig, classes: int) -> str:
+    return f"{config.evaluate.generation_protocol}: {generation_protocol(count, config, classes)}"
+
+
+def _protocol(name: ExtractorName, config: RunConfig) -> str:
+    """Protocol of an extractor, with how it sees the images of a run."""
+    return _joined(describe(name, config.evaluate.metrics).protocol, config.shards.pixel_format.as_color())
+
+
+def _joined(protocol: str, further: str) -> str:
+    return f"{protocol}; {further}" if further else protocol
 
 
 def _extraction(name: ExtractorName, images: int, config: RunConfig) -> str:
-    description = describe(name, config.evaluate.metrics)
-    warning = small_set_warning(description, images)
-    return description.protocol if warning is None else f"{description.protocol}; {warning}"
+    warning = small_set_warning(describe(name, config.evaluate.metrics), images)
+    return _joined(_protocol(name, config), warning or "")
 
 
 def _named(metric: str, extractor: str, config: RunConfig) -> str:

@@ -10,9 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
+
+import vavae.matplotlib_compat  # noqa: F401  (before matplotlib)
+
+# isort: split
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure

@@ -54,13 +54,14 @@ class _Shown(NamedTuple):
 
 
 def _pictures(inputs: ReportInputs) -> list[Picture]:
-    generated = generation_protocol(inputs.config.sample.images, inputs.config)
+    generated = generation_protocol(inputs.config.sample.images, inputs.config, inputs.classes)
+    rows, grid = ("; one class a row", ", a class per row") if inputs.classes != 0 else ("", "")
     shown = (
         _Shown(
             SAMPLES,
             "Samples",
-            f"The first of {generated}; one class a row.",
-            "Grid of generated images, a class per row",
+            f"The first of {generated}{rows}.",
+            f"Grid of generated images{grid}",
         ),
         _Shown(
             RECONSTRUCTIONS,

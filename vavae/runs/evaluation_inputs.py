@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vavae.data.shards.manifest import read_manifest
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run, StoredArtifact
 from vavae.storage.artifact import Artifact
@@ -84,15 +85,19 @@ class ReportInputs:
     """Records of what the jobs have made."""
     trainings: Mapping[Job, Storage]
     """Folders of the trainings that have data to train on."""
+    classes: int | None
+    """Number of classes of the images; None before there are image shards."""
 
     @classmethod
     def of(cls, run: Run) -> "ReportInputs":
         """Resolve those of a run, finished or not."""
         run = run.snapshot()
         found = {job: run.artifact(job) for job in JOBS}
+        has_shards = found["prepare_shards"] is not None
         return cls(
             config=run.config,
             storage=run.storage,
             artifacts={job: record for job, record in found.items() if record is not None},
             trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
+            classes=len(read_manifest(run.folder("prepare_shards")).classes) if has_shards else None,
         )

@@ -35,10 +35,19 @@ class SampleConfig(Config):
     actors: int = runtime(1, ge=1)
     """Shards generated at the same time, each by `workers.cpus` cores or one GPU."""
     picture_columns: int = runtime(10, ge=1)
-    """Images per class in the picture `samples.png`."""
+    """Images per class in the picture `samples.png`, or in each of as many rows where there is one class or none."""
 
-    def in_words(self, count: int) -> str:
-        """Describe so many of these images, for the protocol of a metric."""
+    def in_words(self, count: int, classes: int | None) -> str:
+        """Describe so many of these images, for the protocol of a metric.
+
+        Args:
+            count: number of images.
+            classes: number of classes of the run's images; None where it is not known.
+        """
+        if classes == 0:
+            return f"{count:,} samples"
+        if self.labels == "class_balanced" and classes is not None and count < classes:
+            return f"{count:,} samples, one of each of the first {count:,} of {classes:,} classes"
         if self.labels == "class_balanced":
             return f"{count:,} class-balanced samples"
         if self.labels == "random":

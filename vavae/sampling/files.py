@@ -157,10 +157,14 @@ def write_sample_files(samples: SampleSet, run: Storage) -> dict[str, int]:
 
 
 def picture_rows(labels: Sequence[int], columns: int) -> list[list[int]]:
-    """Indices of the images in a picture: a class a row, the lowest labels that occur, rows of one length."""
-    rows = [
-        [index for index, label in enumerate(labels) if label == shown][:columns]
-        for shown in sorted({*labels})[:_PICTURE_CLASSES]
-    ]
+    """Indices of the images in a picture, in rows of one length: a class a row, the lowest labels that occur.
+
+    Images of one label alone, as those without classes are, fill as many rows as columns, as far as they go.
+    """
+    shown = sorted({*labels})[:_PICTURE_CLASSES]
+    if len(shown) == 1:
+        rows = [[*range(len(labels))[start : start + columns]] for start in range(0, len(labels), columns)][:columns]
+        return [row for row in rows if len(row) == len(rows[0])]
+    rows = [[index for index, label in enumerate(labels) if label == each][:columns] for each in shown]
     length = min(map(len, rows))
     return [row[:length] for row in rows]

@@ -4,6 +4,9 @@ import io
 from collections.abc import Sequence
 from statistics import fmean
 
+import vavae.matplotlib_compat  # noqa: F401  (before matplotlib)
+
+# isort: split
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

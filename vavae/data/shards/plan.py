@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from vavae.config import digest, identity
 from vavae.data.config import NO_LABELS, ShardsConfig
@@ -49,8 +49,14 @@ class ShardPlan:
 
     @property
     def images(self) -> int:
-        """Images in all sources."""
+        """Images in all shards that are to be written."""
         return sum(len(shard.records) for shard in self.shards)
+
+    @property
+    def train_images(self) -> int:
+        """Images of the train split, those of shards that are there already included."""
+        written = sum(len(shard.records) for shard in self.shards if shard.name.startswith(f"{TRAIN}/"))
+        return written or cast(int, self.sources[TRAIN]["images"])
 
 
 def plan_shards(config: ShardsConfig, storage: Storage) -> ShardPlan:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ def index_shards(
     storage: Storage,
     keys: RecordKeys = RecordKeys(),  # noqa: B008 - it cannot be changed
 ) -> Manifest:
-    """Build the manifest of existing WebDataset tars, which stay where they are.
+    """Build the manifest of existing WebDataset tars, which stay where they are; it leaves out records of a null label.
 
     Its image size is the default: a run that takes the manifest for its shards puts its own there.
 
@@ -38,6 +38,8 @@ def index_shards(
     """
     found: dict[str, tuple[ShardInfo, ...]] = {}
     values: dict[int | str, str] = {}  # with the place of the first record of each
+    null: dict[tuple[str, int], list[int]] = {}  # positions by split and shard
+    unlabeled: list[str] = []
     label_key, is_first = keys.label, True
     for split, urls in splits.items():
         infos: list[ShardInfo] = []
@@ -51,8 +53,12 @@ def index_shards(
                 find_image(record, name, keys.image)
                 if is_first:
                     label_key, is_first = find_label(record, name, keys.label), False
-                if label_key is not None:
-                    values.setdefault(read_label(record, label_key, name), name)
+                label = None if label_key is None else read_label(record, label_key, name)
+                if label is not None:
+                    values.setdefault(label, name)
+                elif label_key is not None:
+                    null.setdefault((split, len(infos)), []).append(index)
+                    unlabeled.append(name)
             infos.append(
                 ShardInfo(
                     name=f"{len(infos):06d}.tar",
@@ -63,16 +69,23 @@ def index_shards(
                 )
             )
         found[split] = tuple(infos)
+    if not values:  # where all labels are null, the set has none
+        label_key, null, unlabeled = None, {}, []
+    kept = _without(found, null)
+    empty_split = next((split for split, shards in kept.items() if not shards), None)
+    if empty_split:
+        raise UserError(f"{label_key} is null in every record of split {empty_split}: nothing would be left of it")
     by_name = any(isinstance(value, str) for value in values)
     names = _names_of(classes, values, by_name)
     used = {str(value) if by_name else names[int(value)] for value in values}
     empty = [name for name in names if name not in used]
     return Manifest(
-        splits=found,
+        splits=kept,
         classes=names,
         image_size=ShardsConfig.model_fields["image_size"].default,
         sources={},
-        excluded=tuple(exclusion("classes without an image", empty)) or None,
+        excluded=(*exclusion("classes without an image", empty), *exclusion("records of a null label", unlabeled))
+        or None,
         image_key=keys.image,
         label_key=None if label_key == LABEL else label_key,
         by_name=by_name or None,
@@ -182,21 +195,31 @@ def without_unreadable(manifest: Manifest, found: Iterable[ShardFaults]) -> Mani
     Raises:
         UserError: no image of a split is left.
     """
-    splits = {split: list(shards) for split, shards in manifest.splits.items()}
-    names: list[str] = []
-    for faults in found:
-        info = splits[faults.split][faults.number]
-        dropped = tuple(sorted({*(info.dropped or ()), *faults.unreadable}))
-        if faults.unreadable:
-            update = {"count": info.count - len(faults.unreadable), "dropped": dropped}
-            splits[faults.split][faults.number] = info.model_copy(update=update)
-        names += [line.partition(": ")[0] for line in faults.unreadable.values()]
-    left = {split: ShardList.of(shard for shard in shards if shard.count) for split, shards in splits.items()}
+    unreadable = {(faults.split, faults.number): faults.unreadable for faults in found if faults.unreadable}
+    names = [line.partition(": ")[0] for lines in unreadable.values() for line in lines.values()]
+    left = _without(manifest.splits, unreadable)
     empty = next((split for split, shards in left.items() if not shards), None)
     if empty:
         raise UserError(f"no image of split {empty} can be read: nothing would be left of it")
     skipped = {"skipped": (*manifest.skipped, *names), "skipped_count": manifest.skipped_count + len(names)}
     return manifest.model_copy(update={"splits": left, **skipped})
+
+
+def _without(
+    splits: Mapping[str, Sequence[ShardInfo]], positions: Mapping[tuple[str, int], Collection[int]]
+) -> dict[str, ShardList]:
+    """The shards of splits less some of their records, by split and number of the shard; none is left empty."""
+
+    def less(info: ShardInfo, dropped: Collection[int]) -> ShardInfo:
+        update = {"count": info.count - len(dropped), "dropped": tuple(sorted({*(info.dropped or ()), *dropped}))}
+        return info.model_copy(update=update) if dropped else info
+
+    return {
+        split: ShardList.of(
+            left for number, info in enumerate(infos) if (left := less(info, positions.get((split, number), ()))).count
+        )
+        for split, infos in splits.items()
+    }
 
 
 class SplitStatistics(NamedTuple):

@@ -140,13 +140,13 @@ def list_class_folders(source: Files, keys: RecordKeys = RecordKeys()) -> Listin
     """Arrange files by the classes that a file beside them names, or by class folder, or take them without labels.
 
     Class folders are `class/.../name.jpg`, beneath any number of folders that wrap all classes. Images that all lie in
-    one folder, which is the source or a split of it, have no labels.
+    one folder, which is the source or a split of it, or is described by a file without labels, have no labels.
 
     Args:
         source: the files; those that are no images, and hidden ones, are left out.
         keys: the column of the classes.
     """
-    found = sort_files(source, "class/name.jpg (or .png, ...)")
+    found = sort_files(source, "name.jpg or class/name.jpg (or .png, ...)")
     described = [read_metadata(file.path, source.read(file), keys.label) for file in found.metadata]
     captions = {name: text for each in described for name, text in each.captions.items()}
     labels = {name: label for each in described for name, label in each.labels.items()}
@@ -160,6 +160,8 @@ def list_class_folders(source: Files, keys: RecordKeys = RecordKeys()) -> Listin
         )
     else:
         listing = _by_folder(source, found)
+        if described and len(listing.classes) == 1:  # the folder of images of a table of captions
+            listing = listing.without_labels()
     if not captions:
         return listing
     records = [record._replace(caption=captions.get(record.key)) for record in listing.records]

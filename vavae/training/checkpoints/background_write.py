@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from threading import Event, Thread
 
-from vavae.errors import UserError
+from vavae.errors import UserError, one_line
 from vavae.training.checkpoints.lease import SupersededError
 
 
@@ -26,7 +26,8 @@ class BackgroundWrite:
         except SupersededError as error:
             self._error = error
         except (OSError, UserError) as error:
-            self._error = UserError(str(error))  # errors of stores' clients cannot be sent to other ranks
+            # Errors of stores' clients cannot be sent to other ranks.
+            self._error = UserError(one_line(error) if isinstance(error, OSError) else str(error))
         else:
             self._error = None
 

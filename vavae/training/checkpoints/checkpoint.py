@@ -154,7 +154,7 @@ class Checkpoints:
         if isinstance(error, SupersededError):
             raise error
         if error is not None:
-            raise CommonError(f"no checkpoint could be written: {error}; the one before stays")
+            raise CommonError(f"no checkpoint could be written: {error}; earlier ones stay")
 
     def check_lease(self) -> None:
         """Make sure that this attempt may still write. Every rank calls it.
