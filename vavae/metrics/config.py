@@ -5,10 +5,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vavae.config import Config, identity, runtime
-from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig, WeightsPath
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig, InceptionConfig, WeightsPath
 
-ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
-"""Name of an extractor: the embedded network, that of FID, or a DINOv2 (published with the large one)."""
+ExtractorName = Literal[
+    "efficientnet_lite0", "efficientnet_lite2", "inception", "dinov2_small", "dinov2_base", "dinov2_large"
+]
+"""Name of an extractor: an embedded network, that of FID, or a DINOv2 (published with the large one)."""
 
 
 class MetricsConfig(Config):
@@ -34,8 +36,8 @@ class MetricsConfig(Config):
         """The network of timm behind an extractor; none for `inception`, which timm does not have."""
         if name == "inception":
             return None
-        if name == EMBEDDED:
-            return BackboneConfig(name=EMBEDDED)
+        if name in EMBEDDED_WEIGHTS:
+            return BackboneConfig(name=name)
         size = name.removeprefix("dinov2_")
         return BackboneConfig(name=f"vit_{size}_patch14_dinov2.lvd142m", weights=self.dinov2_weights)
 
