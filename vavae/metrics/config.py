@@ -50,6 +50,15 @@ class MetricsConfig(Config):
         return described
 
 
+class MindConfig(Config):
+    """Settings of the distance MIND: the mean over directions of the squared distance of sorted projections."""
+
+    directions: int = Field(1_000, ge=1)
+    """Random directions."""
+    samples: int = Field(5_000, ge=2)
+    """Images of each set, generated and real; fewer where there are fewer of either."""
+
+
 class LatentSpaceConfig(Config):
     """Settings of the density metrics of the paper's Table 6; a map of 10,000 tokens takes minutes."""
 

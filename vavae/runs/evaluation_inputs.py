@@ -81,6 +81,8 @@ class ReportInputs:
     """Records of what the jobs have made."""
     trainings: Mapping[Job, Storage]
     """Folders of the trainings that have data to train on."""
+    shards: Storage
+    """Folder of the image shards."""
 
     @classmethod
     def of(cls, run: Run) -> "ReportInputs":
@@ -92,4 +94,5 @@ class ReportInputs:
             storage=run.storage,
             artifacts={job: record for job, record in found.items() if record is not None},
             trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
+            shards=run.folder("prepare_shards"),
         )

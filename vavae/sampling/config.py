@@ -37,10 +37,16 @@ class SampleConfig(Config):
     picture_columns: int = runtime(10, ge=1)
     """Images per class in the picture `samples.png`."""
 
-    def in_words(self, count: int) -> str:
-        """Describe so many of these images, for the protocol of a metric."""
+    def in_words(self, count: int, classes: int = 1) -> str:
+        """Describe so many of these images, for the protocol of a metric.
+
+        Args:
+            count: number of images.
+            classes: number of classes.
+        """
         if self.labels == "class_balanced":
-            return f"{count:,} class-balanced samples"
+            each, more = divmod(count, max(1, classes))
+            return f"{count:,} class-balanced samples" + (f" ({each:,} or {each + 1:,} of a class)" if more else "")
         if self.labels == "random":
             return f"{count:,} randomly labelled samples"
         return f"{count:,} samples of {len(self.labels)} given labels"
