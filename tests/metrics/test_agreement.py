@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vavae.errors import UserError
-from vavae.metrics.generation import class_agreement, within_class_variety
+from vavae.metrics.generation import LinearProbe, class_agreement, within_class_variety
 
 CLASSES, PER_CLASS = 3, 20
 LABELS = torch.arange(CLASSES).repeat_interleave(PER_CLASS)
@@ -46,6 +46,26 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     with pytest.raises(UserError, match=r"\.\[quickstart\]"):
         class_agreement(images(), LABELS, images(), LABELS, seed=0)
+
+
+def features(seed: int = 0) -> Tensor:
+    """Class c lies around unit vector c, in dimensions of very different scales."""
+    noise = 0.1 * torch.randn(len(LABELS), CLASSES, generator=torch.Generator().manual_seed(seed))
+    return (torch.eye(CLASSES)[LABELS] + noise) * torch.tensor([1.0, 100.0, 0.01])
+
+
+def test_a_linear_probe_agrees_with_the_right_classes_whatever_the_scale_of_features():
+    probe = LinearProbe(features(), LABELS)
+    assert probe.agreement(features(seed=1), LABELS) == 1
+    asked = LABELS.clone()
+    asked[:15] = 2  # of 20 zeros
+    assert probe.agreement(features(seed=1), asked) == pytest.approx(45 / 60)
+    assert LinearProbe(1e3 * features() - 7, LABELS).agreement(1e3 * features(seed=1) - 7, LABELS) == 1
+
+
+def test_a_linear_probe_of_one_class_is_refused():
+    with pytest.raises(UserError, match="two classes or more"):
+        LinearProbe(features(), torch.zeros_like(LABELS))
 
 
 def test_variety_is_relative_to_the_real_images():

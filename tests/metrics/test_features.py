@@ -56,6 +56,15 @@ def test_features_do_not_depend_on_the_batch(extractor: TimmExtractor):
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
+def test_the_judge_sees_images_as_large_as_in_its_training():
+    judge = TimmExtractor("efficientnet_lite2", MetricsConfig(further_extractors=("efficientnet_lite2",)))
+    assert judge(images(1, 32)).shape == (1, 1280)
+    assert (judge.input_size, judge.model.pretrained_cfg["input_size"]) == (260, (3, 260, 260))
+    assert judge.description.protocol == (
+        "efficientnet_lite2, pooled features, images resized to 260 px (bicubic, antialiased)"
+    )
+
+
 def test_the_network_sees_its_own_normalization(extractor: TimmExtractor):
     seen: list[Tensor] = []
     handle = extractor.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -99,3 +99,9 @@ def test_the_configuration_names_its_key():
 )
 def test_the_mode_in_words(mode, classes, words):
     assert SampleConfig(labels=mode).in_words(50_000, classes) == words
+
+
+def test_samples_that_no_class_has_equally_many_of_say_so():
+    assert SampleConfig().in_words(2_500, 1_000) == "2,500 class-balanced samples (2 or 3 of a class)"
+    assert SampleConfig().in_words(8, len(CLASSES)) == "8 class-balanced samples (2 or 3 of a class)"
+    assert np.bincount(labels("class_balanced", 8)).tolist() == [3, 3, 2]

@@ -113,6 +113,10 @@ _SETTINGS = {
     "a number that is missing": ("search: {method: random}", "needs a number of trials"),
     "a grid for Optuna": ("search: {method: optuna, trials: 3}", "write choice"),
     "a misspelt metric": ("objectives: [generation_frechet_distanse]", "did you mean generation_frechet_distance?"),
+    "an objective that not every trial has": (
+        "objectives: [{measure: images_to_frechet/50, better: lower}]",
+        "a trial that does not come so far has no images_to_frechet/50; search for generation_frechet_distance",
+    ),
     "one rule for two objectives": ("early_stopping: {rule: asha}", "compares one objective"),
     "a threshold that comes too late": ("thresholds: {generation_frechet_distance: {max: 1}}", "is not known before"),
     "a seed twice": ("seeds: [1, 1]", "repeats one"),

@@ -15,7 +15,7 @@ from vavae.runs.run import Run
 from vavae.sweep.results import write_sweep
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, Task, read_ledger, run_trial, write_entry
-from vavae.sweep.trial_results import collect, front, speed_ups, twins
+from vavae.sweep.trial_results import SeedMean, TrialResult, collect, front, speed_ups, twins
 
 _BASE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -127,6 +127,26 @@ def test_the_table_has_every_trial_and_rung(root: Path, reports) -> None:
     on_front = {row["trial"] for row in rows if row["on_front"] == "True"}
     assert on_front == {name_of_trial(sweep.points()[1]), name_of_trial(sweep.points()[3])}, "the deeper ones"
     assert on_front == {one.name for one in front(collect(sweep), sweep.config.objectives)}
+
+
+def test_a_distance_that_a_trial_does_not_reach_is_said_and_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("run.train_lightningdit.measure={every_images: 128}", "run.evaluate.frechet_thresholds=[50]")
+    sweep = _sweep(tmp_path, "seeds=[0, 1]", *asked)
+    row = {name: SeedMean(60.0, 1.0) for name in ("generation_frechet_distance", "reconstruction_frechet_distance")}
+    reached = {"images_to_frechet/50": SeedMean(12_810.4, 9.0), "epochs_to_frechet/50": SeedMean(2.5, 0.1)}
+    results = [
+        TrialResult(name_of_trial(point), point, "finished", "", {256: {**row, **more}})
+        for point, more in zip(sweep.points(), (reached, {}), strict=False)
+    ]
+    monkeypatch.setattr("vavae.sweep.results.collect", lambda sweep: results)
+    write_sweep(sweep)
+    table, page = ((tmp_path / "toy" / name).read_text() for name in ("trials.csv", "frontier.html"))
+    found = [row["images_to_frechet/50"] for row in csv.DictReader(io.StringIO(table))]
+    assert found == ["12810.4", "not reached with every seed"]
+    assert "<td>12,810 ± 9</td>" in page
+    assert page.count("not reached with every seed") == 2, "images and epochs"
 
 
 def test_best_configurations_run_as_they_are(root: Path, reports) -> None:

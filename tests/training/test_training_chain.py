@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vavae.errors import UserError
 from vavae.evaluation import evaluator as evaluator_module
 from vavae.evaluation import parts
 from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
+from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import Reference, evaluate_generation
 from vavae.evaluation.parts import Part
@@ -103,6 +105,44 @@ def test_what_was_seen_of_the_tokenizer_serves_the_next_samples(run: Run, monkey
     assert found is not None
     assert found.mean.cv == metrics["density_cv"]["value"]
     assert again.reconstruction().means["psnr"] == metrics["psnr"]["value"]
+
+
+def test_further_metrics_of_a_finished_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_pending_checkpoints(CheckpointEvaluationInputs.of(run))
+    shutil.copytree(run.storage.url(), tmp_path / "again")
+    measured = CheckpointMetrics.of(run.training_folder("train_lightningdit"), run.config.train_lightningdit)
+    assert measured is not None
+    first, last = (measured.values()[seen]["generation_frechet_distance"] for seen in (128, 256))
+    between, never = (first * last) ** 0.5, last / 2
+    asked = {
+        "class_agreement": "efficientnet_lite0",
+        "frechet_ratio": {},
+        "frechet_thresholds": [between, never],
+        "mind": {"directions": 50},
+    }
+    evaluate = EvaluateConfig.model_validate({**run.config.evaluate.model_dump(), **asked})
+    storage = run.config.storage.model_copy(update={"root": str(tmp_path)})
+    again = Run(run.config.model_copy(update={"name": "again", "storage": storage, "evaluate": evaluate}))
+    monkeypatch.setattr(evaluator_module, "CLASSIFIER_IMAGES", 300)
+    in_process.evaluate_and_report(again)
+    before, after = (json.loads(each.storage.read_bytes("metrics.json")) for each in (run, again))
+    # The probe and the classifier of pixels are of other images than these: only what both have is equal.
+    assert all(after[name] == metric for name, metric in before.items() if not name.startswith("class_agreement"))
+    probe = after["class_agreement_of_real_images"]
+    assert 0.8 < probe["value"] <= 1
+    assert probe["protocol"].startswith(
+        "custom: 64 held-out images; linear probe (logistic regression, C = 0.01) on standardized features of 300 "
+    )
+    ratio, alone = (after[f"generation_frechet_ratio{suffix}"] for suffix in ("", "_efficientnet_lite0"))
+    assert ratio["value"] == alone["value"] > 1
+    assert "that of 40 training images" in alone["protocol"]
+    if last < first:
+        images = after[f"images_to_frechet/{between:g}"]
+        assert images["value"] == pytest.approx(192), "the middle, for the threshold is the geometric mean"
+    report = again.storage.read_bytes("report.html").decode()
+    assert f"images_to_frechet/{never:g}" in report
+    assert "not reached in 256 images; lowest" in report
+    assert again.plan("evaluate").done
 
 
 def _evaluator(run: Run) -> Evaluator:

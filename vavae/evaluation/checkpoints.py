@@ -48,7 +48,7 @@ def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) ->
         config.sample.batch_size,
     )
     generated = evaluator.summarize(images, settings.images)
-    metrics = generation_metrics(generated, evaluator.references(), config, evaluator.classes, evaluator.device)
+    metrics = generation_metrics(generated, evaluator.references(), len(classes), config, evaluator.device)
     content = metrics_json(metrics)
     # A folder of its own: TensorBoard follows the newest file of a folder, and the training keeps writing its own.
     tensorboard = inputs.evaluation.storage.child("tensorboard/train_lightningdit_measured")

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, runtime
-from vavae.metrics.config import LatentSpaceConfig, MetricsConfig
+from vavae.config import Config, LocalPath, added, runtime
+from vavae.metrics.config import ExtractorName, LatentSpaceConfig, MetricsConfig, MindConfig
 
 GENERATION_PROTOCOLS = {"adm-50k": 50_000, "fid-10k": 10_000}
 """Generated images of a protocol, which are compared through Inception with ADM's reference, an npz file, or with what
@@ -16,6 +16,14 @@ RECONSTRUCTION_PROTOCOLS = {"rfid-val-50k": 50_000}
 """Number of held-out images of a protocol: all of ImageNet's validation set, through Inception."""
 
 HELD_OUT, TRAIN = "validation", "train"
+
+
+class FrechetRatioConfig(Config):
+    """Fréchet distances over that of real images, through every extractor, and the mean of these ratios (FDr)."""
+
+    divisors: dict[ExtractorName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Distance of real images to the reference by extractor. One that is not given is measured: of as many images as
+    are generated, or as there are, of the split that is not the reference."""
 
 
 class EvaluateConfig(Config):
@@ -34,8 +42,16 @@ class EvaluateConfig(Config):
     or an npz file with statistics as ADM or pytorch-fid publish it, as a path or a storage URL."""
     lpips: bool = False
     """Measure LPIPS too, on VGG16 with the weights that `losses.perceptual.weights` names."""
-    class_agreement: bool = False
-    """Fit a classifier to the pixels of real images and classify the generated ones with it; for small images."""
+    class_agreement: bool | ExtractorName = False
+    """Fit a classifier to real images and classify the generated ones with it: `true` fits one to their pixels, for
+    small images; the name of one of the extractors fits a linear probe to its features."""
+    frechet_ratio: FrechetRatioConfig | None = added(None)
+    """Divide the Fréchet distances through all extractors by those of real images; null does not."""
+    frechet_thresholds: tuple[Annotated[float, Field(gt=0)], ...] = added(())
+    """Fréchet distances K: `images_to_frechet/K` and `epochs_to_frechet/K` say when the checkpoints that
+    `train_lightningdit.measure` evaluates first fall to each (EP_FD@K)."""
+    mind: MindConfig | None = added(None)
+    """Measure the distance MIND of generated images, through the main extractor; null does not."""
     latent_space: LatentSpaceConfig | None = None
     """Measure how evenly the latents fill their space, as in Table 6; null does not."""
     batch_size: int = runtime(64, ge=1)
@@ -50,18 +66,48 @@ class EvaluateConfig(Config):
         """Path or URL of the npz file, where the reference is one."""
         return None if self.reference in (HELD_OUT, TRAIN) else self.reference
 
-    def check_samples(self, images: int) -> None:
-        """Check the number of generated images.
+    @property
+    def measured_divisors(self) -> tuple[ExtractorName, ...]:
+        """Extractors through which the distance of real images is measured, to divide by it."""
+        ratio = self.frechet_ratio
+        return () if ratio is None else tuple(name for name in self.metrics.extractors if name not in ratio.divisors)
+
+    def check_samples(self, images: int, labels: str | tuple[int | str, ...]) -> None:
+        """Check the number and the labels of the generated images.
 
         Raises:
-            ValueError: it is not that of the protocol.
+            ValueError: they are not those of the protocol.
         """
+        if self.generation_protocol != "custom" and not isinstance(labels, str):
+            raise ValueError(
+                f"evaluate.generation_protocol={self.generation_protocol} takes samples of all classes: set "
+                "sample.labels to class_balanced or random, or generation_protocol=custom"
+            )
         wanted = GENERATION_PROTOCOLS.get(self.generation_protocol, images)
         if images != wanted:
             raise ValueError(
                 f"evaluate.generation_protocol={self.generation_protocol} takes {wanted:,} samples, sample.images is "
                 f"{images:,}: set it, or generation_protocol=custom"
             )
+
+    @model_validator(mode="after")
+    def _extractors_are_there(self) -> Self:
+        classifier, there = self.class_agreement, self.metrics.extractors
+        divisors = () if self.frechet_ratio is None else self.frechet_ratio.divisors
+        missing = [name for name in divisors if name not in there]
+        if not isinstance(classifier, bool) and classifier not in there:
+            raise ValueError(f"class_agreement={classifier} is no extractor: add it to metrics.further_extractors")
+        if missing:
+            raise ValueError(
+                f"frechet_ratio.divisors.{missing[0]} is of no extractor: leave it out, or add it to "
+                "metrics.further_extractors"
+            )
+        if self.reference_file is not None and self.measured_divisors:
+            raise ValueError(
+                f"frechet_ratio has no divisor for {self.measured_divisors[0]}, and cannot measure it against a file: "
+                "give it in frechet_ratio.divisors, or set reference to train or validation"
+            )
+        return self
 
     @model_validator(mode="after")
     def _protocols_hold(self) -> Self:

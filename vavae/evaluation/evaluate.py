@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vavae.evaluation.evaluator import Evaluator
+from vavae.evaluation.evaluator import CLASSIFIER_IMAGES, Evaluator
 from vavae.evaluation.generation import classify_generated
 from vavae.evaluation.metric import Metric, require_results
 from vavae.evaluation.metrics import (
     classifier_metrics,
+    frechet_ratio_metrics,
     generation_metrics,
     latent_space_metrics,
     reconstruction_metrics,
@@ -22,8 +23,6 @@ from vavae.progress import Progress
 from vavae.runs.evaluation_inputs import EvaluationInputs
 
 _log = logging.getLogger(__name__)
-
-_CLASSIFIER_IMAGES = 4000
 
 
 class Evaluation(NamedTuple):
@@ -62,17 +61,20 @@ def evaluate(
             )
     begin("comparing features")
     metrics = reconstruction_metrics(reconstruction, config)
-    metrics += generation_metrics(
-        evaluator.generated(), evaluator.references(), config, evaluator.classes, evaluator.device
-    )
-    if config.evaluate.class_agreement:
+    classes, references = evaluator.classes, evaluator.references()
+    generated = generation_metrics(evaluator.generated(), references, classes, config, evaluator.device)
+    metrics += generated + frechet_ratio_metrics(generated, evaluator.divisors(references), classes, config)
+    classifier = config.evaluate.class_agreement
+    if classifier:
         begin("classifying samples")
-        train, held_out = (evaluator.first_images(split, _CLASSIFIER_IMAGES) for split in ("train", "validation"))
-        verdict = classify_generated(evaluator.samples(), train, held_out, config.seed)
-        counts = config.sample.images, len(held_out.images), len(train.images)
+        train, held_out = (evaluator.first_images(split, CLASSIFIER_IMAGES) for split in ("train", "validation"))
+        samples = evaluator.samples()
+        features = None if classifier is True else evaluator.labeled_features(classifier, samples.labels)
+        verdict = classify_generated(samples, train, held_out, config.seed, features)
+        counts = config.sample.images, len(train.images)
         if verdict.within_class_variety is None:
             _log.warning("no within-class variety: no class has two generated and two differing real images")
-        metrics += classifier_metrics(verdict, *counts, config, evaluator.classes)
+        metrics += classifier_metrics(verdict, *counts, classes, config)
     latent_space = evaluator.latent_space(
         lambda done, total: report(Progress("evaluate", done, total, "maps", doing="mapping latents"))
     )

@@ -1,9 +1,9 @@
 """The evaluator of a run: its images are evaluated in parts, by any number of actors, in any order, with equal bits."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from vavae.data.shards.manifest import read_manifest
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation.config import HELD_OUT, RECONSTRUCTION_PROTOCOLS, TRAIN, EvaluateConfig
-from vavae.evaluation.generation import Reference, sample_batches
+from vavae.evaluation.generation import Divisor, LabeledFeatures, Reference, sample_batches
 from vavae.evaluation.latent_space import LatentSpace, evaluate_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct
 from vavae.finite import require_finite_images
 from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
 from vavae.losses.perceptual import LPIPS
+from vavae.metrics.config import ExtractorName
 from vavae.metrics.features import FeatureExtractor, Summaries, Summarizer, describe, join, load_extractor, summarize
+from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.latent_space import FEWEST_TOKENS
 from vavae.metrics.reference import ReferenceFile, read_reference, reference_images
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
@@ -31,6 +33,9 @@ from vavae.runs.evaluation_inputs import EvaluationInputs
 from vavae.runs.run import StoredArtifact
 from vavae.sampling.sample_shards import read_samples
 from vavae.storage.storage import Storage, sha256_of
+
+CLASSIFIER_IMAGES = 4_000
+"""Training images that a classifier is fitted to, and held-out ones that it is tried on, at most."""
 
 KEPT_FEATURES = 10_000
 """Real images whose features are kept for precision, recall and the kernel distance: ADM's files have so many."""
@@ -47,10 +52,11 @@ _IMAGE_WORDS: dict[SetName, str] = {
     "held_out": "held-out image",
     "train": "training image",
     "file": "reference image",
+    "real": "real image",
+    "probe": "training image",
     "reconstructions": "reconstruction of held-out image",
     "samples": "sample",
 }
-_SPLITS = {"held_out": HELD_OUT, "train": TRAIN}
 _OF_MODELS, _OF_REAL_IMAGES = "measuring", "references"
 """Folders of parts, in that of the run: those of its reconstructions, samples and latents, and those of real images."""
 
@@ -84,12 +90,12 @@ class Evaluator:
             self._counts["train"] = self._manifest.count(TRAIN)
         if self._file is not None and self._file.images:
             self._counts["file"] = self._file.images
+        if self._config.measured_divisors:
+            there = self._manifest.count(self._splits["real"])
+            self._counts["real"] = min(inputs.config.sample.images, there)
+        if not isinstance(self._config.class_agreement, bool):
+            self._counts["probe"] = min(CLASSIFIER_IMAGES, self._manifest.count(TRAIN))
         self._counts |= {"reconstructions": self._counts["held_out"], "samples": inputs.config.sample.images}
-
-    @property
-    def classes(self) -> int:
-        """Number of classes of the images."""
-        return len(self._manifest.classes)
 
     def missing(self, sets: Collection[SetName] | None = None) -> list[Part]:
         """The parts that are still to be evaluated, of some of the sets or of all."""
@@ -158,6 +164,45 @@ class Evaluator:
             found[extractor] = Reference.of_file(self._file, images.get(extractor), file)
         return found
 
+    def divisors(self, references: Mapping[str, Reference]) -> dict[ExtractorName, Divisor]:
+        """Fréchet distances of real images, which those of generated ones are divided by; empty where not asked for.
+
+        Args:
+            references: what generated images are compared with, by the name of the extractor.
+        """
+        ratio = self._config.frechet_ratio
+        if ratio is None:
+            return {}
+        found = {name: Divisor(distance, "given") for name, distance in ratio.divisors.items()}
+        if self._config.measured_divisors:
+            real = self._joined("real")
+            words = {TRAIN: "training images", HELD_OUT: "held-out images"}[self._splits["real"]]
+            for name in self._config.measured_divisors:
+                moments = real[name].pooled
+                distance = frechet_distance(moments, references[name].pooled)
+                found[name] = Divisor(distance, f"that of {moments.count:,} {words}")
+        return found
+
+    def labeled_features(
+        self, name: ExtractorName, labels: Tensor
+    ) -> tuple[LabeledFeatures, LabeledFeatures, LabeledFeatures]:
+        """Features of the samples, and of the first training and held-out images, with their classes.
+
+        Args:
+            name: the extractor.
+            labels: classes of the samples, int64 [N].
+        """
+        train, held_out = (self._labeled_features(each, name) for each in ("probe", "held_out"))
+        return LabeledFeatures(self.generated()[name].kept, labels), train, held_out
+
+    def _labeled_features(self, set_name: Literal["probe", "held_out"], name: ExtractorName) -> LabeledFeatures:
+        span = range(min(CLASSIFIER_IMAGES, self._counts[set_name]))
+        batches = read_span(
+            self.inputs.shards, self._manifest, self._splits[set_name], span, self._config.batch_size, self._threads
+        )
+        labels = torch.cat([batch.labels for batch in batches])
+        return LabeledFeatures(self._joined(set_name)[name].kept[: len(labels)], labels)
+
     def first_images(self, split: str, limit: int) -> LabeledImages:
         """The first images of a split, at most `limit`, in color."""
         size = self._config.batch_size
@@ -176,6 +221,17 @@ class Evaluator:
         for path in self.inputs.storage.list(_OF_MODELS):
             if path not in kept:
                 self.inputs.storage.delete(path)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the images."""
+        return len(self._manifest.classes)
+
+    @property
+    def _splits(self) -> dict[SetName, str]:
+        """Splits of the shards that sets of real images are of."""
+        other = HELD_OUT if self._config.reference == TRAIN else TRAIN
+        return {"held_out": HELD_OUT, "train": TRAIN, "real": other, "probe": TRAIN}
 
     @cached_property
     def device(self) -> torch.device:
@@ -218,7 +274,7 @@ class Evaluator:
         elif part.set_name == "file":
             yield from reference_images(self._reference_path, part.span, size)
         else:
-            split = _SPLITS[part.set_name]
+            split = self._splits[part.set_name]
             for batch in read_span(self.inputs.shards, self._manifest, split, part.span, size, threads):
                 yield to_rgb(batch.images)
 
@@ -306,6 +362,10 @@ class Evaluator:
         }
         if inputs.samples is not None:
             facts["samples"] = {"samples": inputs.samples.digest}
+        if "real" in self._counts:
+            facts["real"] = {**shards, "split": self._splits["real"], "images": self._counts["real"]}
+        if "probe" in self._counts:
+            facts["probe"] = {**shards, "split": self._splits["probe"], "images": self._counts["probe"]}
         if "file" in self._counts:
             facts["file"] = {"file": sha256_of(self._reference_path)}
         extractors = config.metrics.fingerprint()

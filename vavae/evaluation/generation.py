@@ -10,11 +10,13 @@ from torch import Tensor
 from vavae.data.config import RGB, PixelFormat
 from vavae.data.shard_reader import LabeledImages, labeled_batches, shard_records
 from vavae.errors import UserError
+from vavae.metrics.config import MindConfig
 from vavae.metrics.features import FeatureSummary, Summaries
 from vavae.metrics.frechet import Moments, frechet_distance
 from vavae.metrics.generation import (
     NEIGHBOR,
     KernelDistance,
+    LinearProbe,
     PrecisionRecall,
     class_agreement,
     kernel_distance,
@@ -22,6 +24,7 @@ from vavae.metrics.generation import (
     within_class_variety,
 )
 from vavae.metrics.inception_score import inception_score
+from vavae.metrics.mind import Mind, mind
 from vavae.metrics.reference import ReferenceFile
 from vavae.storage.storage import Storage
 
@@ -65,6 +68,14 @@ class Reference(NamedTuple):
         return cls(file.pooled, file.spatial, kept, None, name)
 
 
+class Divisor(NamedTuple):
+    """Fréchet distance of real images, in units of which that of generated ones is stated."""
+
+    distance: float
+    words: str
+    """Its origin."""
+
+
 class Generation(NamedTuple):
     """Metrics of generated images through one extractor; None where it, or the reference, lacks what they need."""
 
@@ -75,18 +86,25 @@ class Generation(NamedTuple):
     inception_score: float | None
     kernel_distance: KernelDistance | None
     precision_recall: PrecisionRecall | None
+    mind: Mind | None
+    """Also None where it is not asked for."""
 
 
 def evaluate_generation(
-    generated: FeatureSummary, reference: Reference, seed: int, device: torch.device | str = "cpu"
+    generated: FeatureSummary,
+    reference: Reference,
+    seed: int,
+    device: torch.device | str = "cpu",
+    mind_config: MindConfig | None = None,
 ) -> Generation:
     """Compare generated images with a reference.
 
     Args:
         generated: features of the generated images, all kept.
         reference: the reference through the same extractor.
-        seed: seed of the subsets that the kernel distance draws.
+        seed: seed of the subsets that the kernel distance draws, and of the directions of MIND.
         device: where metrics over pairs of features are computed.
+        mind_config: settings of MIND; None leaves it out.
 
     Raises:
         UserError: the spatial moments of the reference are of another length.
@@ -108,6 +126,7 @@ def evaluate_generation(
         inception_score(generated.splits) if generated.splits else None,
         kernel_distance(features, real, seed=seed) if fewest > 1 else None,
         precision_recall(features, real) if fewest > NEIGHBOR else None,
+        mind(features, real, mind_config, seed=seed) if mind_config is not None and fewest > 1 else None,
     )
 
 
@@ -146,6 +165,15 @@ def sample_batches(
             yield batch.images
 
 
+class LabeledFeatures(NamedTuple):
+    """Features of images through one extractor, and their classes."""
+
+    features: Tensor
+    """float32 [N, D]."""
+    labels: Tensor
+    """int64 [N]."""
+
+
 class ClassifierVerdict(NamedTuple):
     """Metrics of generated images by a classifier of real training images."""
 
@@ -155,10 +183,18 @@ class ClassifierVerdict(NamedTuple):
     """Share of held-out real images that it classifies right, 0 to 1."""
     within_class_variety: float | None
     """Mean pixel distance within a class, generated over real; None where no class has two images of both."""
+    fitted: int
+    """Number of training images that the classifier was fitted to."""
+    held_out: int
+    """Number of held-out images that it was tried on."""
 
 
 def classify_generated(
-    generated: LabeledImages, train: LabeledImages, held_out: LabeledImages, seed: int
+    generated: LabeledImages,
+    train: LabeledImages,
+    held_out: LabeledImages,
+    seed: int,
+    features: tuple[LabeledFeatures, LabeledFeatures, LabeledFeatures] | None = None,
 ) -> ClassifierVerdict:
     """Compute class agreement and variety of generated images, next to those of real ones.
 
@@ -167,10 +203,16 @@ def classify_generated(
         train: images that the classifier is fitted to.
         held_out: images that give the ceiling.
         seed: seed of the classifier.
+        features: those of the same three sets, for a linear probe; None classifies pixels.
     """
     real = (train.images, train.labels)
-    return ClassifierVerdict(
-        class_agreement(generated.images, generated.labels, *real, seed=seed),
-        class_agreement(held_out.images, held_out.labels, *real, seed=seed),
-        within_class_variety(generated.images, generated.labels, *real, seed=seed),
-    )
+    if features is None:
+        agreement, ceiling = (class_agreement(*each, *real, seed=seed) for each in (generated, held_out))
+        fitted, tried = len(train.labels), len(held_out.labels)
+    else:
+        generated_features, train_features, held_out_features = features
+        probe = LinearProbe(*train_features)
+        agreement, ceiling = probe.agreement(*generated_features), probe.agreement(*held_out_features)
+        fitted, tried = len(train_features.labels), len(held_out_features.labels)
+    variety = within_class_variety(generated.images, generated.labels, *real, seed=seed)
+    return ClassifierVerdict(agreement, ceiling, variety, fitted, tried)

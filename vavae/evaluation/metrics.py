@@ -1,18 +1,25 @@
 """The metrics of a run, each with its protocol."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from vavae.data.config import RGB
-from vavae.evaluation.generation import ClassifierVerdict, Reference, evaluate_generation, further_distances
+from vavae.evaluation.generation import (
+    ClassifierVerdict,
+    Divisor,
+    Reference,
+    evaluate_generation,
+    further_distances,
+)
 from vavae.evaluation.latent_space import LatentSpace
 from vavae.evaluation.metric import Metric
 from vavae.evaluation.reconstruction import Reconstruction
 from vavae.metrics.config import ExtractorName
 from vavae.metrics.features import Description, Summaries, describe
-from vavae.metrics.generation import SUBSETS
+from vavae.metrics.frechet_ratio import frechet_ratios
+from vavae.metrics.generation import PROBE_STRENGTH, SUBSETS
 from vavae.metrics.inception_score import SPLIT_IMAGES
 from vavae.metrics.latent_space import PERPLEXITY
 from vavae.runs.config import RunConfig
@@ -52,8 +59,8 @@ def reconstruction_metrics(reconstruction: Reconstruction, config: RunConfig) ->
 def generation_metrics(
     generated_images: Summaries,
     references: Mapping[str, Reference],
-    config: RunConfig,
     classes: int,
+    config: RunConfig,
     device: torch.device,
 ) -> list[Metric]:
     """Metrics of generated images: all of them through the main extractor, Fréchet distances through the others.
@@ -61,14 +68,15 @@ def generation_metrics(
     Args:
         generated_images: features of the images by the name of the extractor, all kept.
         references: what they are compared with, by the name of the extractor.
+        classes: number of classes.
         config: configuration of the run.
-        classes: number of classes of its images.
         device: where metrics over pairs of features are computed.
     """
     extractor, *others = config.evaluate.metrics.extractors
-    found = evaluate_generation(generated_images[extractor], references[extractor], config.seed, device)
+    mind = config.evaluate.mind
+    found = evaluate_generation(generated_images[extractor], references[extractor], config.seed, device, mind)
     further, images = further_distances(generated_images, references, others), found.images
-    generated, reference = _generated(images, config, classes), references[extractor]
+    generated, reference = _generated(images, classes, config), references[extractor]
     against = f"{generated} against {reference.name}"
     compared = f"{against}; {_protocol(extractor, config)}"
     seen = config.shards.pixel_format.as_color()
@@ -95,25 +103,71 @@ def generation_metrics(
         protocol = f"{compared}; balls to the third neighbour, {len(reference.kept):,} real features"
         for name, share in found.precision_recall._asdict().items():
             metrics.append(Metric(f"generation_{name}", share, "", protocol, "higher"))
+    if found.mind is not None:
+        distance, samples, directions = found.mind
+        protocol = f"{compared}; {directions:,} directions, {samples:,} images of each (MIND)"
+        metrics.append(Metric("generation_mind", distance, "", protocol, "lower"))
     return metrics
 
 
+def frechet_ratio_metrics(
+    generation: Sequence[Metric], divisors: Mapping[ExtractorName, Divisor], classes: int, config: RunConfig
+) -> list[Metric]:
+    """Fréchet distances over those of real images, and their mean; none where they are not asked for.
+
+    Args:
+        generation: metrics of generated images, the Fréchet distances among them.
+        divisors: distances of real images by extractor, all or none.
+        classes: number of classes.
+        config: configuration of the run.
+
+    Raises:
+        UserError: a distance of real images is not above 0.
+    """
+    if not divisors:
+        return []
+    by_name = {metric.name: metric for metric in generation}
+    distances = {name: by_name[_named("generation_frechet_distance", name, config)] for name in sorted(divisors)}
+    found = frechet_ratios(
+        {name: metric.value for name, metric in distances.items()},
+        {name: divisors[name].distance for name in distances},
+    )
+    metrics = [
+        Metric(
+            f"generation_frechet_ratio_{name}",
+            found.ratios[name],
+            "",
+            f"{metric.protocol}; over {divisors[name].distance:.4g}, {divisors[name].words}",
+        )
+        for name, metric in distances.items()
+    ]
+    words = f"Fréchet distances over those of real images, mean over {', '.join(distances)} (FDr)"
+    images = _generated(config.sample.images, classes, config)
+    return [Metric("generation_frechet_ratio", found.mean, "", f"{images}; {words}"), *metrics]
+
+
 def classifier_metrics(
-    verdict: ClassifierVerdict, generated: int, held_out: int, train: int, config: RunConfig, classes: int
+    verdict: ClassifierVerdict, generated: int, train: int, classes: int, config: RunConfig
 ) -> list[Metric]:
     """Metrics of generated images by a classifier of real ones.
 
     Args:
         verdict: what the classifier found.
         generated: number of generated images.
-        held_out: number of images of the ceiling.
-        train: number of images that it was fitted to.
+        train: number of training images that variety is relative to.
+        classes: number of classes.
         config: configuration of the run.
         classes: number of classes of its images.
     """
-    protocol, seen = _generated(generated, config, classes), config.shards.pixel_format.as_color()
-    classifier = _joined(f"support vector machine on the pixels of {train:,} training images", seen)
-    real = f"custom: {held_out:,} held-out images"
+    protocol, seen = _generated(generated, classes, config), config.shards.pixel_format.as_color()
+    extractor = config.evaluate.class_agreement
+    classifier = _joined(f"support vector machine on the pixels of {verdict.fitted:,} training images", seen)
+    if not isinstance(extractor, bool):
+        classifier = (
+            f"linear probe (logistic regression, C = {PROBE_STRENGTH:g}) on standardized features of "
+            f"{verdict.fitted:,} training images; {_protocol(extractor, config)}"
+        )
+    real = f"custom: {verdict.held_out:,} held-out images"
     metrics = [
         Metric("class_agreement", verdict.class_agreement, "", f"{protocol}; {classifier}", "higher"),
         Metric("class_agreement_of_real_images", verdict.ceiling, "", f"{real}; {classifier}", "higher"),
@@ -162,7 +216,7 @@ def small_set_warning(extractor: Description, images: int) -> str | None:
     return f"only {images:,} images for {extractor.num_features:,} dimensions, so compare equal numbers only"
 
 
-def _generated(count: int, config: RunConfig, classes: int) -> str:
+def _generated(count: int, classes: int, config: RunConfig) -> str:
     return f"{config.evaluate.generation_protocol}: {generation_protocol(count, config, classes)}"
 
 

@@ -12,8 +12,9 @@ from vavae.metrics.features import FeatureSummary, Summaries
 from vavae.metrics.inception_score import SPLIT_IMAGES
 from vavae.storage.storage import Storage
 
-SetName = Literal["held_out", "train", "file", "reconstructions", "samples"]
-"""Sets of images: real ones (held-out, of training, of a reference file), reconstructions and samples."""
+SetName = Literal["held_out", "train", "file", "real", "probe", "reconstructions", "samples"]
+"""Sets of images: real ones (held-out, of training, of a reference file, those whose distance divides that of generated
+ones, those that a linear probe is fitted to), reconstructions and samples."""
 
 Tensors = dict[str, Tensor]
 """Tensors of a part by name: metrics of its images [B] and pictures, and "extractor/sum" for features."""

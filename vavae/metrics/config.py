@@ -5,10 +5,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vavae.config import Config, identity, runtime
-from vavae.models.backbones.config import EMBEDDED, BackboneConfig, InceptionConfig, WeightsPath
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig, InceptionConfig, WeightsPath
 
-ExtractorName = Literal["efficientnet_lite0", "inception", "dinov2_small", "dinov2_base", "dinov2_large"]
-"""Name of an extractor: the embedded network, that of FID, or a DINOv2 (published with the large one)."""
+ExtractorName = Literal[
+    "efficientnet_lite0", "efficientnet_lite2", "inception", "dinov2_small", "dinov2_base", "dinov2_large"
+]
+"""Name of an extractor: an embedded network, that of FID, or a DINOv2 (published with the large one)."""
 
 
 class MetricsConfig(Config):
@@ -34,8 +36,8 @@ class MetricsConfig(Config):
         """The network of timm behind an extractor; none for `inception`, which timm does not have."""
         if name == "inception":
             return None
-        if name == EMBEDDED:
-            return BackboneConfig(name=EMBEDDED)
+        if name in EMBEDDED_WEIGHTS:
+            return BackboneConfig(name=name)
         size = name.removeprefix("dinov2_")
         return BackboneConfig(name=f"vit_{size}_patch14_dinov2.lvd142m", weights=self.dinov2_weights)
 
@@ -46,6 +48,15 @@ class MetricsConfig(Config):
             backbone = self.backbone(name)
             described[name] = self.inception.sha256 if backbone is None else identity(backbone)
         return described
+
+
+class MindConfig(Config):
+    """Settings of the distance MIND: the mean over directions of the squared distance of sorted projections."""
+
+    directions: int = Field(1_000, ge=1)
+    """Random directions."""
+    samples: int = Field(5_000, ge=2)
+    """Images of each set, generated and real; fewer where there are fewer of either."""
 
 
 class LatentSpaceConfig(Config):

@@ -97,11 +97,15 @@ class _Preprocessing(NamedTuple):
 
 
 def _preprocessing(name: ExtractorName) -> _Preprocessing:
-    return _DINOV2 if name.startswith("dinov2") else _EFFICIENTNET
+    return _EMBEDDED.get(name, _DINOV2)
 
 
-# Smaller than in its training, for small images on a CPU.
-_EFFICIENTNET = _Preprocessing(96, "bilinear", "pooled features", {})
+_EMBEDDED: dict[str, _Preprocessing] = {
+    # Smaller than in its training, for small images on a CPU.
+    "efficientnet_lite0": _Preprocessing(96, "bilinear", "pooled features", {}),
+    # As in its training.
+    "efficientnet_lite2": _Preprocessing(260, "bicubic", "pooled features", {}),
+}
 # Stein et al. 2023, with the scaling of EDM2; position embeddings are resampled by timm.
 _DINOV2 = _Preprocessing(224, "bicubic", "class token", {"dynamic_img_size": True})
 

@@ -1,8 +1,8 @@
 """Metrics of generated images beside the Fréchet distance: kernel distance, precision and recall, class agreement.
 
 The kernel distance on features of Inception is KID (Bińkowski et al. 2018). Precision and recall are the improved ones
-(Kynkäänniemi et al. 2019): which features lie in the other set's neighborhoods. Class agreement and variety within a
-class look at pixels, so they are for small images.
+(Kynkäänniemi et al. 2019): which features lie in the other set's neighborhoods. Variety within a class, and class
+agreement unless by a linear probe of features, look at pixels, so they are for small images.
 """
 
 from collections.abc import Iterator
@@ -123,6 +123,46 @@ def class_agreement(
     classifier.fit(_pixels(real[chosen]).numpy(), real_labels[chosen].cpu().numpy())
     seen = classifier.predict(_pixels(generated).numpy())
     return float((seen == labels.cpu().numpy()).mean())
+
+
+PROBE_STRENGTH = 0.01
+"""Inverse strength C of the probe's regularization, for standardized features."""
+
+
+class LinearProbe:
+    """Multinomial logistic regression on standardized features of real images.
+
+    Args:
+        features: float [N, D].
+        labels: int64 [N].
+
+    Raises:
+        UserError: scikit-learn is not installed, or there are real images of one class only.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        try:
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+        except ImportError as error:
+            raise UserError(
+                "class agreement needs scikit-learn, which is not installed: pip install -e '.[quickstart]'"
+            ) from error
+        if len(labels.unique()) < 2:
+            raise UserError(f"class agreement needs two classes or more, the {len(labels)} real images have one")
+        self._classifier = make_pipeline(StandardScaler(), LogisticRegression(C=PROBE_STRENGTH, max_iter=1_000))
+        self._classifier.fit(features.cpu().double().numpy(), labels.cpu().numpy())
+
+    def agreement(self, features: Tensor, labels: Tensor) -> float:
+        """Share in [0, 1] of images that it puts into the class asked for.
+
+        Args:
+            features: float [N, D].
+            labels: the classes asked for, int64 [N].
+        """
+        seen = self._classifier.predict(features.cpu().double().numpy())
+        return float((seen == labels.cpu().numpy()).mean())
 
 
 def within_class_variety(

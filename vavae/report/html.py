@@ -38,6 +38,14 @@ _TEMPLATES = Environment(
 )
 
 
+def number(value: float) -> str:
+    """A metric with four digits, or all of those before the point."""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+_TEMPLATES.filters["number"] = number
+
+
 def render(report: Report) -> str:
     """The report as the text of an HTML file."""
     return page("report/run.html", **vars(report))

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from vavae.config import describe_size, written_path
+from vavae.evaluation.convergence import not_reached
 from vavae.progress import clock
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.evaluation_inputs import ReportInputs
@@ -43,6 +44,7 @@ def run_facts(inputs: ReportInputs, rows: Iterable[Mapping[str, Any]]) -> dict[s
                 checkpoints = CheckpointMetrics.of(inputs.trainings[job], inputs.config.train_lightningdit)
                 if checkpoints is not None:
                     facts["measured checkpoints"] = checkpoints.summary()
+                    facts |= not_reached(checkpoints.found(), inputs.config.evaluate.frechet_thresholds)
         if job in inputs.artifacts:
             facts[spec.makes] = inputs.artifacts[job].digest[:12]
     return facts

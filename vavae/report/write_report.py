@@ -5,14 +5,17 @@ import json
 from vavae.config import digest
 from vavae.data.image import png_bytes
 from vavae.data.pixels import enlargement, pair_grid
+from vavae.data.shards.manifest import read_manifest
+from vavae.evaluation.convergence import convergence_metrics
 from vavae.evaluation.evaluate import Evaluation
-from vavae.evaluation.metric import metrics_json
+from vavae.evaluation.metric import Metric, metrics_json
 from vavae.report.figures import latent_map_png
 from vavae.report.html import render
 from vavae.report.run_report import log_rows, run_report
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, LOG, METRICS, RECONSTRUCTIONS, REPORT
 from vavae.runs.output import JobOutput
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.log import rows_text
 
 
@@ -30,7 +33,7 @@ def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOu
     storage.delete(LATENT_MAP)
     if evaluation.latent_map is not None:
         files[LATENT_MAP] = latent_map_png(evaluation.latent_map)
-    content = metrics_json(evaluation.metrics)
+    content = metrics_json([*evaluation.metrics, *_convergence(inputs)])
     files[METRICS] = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     for name, data in files.items():
         storage.write_bytes(name, data)
@@ -38,6 +41,16 @@ def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOu
     files[REPORT] = render(run_report(inputs)).encode()
     storage.write_bytes(REPORT, files[REPORT])
     output.commit(digest(content), {}, beside={name: len(data) for name, data in files.items()})
+
+
+def _convergence(inputs: ReportInputs) -> list[Metric]:
+    """How soon the measured checkpoints of a run came down to the Fréchet distances that it names."""
+    thresholds, training = inputs.config.evaluate.frechet_thresholds, inputs.trainings.get("train_lightningdit")
+    if not thresholds or training is None:
+        return []
+    checkpoints = CheckpointMetrics.of(training, inputs.config.train_lightningdit)
+    assert checkpoints is not None, "thresholds are those of measured checkpoints"
+    return convergence_metrics(checkpoints.found(), thresholds, read_manifest(inputs.shards).count("train"))
 
 
 def write_log(inputs: ReportInputs) -> bytes:

@@ -319,7 +319,11 @@ class RunConfig(Config):
             batch = getattr(self, section).batch_size
             if batch % lanes:
                 raise ValueError(f"{section}.batch_size={batch} is no multiple of stream.lanes={lanes}")
-        self.evaluate.check_samples(self.sample.images)
+        self.evaluate.check_samples(self.sample.images, self.sample.labels)
+        if self.evaluate.frechet_thresholds and self.train_lightningdit.measure is None:
+            raise ValueError(
+                "evaluate.frechet_thresholds looks at measured checkpoints: set train_lightningdit.measure"
+            )
         if self.workers.count > lanes:
             raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
         return self

@@ -85,6 +85,8 @@ class ReportInputs:
     """Records of what the jobs have made."""
     trainings: Mapping[Job, Storage]
     """Folders of the trainings that have data to train on."""
+    shards: Storage
+    """Folder of the image shards."""
     classes: int | None
     """Number of classes of the images; None before there are image shards."""
 
@@ -99,5 +101,6 @@ class ReportInputs:
             storage=run.storage,
             artifacts={job: record for job, record in found.items() if record is not None},
             trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
+            shards=run.folder("prepare_shards"),
             classes=len(read_manifest(run.folder("prepare_shards")).classes) if has_shards else None,
         )

@@ -49,7 +49,8 @@ class SampleConfig(Config):
         if self.labels == "class_balanced" and classes is not None and count < classes:
             return f"{count:,} samples, one of each of the first {count:,} of {classes:,} classes"
         if self.labels == "class_balanced":
-            return f"{count:,} class-balanced samples"
+            each, more = divmod(count, classes or 1)
+            return f"{count:,} class-balanced samples" + (f" ({each:,} or {each + 1:,} of a class)" if more else "")
         if self.labels == "random":
             return f"{count:,} randomly labelled samples"
         return f"{count:,} samples of {len(self.labels)} given labels"

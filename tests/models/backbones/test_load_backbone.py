@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vavae.errors import UserError
-from vavae.models.backbones.config import BackboneConfig
+from vavae.metrics.features import preprocess
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig
 from vavae.models.backbones.load import ImageNormalizer, load_backbone, meta_backbone
 from vavae.models.backbones.weights import embedded_file
 
@@ -25,16 +26,31 @@ def test_torchvision_imports_once_timm_has_been_asked_for():
     assert torch.ops.torchvision.nms is not None
 
 
-def test_embedded_tensors_land_where_they_belong():
-    stored = torch.load(embedded_file(), weights_only=True)
-    model = load_backbone(EMBEDDED)
+@pytest.mark.parametrize(("name", "last_block"), [(EMBEDDED.name, 15), ("efficientnet_lite2", 20)])
+def test_embedded_tensors_land_where_they_belong(name: str, last_block: int):
+    stored = torch.load(embedded_file(name), weights_only=True)
+    loaded = load_backbone(BackboneConfig(name=name)).state_dict()
+    assert len(loaded) == len(stored)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.values(), stored.values(), strict=True))
     for ours, theirs in {
         "conv_stem.weight": "_conv_stem.weight",
         "blocks.1.0.conv_pw.weight": "_blocks.1._expand_conv.weight",
-        "blocks.6.0.bn3.running_var": "_blocks.15._bn2.running_var",
+        "blocks.6.0.bn3.running_var": f"_blocks.{last_block}._bn2.running_var",
         "classifier.bias": "_fc.bias",
     }.items():
-        assert torch.equal(model.state_dict()[ours], stored[theirs]), ours
+        assert torch.equal(loaded[ours], stored[theirs]), ours
+
+
+@pytest.mark.parametrize("name", EMBEDDED_WEIGHTS)
+def test_an_embedded_network_sees_a_palace(name: str):
+    from sklearn.datasets import load_sample_image
+
+    model = load_backbone(BackboneConfig(name=name))
+    photograph = torch.from_numpy(load_sample_image("china.jpg")[:, 106:-107].copy()).permute(2, 0, 1)[None]
+    size = model.pretrained_cfg["input_size"][-1]
+    logits = model(ImageNormalizer.of(model)(preprocess(photograph, size, "bicubic")))
+    assert logits.isfinite().all()
+    assert logits.argmax().item() == 698  # of ImageNet's classes
 
 
 def test_the_embedded_network_also_loads_in_the_names_of_timm(tmp_path):
@@ -140,7 +156,7 @@ def test_what_holds_no_tensors_of_the_network_is_refused(tmp_path, name, file, c
 
 
 def test_surplus_tensors_are_not_left_out_of_the_embedded_network(tmp_path):
-    stored = torch.load(embedded_file(), weights_only=True)
+    stored = torch.load(embedded_file(EMBEDDED.name), weights_only=True)
     torch.save({**stored, "more": torch.zeros(1)}, tmp_path / "more.pth")
     with pytest.raises(UserError, match="it has no tensor"):
         load_backbone(BackboneConfig(name=EMBEDDED.name, weights=str(tmp_path / "more.pth")))
@@ -170,8 +186,9 @@ def test_normalized_images_are_centered_on_the_mean(mean: Sequence[float], std: 
     torch.testing.assert_close(ones, torch.ones_like(ones))
 
 
-def test_the_embedded_statistics_are_those_of_its_training():
-    normalizer = ImageNormalizer.of(load_backbone(EMBEDDED))
+@pytest.mark.parametrize("name", EMBEDDED_WEIGHTS)
+def test_the_embedded_statistics_are_those_of_its_training(name: str):
+    normalizer = ImageNormalizer.of(load_backbone(BackboneConfig(name=name)))
     images = torch.full((1, 3, 1, 1), 2 * 0.498 - 1)
     torch.testing.assert_close(normalizer(images), torch.zeros(1, 3, 1, 1), rtol=0, atol=1e-6)
     torch.testing.assert_close(normalizer(images + 2 * 0.502), torch.ones(1, 3, 1, 1))

@@ -57,6 +57,11 @@ def test_features_carry_no_gradient_but_early_features_reach_the_images(convolut
     assert all(parameter.grad is None for parameter in convolutional.parameters())
 
 
+def test_the_other_embedded_network_can_teach_too():
+    teacher = VisionFoundationTeacher(TeacherConfig(name="efficientnet_lite2", stage_stride=8))
+    assert teacher(images(2, 3, 32, 32), (4, 4)).shape == (2, 48, 4, 4)
+
+
 def test_another_stage_can_be_chosen():
     geometry = teacher_geometry(TeacherConfig(stage_stride=8))
     assert (geometry.stride, geometry.feature_dim) == (8, 40)

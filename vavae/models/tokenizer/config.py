@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from vavae.config import Config, added, runtime
-from vavae.models.backbones.config import EMBEDDED, BackboneConfig
+from vavae.models.backbones.config import EMBEDDED, EMBEDDED_WEIGHTS, BackboneConfig
 
 TEACHERS = {
     "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
@@ -79,7 +79,8 @@ class TeacherConfig(BackboneConfig):
     """The vision foundation model whose features the latents are aligned with."""
 
     name: str = EMBEDDED
-    """A short name of `TEACHERS`, the embedded `efficientnet_lite0`, or any timm model with its tag."""
+    """A short name of `TEACHERS`, an embedded network (`efficientnet_lite0`, `efficientnet_lite2`), or any timm model
+    with its tag."""
 
     normalize: bool = True
     """Give the teacher the image statistics that it was trained with; false hands it [-1, 1], as the released code."""
@@ -97,7 +98,7 @@ class TeacherConfig(BackboneConfig):
         near = difflib.get_close_matches(name, TEACHERS, n=1, cutoff=0.85)
         if near and name not in TEACHERS:
             raise ValueError(
-                f"teacher {name!r}: did you mean {near[0]}? There are {', '.join(TEACHERS)}, {EMBEDDED}, "
+                f"teacher {name!r}: did you mean {near[0]}? There are {', '.join([*TEACHERS, *EMBEDDED_WEIGHTS])}, "
                 "and the models of timm"
             )
         return name
