@@ -134,8 +134,9 @@ def latent_space_metrics(latent_space: LatentSpace) -> list[Metric]:
 
 
 def generation_protocol(generated: int, config: RunConfig) -> str:
-    """Protocol of generated images: their number and labels, solver and guidance."""
-    return f"{config.sample.in_words(generated)}, {config.solver.summary}, {config.guidance.summary}"
+    """Protocol of generated images: their number and labels, the average unless exported, solver and guidance."""
+    images = f"{config.sample.in_words(generated)}{config.sample.weights_in_words}"
+    return f"{images}, {config.solver.summary}, {config.guidance.summary}"
 
 
 def small_set_warning(extractor: Description, images: int) -> str | None:

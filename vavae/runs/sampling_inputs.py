@@ -18,6 +18,7 @@ class SamplingInputs:
     latents: StoredArtifact
     """Latents that the LightningDiT was trained on: their statistics, and the names of the classes."""
     lightningdit: StoredArtifact
+    """Its export, or that of the average that `sample.weights` names."""
     origin: str
     """Digest of everything that a sample is a function of, besides its index."""
     output: JobOutput
@@ -37,7 +38,7 @@ class SamplingInputs:
             config=run.config,
             tokenizer=run.stored("train_vavae"),
             latents=run.stored("precompute_latents"),
-            lightningdit=run.stored("train_lightningdit"),
+            lightningdit=run.stored_lightningdit(run.config.sample.weights),
             origin=digest({"config": {**identity, "sample": each}, "inputs": run.inputs("sample")}),
             output=run.output("sample"),
         )
