@@ -99,6 +99,7 @@ def test_a_profile_between_those_kept(
     assert line.startswith(f"{run.storage.url(run.average_prefix(name))}: {record.digest[:12]}, std 0.075 after ")
     assert line.endswith(f"sample it with sample.weights={name}")
     assert record.images_seen == steps * BATCH
+    assert record.details["averages"] == 2 * -(-steps // EVERY), "of no later moment"
     assert record.digest != run.require("train_lightningdit").digest
     assert _growth(run, name) == pytest.approx(_direct(0.075, steps), rel=0.01)
 
@@ -168,6 +169,8 @@ def test_samples_and_exports_name_the_average(
     assert any(not exported[key].equal(mine[key]) for key in exported)
     assert all(mine[key].equal(stored[key]) for key in mine.keys() & stored.keys())
     assert main(["export", "tokenizer", "x.pt", "--config", config, "--weights", "mine"]) == 2
+    assert main(["average", run.storage.url(), "--std", "0.12", "--name", "mine"]) == 0
+    assert SamplingInputs.at(run.storage.url(), ["sample.weights=mine"]).origin != of_mine.origin, "made again"
 
 
 def test_an_average_of_another_training_is_refused(tmp_path: Path) -> None:

@@ -104,7 +104,11 @@ def test_further_averages_are_exported_sampled_and_evaluated(run: Run) -> None:
     assert find_snapshots(training) == [128, 256]
     digests = {name: run.require_average(name).digest for name in ("narrow", "wide")}
     assert len({*digests.values(), run.require("train_lightningdit").digest}) == 3
-    wide = Run.at(run.storage.url(), ["sample.weights=wide", "train_lightningdit.measure.weights=wide"])
+    section, weights = run.config.train_lightningdit, {"weights": "wide"}
+    assert section.measure is not None
+    section = section.model_copy(update={"measure": section.measure.model_copy(update=weights)})
+    samples = run.config.sample.model_copy(update=weights)
+    wide = Run(run.config.model_copy(update={"sample": samples, "train_lightningdit": section}))
     assert wide.plans(sources=False)["sample"].why == "made with another configuration"
     assert SamplingInputs.of(wide).lightningdit.digest == digests["wide"]
     path = f"{EVALUATIONS}/{256:012d}.json"
