@@ -112,6 +112,7 @@ def test_further_averages_are_exported_sampled_and_evaluated(run: Run) -> None:
     assert wide.plans(sources=False)["sample"].why == "made with another configuration"
     assert SamplingInputs.of(wide).lightningdit.digest == digests["wide"]
     path = f"{EVALUATIONS}/{256:012d}.json"
+    evaluate_checkpoint(CheckpointEvaluationInputs.of(run), 256)
     of_export = training.read_bytes(path)
     evaluate_checkpoint(CheckpointEvaluationInputs.of(wide), 256)
     ours, theirs = json.loads(training.read_bytes(path)), json.loads(of_export)

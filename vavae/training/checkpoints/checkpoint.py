@@ -181,13 +181,14 @@ class Checkpoints:
     ) -> None:
         """Write this rank's files; on rank 0 wait for those of all and commit them, those of a snapshot first."""
         snapshots = self._retention.snapshots
-        leaves_snapshot = snapshots is not None and snapshots.is_due(details.state.images_seen)
-        if snapshots is not None and leaves_snapshot:
+        if snapshots is not None and not snapshots.is_due(details.state.images_seen):
+            snapshots = None
+        if snapshots is not None:
             self._write_files(snapshots.storage, place, {key: sets[key] for key in snapshots.sets})
         self._write_files(self._storage, place, sets)
         if self._world.is_first:
             put_log()
-            if snapshots is not None and leaves_snapshot:
+            if snapshots is not None:
                 self._commit(snapshots.storage, "snapshot", place, details, abandoned)
             if self._commit(self._storage, "checkpoint", place, details, abandoned):
                 self._retention.prune(self._storage, place.name)
