@@ -19,7 +19,7 @@ from vavae.planning import training as training_estimate
 from vavae.planning.activations import activation_bytes, saved_bytes
 from vavae.planning.cluster import ClusterSpec
 from vavae.planning.jobs import Dataset, estimate_jobs, tokenizer_flops, velocity_evaluations
-from vavae.planning.sizes import checkpoint_bytes, trained_parameters
+from vavae.planning.sizes import checkpoint_bytes, trained_parameters, training_bytes
 from vavae.planning.training import estimate_training, lanes_that_fit, resolve_lanes_at_once
 from vavae.runs.config import RunConfig
 from vavae.training.flops.flops import over_depth
@@ -262,6 +262,22 @@ def test_checkpoints_hold_all_engines():
     assert checkpoint_bytes(averaged, "train_vavae") == 4 * (4 * generator + 3 * discriminator)
     alone = load(RunConfig, TINY, ["losses.adversarial.weight=0"])
     assert checkpoint_bytes(alone, "train_vavae") == 4 * 3 * generator
+
+
+def test_further_averages_take_memory_checkpoints_and_snapshots():
+    profiles = "train_lightningdit.averages=[{name: a, std: 0.05}, {name: b, std: 0.1}, {name: c, decay: 0.9}]"
+    plain, more, kept = (
+        load(RunConfig, TINY, [LIGHT, *fields])
+        for fields in ([], [profiles], [profiles, "train_lightningdit.average_snapshot_images=100"])
+    )
+    job = "train_lightningdit"
+    (weights,) = trained_parameters(plain, job).values()
+    assert checkpoint_bytes(more, job) - checkpoint_bytes(plain, job) == 4 * 3 * weights
+    growth = training_bytes(more, job) - training_bytes(plain, job)
+    assert growth == 4 * weights * (3 * plain.train_lightningdit.keep_checkpoints + 3)
+    assert training_bytes(kept, job) - training_bytes(more, job) == 4 * weights * 2 * (256 // 100)
+    held, held_plain = (estimate_training(each, ClusterSpec("H100", 2), job, 1.0).memory for each in (more, plain))
+    assert [one - other for one, other in zip(held, held_plain, strict=True)] == [4 * 3 * weights / 2] * 4
 
 
 def test_a_pass_takes_as_many_lanes_as_fit():

@@ -51,6 +51,39 @@ def path(tmp_path):
             ["train_vavae.ema_ramp=0.09"],
             r"train_vavae .*ema_ramp=0.09 ramps the average of the weights: give ema_decay, or set it null",
         ),
+        (
+            ["train_lightningdit.averages=[{name: a}]"],
+            r"train_lightningdit.averages.0 .*the average a takes either a decay or the std of a power profile",
+        ),
+        (
+            ["train_lightningdit.averages=[{name: a, decay: 0.9, std: 0.1}]"],
+            r"train_lightningdit.averages.0 .*the average a takes either a decay or the std of a power profile",
+        ),
+        (
+            ["train_lightningdit.averages=[{name: a, ramp: 0.09, std: 0.1}]"],
+            r"ramp=0.09 limits a decay, and a is a power profile: leave it out",
+        ),
+        (["train_lightningdit.averages=[{name: a, std: 0.3}]"], r"averages.0.std .*0.3 should be less than 0.288"),
+        (
+            ["train_lightningdit.averages=[{name: a, std: 0.1}, {name: a, decay: 0.9}]"],
+            r"averages have the names a, a: name each once",
+        ),
+        (
+            ["train_lightningdit.averages=[{name: a, decay: 0.9}]", "train_lightningdit.average_snapshot_images=64"],
+            r"average_snapshot_images=64 keeps averages by power profiles: give averages with a std, such as",
+        ),
+        (
+            [
+                "train_lightningdit.averages=[{name: a, decay: 0.9}]",
+                "train_lightningdit.measure={every_images: 64, weights: b}",
+            ],
+            r"measure.weights=b is no average of this training; there are: a",
+        ),
+        (
+            ["train_lightningdit.ema_decay=null", "train_lightningdit.measure={every_images: 64}"],
+            r"measure evaluates an average of the weights: give ema_decay, or measure.weights, or leave measure out",
+        ),
+        (["sample.weights=a/b"], r"sample.weights \(command line\): .*should match pattern"),
         (["train_lightningdit.ema_ramp=0"], r"train_lightningdit.ema_ramp .*0 should be greater than 0"),
         (["train_vavae.collapse_limit=0"], r"train_vavae.collapse_limit .*0 should be greater than or equal to 1"),
         (["name=../other"], r"name \(command line\): .*should match pattern"),
@@ -81,6 +114,11 @@ def test_what_does_not_fit_is_one_line(path, overrides, message):
         ["train_vavae.schedule={warmup_images: 10, decay_images: 11}"],
         ["train_vavae.ema_decay=null"],
         ["train_vavae.ema_decay=0.9", "train_vavae.ema_ramp=0.09"],
+        [
+            "train_lightningdit.ema_decay=null",
+            "train_lightningdit.averages=[{name: a, std: 0.1}]",
+            "train_lightningdit.measure={every_images: 64, weights: a}",
+        ],
     ],
 )
 def test_what_fits_is_taken(path, overrides):
@@ -106,7 +144,8 @@ def test_how_a_run_is_carried_out_is_not_what_it_is(path, override):
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "stream.lanes=2", "train_vavae.batch_size=32", "train_lightningdit.ema_decay=0.5",
-     "train_lightningdit.ema_ramp=0.09", "sample.images=7",
+     "train_lightningdit.ema_ramp=0.09", "train_lightningdit.averages=[{name: a, std: 0.1}]",
+     "sample.weights=a", "sample.images=7",
      "latents.flip=false", "guidance.scale=2", "solver.num_steps=3"],
 )  # fmt: skip
 def test_what_changes_results_changes_the_digest(path, override):

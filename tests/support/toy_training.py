@@ -20,7 +20,7 @@ from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
-from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.initialize import initialized
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.stopwatch import Stopwatch
@@ -40,6 +40,7 @@ class ToyStep:
         self.engine = TorchEngine(self.model, OptimizerConfig(), EngineConfig(), World(), len(ROUNDS))
         self.engines = {"toy": self.engine}
         self.ema = ExponentialMovingAverage(self.engine, 0.5, World())
+        self.averages: dict[str, FurtherAverage] = {}
         self.accumulation_steps = ROUNDS
         self.stopwatch = Stopwatch(World().device)
         self.rates: list[float] = []

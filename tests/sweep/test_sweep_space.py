@@ -54,6 +54,18 @@ def test_the_ramp_of_an_average_is_a_domain_as_any_field(load_sweep) -> None:
     assert len({config.name for config in configs}) == 2
 
 
+def test_averages_and_the_one_that_is_sampled_are_domains(load_sweep) -> None:
+    sweep = load_sweep(
+        """
+  train_lightningdit.averages: {grid: {none: [], one: [{name: wide, std: 0.1}]}}
+  sample.weights: {grid: {export: null, wide: wide}, when: {train_lightningdit.averages: one}}"""
+    )
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [len(config.train_lightningdit.averages) for config in configs] == [0, 1, 1]
+    assert [config.sample.weights for config in configs] == [None, None, "wide"]
+    assert len({config.name for config in configs}) == 3
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

@@ -15,7 +15,7 @@ from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.shard_files import load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
-from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
 from vavae.runs.run import Run
 from vavae.runs.training_inputs import LightningDiTTrainingInputs
 from vavae.storage.storage import Storage
@@ -138,6 +138,19 @@ def test_a_short_training_is_warned_of_its_initial_weights() -> None:
     enough = math.ceil(math.log(0.01) / math.log(0.99)) * 64
     assert initial_share_warning("train_vavae", training_of(images=enough, ema_decay=0.99)) is None
     assert initial_share_warning("train_vavae", training_of(images=enough - 64, ema_decay=0.99)) is not None
+
+
+def test_further_averages_are_warned_of_too() -> None:
+    averages = ({"name": "power", "std": 0.1}, {"name": "ramped", "decay": 0.9999, "ramp": 0.09})
+    training = LightningDiTTrainingConfig(images=10 * 64, batch_size=64, ema_decay=0.5, averages=averages)
+    assert initial_share_warning("train_lightningdit", training) is None
+    long = LightningDiTTrainingConfig(**{**training.model_dump(), "averages": ({"name": "long", "decay": 0.99},)})
+    warning = initial_share_warning("train_lightningdit", long)
+    assert warning is not None
+    assert warning.startswith(
+        "train_lightningdit.averages: long, decay=0.99: after 10 steps the average of the weights"
+    )
+    assert "90% initial weights; set its ramp=0.09" in warning
 
 
 @pytest.mark.parametrize(("ramp", "rank", "lines"), [("null", 0, 1), ("null", 1, 0), ("0.09", 0, 0)])

@@ -20,7 +20,7 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation import evaluator as evaluator_module
 from vavae.evaluation import parts
-from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
+from vavae.evaluation.checkpoints import evaluate_checkpoint, evaluate_pending_checkpoints
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import Reference, evaluate_generation
@@ -29,8 +29,10 @@ from vavae.metrics.config import MetricsConfig
 from vavae.report.run_report import log_rows
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs, EvaluationInputs, ReportInputs
 from vavae.runs.run import JOBS, Run
+from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.runs.training_inputs import begin_training
-from vavae.training.checkpoints.metrics import CheckpointMetrics
+from vavae.training.checkpoints.metrics import EVALUATIONS, CheckpointMetrics
+from vavae.training.checkpoints.snapshots import find_snapshots
 from vavae.training.logging.metric_names import METRICS
 from vavae.training.session import LocalSession
 from vavae.training.train import train
@@ -43,7 +45,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     # In one shard, for a batch of samples ends with its shard, and that of a checkpoint does not: sums round otherwise.
     # The first attempts stop between two rows.
     rows = ("train_vavae.log_images=48", "train_lightningdit.log_images=96")
-    return whole_chain(tmp_path_factory.mktemp("runs"), "sample.shard_images=40", *rows)
+    averages = (
+        "train_lightningdit.averages=[{name: narrow, std: 0.05}, {name: wide, std: 0.2}]",
+        "train_lightningdit.average_snapshot_images=128",
+    )
+    return whole_chain(tmp_path_factory.mktemp("runs"), "sample.shard_images=40", *rows, *averages)
 
 
 def _log(run: Run) -> list[Mapping[str, float | str]]:
@@ -93,6 +99,30 @@ def test_a_checkpoint_is_measured_as_the_export_is(run: Run) -> None:
     shown = EventAccumulator(run.storage.url("tensorboard/train_lightningdit_measured")).Reload()
     scalars = {scalar.step: scalar.value for scalar in shown.Scalars("generation_frechet_distance")}
     assert scalars == {seen: pytest.approx(found[seen]["generation_frechet_distance"]["value"]) for seen in (128, 256)}
+
+
+def test_further_averages_are_exported_sampled_and_evaluated(run: Run) -> None:
+    training = run.training_folder("train_lightningdit")
+    assert find_snapshots(training) == [128, 256]
+    digests = {name: run.require_average(name).digest for name in ("narrow", "wide")}
+    assert len({*digests.values(), run.require("train_lightningdit").digest}) == 3
+    section, weights = run.config.train_lightningdit, {"weights": "wide"}
+    assert section.measure is not None
+    section = section.model_copy(update={"measure": section.measure.model_copy(update=weights)})
+    samples = run.config.sample.model_copy(update=weights)
+    wide = Run(run.config.model_copy(update={"sample": samples, "train_lightningdit": section}))
+    assert wide.plans(sources=False)["sample"].why == "made with another configuration"
+    assert SamplingInputs.of(wide).lightningdit.digest == digests["wide"]
+    path = f"{EVALUATIONS}/{256:012d}.json"
+    evaluate_checkpoint(CheckpointEvaluationInputs.of(run), 256)
+    of_export = training.read_bytes(path)
+    evaluate_checkpoint(CheckpointEvaluationInputs.of(wide), 256)
+    ours, theirs = json.loads(training.read_bytes(path)), json.loads(of_export)
+    training.write_bytes(path, of_export)
+    name = "generation_frechet_distance"
+    assert ours[name]["value"] != theirs[name]["value"]
+    assert "40 class-balanced samples, average wide, " in ours[name]["protocol"]
+    assert "average" not in theirs[name]["protocol"]
 
 
 def test_what_was_seen_of_the_tokenizer_serves_the_next_samples(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
+from vavae.training.ema import FurtherAverage
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState
 
@@ -37,6 +38,7 @@ class _TrainedStep:
         engine.backward(engine.forward(torch.ones(1, _WIDTH, device=device)).sum())
         engine.update(1e-4)
         self.engines: Mapping[str, Engine] = {"model": engine}
+        self.averages: Mapping[str, FurtherAverage] = {}
         self.stopwatch = Stopwatch(device)
 
     def source(self) -> MicroBatchSource[Any]:

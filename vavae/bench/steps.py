@@ -49,6 +49,8 @@ class StepTurns:
         result = self.step.run(micro_batches, seen, self._training.optimizer.learning_rate)
         if self.step.ema is not None:
             self.step.ema.update()
+        for average in self.step.averages.values():
+            average.update_after(seen + self._training.batch_size)
         self._taken += 1
         return result
 

@@ -20,6 +20,9 @@ def add_commands(commands: Any) -> None:
     exporter.add_argument(
         "--format", choices=("released", "diffusers"), default="released", help="default: %(default)s"
     )
+    exporter.add_argument(
+        "--weights", metavar="NAME", help="average of the LightningDiT's weights; default: the one of its export"
+    )
     exporter.set_defaults(act=_export)
     for command in (importer, exporter):
         command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
@@ -52,13 +55,15 @@ def _export(arguments: argparse.Namespace) -> int:
     )
 
     run, what, file = Run(load(RunConfig, arguments.config, arguments.overrides)), arguments.what, arguments.file
+    if arguments.weights is not None and what != "lightningdit":
+        raise UserError(f"--weights {arguments.weights}: only the LightningDiT has averages of its weights")
     match (what, arguments.format):
         case ("tokenizer", "released"):
             export_tokenizer(run.stored("train_vavae"), file)
         case ("tokenizer", "diffusers"):
             export_diffusers_tokenizer(run.stored("train_vavae"), run.config.shards.image_size, file)
         case ("lightningdit", "released"):
-            export_lightningdit(run.stored("train_lightningdit"), file)
+            export_lightningdit(run.stored_lightningdit(arguments.weights), file)
         case ("latents", "released"):
             export_latents(run.stored("precompute_latents"), run.storage.at(file), run.config.seed)
         case _:

@@ -66,6 +66,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     with inputs.output.run.at(folder or slash or ".").create(name) as local:
         write(local, request, _with_progress(batches, count))
     made = f"{len(request.classes)} classes with {len(request.seeds)} seeds" if known else f"{count} images"
+    made += config.sample.weights_in_words
     print(f"{out}: {made}, {config.solver.summary}, {config.guidance.summary}")
     return 0
 

@@ -9,7 +9,7 @@ from vavae.interop.export import load_tokenizer
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
-from vavae.runs.config import LightningDiTTrainingConfig
+from vavae.runs.config import LightningDiTTrainingConfig, RunConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler, load_weak_model
@@ -34,12 +34,13 @@ def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) ->
     settings = config.train_lightningdit.measure
     checkpoints = CheckpointMetrics.of(inputs.training, config.train_lightningdit)
     assert settings is not None, "train_lightningdit.measure is set"
+    config = config.model_copy(update={"sample": config.sample.model_copy(update={"weights": settings.weights})})
     assert checkpoints is not None, "train_lightningdit.measure is set"
     for part in evaluator.missing(REFERENCES):
         evaluator.evaluate(part, lambda _: None)
     classes = read_latent_manifest(inputs.latents).classes
     label = label_law(config.sample, classes, config.seed)
-    images = _load_sampler(inputs, images_seen, len(classes), evaluator.device).batches(
+    images = _load_sampler(inputs, config, images_seen, len(classes), evaluator.device).batches(
         range(settings.images),
         [label(index) for index in range(settings.images)],
         config.seed,
@@ -78,13 +79,15 @@ def prune_evaluated_checkpoints(training: Storage, config: LightningDiTTrainingC
         Retention.of(training, config).prune(checkpoints, names[-1])
 
 
-def _load_sampler(inputs: CheckpointEvaluationInputs, images_seen: int, classes: int, device: torch.device) -> Sampler:
-    """Load the run's tokenizer, and its LightningDiT with the average of a checkpoint."""
-    config = inputs.evaluation.config
+def _load_sampler(
+    inputs: CheckpointEvaluationInputs, config: RunConfig, images_seen: int, classes: int, device: torch.device
+) -> Sampler:
+    """Load the run's tokenizer, and its LightningDiT with the average of a checkpoint that `sample.weights` names."""
     with torch.device("meta"):
         model = LightningDiT(config.lightningdit.with_classes(classes), config.tokenizer.latent_dim, config.grid)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    load_average(inputs.training, images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
+    tensors = {f"model.{name}": each for name, each in model.state_dict().items()}
+    load_average(inputs.training, images_seen, tensors, config.sample.weights)
     tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     weak = load_weak_model(inputs.weak, model)

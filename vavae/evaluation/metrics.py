@@ -199,14 +199,15 @@ def latent_space_metrics(latent_space: LatentSpace) -> list[Metric]:
 
 
 def generation_protocol(generated: int, config: RunConfig, classes: int | None) -> str:
-    """Protocol of generated images: their number and labels, solver and guidance.
+    """Protocol of generated images: their number and labels, the average unless exported, solver and guidance.
 
     Args:
         generated: number of images.
         config: configuration of the run.
         classes: number of classes of its images; None where it is not known.
     """
-    return f"{config.sample.in_words(generated, classes)}, {config.solver.summary}, {config.guidance.summary}"
+    images = f"{config.sample.in_words(generated, classes)}{config.sample.weights_in_words}"
+    return f"{images}, {config.solver.summary}, {config.guidance.summary}"
 
 
 def small_set_warning(extractor: Description, images: int) -> str | None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vavae.config import Config, as_one_number, identity
+from vavae.config import Config, as_one_number, digest, identity
 from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.losses.config import VisionFoundationLossConfig
@@ -24,7 +24,8 @@ from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
-from vavae.storage.artifact import FileInfo
+from vavae.runs.output import JobOutput
+from vavae.storage.artifact import Artifact, FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
 WEIGHTS, ALIGNMENT, DESCRIPTION = "model.safetensors", "alignment.safetensors", "model.yaml"
@@ -76,6 +77,28 @@ def save_export(
             storage.put_file(path, path.name)
             files[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
     return files
+
+
+def commit_export(
+    output: JobOutput,
+    description: Config,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    images_seen: int,
+    **details: JsonValue,
+) -> Artifact:
+    """Write an export in place of the one that is there, and its record, which is returned.
+
+    Args:
+        output: place and draft of the record.
+        description: sections of the configuration.
+        weights: state dicts by file name.
+        images_seen: by the training.
+        details: of the record.
+    """
+    output.discard()
+    files = save_export(output.folder, description, weights)
+    content = digest({name: info.sha256 for name, info in files.items()})
+    return output.commit(content, files, images_seen=images_seen, **details)
 
 
 def load_tokenizer(storage: Storage) -> tuple[VAVAE, TokenizerDescription]:

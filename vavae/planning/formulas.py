@@ -158,12 +158,12 @@ def _gradient_size(engine: EngineConfig) -> int:
     return HALF_BYTES if engine.communication_data_type == "bf16" else FLOAT_BYTES
 
 
-def state_bytes(parameters: int, workers: int, zero_stage: int, *, averaged: bool, offloaded: bool = False) -> float:
-    """Bytes on a GPU for weights, gradients, two moments and the average of so many parameters.
+def state_bytes(parameters: int, workers: int, zero_stage: int, *, averaged: int, offloaded: bool = False) -> float:
+    """Bytes on a GPU for weights, gradients, two moments and `averaged` averages of so many parameters.
 
     ZeRO, arXiv 1910.02054, section 5: stage 1 divides the moments among the workers, stage 2 also the gradients, stage
     3 also the weights. DeepSpeed adds a divided copy of the weights in stages 1 to 3, which goes to the host's memory
-    with the moments where they are offloaded. The average is always divided. `buffer_bytes` come on top.
+    with the moments where they are offloaded. Averages are always divided. `buffer_bytes` come on top.
     """
     share = 1 / workers
     weights = share if zero_stage == 3 else 1

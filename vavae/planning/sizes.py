@@ -9,7 +9,7 @@ from torch import nn
 from vavae.data.shards.manifest import Manifest
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
 from vavae.runs.run import Job
 from vavae.training.flops.meta_models import lightningdit_of, on_meta
 
@@ -69,19 +69,23 @@ def trained_parameters(config: RunConfig, job: Job) -> Mapping[str, int]:
 
 
 def checkpoint_bytes(config: RunConfig, job: Job) -> int:
-    """Bytes of one checkpoint: weights and moments of all engines, and the average of the first where it is taken."""
+    """Bytes of one checkpoint: weights and moments of all engines, and the averages of the first."""
     training: TrainingConfig = getattr(config, job)
     first, *others = trained_parameters(config, job).values()
-    averaged = training.ema_decay is not None
-    return FLOAT_BYTES * (first * (_ADAM_FLOATS + averaged) + sum(others) * _ADAM_FLOATS)
+    return FLOAT_BYTES * (first * (_ADAM_FLOATS + training.average_count) + sum(others) * _ADAM_FLOATS)
 
 
 def training_bytes(config: RunConfig, job: Job) -> int:
-    """Bytes of the checkpoints that a training keeps, and of its export."""
+    """Bytes of the checkpoints and snapshots that a training keeps, and of its exports."""
     training: TrainingConfig = getattr(config, job)
     exported = next(iter(trained_parameters(config, job).values()))
     kept = training.keep_checkpoints + (training.keep_best.count if training.keep_best else 0)
-    return kept * checkpoint_bytes(config, job) + FLOAT_BYTES * exported
+    copies = 1
+    if isinstance(training, LightningDiTTrainingConfig):
+        interval = training.average_snapshot_images
+        snapshots = 0 if interval is None else training.steps * training.batch_size // interval
+        copies += len(training.averages) + snapshots * len(training.power_averages)
+    return kept * checkpoint_bytes(config, job) + FLOAT_BYTES * exported * copies
 
 
 def _parameters(module: nn.Module) -> int:

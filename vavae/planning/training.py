@@ -93,12 +93,12 @@ def _activations_of_a_lane(config: RunConfig, job: Job) -> float:
 def _memory(config: RunConfig, job: Job, workers: int, zero_stage: int, activations: float) -> float:
     """Bytes on a GPU in a ZeRO stage, with so many of activations."""
     training: TrainingConfig = getattr(config, job)
-    averaged, offloaded = training.ema_decay is not None, training.engine.offload_optimizer
+    averaged, offloaded = training.average_count, training.engine.offload_optimizer
     backend = training.engine.backend if zero_stage == 0 else "deepspeed"
     engine = training.engine.model_copy(update={"backend": backend, "zero_stage": zero_stage})
     counts = trained_parameters(config, job).values()
     states = sum(
-        state_bytes(count, workers, zero_stage, averaged=averaged and not i, offloaded=offloaded)
+        state_bytes(count, workers, zero_stage, averaged=0 if i else averaged, offloaded=offloaded)
         for i, count in enumerate(counts)
     )
     buffers = [buffer_bytes(count, workers, engine) for count in counts]

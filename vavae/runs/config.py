@@ -16,10 +16,12 @@ from vavae.losses.config import TokenizerLossConfig
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
 from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve_phases
-from vavae.sampling.config import SampleConfig
+from vavae.sampling.config import NAME_PATTERN, SampleConfig
 from vavae.storage.config import StorageConfig
 
 _WEEK_SECONDS = 7 * 24 * 3600.0
+WIDEST_STD = 12**-0.5
+"""Relative standard deviation of the uniform average of all weights, which no power profile reaches."""
 
 
 class ScheduleConfig(Config):
@@ -49,17 +51,40 @@ class BestConfig(Config):
     count: int = Field(1, ge=1)
 
 
+class AverageConfig(Config):
+    """A further average of the weights: by a decay, or by EDM2's power profile (arXiv 2312.02696, section 3.2)."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name by which `sample.weights` and others ask for it."""
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Decay per step, as `ema_decay`."""
+    ramp: float | None = Field(None, gt=0)
+    """Limit of the half-life, as `ema_ramp`."""
+    std: float | None = Field(None, gt=0, lt=WIDEST_STD)
+    """Standard deviation of the power profile, relative to the length of the training; 0.05 and 0.1 in EDM2."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        if (self.decay is None) == (self.std is None):
+            raise ValueError(f"the average {self.name} takes either a decay or the std of a power profile")
+        if self.ramp is not None and self.decay is None:
+            raise ValueError(f"ramp={self.ramp:g} limits a decay, and {self.name} is a power profile: leave it out")
+        return self
+
+
 class CheckpointEvaluationConfig(Config):
     """Evaluation of the LightningDiT's checkpoints during its training, as `evaluate` does it at the end.
 
-    The model is what would be exported; guidance, solver and labels are those of the samples. A checkpoint that is due
-    while another one is evaluated is skipped, and until it has been evaluated or skipped it stays in storage.
+    Guidance, solver and labels are those of the samples. A checkpoint that is due while another one is evaluated is
+    skipped, and until it has been evaluated or skipped it stays in storage.
     """
 
     every_images: int = Field(ge=1)
     """Images of the training between two evaluations."""
     images: int = Field(2000, ge=2)
     """Generated images; distances on fewer are larger, so they compare with each other alone."""
+    weights: str | None = None
+    """Name of one of the training's `averages`; null takes the average that is exported."""
     when: Literal["beside", "after"] = "beside"
     """`beside` training, which takes resources besides the workers'; or one checkpoint after another once training is
     over, which takes none, and room in storage for all of them."""
@@ -136,6 +161,11 @@ class TrainingConfig(Config):
         return self
 
     @property
+    def average_count(self) -> int:
+        """Number of averages of the weights that are kept."""
+        return int(self.ema_decay is not None)
+
+    @property
     def steps(self) -> int:
         """Steps until the budget is reached."""
         return -(-self.images // self.batch_size)
@@ -195,6 +225,11 @@ class LightningDiTTrainingConfig(TrainingConfig):
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
+    averages: tuple[AverageConfig, ...] = added(())
+    """Further averages, each exported under its name beside the LightningDiT."""
+    average_snapshot_images: int | None = runtime(None, ge=1)
+    """Images between two snapshots of the averages by power profiles, which stay in storage, so that `vavae average`
+    reconstructs other profiles from them after the training; null keeps none."""
     preview_images: int | None = runtime(5_000_000, ge=1)
     """As for the tokenizer; rarer, because training stands still while the first worker samples."""
     measure: CheckpointEvaluationConfig | None = runtime(None)
@@ -203,17 +238,51 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """Lanes that a worker takes in one forward and backward pass: fewer, larger passes for a GPU that has room. Only
     the order of sums changes. `auto` takes as many as the plan says fit on GPUs that promise no bits, one elsewhere."""
 
+    @property
+    def average_count(self) -> int:
+        """Number of averages of the weights that are kept."""
+        return super().average_count + len(self.averages)
+
+    @property
+    def power_averages(self) -> tuple[AverageConfig, ...]:
+        """Averages by power profiles."""
+        return tuple(average for average in self.averages if average.std is not None)
+
+    def average(self, name: str) -> AverageConfig | None:
+        """The further average of a name; None where there is none."""
+        return next((average for average in self.averages if average.name == name), None)
+
     @model_validator(mode="after")
-    def _measures_the_average(self) -> Self:
-        if self.measure is not None and self.ema_decay is None:
-            raise ValueError("measure evaluates the average of the weights: give ema_decay, or leave measure out")
+    def _measures_an_average(self) -> Self:
+        if self.measure is None:
+            return self
+        weights = self.measure.weights
+        if weights is None and self.ema_decay is None:
+            raise ValueError(
+                "measure evaluates an average of the weights: give ema_decay, or measure.weights, or leave measure out"
+            )
+        if weights is not None and self.average(weights) is None:
+            names = ", ".join(average.name for average in self.averages) or "none"
+            raise ValueError(f"measure.weights={weights} is no average of this training; there are: {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_have_their_names(self) -> Self:
+        names = [average.name for average in self.averages]
+        if len({*names}) < len(names):
+            raise ValueError(f"averages have the names {', '.join(names)}: name each once")
+        if self.average_snapshot_images is not None and not self.power_averages:
+            raise ValueError(
+                f"average_snapshot_images={self.average_snapshot_images} keeps averages by power profiles: give "
+                "averages with a std, such as {name: narrow, std: 0.05} and {name: wide, std: 0.1}, or leave it out"
+            )
         return self
 
 
 class RunConfig(Config):
     """Configuration of one run, from images to report; each job reads the sections that concern it."""
 
-    name: str = runtime(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = runtime(pattern=NAME_PATTERN)
     """Folder of the run below `storage.root`."""
     seed: int = Field(0, ge=0)
     storage: StorageConfig = runtime(StorageConfig())

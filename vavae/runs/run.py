@@ -57,6 +57,10 @@ JOBS: dict[Job, JobSpec] = {
 }
 """All jobs by name, in the order in which a run goes through them."""
 
+_AVERAGES = "lightningdit/averages"
+_AVERAGE = "average of weights"
+"""Folder of the exports of averages of the LightningDiT's weights besides the one in its own export."""
+
 TRAININGS: tuple[Job, ...] = ("train_vavae", "train_lightningdit")
 
 IMPORTED = "imported"
@@ -203,8 +207,58 @@ class Run:
         """
         run = self.snapshot()
         digests: dict[str, str] = {name: run.require(name).digest for name in JOBS[job].inputs}
+        if job == "sample" and self.config.sample.weights is not None:
+            digests["train_lightningdit"] = run.require_average(self.config.sample.weights).digest
         weak = run.weak_model() if job == "sample" else None
         return digests if weak is None else {**digests, "weak_model": weak.digest}
+
+    def average_prefix(self, name: str) -> str:
+        """Folder of the export of an average of the LightningDiT's weights in the run's."""
+        return f"{_AVERAGES}/{name}"
+
+    def require_average(self, name: str) -> Artifact:
+        """Record of the export of an average of the LightningDiT's weights.
+
+        Raises:
+            UserError: there is none by that name, or it is of another training than the configured one.
+        """
+        run, prefix = self.snapshot(), self.average_prefix(name)
+        record, url = read(self.storage, prefix), self.storage.url()
+        if record is None or not is_intact(self.storage, prefix, record):
+            there = ", ".join(path.rpartition("/")[2] for path in self.storage.list(_AVERAGES)) or "none"
+            raise UserError(
+                f"{url}: no average of weights {name}; there are: {there}; train_lightningdit.averages keeps some "
+                "while training, and vavae average reconstructs others after it"
+            )
+        if record.config != self._configuration("train_lightningdit") or record.inputs != run.inputs(
+            "train_lightningdit"
+        ):
+            raise UserError(f"{url}: the average of weights {name} is of another training; run vavae average again")
+        return record
+
+    def stored_lightningdit(self, weights: str | None) -> StoredArtifact:
+        """The LightningDiT's export, or that of an average.
+
+        Args:
+            weights: name of the average; None takes the export.
+
+        Raises:
+            UserError: there is none yet, or no such average.
+        """
+        if weights is None:
+            return self.stored("train_lightningdit")
+        record = self.require_average(weights)
+        return StoredArtifact(self.storage.child(self.average_prefix(weights)), record.digest, tuple(record.files))
+
+    def average_output(self, name: str) -> JobOutput:
+        """Resolve where the export of an average of the LightningDiT's weights goes, as `output` does.
+
+        Raises:
+            UserError: an input of the training is missing.
+        """
+        output = self.output("train_lightningdit")
+        draft = output.draft.model_copy(update={"kind": _AVERAGE})
+        return JobOutput(self.storage, self.average_prefix(name), draft)
 
     def weak_model(self) -> StoredArtifact | None:
         """The export that `guidance.weak` names; None where the samples are not guided by a weaker model.
@@ -217,8 +271,8 @@ class Run:
             return None
         parent, _, name = weak.model.rstrip("/").rpartition("/")
         storage = Storage.of(self.config.storage).at(parent)
-        record = read(storage, name)
-        if record is None or record.kind != JOBS["train_lightningdit"].makes or not is_intact(storage, name, record):
+        record, kinds = read(storage, name), (JOBS["train_lightningdit"].makes, _AVERAGE)
+        if record is None or record.kind not in kinds or not is_intact(storage, name, record):
             raise UserError(
                 f"guidance.weak.model={weak.model}: no whole export of a LightningDiT there; give a folder such as "
                 "runs/NAME/lightningdit/export"
@@ -240,9 +294,13 @@ class Run:
 
         Raises:
             UserError: an artifact was made with another configuration and is too precious to be made again under the
-                same name, or the sources of the images are not what they should be.
+                same name, the sources of the images are not what they should be, or the average that is to be sampled
+                is not there and no training makes it.
         """
         run, plans = self.snapshot(), dict[Job, Plan]()
+        weights = self.config.sample.weights
+        if weights is not None and self.config.train_lightningdit.average(weights) is None:
+            run.require_average(weights)  # no training makes it
         for job, spec in JOBS.items():
             missing = next((name for name in reversed(spec.inputs) if not plans[name].done), None)
             plans[job] = run._plan(job, sources) if missing is None else Plan(False, f"after {JOBS[missing].makes}")

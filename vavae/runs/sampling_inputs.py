@@ -18,6 +18,7 @@ class SamplingInputs:
     latents: StoredArtifact
     """Latents that the LightningDiT was trained on: their statistics, and the names of the classes."""
     lightningdit: StoredArtifact
+    """Its export, or that of the average that `sample.weights` names."""
     weak: StoredArtifact | None
     """LightningDiT that guides, where the configuration names one."""
     origin: str
@@ -39,7 +40,7 @@ class SamplingInputs:
             config=run.config,
             tokenizer=run.stored("train_vavae"),
             latents=run.stored("precompute_latents"),
-            lightningdit=run.stored("train_lightningdit"),
+            lightningdit=run.stored_lightningdit(run.config.sample.weights),
             weak=run.weak_model(),
             origin=digest({"config": {**identity, "sample": each}, "inputs": run.inputs("sample")}),
             output=run.output("sample"),

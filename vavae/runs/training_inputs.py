@@ -1,6 +1,6 @@
 """The inputs of the trainings, resolved once before they begin, by one rank for all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -87,6 +87,8 @@ class LightningDiTTrainingInputs(TrainingInputs):
     tokenizer: Storage
     """Folder of the tokenizer's export, which decodes previews."""
     tokenizer_digest: str
+    averages: Mapping[str, JobOutput]
+    """Places and drafts of the exports of further averages, by name."""
 
     @classmethod
     def of(cls, run: Run) -> "LightningDiTTrainingInputs":
@@ -106,6 +108,7 @@ class LightningDiTTrainingInputs(TrainingInputs):
             latents=run.folder("precompute_latents"),
             tokenizer=run.folder("train_vavae"),
             tokenizer_digest=run.require("train_vavae").digest,
+            averages={each.name: run.average_output(each.name) for each in run.config.train_lightningdit.averages},
         )
 
 

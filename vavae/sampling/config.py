@@ -7,6 +7,9 @@ from pydantic import Field
 from vavae.config import Config, added, runtime
 from vavae.distributed.config import Precision
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Names of folders: of a run, and of an average of weights in it."""
+
 
 class SampleConfig(Config):
     """A set of generated images."""
@@ -18,6 +21,9 @@ class SampleConfig(Config):
     )
     """Image i shows class i mod (number of classes), or a random class, or class i mod (length) of a list of names
     or numbers."""
+    weights: str | None = added(None, pattern=NAME_PATTERN)
+    """Name of the average of the LightningDiT's weights that generates them: one of `train_lightningdit.averages`, or
+    one that `vavae average` has reconstructed. Null takes the LightningDiT's export."""
     shard_images: int = Field(500, ge=1)
     """Images of one output shard, the unit that is made at once and resumed."""
     precision: Precision = added("fp32")
@@ -36,6 +42,11 @@ class SampleConfig(Config):
     """Shards generated at the same time, each by `workers.cpus` cores or one GPU."""
     picture_columns: int = runtime(10, ge=1)
     """Images per class in the picture `samples.png`, or in each of as many rows where there is one class or none."""
+
+    @property
+    def weights_in_words(self) -> str:
+        """The average that generates them, to follow other words; empty where it is the export."""
+        return "" if self.weights is None else f", average {self.weights}"
 
     def in_words(self, count: int, classes: int | None) -> str:
         """Describe so many of these images, for the protocol of a metric.

@@ -27,7 +27,7 @@ from vavae.models.dit.model import LightningDiT
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
-from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.ema import ExponentialMovingAverage, further_averages
 from vavae.training.initialize import initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, TermSum, variances
@@ -129,6 +129,7 @@ class DiffusionStep:
         )
         self.engines: dict[str, Engine] = {"lightningdit": self._engine}
         self.ema = ExponentialMovingAverage(self._engine, training.ema_decay, world) if training.ema_decay else None
+        self.averages = further_averages(self._engine, training, world)
 
     def source(self) -> LatentStream:
         """See `Step.source`."""

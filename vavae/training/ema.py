@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, in fp32."""
+"""Exponential moving averages of weights, in fp32."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from torch import Tensor
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard, copy_shards, gather_full
 from vavae.distributed.world import World
-from vavae.runs.config import TrainingConfig
+from vavae.runs.config import AverageConfig, LightningDiTTrainingConfig, TrainingConfig
+from vavae.training.power_profiles import power_decay
 
 _NOTICEABLE = 0.01
 """Share of the initial weights in an average from which on they are said to be there."""
@@ -59,6 +60,35 @@ class ExponentialMovingAverage:
         copy_shards({name: weights[name] for name in self.tensor_shards}, self.tensor_shards)
 
 
+class FurtherAverage(ExponentialMovingAverage):
+    """Average beside the one of `ema_decay`: by a decay with its ramp, or by a power profile.
+
+    Args:
+        engine: engine whose weights to average.
+        config: decay or profile.
+        batch_size: images of a step.
+        world: the ranks.
+    """
+
+    def __init__(self, engine: Engine, config: AverageConfig, batch_size: int, world: World) -> None:
+        super().__init__(engine, 1.0 if config.decay is None else config.decay, world)
+        self._config, self._batch_size = config, batch_size
+
+    def update_after(self, images_seen: int) -> None:
+        """Update the average with the engine's present weights.
+
+        Args:
+            images_seen: with those of the step that made these weights.
+        """
+        std, ramp, size = self._config.std, self._config.ramp, self._batch_size
+        self.update(_limit(ramp, size, images_seen) if std is None else power_decay(std, size, images_seen))
+
+
+def further_averages(engine: Engine, training: LightningDiTTrainingConfig, world: World) -> dict[str, FurtherAverage]:
+    """The averages of a training besides the one of `ema_decay`, by name."""
+    return {each.name: FurtherAverage(engine, each, training.batch_size, world) for each in training.averages}
+
+
 def ramp_limit(training: TrainingConfig, images_seen: int) -> float:
     """Limit the decay of an update so that its half-life is at most `ema_ramp` of the images seen; 1 without a ramp.
 
@@ -68,28 +98,40 @@ def ramp_limit(training: TrainingConfig, images_seen: int) -> float:
         training: configuration of the training.
         images_seen: with those of the step whose weights are averaged.
     """
-    if training.ema_ramp is None:
-        return 1.0
-    return 0.5 ** (training.batch_size / (training.ema_ramp * images_seen))
+    return _limit(training.ema_ramp, training.batch_size, images_seen)
+
+
+def _limit(ramp: float | None, batch_size: int, images_seen: int) -> float:
+    return 1.0 if ramp is None else 0.5 ** (batch_size / (ramp * images_seen))
 
 
 def initial_share(training: TrainingConfig) -> float:
     """Share of the initial weights in the average at the end of a training: the product of the decays of its steps."""
     decay = training.ema_decay
-    if decay is None:
-        return 0.0
-    if training.ema_ramp is None:
+    return 0.0 if decay is None else _initial_share(decay, training.ema_ramp, training)
+
+
+def _initial_share(decay: float, ramp: float | None, training: TrainingConfig) -> float:
+    if ramp is None:
         return decay**training.steps
     size = training.batch_size
-    return math.prod(min(decay, ramp_limit(training, step * size)) for step in range(1, training.steps + 1))
+    return math.prod(min(decay, _limit(ramp, size, step * size)) for step in range(1, training.steps + 1))
 
 
 def initial_share_warning(job: str, training: TrainingConfig) -> str | None:
-    """Line about initial weights in the average that a training exports; None where they are less than 1 %."""
-    share = initial_share(training)
-    if share <= _NOTICEABLE:
-        return None
-    return (
-        f"{job}.ema_decay={training.ema_decay}: after {training.steps:,} steps the average of the weights would still "
-        f"be {share:.0%} initial weights; set {job}.ema_ramp=0.09, lower the decay or raise {job}.images"
-    )
+    """Line about initial weights in an average that a training exports; None where they are less than 1 % in all.
+
+    In a power profile there are none.
+    """
+    decays = [(training.ema_decay, training.ema_ramp, f"{job}.ema_decay", f"{job}.ema_ramp")]
+    for each in training.averages if isinstance(training, LightningDiTTrainingConfig) else ():
+        place = f"{job}.averages: {each.name}"
+        decays.append((each.decay, each.ramp, f"{place}, decay", "its ramp"))
+    for decay, ramp, name, remedy in decays:
+        share = 0.0 if decay is None else _initial_share(decay, ramp, training)
+        if share > _NOTICEABLE:
+            return (
+                f"{name}={decay}: after {training.steps:,} steps the average of the weights would still be {share:.0%} "
+                f"initial weights; set {remedy}=0.09, lower the decay or raise {job}.images"
+            )
+    return None

@@ -11,7 +11,7 @@ from vavae.data.image_stream import MicroBatchSource
 from vavae.data.sample_order import AccumulationStep
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard
-from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.logging.stopwatch import Stopwatch
 
 
@@ -71,6 +71,10 @@ class Step(Protocol):
     @property
     def ema(self) -> ExponentialMovingAverage | None:
         """Average of the weights, which is exported, if there is one."""
+
+    @property
+    def averages(self) -> Mapping[str, FurtherAverage]:
+        """Further averages of the same weights, by name."""
 
     def source(self) -> MicroBatchSource[Any]:
         """Return the source of micro-batches."""

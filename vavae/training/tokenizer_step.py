@@ -36,7 +36,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import Part, TokenizerPhase
 from vavae.training.collapse import DISCRIMINATOR_ACCURACY, OUTPUT_VARIANCE
-from vavae.training.ema import ExponentialMovingAverage
+from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.initialize import ModuleT, initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, StepWeights, TermSum, variances
@@ -180,6 +180,7 @@ class TokenizerStep:
             self.engines["discriminator"] = self._adversary
         decay = training.ema_decay
         self.ema = ExponentialMovingAverage(self._generator, decay, world) if decay else None
+        self.averages: dict[str, FurtherAverage] = {}
         if self.ema is not None and start is not None and start.average is not None:
             self.ema.load(start.average)
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vavae.config import Config, digest
+from vavae.config import Config
 from vavae.data.image_stream import ImageStream
 from vavae.data.sample_order import order_of
 from vavae.distributed.compilation import compiles_blocks
@@ -17,8 +17,8 @@ from vavae.interop.export import (
     WEIGHTS,
     LightningDiTDescription,
     TokenizerDescription,
+    commit_export,
     load_tokenizer,
-    save_export,
     strip_prefix,
 )
 from vavae.latents.manifest import LatentManifest, read_latents_of
@@ -27,6 +27,7 @@ from vavae.latents.stream import LatentStream
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.progress import Progress
 from vavae.runs.config import RunConfig
+from vavae.runs.output import JobOutput
 from vavae.runs.training_inputs import (
     LightningDiTTrainingInputs,
     TokenizerTrainingInputs,
@@ -106,16 +107,18 @@ class _Attempt:
         )
         return trainer.fit(span)
 
-    def export(self, description: Config, weights: Mapping[str, Mapping[str, Tensor]], state: TrainState) -> None:
-        """Write the export and commit it, on rank 0. Every rank calls it."""
+    def export(
+        self,
+        description: Config,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        state: TrainState,
+        output: JobOutput | None = None,
+    ) -> None:
+        """Write the export, or another output, and commit it, on rank 0. Every rank calls it."""
         self.checkpoints.check_lease()
         if self.world.is_first:
             self.session.progress(Progress(self._inputs.job, 0, None, doing="writing the export"))
-            output = self._inputs.output
-            output.discard()
-            files = save_export(output.folder, description, weights)
-            content = digest({name: info.sha256 for name, info in files.items()})
-            output.commit(content, files, images_seen=state.images_seen)
+            commit_export(output or self._inputs.output, description, weights, state.images_seen)
         self.world.barrier()
 
 
@@ -232,6 +235,8 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     description = LightningDiTDescription(
         lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
     )
+    for name, output in inputs.averages.items():
+        attempt.export(description, {WEIGHTS: strip_prefix("model.", step.averages[name].weights())}, state, output)
     weights = strip_prefix("model.", exported_weights(step, "lightningdit"))
     attempt.export(description, {WEIGHTS: weights}, state)
 

@@ -245,13 +245,18 @@ class Trainer:
             return
         self._skipped_in_a_row = 0
         self._meter.add(pending.result, self.config.batch_size)
-        if self.step.ema is not None:
-            with self.step.stopwatch("optimizer"):
-                seen = pending.images_seen + self.config.batch_size
-                self.step.ema.update(ramp_limit(self.config, seen))
+        self._update_averages(pending.images_seen + self.config.batch_size)
         if self._spikes.is_spike(total[_LOSS]):
             self._meter.spike()
             self._report_step("loss_spike", "has a loss far above those before it", pending)
+
+    def _update_averages(self, images_seen: int) -> None:
+        """Update the averages with the weights of a step; the images seen are counted with its own."""
+        with self.step.stopwatch("optimizer"):
+            if self.step.ema is not None:
+                self.step.ema.update(ramp_limit(self.config, images_seen))
+            for average in self.step.averages.values():
+                average.update_after(images_seen)
 
     def _raise_if_diverged(self) -> None:
         if self._diverged:

@@ -1,7 +1,7 @@
 """Checkpoints of a training, each complete or absent.
 
 A checkpoint is a folder. The attempt that writes it has a subfolder of its own in it, and every set of weights one in
-that, with one file of each rank, which holds the rank's shards of weights and optimizer; so has their average. The
+that, with one file of each rank, which holds the rank's shards of weights and optimizer; so has each average. The
 commit record is written last. Whatever the engine and the number of ranks that wrote a checkpoint, any other reads it:
 there is nothing to convert.
 """
@@ -39,12 +39,12 @@ from vavae.training.checkpoints.background_write import BackgroundWrite
 from vavae.training.checkpoints.lease import Lease, SupersededError
 from vavae.training.checkpoints.metrics import CHECKPOINTS, checkpoint_name
 from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.snapshots import average_set
 from vavae.training.checkpoints.state import CheckpointDetails, TrainState
 from vavae.training.step import Step
 
 logger = logging.getLogger(__name__)
 
-_EMA = "ema"
 _PARTS = "parts"
 _LEASE = "lease.json"
 _LOCAL_POLL_SECONDS, _POLL_SECONDS = 0.02, 1.0
@@ -98,7 +98,7 @@ class Checkpoints:
         """Checkpoints to resume from, newest first; None before the first search."""
 
     def is_due(self, images_seen: int) -> bool:
-        """Return whether a checkpoint of this moment is to be evaluated."""
+        """Return whether a checkpoint of this moment is due, besides those at intervals; see `Retention.is_due`."""
         return self._retention.is_due(images_seen)
 
     def save(self, step: Step, state: TrainState, metrics: Mapping[str, float], put_log: Callable[[], None]) -> int:
@@ -125,8 +125,7 @@ class Checkpoints:
             metrics=finite_row(metrics),
         )
         sets = {key: {**engine.tensor_shards(), **engine.moments()} for key, engine in step.engines.items()}
-        if step.ema is not None:
-            sets[_EMA] = step.ema.tensor_shards
+        sets |= _averages_of(step)
         copies = {key: _copies_on_cpu(parts) for key, parts in sets.items()}
         self._saves += 1
         place = _Place(checkpoint_name(state.images_seen), f"{self._attempt}-{self._saves}")
@@ -180,34 +179,49 @@ class Checkpoints:
         put_log: Callable[[], None],
         abandoned: Event,
     ) -> None:
-        """Write this rank's files; on rank 0 wait for those of all and commit them."""
+        """Write this rank's files; on rank 0 wait for those of all and commit them, those of a snapshot first."""
+        snapshots = self._retention.snapshots
+        if snapshots is not None and not snapshots.is_due(details.state.images_seen):
+            snapshots = None
+        if snapshots is not None:
+            self._write_files(snapshots.storage, place, {key: sets[key] for key in snapshots.sets})
+        self._write_files(self._storage, place, sets)
+        if self._world.is_first:
+            put_log()
+            if snapshots is not None:
+                self._commit(snapshots.storage, "snapshot", place, details, abandoned)
+            if self._commit(self._storage, "checkpoint", place, details, abandoned):
+                self._retention.prune(self._storage, place.name)
+
+    def _write_files(self, storage: Storage, place: "_Place", sets: Mapping[str, Mapping[str, TensorShard]]) -> None:
+        """Write this rank's files of some sets of weights into a folder of checkpoints or snapshots."""
         files, headers = {}, {}
         for key, parts in sets.items():
             path = f"{key}/{self._world.rank:05d}.safetensors"
-            with self._storage.create(f"{place.folder}/{path}") as local:
+            with storage.create(f"{place.folder}/{path}") as local:
                 save_tensor_shards(parts, local)
                 header = header_of(local)
                 files[path] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local)).model_dump()
                 headers[path] = FileInfo(bytes=len(header), sha256=sha256(header).hexdigest()).model_dump()
         part = {"files": files, "headers": headers}
-        self._storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", part)
-        if self._world.is_first:
-            put_log()
-            self._commit(place, details, abandoned)
+        storage.write_json(f"{place.folder}/{_PARTS}/{self._world.rank:05d}.json", part)
 
-    def _commit(self, place: "_Place", details: CheckpointDetails, abandoned: Event) -> None:
-        poll_seconds = _LOCAL_POLL_SECONDS if self._storage.is_local else _POLL_SECONDS
-        while len(parts := self._storage.list(f"{place.folder}/{_PARTS}")) < self._world.size:
+    def _commit(
+        self, storage: Storage, kind: str, place: "_Place", details: CheckpointDetails, abandoned: Event
+    ) -> bool:
+        """Wait for the files of all ranks and commit them; returns whether they all came."""
+        poll_seconds = _LOCAL_POLL_SECONDS if storage.is_local else _POLL_SECONDS
+        while len(parts := storage.list(f"{place.folder}/{_PARTS}")) < self._world.size:
             if abandoned.wait(poll_seconds):
-                return
-        written = [json.loads(part) for part in self._storage.read_many(parts) if part is not None]
+                return False
+        written = [json.loads(part) for part in storage.read_many(parts) if part is not None]
         files, headers = (
             {path: FileInfo.model_validate(info) for part in written for path, info in part[kind].items()}
             for kind in ("files", "headers")
         )
         details = details.model_copy(update={"headers": {f"{place.attempt}/{path}": headers[path] for path in headers}})
         record = Artifact(
-            kind="checkpoint",
+            kind=kind,
             digest=digest({path: info.sha256 for path, info in files.items()}),
             config=details.state.config,
             inputs={"data": details.state.data},
@@ -216,8 +230,8 @@ class Checkpoints:
             details=details.model_dump(mode="json"),
         )
         self._lease.check()
-        commit(self._storage, place.name, record)
-        self._retention.prune(self._storage, place.name)
+        commit(storage, place.name, record)
+        return True
 
     def images_seen(self) -> int:
         """Images seen at the newest complete checkpoint; 0 where there is none. Every rank calls it."""
@@ -258,8 +272,7 @@ class Checkpoints:
                 key: stack.enter_context(engine.restore(found.details.updates[key]))
                 for key, engine in step.engines.items()
             }
-            if step.ema is not None:
-                sets[_EMA] = step.ema.tensor_shards
+            sets |= _averages_of(step)
             saved_shards = {}
             try:
                 saved_shards = {key: fetch_tensor_shards(parts, self._files(found, key)) for key, parts in sets.items()}
@@ -360,23 +373,31 @@ def _map_cached(checkpoints: Storage, path: str, info: FileInfo) -> ReadRange:
     return map_file(checkpoints.local_file(path, info.sha256))
 
 
-def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
-    """Fill full contiguous tensors with the average in a checkpoint.
+def load_average(
+    training: Storage,
+    images_seen: int,
+    tensors: Mapping[str, Tensor],
+    average: str | None = None,
+    folder: str = CHECKPOINTS,
+) -> None:
+    """Fill full contiguous tensors with an average in a checkpoint, or in a snapshot.
 
     Args:
         training: folder of the training.
         images_seen: at the checkpoint.
         tensors: tensors by their names in the step's module.
+        average: name of one of `averages`; None takes the one that is exported.
+        folder: `CHECKPOINTS` or `SNAPSHOTS`.
 
     Raises:
         UserError: a file is damaged, or gone.
     """
-    checkpoints, name = training.child(CHECKPOINTS), checkpoint_name(images_seen)
+    checkpoints, name = training.child(folder), checkpoint_name(images_seen)
     record = read(checkpoints, name)
     if record is None:
         raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
     headers = CheckpointDetails.model_validate(record.details).headers
-    paths = sorted(path for path in record.files if path.split("/")[1] == _EMA)
+    paths = sorted(path for path in record.files if path.split("/")[1] == average_set(average))
     files = (_open(checkpoints, f"{name}/{path}", record.files[path], headers.get(path)) for path in paths)
     parts = {name: as_full_shard(tensor) for name, tensor in tensors.items()}
     fill_tensor_shards(parts, fetch_tensor_shards(parts, files))
@@ -394,6 +415,12 @@ class _Place(NamedTuple):
     def folder(self) -> str:
         """Folder of the attempt, below that of all checkpoints."""
         return f"{self.name}/{self.attempt}"
+
+
+def _averages_of(step: Step) -> dict[str, dict[str, TensorShard]]:
+    """Shards of all averages of a step, by the names of their sets."""
+    exported = {} if step.ema is None else {average_set(None): step.ema.tensor_shards}
+    return exported | {average_set(name): average.tensor_shards for name, average in step.averages.items()}
 
 
 def _copies_on_cpu(parts: Mapping[str, TensorShard]) -> dict[str, TensorShard]:

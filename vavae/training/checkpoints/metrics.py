@@ -20,6 +20,12 @@ def checkpoint_name(images_seen: int) -> str:
     return f"{images_seen:012d}"
 
 
+def find_checkpoints(training: Storage) -> list[int]:
+    """Images seen at the committed checkpoints of a training, oldest first."""
+    checkpoints = training.child(CHECKPOINTS)
+    return [int(name) for name in checkpoints.list() if read(checkpoints, name) is not None]
+
+
 class CheckpointMetrics:
     """Checkpoints that are to be evaluated, and the metrics of those that were.
 
@@ -30,7 +36,7 @@ class CheckpointMetrics:
     """
 
     def __init__(self, training: Storage, every_images: int, batch_size: int) -> None:
-        self._checkpoints, self._storage = training.child(CHECKPOINTS), training.child(EVALUATIONS)
+        self._training, self._storage = training, training.child(EVALUATIONS)
         self._every_images, self._batch_size = every_images, batch_size
         self._known: dict[int, dict[str, Any]] = {}
 
@@ -54,8 +60,7 @@ class CheckpointMetrics:
 
     def waiting(self) -> list[int]:
         """Images seen at the committed checkpoints that wait to be evaluated, oldest first."""
-        there = [int(name) for name in self._checkpoints.list() if read(self._checkpoints, name) is not None]
-        return [seen for seen in there if self.awaits(seen)]
+        return [seen for seen in find_checkpoints(self._training) if self.awaits(seen)]
 
     def found(self) -> dict[int, dict[str, Any]]:
         """Metrics by images seen, each with its value and protocol by name; none of a skipped checkpoint."""

@@ -8,6 +8,7 @@ from vavae.runs.config import BestConfig, LightningDiTTrainingConfig, TrainingCo
 from vavae.storage.artifact import Artifact, discard, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMetrics
+from vavae.training.checkpoints.snapshots import AverageSnapshots
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ class Retention(NamedTuple):
     """Rule for the best ones."""
     evaluations: CheckpointMetrics | None = None
     """Metrics by which the best are found, besides those of the log."""
+    snapshots: AverageSnapshots | None = None
+    """Snapshots of averages, which are saved with checkpoints and stay when those go."""
 
     @classmethod
     def of(cls, training: Storage, config: TrainingConfig) -> "Retention":
@@ -30,12 +33,14 @@ class Retention(NamedTuple):
             training: folder of the training.
             config: its section of the configuration.
         """
-        evaluations = CheckpointMetrics.of(training, config) if isinstance(config, LightningDiTTrainingConfig) else None
-        return cls(config.keep_checkpoints, config.keep_best, evaluations)
+        if not isinstance(config, LightningDiTTrainingConfig):
+            return cls(config.keep_checkpoints, config.keep_best)
+        evaluations, snapshots = CheckpointMetrics.of(training, config), AverageSnapshots.of(training, config)
+        return cls(config.keep_checkpoints, config.keep_best, evaluations, snapshots)
 
     def is_due(self, images_seen: int) -> bool:
-        """Return whether a checkpoint of this moment is to be evaluated."""
-        return self.evaluations is not None and self.evaluations.is_due(images_seen)
+        """Return whether a checkpoint of this moment is to be evaluated, or to leave a snapshot."""
+        return any(each is not None and each.is_due(images_seen) for each in (self.evaluations, self.snapshots))
 
     def prune(self, checkpoints: Storage, newest: str) -> None:
         """Delete all other checkpoints, and all that lie ahead of the newest.
@@ -50,6 +55,8 @@ class Retention(NamedTuple):
         for name in records:
             if name not in kept:
                 discard(checkpoints, name)
+        if self.snapshots is not None:
+            self.snapshots.prune(newest)
 
     def _waiting(self, records: Mapping[str, Artifact]) -> list[str]:
         evaluations = self.evaluations
