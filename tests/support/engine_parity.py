@@ -91,8 +91,8 @@ def train_job(world: World, job: Job, setup: Setup) -> History:
     """A few steps of one training."""
     if setup.sgd:
         for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
-            module.build_optimizer = lambda parameters, config: torch.optim.SGD(
-                parameters, config.learning_rate, fused=True
+            module.build_optimizer = lambda parameters, config, *_: torch.optim.SGD(
+                [*parameters.values()], config.learning_rate, fused=True
             )
     config = _config(setup)
     training = getattr(config, job)
