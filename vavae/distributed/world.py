@@ -139,7 +139,7 @@ class World:
         if self.size == 1:
             return values[None]
         gathered = values.new_empty(self.size, len(values))
-        dist.all_gather_into_tensor(gathered.view(-1), values)
+        dist.all_gather([*gathered], values)
         return gathered
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
