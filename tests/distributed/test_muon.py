@@ -128,8 +128,8 @@ def test_fused_matrices_are_orthogonalized_one_by_one() -> None:
     gradient, momentum = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
     together = muon_update(gradient, momentum, MuonConfig(), MatrixShape(3, 4, 4))
     pairs = zip(gradient.split(4), momentum.split(4), strict=True)
-    apart = [muon_update(*pair, MuonConfig(), MatrixShape(1, 4, 4)) for pair in pairs]
-    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=0)
+    singly = [muon_update(*pair, MuonConfig(), MatrixShape(1, 4, 4)) for pair in pairs]
+    torch.testing.assert_close(together, torch.cat(singly), rtol=0, atol=0)
     whole = muon_update(gradient, momentum, MuonConfig(), MatrixShape(1, 12, 4))
     assert (together - whole).abs().max() > 0.1
 
@@ -156,6 +156,27 @@ def test_all_that_has_rows_and_columns_may_be_muon_s() -> None:
     found = matrix_shapes(shapes, MuonConfig())
     assert {*found} == {name for name, shape in shapes.items() if len(shape) > 1}
     assert found["model.x_embedder.proj.weight"] == (1, 32, 4)
+
+
+def test_embeddings_of_positions_are_left_to_adamw_where_outputs_and_labels_are_not() -> None:
+    """As in RAEv2."""
+    patterns = {"matrices": ("*.blocks.*", "*.final_layer*", "*.[ty]_embedder.*"), "others": ("*.x_embedder.*",)}
+    shapes = _dit()
+    matrices = {name for name, shape in shapes.items() if len(shape) > 1}
+    assert {*matrix_shapes(shapes, LightningDiTMuonConfig(**patterns))} == matrices - {"model.x_embedder.proj.weight"}
+
+
+def test_frozen_tables_stay_as_they_are() -> None:
+    module = nn.ParameterDict({"matrix": torch.ones(3, 4), "frozen": torch.ones(3, 4)})
+    module["frozen"].requires_grad_(False)
+    module.register_buffer("table", torch.ones(3, 4))
+    engine = TorchEngine(module, OptimizerConfig(muon=MuonConfig(weight_decay=0.5)), EngineConfig(), World(), 1)
+    engine.backward((module["matrix"] * module["frozen"] * module.table).sum())
+    engine.update(0.1)
+    assert not torch.equal(module["matrix"].detach(), torch.ones(3, 4))
+    assert torch.equal(module["frozen"], torch.ones(3, 4))
+    assert torch.equal(module.table, torch.ones(3, 4))
+    assert {*engine.moments()} == {"momentum_buffer/matrix"}
 
 
 @pytest.mark.parametrize(

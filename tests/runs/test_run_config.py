@@ -60,7 +60,7 @@ def path(tmp_path):
         *(
             (
                 [f"{section}.engine.{engine}", f"{section}.{optimizer}.muon={{}}"],
-                rf"{section} .*optimizer.muon with {why}",
+                rf"{section} .*[ :]{optimizer}.muon with {why}",
             )
             for section, optimizer in (
                 ("train_vavae", "optimizer"),
@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_one_line(path, overrides, message):
         ["train_vavae.schedule={warmup_images: 10, decay: linear, decay_from_images: 10, decay_images: 11}"],
         ["train_vavae.schedule={decay_images: 11, final_factor: 1}"],
         ["train_vavae.optimizer.muon={}", "train_vavae.engine.zero_stage=0"],
+        ["train_vavae.discriminator_optimizer.muon={}", "train_vavae.engine.zero_stage=0"],
         ["train_lightningdit.optimizer.muon.scale=original", "train_lightningdit.engine.backend=torch"],
         ["train_vavae.ema_decay=0.9", "train_vavae.ema_ramp=0.09"],
     ],

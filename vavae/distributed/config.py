@@ -147,15 +147,15 @@ class OptimizerConfig(Config):
     muon: MuonConfig | None = added(None)
     """A section updates matrices by Muon, with plain PyTorch or ZeRO stage 0; null updates everything by AdamW."""
 
-    def check_engine(self, engine: EngineConfig) -> None:
-        """Raise ValueError where an engine can't take the optimizer."""
+    def check_engine(self, engine: EngineConfig, key: str = "optimizer") -> None:
+        """Raise ValueError where an engine can't take the optimizer, which is that of `key`."""
         if self.muon is None or engine.backend == "torch" or engine.zero_stage == 0:
             return
         divides = {1: "the optimizer's state", 2: "gradients", 3: "weights"}[engine.zero_stage]
-        key, what = ("zero_stage", f"{engine.zero_stage}: DeepSpeed flattens and divides {divides}")
+        what = f"zero_stage={engine.zero_stage}: DeepSpeed flattens and divides {divides}"
         if engine.offload_optimizer:
-            key, what = "offload_optimizer", "true: DeepSpeed flattens what it updates in the host's memory"
+            what = "offload_optimizer=true: DeepSpeed flattens what it updates in the host's memory"
         raise ValueError(
-            f"optimizer.muon with engine.{key}={what}, and Muon needs whole matrices; set engine.zero_stage=0 without "
-            "offload, or engine.backend=torch"
+            f"{key}.muon with engine.{what}, and Muon needs whole matrices; set engine.zero_stage=0 without offload, "
+            "or engine.backend=torch"
         )

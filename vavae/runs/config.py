@@ -219,7 +219,7 @@ class TokenizerTrainingConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _engine_takes_the_discriminator_s_optimizer(self) -> Self:
-        self.of_discriminator.check_engine(self.engine)
+        self.of_discriminator.check_engine(self.engine, "discriminator_optimizer")
         return self
 
     @model_validator(mode="after")
