@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
-from support.engine_parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, error, train
+from support.engine_parity import OFFLOADED, TORCH, ZERO, Histories, History, Setup, error, train, train_job
 from support.gloo import GlooLauncher
 from support.training_steps import JOBS, LANES, build_step, tiny_config
 from torch import Tensor
@@ -117,6 +117,28 @@ def test_adam_in_partitions_is_adam(gloo: GlooLauncher, plain_adam: Histories, s
         # rounding, which Adam scales up to whole steps.
         certain = [name for name in did[job].after if not name.endswith(".k.bias")]
         assert max(error(did[job].after[name], plain_adam[job].after[name]) for name in certain) < 1e-6
+
+
+def train_by_muon(world: World, job: Job, engines: list[dict[str, Any]]) -> list[History]:
+    """A few steps of a training in each engine, with Muon for all weights that have rows and columns."""
+    muon = {"matrices": ["*"], "others": [], "precision": "fp32"}
+    setups = [Setup(engine, smooth=True, sgd=False, steps=3, muon=muon) for engine in engines]
+    return [train_job(world, job, setup) for setup in setups]
+
+
+@pytest.mark.parametrize(("job", "most_ranks"), [("train_lightningdit", 3), ("train_vavae", 2)])
+def test_muon_on_any_number_of_ranks_is_muon(gloo: GlooLauncher, job: Job, most_ranks: int) -> None:
+    in_small_buckets = {**TORCH, "bucket_elements": 5000}
+    plain, *others = gloo.run(1, train_by_muon, job, [TORCH, ZERO[0]] if most_ranks > 2 else [TORCH])[0]
+    for ranks in range(2, most_ranks + 1):
+        engines = [in_small_buckets, ZERO[0]] if most_ranks > 2 else [in_small_buckets]
+        others += [history for of_rank in gloo.run(ranks, train_by_muon, job, engines) for history in of_rank]
+    for did in others:
+        _assert_same_figures(did, plain)
+        certain = [name for name in did.after if not name.endswith(".k.bias")]
+        assert max(error(did.after[name], plain.after[name]) for name in certain) < 1e-6
+        assert did.drift == 0
+    assert _difference(plain.after, plain.before) > 1e-4
 
 
 def moment_bytes(world: World) -> list[int]:

@@ -37,8 +37,8 @@ def train_in_stages(world: World, engine: dict[str, Any]) -> list[dict[str, Tens
         The generator's weights and average, and the adversary's weights, after each.
     """
     for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
-        module.build_optimizer = lambda parameters, config: torch.optim.SGD(
-            parameters, config.learning_rate, fused=True
+        module.build_optimizer = lambda parameters, config, *_: torch.optim.SGD(
+            [*parameters.values()], config.learning_rate, fused=True
         )
     config = tiny_config({"images": 4 * BATCH, "stages": _STAGES}, engine=engine)
     accumulation_steps = assign_lanes(LANES, world.rank, world.size)

@@ -66,15 +66,17 @@ class Waits(TorchDispatchMode):
 
 def waits(world: World) -> dict[str, Counter[str]]:
     """Reads of the second step of each training, by training and engine."""
-    return {f"{job}/{_name(engine)}": _waits(world, job, engine) for job in JOBS for engine in (TORCH, *ZERO)}
+    found = {f"{job}/{_name(engine)}": _waits(world, job, engine) for job in JOBS for engine in (TORCH, *ZERO)}
+    muon = {f"muon/{_name(engine)}": _waits(world, "train_lightningdit", engine, {}) for engine in (TORCH, ZERO[0])}
+    return found | muon
 
 
 def _name(engine: dict[str, Any]) -> str:
     return f"zero{engine['zero_stage']}" if engine["backend"] == "deepspeed" else "torch"
 
 
-def _waits(world: World, job: Any, engine: dict[str, Any]) -> Counter[str]:
-    step = build_step(job, tiny_config(engine=engine), world)
+def _waits(world: World, job: Any, engine: dict[str, Any], muon: dict[str, Any] | None = None) -> Counter[str]:
+    step = build_step(job, tiny_config(engine=engine, optimizer={"muon": muon}), world)
     stream = load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), 0, workers=0)
     step.run(next(stream), 0, 1e-3)
     micro_batches, counted = next(stream), Waits()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vavae.distributed import sharded_tensors
 from vavae.distributed.build import build_engine
-from vavae.distributed.config import EngineConfig, OptimizerConfig
+from vavae.distributed.config import EngineConfig, MuonConfig, OptimizerConfig
 from vavae.distributed.engine import Engine
 from vavae.distributed.shard_files import (
     DamagedFileError,
@@ -31,6 +31,7 @@ from vavae.training.ema import ExponentialMovingAverage
 pytestmark = pytest.mark.gloo
 
 _DECAY, _STEPS = 0.75, 3
+_ADAM = OptimizerConfig()
 
 
 class Network(nn.Module):
@@ -60,10 +61,10 @@ class Averaged(NamedTuple):
     """Values of the average on this rank."""
 
 
-def engine_of(world: World, config: dict[str, Any], seed: int = 0) -> Engine:
+def engine_of(world: World, config: dict[str, Any], seed: int = 0, optimizer: OptimizerConfig = _ADAM) -> Engine:
     return build_engine(
         network(seed),
-        OptimizerConfig(),
+        optimizer,
         EngineConfig(**config),
         "fp32",
         world,
@@ -130,9 +131,11 @@ def take_a_step(engine: Engine, seed: int) -> None:
     engine.update(0.1)
 
 
-def save_state(world: World, config: dict[str, Any], folder: Path, steps: int) -> list[dict[str, Tensor]]:
+def save_state(
+    world: World, config: dict[str, Any], folder: Path, steps: int, optimizer: OptimizerConfig = _ADAM
+) -> list[dict[str, Tensor]]:
     """The state that is saved after some steps, and the one after a further step."""
-    engine = engine_of(world, config)
+    engine = engine_of(world, config, optimizer=optimizer)
     for seed in range(steps):
         take_a_step(engine, seed)
     save_tensor_shards({**engine.tensor_shards(), **engine.moments()}, folder / f"{world.rank}.safetensors")
@@ -142,9 +145,16 @@ def save_state(world: World, config: dict[str, Any], folder: Path, steps: int) -
     return [saved, state_of(engine, world)]
 
 
-def load_state(world: World, config: dict[str, Any], folder: Path, steps: int, stray: int) -> list[dict[str, Tensor]]:
+def load_state(
+    world: World,
+    config: dict[str, Any],
+    folder: Path,
+    steps: int,
+    stray: int,
+    optimizer: OptimizerConfig = _ADAM,
+) -> list[dict[str, Tensor]]:
     """The state that is loaded by an engine that may have gone elsewhere before, and the one after a further step."""
-    engine = engine_of(world, config, seed=1)
+    engine = engine_of(world, config, seed=1, optimizer=optimizer)
     for seed in range(stray):
         take_a_step(engine, 100 + seed)
     with engine.restore(steps) as parts:
@@ -186,6 +196,24 @@ def test_the_state_of_any_engine_is_read_by_any_other(
     same = (writers, engine) == (readers, other)
     (loaded, resumed), *elsewhere = gloo.run(readers, load_state, other, tmp_path, steps, 0 if same else 2)
     assert not any(map(any, elsewhere)), "rank 0 alone holds the whole"
+    torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+    torch.testing.assert_close(resumed, after, rtol=0, atol=0 if same else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("writers", "engine", "readers", "other"),
+    [(2, TORCH, 2, TORCH), (1, ZERO[0], 1, ZERO[0]), (2, TORCH, 3, ZERO[0]), (3, ZERO[0], 1, TORCH)],
+)
+def test_the_momentum_of_muon_is_read_by_any_number_of_ranks(
+    gloo: GlooLauncher, tmp_path: Path, writers: int, engine: dict[str, Any], readers: int, other: dict[str, Any]
+) -> None:
+    optimizer = OptimizerConfig(muon=MuonConfig(matrices=("first.*",), others=("last.*",)))
+    saved, after = gloo.run(writers, save_state, engine, tmp_path, 2, optimizer)[0]
+    moments = {name: tensor for name, tensor in saved.items() if "/" in name}
+    assert [name for name in moments if name.endswith("/first.weight")] == ["momentum_buffer/first.weight"]
+    assert all(tensor.abs().max() > 0 for name, tensor in moments.items() if not name.endswith("first.bias"))
+    same = (writers, engine) == (readers, other)
+    (loaded, resumed), *_ = gloo.run(readers, load_state, other, tmp_path, 2, 0 if same else 2, optimizer)
     torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
     torch.testing.assert_close(resumed, after, rtol=0, atol=0 if same else 1e-6)
 

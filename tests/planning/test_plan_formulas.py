@@ -134,6 +134,13 @@ def test_states_of_ten_weights_among_four_workers(zero_stage, averaged, offloade
     assert state_bytes(10, 4, zero_stage, averaged=averaged, offloaded=offloaded) == size
 
 
+def test_matrices_of_muon_have_one_moment():
+    assert state_bytes(10, 4, 0, averaged=True, of_muon=6) == 4 * (10 * 4 - 6) + 10
+    engine = EngineConfig(backend="torch")
+    assert step_traffic(10, 4, engine, 2, updates=12) == Traffic(last_backward=60, after=9)
+    assert step_traffic(10, 4, _engine(zero_stage=0), 2, updates=12) == Traffic(after=69)
+
+
 def test_published_states():
     """LightningDiT-XL on one GPU: 10.8 GB, and 2.7 GB for the average."""
     assert state_bytes(675_000_000, 1, 0, averaged=False) == 10.8e9

@@ -13,7 +13,7 @@ from vavae.planning.formulas import (
     live_parameters,
     step_traffic,
 )
-from vavae.planning.sizes import trained_parameters
+from vavae.planning.sizes import muon_matrices, trained_parameters
 
 HALF = {"communication_data_type": "bf16"}
 NOTHING_KEPT = {"max_live_parameters": 0, "max_reuse_distance": 0}
@@ -41,6 +41,21 @@ def test_engines_send_what_the_plan_says(gloo, workers):
     assert live_parameters(parameters, EngineConfig.model_validate(SOME_KEPT)) == 20_000 < parameters
     layer = 4 * LAYER * steps * (workers - 1) / workers
     assert some_kept == pytest.approx(some_planned.total, abs=layer)
+
+
+def test_muon_s_updates_are_gathered_as_the_plan_says(gloo):
+    workers, engines = 2, [TORCH, ZERO[0]]
+    config = tiny_config(engine=TORCH, optimizer={"muon": {}})
+    config = config.model_copy(update={"lightningdit": config.lightningdit.with_classes(CLASSES)})
+    parameters = trained_parameters(config, "train_lightningdit")["lightningdit"]
+    updates = muon_matrices(config, "train_lightningdit")["lightningdit"].update_bytes
+    steps = accumulation_steps_of(LANES, workers)
+    for engine, count in zip(engines, gloo.run(workers, count_traffic, engines, {})[0], strict=True):
+        plain = step_traffic(parameters, workers, EngineConfig.model_validate(engine), steps).total
+        traffic = step_traffic(parameters, workers, EngineConfig.model_validate(engine), steps, updates).total
+        assert traffic == plain + updates / 2
+        # Ranks differ in what they orthogonalize, and send as much as the one with the most.
+        assert traffic <= count <= plain + 1.2 * updates / 2
 
 
 def test_limits_that_are_left_open_are_those_of_deepspeed():

@@ -45,6 +45,41 @@ def path(tmp_path):
             ["train_vavae.schedule={warmup_images: 10, decay_images: 10}"],
             r"train_vavae.schedule .*decay_images=10 must be greater than warmup_images=10",
         ),
+        (
+            ["train_vavae.schedule={warmup_images: 10, decay_from_images: 9, decay_images: 20}"],
+            r"train_vavae.schedule .*decay_from_images=9 must be at least warmup_images=10",
+        ),
+        (
+            ["train_vavae.schedule={decay_from_images: 10, decay_images: 10}"],
+            r"train_vavae.schedule .*decay_images=10 must be greater than decay_from_images=10",
+        ),
+        *(
+            ([f"train_vavae.schedule={{{key}: {value}}}"], rf"{key}={value} is of a decay: give decay_images, or leave")
+            for key, value in {"decay": "linear", "decay_from_images": 10, "final_factor": 0.1}.items()
+        ),
+        *(
+            (
+                [f"{section}.engine.{engine}", f"{section}.{optimizer}.muon={{}}"],
+                rf"{section} .*[ :]{optimizer}.muon with {why}",
+            )
+            for section, optimizer in (
+                ("train_vavae", "optimizer"),
+                ("train_vavae", "discriminator_optimizer"),
+                ("train_lightningdit", "optimizer"),
+            )
+            for engine, why in {
+                "zero_stage=1": "engine.zero_stage=1: DeepSpeed flattens and divides the optimizer's state, and Muon "
+                "needs whole matrices; set engine.zero_stage=0 without offload, or engine.backend=torch",
+                "zero_stage=2": "engine.zero_stage=2: DeepSpeed flattens and divides gradients, and Muon",
+                "zero_stage=3": "engine.zero_stage=3: DeepSpeed flattens and divides weights, and Muon",
+                "offload_optimizer=true": "engine.offload_optimizer=true: DeepSpeed flattens what it updates in the",
+            }.items()
+        ),
+        (
+            ["train_lightningdit.optimizer.muon={scale: spectral}"],
+            r"train_lightningdit.optimizer.muon.scale .*\"spectral\" should be 'match_rms_adamw', 'original' or",
+        ),
+        (["train_lightningdit.optimizer.muon={momentum: 1}"], r"optimizer.muon.momentum .*1 should be less than 1"),
         (["train_vavae.images=0"], r"train_vavae.images \(command line\): 0 should be greater than or equal to 1"),
         (["train_vavae.ema_decay=1"], r"train_vavae.ema_decay .*1 should be less than 1"),
         (
@@ -113,6 +148,11 @@ def test_what_does_not_fit_is_one_line(path, overrides, message):
         ["shards.image_size=64", "lightningdit.patch_size=4"],
         ["train_vavae.schedule={warmup_images: 10, decay_images: 11}"],
         ["train_vavae.ema_decay=null"],
+        ["train_vavae.schedule={warmup_images: 10, decay: linear, decay_from_images: 10, decay_images: 11}"],
+        ["train_vavae.schedule={decay_images: 11, final_factor: 1}"],
+        ["train_vavae.optimizer.muon={}", "train_vavae.engine.zero_stage=0"],
+        ["train_vavae.discriminator_optimizer.muon={}", "train_vavae.engine.zero_stage=0"],
+        ["train_lightningdit.optimizer.muon.scale=original", "train_lightningdit.engine.backend=torch"],
         ["train_vavae.ema_decay=0.9", "train_vavae.ema_ramp=0.09"],
         [
             "train_lightningdit.ema_decay=null",
@@ -146,6 +186,9 @@ def test_how_a_run_is_carried_out_is_not_what_it_is(path, override):
     ["seed=1", "stream.lanes=2", "train_vavae.batch_size=32", "train_lightningdit.ema_decay=0.5",
      "train_lightningdit.ema_ramp=0.09", "train_lightningdit.averages=[{name: a, std: 0.1}]",
      "sample.weights=a", "sample.images=7",
+     "train_lightningdit={optimizer: {muon: {}}, engine: {zero_stage: 0}}",
+     "train_lightningdit.schedule={decay_images: 9, decay: linear}",
+     "train_lightningdit.schedule={decay_images: 9, final_factor: 0.1}",
      "latents.flip=false", "guidance.scale=2", "solver.num_steps=3"],
 )  # fmt: skip
 def test_what_changes_results_changes_the_digest(path, override):

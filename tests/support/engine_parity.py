@@ -40,6 +40,8 @@ class Setup(NamedTuple):
     precision: str = "fp32"
     steps: int = 10
     lanes_at_once: int = 1
+    muon: dict[str, Any] | None = None
+    """Settings of Muon, in all optimizers."""
 
 
 class History(NamedTuple):
@@ -64,13 +66,14 @@ def train(world: World, setup: Setup) -> Histories:
 
 def _config(setup: Setup) -> RunConfig:
     rates = (1e-5, 1e-2, 5e-2) if setup.sgd else (1e-4, 1e-4, 1e-4)
-    generator, discriminator = ({"learning_rate": rate, "max_grad_norm": None} for rate in rates[:2])
+    muon = {} if setup.muon is None else {"muon": setup.muon}
+    generator, discriminator = ({"learning_rate": rate, "max_grad_norm": None, **muon} for rate in rates[:2])
     config = tiny_config(
         engine=setup.engine,
         precision=setup.precision,
         batch_size=BATCH // LANES * setup.lanes,
         # A LightningDiT begins with an infinite gradient, but for an epsilon: see the velocity direction loss.
-        optimizer={"learning_rate": rates[2], "max_grad_norm": 1.0},
+        optimizer={"learning_rate": rates[2], "max_grad_norm": 1.0, **muon},
         train_vavae={"optimizer": generator, "discriminator_optimizer": discriminator},
     )
     if setup.smooth:
@@ -91,8 +94,8 @@ def train_job(world: World, job: Job, setup: Setup) -> History:
     """A few steps of one training."""
     if setup.sgd:
         for module in (vavae.distributed.engine, vavae.distributed.deepspeed_engine):
-            module.build_optimizer = lambda parameters, config: torch.optim.SGD(
-                parameters, config.learning_rate, fused=True
+            module.build_optimizer = lambda parameters, config, *_: torch.optim.SGD(
+                [*parameters.values()], config.learning_rate, fused=True
             )
     config = _config(setup)
     training = getattr(config, job)

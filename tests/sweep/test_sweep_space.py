@@ -66,6 +66,26 @@ def test_averages_and_the_one_that_is_sampled_are_domains(load_sweep) -> None:
     assert len({config.name for config in configs}) == 3
 
 
+def test_optimizers_and_schedules_are_domains(load_sweep) -> None:
+    sweep = load_sweep(
+        """
+  train_lightningdit.optimizer.muon: {grid: {adamw: null, muon: {momentum: 0.9}}}
+  train_lightningdit.optimizer.muon.learning_rate_factor:
+    loguniform: [0.1, 10]
+    when: {train_lightningdit.optimizer.muon: muon}
+  train_lightningdit.schedule: {choice: {constant: {}, linear: {decay: linear, decay_images: 9, final_factor: 0.1}}}
+""",
+        "search: {method: random, trials: 3}",
+        "run.train_lightningdit.engine.zero_stage=0",
+    )
+    configs = [sweep.run_config(point, seed=0) for point in sweep.space.examples()]
+    sections = [config.train_lightningdit.optimizer.muon for config in configs]
+    assert None in sections
+    assert {section.learning_rate_factor for section in sections if section} >= {0.1, 10.0}
+    assert {section.momentum for section in sections if section} == {0.9}
+    assert {config.train_lightningdit.schedule.decay for config in configs} == {"cosine", "linear"}
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

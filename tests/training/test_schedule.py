@@ -33,6 +33,28 @@ def test_the_fall_is_half_a_cosine(images, share):
     assert learning_rate(PEAK, schedule, images) == pytest.approx(PEAK * share, abs=1e-18)
 
 
+@pytest.mark.parametrize(("images", "share"), [(99, 1), (300, 1), (400, 0.7), (500, 0.4), (600, 0.1), (10**9, 0.1)])
+def test_a_line_falls_between_two_points(images, share):
+    schedule = ScheduleConfig(
+        warmup_images=99, decay="linear", decay_from_images=300, decay_images=600, final_factor=0.1
+    )
+    assert learning_rate(PEAK, schedule, images) == pytest.approx(PEAK * share)
+
+
+@pytest.mark.parametrize(("images", "share"), [(200, 1), (250, 0.55 + 0.45 * math.sqrt(0.5)), (300, 0.55), (400, 0.1)])
+def test_half_a_cosine_may_begin_later_and_end_higher(images, share):
+    schedule = ScheduleConfig(warmup_images=100, decay_from_images=200, decay_images=400, final_factor=0.1)
+    assert learning_rate(PEAK, schedule, images) == pytest.approx(PEAK * share)
+
+
+@settings(deadline=None)
+@given(schedules, st.integers(0, 30_000))
+def test_what_was_there_before_a_decay_could_be_chosen_has_the_same_bits(schedule, images):
+    if schedule.warmup_images <= images < schedule.decay_images:
+        progress = (images - schedule.warmup_images) / (schedule.decay_images - schedule.warmup_images)
+        assert learning_rate(PEAK, schedule, images) == PEAK * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 @settings(deadline=None)
 @given(schedules, st.integers(0, 30_000), st.integers(1, 1000))
 def test_it_rises_then_falls_between_zero_and_the_peak(schedule, images, more):

@@ -57,13 +57,18 @@ class Draws(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def train_all(world: World, folder: Path, engine: dict[str, Any], images: int = _ALL) -> dict[Job, End]:
+def train_all(
+    world: World, folder: Path, engine: dict[str, Any], images: int = _ALL, muon: dict[str, Any] | None = None
+) -> dict[Job, End]:
     """Both trainings to the end of their budgets, with a checkpoint half way."""
-    return {job: _train(world, folder / job, engine, job, images) for job in JOBS}
+    return {job: _train(world, folder / job, engine, job, images, muon) for job in JOBS}
 
 
-def _train(world: World, folder: Path, engine: dict[str, Any], job: Job, images: int) -> End:
-    config = tiny_config(engine=engine, images=images, checkpoint_images=_HALF, log_images=_ROW)
+def _train(
+    world: World, folder: Path, engine: dict[str, Any], job: Job, images: int, muon: dict[str, Any] | None = None
+) -> End:
+    optimizer = {"learning_rate": 1e-3, "muon": muon}
+    config = tiny_config(engine=engine, images=images, checkpoint_images=_HALF, log_images=_ROW, optimizer=optimizer)
     storage = Storage(str(folder))
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
     fill_empty_memory()
@@ -93,14 +98,24 @@ def _interrupted(folder: Path, copy: Path) -> Path:
     return copy
 
 
+_MUON: dict[str, Any] = {"matrices": ["*"], "others": []}
+"""All weights with rows and columns, of any network."""
+
+
 @pytest.mark.parametrize(
-    ("world_size", "engine"), [(2, TORCH), (1, ZERO[0]), (2, ZERO[1]), (2, ZERO[2]), (2, ZERO[3]), (2, OFFLOADED[0])]
+    ("world_size", "engine", "muon"),
+    [
+        *((2, engine, None) for engine in (TORCH, ZERO[1], ZERO[2], ZERO[3], OFFLOADED[0])),
+        (1, ZERO[0], None),
+        (2, TORCH, _MUON),
+    ],
 )
 def test_resumed_is_bitwise_identical_to_uninterrupted(
-    gloo: GlooLauncher, tmp_path: Path, world_size: int, engine: dict[str, Any]
+    gloo: GlooLauncher, tmp_path: Path, world_size: int, engine: dict[str, Any], muon: dict[str, Any] | None
 ) -> None:
-    straight = gloo.run(world_size, train_all, tmp_path / "straight", engine)
-    resumed = gloo.run(world_size, train_all, _interrupted(tmp_path / "straight", tmp_path / "resumed"), engine)
+    straight = gloo.run(world_size, train_all, tmp_path / "straight", engine, _ALL, muon)
+    interrupted = _interrupted(tmp_path / "straight", tmp_path / "resumed")
+    resumed = gloo.run(world_size, train_all, interrupted, engine, _ALL, muon)
     with Draws() as teacher:
         VisionFoundationTeacher(tiny_config().teacher)
     for job in JOBS:

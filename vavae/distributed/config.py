@@ -1,5 +1,6 @@
 """Configuration of workers, engine and optimizer."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -101,6 +102,40 @@ class EngineConfig(Config):
         return self
 
 
+class MuonConfig(Config):
+    """Muon, which orthogonalizes the momentum of weights that are matrices; AdamW updates all other weights.
+
+    Names of weights are matched by patterns, in which `*` stands for anything. A weight with more than two dimensions
+    is the matrix of its rows. Those with one are never Muon's.
+    """
+
+    matrices: tuple[str, ...] = Field(("*",), min_length=1)
+    """Patterns of the matrices that Muon updates."""
+    others: tuple[str, ...] = ()
+    """Patterns of those that AdamW updates. Every matrix matches a pattern of exactly one of the two lists."""
+    learning_rate_factor: float = Field(1.0, gt=0)
+    """Learning rate of the matrices in units of AdamW's, which `learning_rate` and the schedule give."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of the matrices; `optimizer.weight_decay` is AdamW's."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Share of the momentum that stays from one step to the next."""
+    nesterov: bool = True
+    """Look ahead: mix the gradient once more into the momentum that is orthogonalized."""
+    iterations: int = Field(5, ge=1)
+    """Newton-Schulz iterations."""
+    precision: Precision = "bf16"
+    """Precision of the iterations; `fp32` is faster on most CPUs and slower on GPUs."""
+    scale: Literal["match_rms_adamw", "original", "internal_guidance"] = "match_rms_adamw"
+    """Factor of the update of a matrix with r rows and c columns. `match_rms_adamw`: 0.2 √max(r, c), about the root
+    mean square of AdamW's updates, whose learning rates it takes over; `original`: √max(1, r / c); `internal_guidance`:
+    the product of both, as released with that method."""
+
+    @property
+    def fused(self) -> Mapping[str, int]:
+        """By pattern, equal matrices that a weight holds one below the other; each is orthogonalized alone."""
+        return {}
+
+
 class OptimizerConfig(Config):
     """Adam with decoupled weight decay; with `weight_decay` 0 it is plain Adam."""
 
@@ -109,3 +144,18 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0)
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    muon: MuonConfig | None = added(None)
+    """A section updates matrices by Muon, with plain PyTorch or ZeRO stage 0; null updates everything by AdamW."""
+
+    def check_engine(self, engine: EngineConfig, key: str = "optimizer") -> None:
+        """Raise ValueError where an engine can't take the optimizer, which is that of `key`."""
+        if self.muon is None or engine.backend == "torch" or engine.zero_stage == 0:
+            return
+        divides = {1: "the optimizer's state", 2: "gradients", 3: "weights"}[engine.zero_stage]
+        what = f"zero_stage={engine.zero_stage}: DeepSpeed flattens and divides {divides}"
+        if engine.offload_optimizer:
+            what = "offload_optimizer=true: DeepSpeed flattens what it updates in the host's memory"
+        raise ValueError(
+            f"{key}.muon with engine.{what}, and Muon needs whole matrices; set engine.zero_stage=0 without offload, "
+            "or engine.backend=torch"
+        )

@@ -51,7 +51,7 @@ class DeepSpeedEngine:
         _join(world)
         self._zero_stage, self._world = config.zero_stage, world
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = build_optimizer([*self._parameters.values()], optimizer)
+        self.optimizer = build_optimizer(self._parameters, optimizer, config, world)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,

@@ -4,7 +4,7 @@ An engine owns the module, its optimizer and the exchange of gradients. A step o
 `forward` and `backward` once per accumulation step, then one `update`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.gradient_buckets import GradientBuckets
+from vavae.distributed.muon import MuonWithAdamW, matrix_shapes
 from vavae.distributed.sharded_tensors import (
     TensorShard,
     as_full_shard,
@@ -83,8 +84,9 @@ class TorchEngine:
     ) -> None:
         self.module = module.to(world.device)
         self._world, self._accumulation_steps, self._max_norm = world, accumulation_steps, optimizer.max_grad_norm
-        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self._optimizer = build_optimizer(self._parameters, optimizer)
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._parameters = [*trained.values()]
+        self._optimizer = build_optimizer(trained, optimizer, config, world)
         self._buckets = GradientBuckets(self._parameters, config, world) if world.size > 1 else None
         self._passes = 0
 
@@ -148,11 +150,25 @@ class TorchEngine:
         yield self.local_shards() | {name: as_full_shard(t) for name, t in moments.items()}
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the AdamW of `config`; fused, because the loop over parameters costs more than the arithmetic."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, engine: EngineConfig, world: World
+) -> torch.optim.Optimizer:
+    """Build the optimizer of `config` for parameters by name; with Muon, for engines that do not partition them.
+
+    AdamW is fused, because the loop over parameters costs more than the arithmetic.
+
+    Raises:
+        UserError: see `matrix_shapes`.
+    """
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    matrices = {} if config.muon is None else matrix_shapes(shapes, config.muon)
+    others = [parameter for name, parameter in parameters.items() if name not in matrices]
+    adamw = torch.optim.AdamW(
+        [{"params": others}], lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+    if config.muon is None:
+        return adamw
+    return MuonWithAdamW(parameters, matrices, config.muon, adamw, world, engine.bucket_elements)
 
 
 def prepare_update(optimizer: torch.optim.Optimizer, learning_rate: float, norm: Tensor) -> None:
@@ -161,12 +177,17 @@ def prepare_update(optimizer: torch.optim.Optimizer, learning_rate: float, norm:
     The device finds that out by itself, as it does for a `GradScaler`.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
     optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
 
 
 _STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 """Keys of AdamW's state of a parameter: a count of its updates, and two tensors of its shape."""
+
+
+def _kinds(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
+    """Keys of the moments of a parameter."""
+    return optimizer.moment_kinds(parameter, MOMENTS) if isinstance(optimizer, MuonWithAdamW) else MOMENTS
 
 
 def updates_of(optimizer: torch.optim.Optimizer) -> int:
@@ -179,7 +200,10 @@ def begin_at(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], upd
     optimizer.state.clear()
     for parameter in parameters if updates else ():
         count = torch.tensor(float(updates), device=parameter.device)
-        optimizer.state[parameter] = {_STEP: count, **{kind: torch.zeros_like(parameter) for kind in MOMENTS}}
+        optimizer.state[parameter] = {
+            _STEP: count,
+            **{kind: torch.zeros_like(parameter) for kind in _kinds(optimizer, parameter)},
+        }
 
 
 def full_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -190,5 +214,5 @@ def full_moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         f"{kind}/{name}": optimizer.state.get(parameter, {}).get(kind, torch.zeros_like(parameter))
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
-        for kind in MOMENTS
+        for kind in _kinds(optimizer, parameter)
     }

@@ -134,6 +134,14 @@ class World:
             dist.gather(nn.functional.pad(values, (0, most - len(values))), gathered or None)
         return [values, *(got[:count] for got, count in zip(gathered[1:], counts[1:], strict=True))] if gathered else []
 
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Gather equally many values [n] of every rank, on all of them; [W, n]."""
+        if self.size == 1:
+            return values[None]
+        gathered = values.new_empty(self.size, len(values))
+        dist.all_gather([*gathered], values)
+        return gathered
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
         if self.size > 1:

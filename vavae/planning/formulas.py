@@ -48,7 +48,9 @@ class Traffic(NamedTuple):
         return sum(self)
 
 
-def step_traffic(parameters: int, workers: int, engine: EngineConfig, accumulation_steps: int) -> Traffic:
+def step_traffic(
+    parameters: int, workers: int, engine: EngineConfig, accumulation_steps: int, updates: float = 0
+) -> Traffic:
     """Bytes that leave a worker in a step, from the sources of the engines (DeepSpeed 0.19.8) and counted in a test.
 
     A ring sends (W - 1) / W of what it gathers or reduces and scatters, and twice as much of what all receive reduced.
@@ -61,18 +63,22 @@ def step_traffic(parameters: int, workers: int, engine: EngineConfig, accumulati
     * 3: gathers the weights for every forward pass, and for every backward pass those that were not kept; gradients are
       reduced and scattered in each (`reduce_scatter_coalesced`).
 
+    Plain PyTorch and stage 0 gather Muon's updates after the backward pass.
+
     Args:
         parameters: trained weights N.
         workers: W, on GPUs.
         engine: backend, stage, limits, and the precision of gradients; weights travel in fp32.
         accumulation_steps: forward and backward passes of the step.
+        updates: bytes of Muon's updates.
     """
+    gathered = updates * (workers - 1) / workers
     sent = parameters * (workers - 1) / workers
     gradients, weights = _gradient_size(engine) * sent, FLOAT_BYTES * sent
     if engine.backend == "torch":
-        return Traffic(last_backward=2 * gradients)
+        return Traffic(last_backward=2 * gradients, after=gathered)
     if engine.zero_stage == 0:
-        return Traffic(after=2 * gradients)
+        return Traffic(after=2 * gradients + gathered)
     if engine.zero_stage == 1:
         return Traffic(last_backward=2 * gradients, after=weights)
     if engine.zero_stage == 2:
@@ -158,8 +164,18 @@ def _gradient_size(engine: EngineConfig) -> int:
     return HALF_BYTES if engine.communication_data_type == "bf16" else FLOAT_BYTES
 
 
-def state_bytes(parameters: int, workers: int, zero_stage: int, *, averaged: int, offloaded: bool = False) -> float:
+def state_bytes(
+    parameters: int,
+    workers: int,
+    zero_stage: int,
+    *,
+    averaged: int,
+    offloaded: bool = False,
+    of_muon: int = 0,
+) -> float:
     """Bytes on a GPU for weights, gradients, two moments and `averaged` averages of so many parameters.
+
+    Of those that Muon updates, which needs stage 0, there is one moment.
 
     ZeRO, arXiv 1910.02054, section 5: stage 1 divides the moments among the workers, stage 2 also the gradients, stage
     3 also the weights. DeepSpeed adds a divided copy of the weights in stages 1 to 3, which goes to the host's memory
@@ -169,7 +185,7 @@ def state_bytes(parameters: int, workers: int, zero_stage: int, *, averaged: int
     weights = share if zero_stage == 3 else 1
     gradients = share if zero_stage >= 2 else 1
     moments_and_copy = 2 if zero_stage == 0 else 0 if offloaded else 3 * share
-    return FLOAT_BYTES * parameters * (weights + gradients + moments_and_copy + averaged * share)
+    return FLOAT_BYTES * (parameters * (weights + gradients + moments_and_copy + averaged * share) - of_muon)
 
 
 def checkpoint_interval(stall: float, between_failures: float) -> float:

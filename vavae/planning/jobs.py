@@ -22,7 +22,14 @@ from vavae.planning.formulas import (
     peak_rate,
     step_traffic,
 )
-from vavae.planning.sizes import image_bytes, latent_bytes, sample_bytes, trained_parameters, training_bytes
+from vavae.planning.sizes import (
+    image_bytes,
+    latent_bytes,
+    muon_matrices,
+    sample_bytes,
+    trained_parameters,
+    training_bytes,
+)
 from vavae.planning.training import TrainingEstimate, estimate_training, lanes_at_once
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
@@ -69,7 +76,9 @@ class JobEstimate:
     training: TrainingEstimate | None = None
     """Memory and checkpoints of a training; None for other jobs."""
     bytes_sent: float = 0.0
-    """Bytes that leave a worker in a step of a training, for gradients and weights."""
+    """Bytes that leave a worker in a step of a training, for gradients, weights and Muon's updates."""
+    muon_flops: float = 0.0
+    """FLOPs of Muon in a step of a training, of all workers together."""
 
     @property
     def hours(self) -> float:
@@ -202,7 +211,13 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
     arithmetic = _arithmetic(config, training.precision)
     compute = images_of_a_gpu * _gpu_seconds(flops, cluster, arithmetic)
     parameters = sum(trained_parameters(config, job).values())
-    traffic = step_traffic(parameters, cluster.count, training.engine, accumulation_steps)
+    muon = muon_matrices(config, job).values()
+    updates = sum(matrices.update_bytes for matrices in muon)
+    orthogonalizing = sum(
+        _gpu_seconds(matrices.flops(cluster.count), cluster, _arithmetic(config, matrices.config.precision))
+        for matrices in muon
+    )
+    traffic = step_traffic(parameters, cluster.count, training.engine, accumulation_steps, updates)
     readers = cluster.count * max(1, config.stream.workers)
     decoded = (
         _LATENTS_PER_SECOND
@@ -210,13 +225,14 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
         else _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
     )
     rates = {
-        "compute": batch / compute,
+        "compute": batch / (compute + orthogonalizing),
         "decoding": readers * decoded,
         "store": _store_rate(cluster, bytes_read),
     }
     if traffic.total:
         rates["network"] = batch * cluster.interconnect / traffic.total
-    together = batch / (compute + exposed_seconds(traffic, cluster.interconnect, compute, accumulation_steps))
+    waiting = exposed_seconds(traffic, cluster.interconnect, compute, accumulation_steps)
+    together = batch / (compute + orthogonalizing + waiting)
     rate = min(together, rates["decoding"], rates["store"])
     estimate = estimate_training(config, cluster, job, rate)
     rates["checkpoints"] = training.checkpoint_images / estimate.upload_seconds
@@ -232,4 +248,5 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
         arithmetic,
         estimate,
         traffic.total,
+        sum(matrices.flops(workers=1) for matrices in muon),
     )

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import NamedTuple
 
 from torch import nn
 
 from vavae.data.shards.manifest import Manifest
+from vavae.distributed.config import MuonConfig
+from vavae.distributed.muon import MatrixShape, assign_by_cost, matrix_shapes
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
@@ -18,7 +21,7 @@ HALF_BYTES = 2
 _TAR_BYTES = 5 * 512
 """Overhead per latent: two headers, the label, and what rounds the array up to blocks."""
 _ADAM_FLOATS = 3
-"""Numbers per parameter in a checkpoint: the weight and two moments."""
+"""Numbers per parameter in a checkpoint: the weight and two moments, of which Muon has one."""
 
 
 def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> int | None:
@@ -58,13 +61,57 @@ def latent_bytes(config: RunConfig) -> int:
 @cache
 def trained_parameters(config: RunConfig, job: Job) -> Mapping[str, int]:
     """Numbers of weights that a training optimizes, by engine; the one that is exported comes first."""
+    return {engine: _parameters(module) for engine, module in _trained_modules(config, job).items()}
+
+
+@cache
+def _trained_modules(config: RunConfig, job: Job) -> Mapping[str, nn.Module]:
+    """Networks that a training optimizes, without memory, by engine, whose names of weights they have."""
     if job == "train_lightningdit":
-        return {"lightningdit": _parameters(on_meta(lambda: lightningdit_of(config)))}
-    found = {"generator": _parameters(on_meta(lambda: VAVAE(config.tokenizer)))}
+        return {"lightningdit": nn.ModuleDict({"model": on_meta(lambda: lightningdit_of(config))})}
+    found = {"generator": nn.ModuleDict({"autoencoder": on_meta(lambda: VAVAE(config.tokenizer))})}
     if config.adversarial:
-        found["discriminator"] = _parameters(
-            on_meta(lambda: PatchDiscriminator(config.losses.adversarial, config.shards.channels))
-        )
+        judge = on_meta(lambda: PatchDiscriminator(config.losses.adversarial, config.shards.channels))
+        found["discriminator"] = nn.ModuleDict({"discriminator": judge})
+    return found
+
+
+class MuonMatrices(NamedTuple):
+    """Weights of an engine that Muon updates."""
+
+    shapes: tuple[MatrixShape, ...]
+    config: MuonConfig
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return sum(shape.numel for shape in self.shapes)
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of their updates, as the ranks exchange them."""
+        return self.numel * (HALF_BYTES if self.config.precision == "bf16" else FLOAT_BYTES)
+
+    def flops(self, workers: int) -> float:
+        """FLOPs of orthogonalizing them in a step, of the worker that has most to do."""
+        costs = [shape.flops(self.config.iterations) for shape in self.shapes]
+        return max(sum(costs[index] for index in part) for part in assign_by_cost(costs, workers))
+
+
+@cache
+def muon_matrices(config: RunConfig, job: Job) -> Mapping[str, MuonMatrices]:
+    """Weights that Muon updates in a training, by engine; without those whose optimizer is AdamW alone.
+
+    Raises:
+        UserError: see `matrix_shapes`.
+    """
+    found = {}
+    for engine, module in _trained_modules(config, job).items():
+        of_discriminator = engine == "discriminator"
+        muon = (config.train_vavae.of_discriminator if of_discriminator else getattr(config, job).optimizer).muon
+        if muon is not None:
+            shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+            found[engine] = MuonMatrices(tuple(matrix_shapes(shapes, muon).values()), muon)
     return found
 
 
@@ -72,7 +119,8 @@ def checkpoint_bytes(config: RunConfig, job: Job) -> int:
     """Bytes of one checkpoint: weights and moments of all engines, and the averages of the first."""
     training: TrainingConfig = getattr(config, job)
     first, *others = trained_parameters(config, job).values()
-    return FLOAT_BYTES * (first * (_ADAM_FLOATS + training.average_count) + sum(others) * _ADAM_FLOATS)
+    of_muon = sum(matrices.numel for matrices in muon_matrices(config, job).values())
+    return FLOAT_BYTES * (first * (_ADAM_FLOATS + training.average_count) + sum(others) * _ADAM_FLOATS - of_muon)
 
 
 def training_bytes(config: RunConfig, job: Job) -> int:

@@ -40,6 +40,8 @@ def _work(job: JobEstimate, cluster: ClusterSpec) -> dict[str, str]:
     if job.arithmetic is not None:
         rows["GFLOP per image"] = f"{job.flops / 1e9:{',.0f' if job.flops > 1e10 else '.2g'}}"
         rows["arithmetic"] = job.arithmetic
+    if job.muon_flops:
+        rows["GFLOP of Muon per step"] = f"{job.muon_flops / 1e9:,.0f}"
     rows |= {
         "expected images/s": f"{job.images_per_second:,.0f}",
         "bound by": job.bottleneck,

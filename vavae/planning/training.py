@@ -17,7 +17,7 @@ from vavae.planning.formulas import (
     lost_fraction,
     state_bytes,
 )
-from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, trained_parameters
+from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, muon_matrices, trained_parameters
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
 from vavae.training.flops.meta_models import frozen_networks
@@ -37,7 +37,7 @@ class TrainingEstimate:
     """Trained weights, of all engines."""
     memory: tuple[float, ...]
     """Bytes on a GPU in ZeRO stage 0 to 3, at most, with frozen networks, buckets and activations, nothing recomputed;
-    stage 0 in the configured backend."""
+    stage 0 in the configured backend, and alone with Muon, which no other takes."""
     activations: float
     """Bytes among them for one backward pass."""
     checkpoint: int
@@ -66,7 +66,8 @@ def estimate_training(config: RunConfig, cluster: ClusterSpec, job: Job, images_
     training: TrainingConfig = getattr(config, job)
     counts = trained_parameters(config, job)
     activations = _activations_of_a_lane(config, job) * lanes_at_once(config, job, cluster)
-    memory = tuple(_memory(config, job, cluster.count, zero_stage, activations) for zero_stage in _ZERO_STAGES)
+    zero_stages = _ZERO_STAGES[:1] if muon_matrices(config, job) else _ZERO_STAGES
+    memory = tuple(_memory(config, job, cluster.count, zero_stage, activations) for zero_stage in zero_stages)
     size = checkpoint_bytes(config, job)
     stall, upload = size / cluster.count / _COPY_BYTES_PER_SECOND, size / cluster.nodes / cluster.store
     between_failures = cluster.hours_between_failures * 3600
@@ -96,12 +97,20 @@ def _memory(config: RunConfig, job: Job, workers: int, zero_stage: int, activati
     averaged, offloaded = training.average_count, training.engine.offload_optimizer
     backend = training.engine.backend if zero_stage == 0 else "deepspeed"
     engine = training.engine.model_copy(update={"backend": backend, "zero_stage": zero_stage})
-    counts = trained_parameters(config, job).values()
+    counts = trained_parameters(config, job)
+    of_muon = {name: matrices.numel for name, matrices in muon_matrices(config, job).items()}
     states = sum(
-        state_bytes(count, workers, zero_stage, averaged=0 if i else averaged, offloaded=offloaded)
-        for i, count in enumerate(counts)
+        state_bytes(
+            count,
+            workers,
+            zero_stage,
+            averaged=0 if i else averaged,
+            offloaded=offloaded,
+            of_muon=of_muon.get(name, 0),
+        )
+        for i, (name, count) in enumerate(counts.items())
     )
-    buffers = [buffer_bytes(count, workers, engine) for count in counts]
+    buffers = [buffer_bytes(count, workers, engine) for count in counts.values()]
     in_backward, after = (sum(held) for held in zip(*buffers, strict=True))
     return frozen_bytes(config, job) + states + max(activations + in_backward, after)
 

@@ -1,6 +1,7 @@
 """The training sections, and `RunConfig`, the one configuration that all jobs of a run share."""
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from typing_extensions import Self
 from vavae.config import Config, LocalPath, added, describe_size, runtime
 from vavae.data.config import ShardsConfig, StreamConfig
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig, TimestepConfig
-from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, WorkersConfig
+from vavae.distributed.config import EngineConfig, MuonConfig, OptimizerConfig, Precision, WorkersConfig
 from vavae.evaluation.config import EvaluateConfig
 from vavae.latents.config import LatentsConfig
 from vavae.losses.config import TokenizerLossConfig
@@ -30,14 +31,34 @@ class ScheduleConfig(Config):
     warmup_images: int = Field(0, ge=0)
     """Linear rise from zero."""
     decay_images: int | None = None
-    """Images after which a half cosine has come down to zero; null keeps the rate constant."""
+    """Images after which the rate has come down to `final_factor`; null keeps it constant."""
+    decay: Literal["cosine", "linear"] = added("cosine")
+    """Form of the way down: half a cosine, or a straight line."""
+    decay_from_images: int | None = added(None, ge=0)
+    """Images at which the way down begins; null begins after the warm-up."""
+    final_factor: float = added(0.0, ge=0, le=1)
+    """Share of the peak that is left at the end."""
+
+    @property
+    def constant_until_images(self) -> int:
+        """Images at which the way down begins, where there is one."""
+        return self.warmup_images if self.decay_from_images is None else self.decay_from_images
 
     @model_validator(mode="after")
     def _decay_after_warmup(self) -> Self:
-        if self.decay_images is not None and self.decay_images <= self.warmup_images:
+        if self.decay_from_images is not None and self.decay_from_images < self.warmup_images:
             raise ValueError(
-                f"decay_images={self.decay_images} must be greater than warmup_images={self.warmup_images}"
+                f"decay_from_images={self.decay_from_images} must be at least warmup_images={self.warmup_images}"
             )
+        start = "warmup_images" if self.decay_from_images is None else "decay_from_images"
+        if self.decay_images is not None and self.decay_images <= self.constant_until_images:
+            raise ValueError(
+                f"decay_images={self.decay_images} must be greater than {start}={self.constant_until_images}"
+            )
+        for name in ("decay", "decay_from_images", "final_factor"):
+            value = getattr(self, name)
+            if self.decay_images is None and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} is of a decay: give decay_images, or leave it out")
         return self
 
 
@@ -153,6 +174,11 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _engine_takes_the_optimizer(self) -> Self:
+        self.optimizer.check_engine(self.engine)
+        return self
+
+    @model_validator(mode="after")
     def _ramps_an_average(self) -> Self:
         if self.ema_ramp is not None and self.ema_decay is None:
             raise ValueError(
@@ -177,12 +203,27 @@ class TokenizerOptimizerConfig(OptimizerConfig):
     betas: tuple[float, float] = (0.5, 0.9)
 
 
+class LightningDiTMuonConfig(MuonConfig):
+    """Muon for the matrices of the transformer's blocks; embeddings and output layers are AdamW's."""
+
+    matrices: tuple[str, ...] = Field(("*.blocks.*",), min_length=1)
+    others: tuple[str, ...] = ("*_embedder.*", "*.final_layer*")
+    split_fused: bool = True
+    """Orthogonalize queries, keys and values, and both halves of SwiGLU, as matrices of their own."""
+
+    @property
+    def fused(self) -> Mapping[str, int]:
+        """See `MuonConfig.fused`."""
+        return {"*.attn.qkv.weight": 3, "*.mlp.w12.weight": 2} if self.split_fused else {}
+
+
 class LightningDiTOptimizerConfig(OptimizerConfig):
     """AdamW as published for the LightningDiT, with gradient clipping for long runs."""
 
     learning_rate: float = Field(2e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float | None = Field(1.0, gt=0)
+    muon: LightningDiTMuonConfig | None = added(None)
 
 
 class TokenizerTrainingConfig(TrainingConfig):
@@ -205,6 +246,11 @@ class TokenizerTrainingConfig(TrainingConfig):
     def of_discriminator(self) -> OptimizerConfig:
         """Optimizer of the discriminator."""
         return self.discriminator_optimizer or self.optimizer
+
+    @model_validator(mode="after")
+    def _engine_takes_the_discriminator_s_optimizer(self) -> Self:
+        self.of_discriminator.check_engine(self.engine, "discriminator_optimizer")
+        return self
 
     @model_validator(mode="after")
     def _phases_rise(self) -> Self:

@@ -61,14 +61,15 @@ class _PendingStep(NamedTuple):
 
 
 def learning_rate(peak: float, config: ScheduleConfig, images_seen: int) -> float:
-    """Learning rate at so many images seen: linear warm-up, then constant or a half cosine down to zero."""
+    """Learning rate at so many images seen: linear warm-up, constant, then a half cosine or a line down."""
     if images_seen < config.warmup_images:
         return peak * (images_seen + 1) / (config.warmup_images + 1)
-    if config.decay_images is None:
+    start = config.constant_until_images
+    if config.decay_images is None or images_seen < start:
         return peak
-    span = config.decay_images - config.warmup_images
-    progress = min(1.0, (images_seen - config.warmup_images) / span)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = min(1.0, (images_seen - start) / (config.decay_images - start))
+    remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.final_factor + (1 - config.final_factor) * remaining)
 
 
 @dataclass
