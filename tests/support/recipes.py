@@ -8,6 +8,7 @@ from vavae.runs.config import RunConfig
 
 RECIPES: dict[str, dict[str, Any]] = {
     "internal guidance": {"lightningdit": {"intermediate_head": {"after_block": 1}}},
+    "prediction of data": {"lightningdit": {"prediction": "data", "intermediate_head": {"after_block": 1}}},
 }
 """By name: what each writes into the configuration."""
 

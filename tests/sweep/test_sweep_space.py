@@ -54,6 +54,12 @@ def test_the_ramp_of_an_average_is_a_domain_as_any_field(load_sweep) -> None:
     assert len({config.name for config in configs}) == 2
 
 
+def test_what_the_network_predicts_is_a_domain(load_sweep) -> None:
+    sweep = load_sweep("\n  lightningdit.prediction: {grid: [velocity, data]}")
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [config.lightningdit.prediction for config in configs] == ["velocity", "data"]
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

@@ -28,6 +28,9 @@ class ObjectiveConfig(Config):
     """Weight of 1 - cosine(predicted, true velocity) relative to their mean squared difference."""
     intermediate_weight: float = added(0.5, gt=0)
     """Weight of the mean squared difference of the velocity that `lightningdit.intermediate_head` predicts."""
+    data_floor: float = added(0.05, gt=0, lt=1)
+    """Least divisor 1 - t of the velocities that are trained where `lightningdit.prediction` is data; nearer to it the
+    squared error of the data counts 1 / data_floor² times."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 
@@ -76,7 +79,8 @@ class SolverConfig(Config):
     """The numerical integration from noise to data: on a grid of times, or by `dopri5`, which finds its own steps."""
 
     name: Literal["euler", "heun", "dopri5"] = "euler"
-    """Solver of order 1, 2 or 5. `dopri5` gives every image steps of its own, whatever else is in the batch."""
+    """Solver of order 1, 2 or 5. `dopri5` gives every image steps of its own, whatever else is in the batch. Where
+    `lightningdit.prediction` is data, it is refused, and `heun` takes its last step like `euler`."""
     num_steps: int = Field(250, ge=1)
     """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
     shift: Annotated[float, Field(gt=0)] | Literal["by_dimension"] = 1.0

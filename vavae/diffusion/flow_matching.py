@@ -70,6 +70,7 @@ class FlowMatchingObjective:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.direction_weight, self.intermediate_weight = config.direction_weight, config.intermediate_weight
+        self.data_floor = config.data_floor
 
     def __call__(self, prediction: Tensor, velocity: Tensor, intermediate: Tensor | None = None) -> FlowMatchingLosses:
         """Compare predicted and true velocities [B, C, H, W] of any float dtype; that of an inner block, too."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vavae.diffusion.config import SolverConfig
 from vavae.diffusion.dopri5 import Tolerance, Velocity, dopri5
+from vavae.errors import UserError
 
 _BASE_DIMENSION = 4096
 """Dimension of a latent for which the shift by dimension is 1."""
@@ -48,7 +49,13 @@ def heun_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) 
 
 @torch.no_grad()
 def solve(
-    velocity: Velocity, noise: Tensor, labels: Tensor, config: SolverConfig, jumps: Sequence[float] = ()
+    velocity: Velocity,
+    noise: Tensor,
+    labels: Tensor,
+    config: SolverConfig,
+    jumps: Sequence[float] = (),
+    *,
+    ends_by_euler: bool = False,
 ) -> Tensor:
     """Integrate unit Gaussian noise [B, C, H, W] to data of that shape. Takes no gradient, keeps no trajectory.
 
@@ -58,10 +65,16 @@ def solve(
         labels: int64 [B], given to the velocity as they are.
         config: solver and time grid.
         jumps: times between 0 and 1 at which the velocity is not continuous; a grid takes no notice of them.
+        ends_by_euler: take the last step by Euler's method, because the velocity has no value at t = 1.
 
     Raises:
-        UserError: `dopri5` can't go on (see there).
+        UserError: `dopri5` can't go on (see there), or there is no velocity at t = 1, where it needs one.
     """
+    if config.name == "dopri5" and ends_by_euler:
+        raise UserError(
+            "solver.name=dopri5 takes velocities at t = 1, where lightningdit.prediction=data has none: set euler or "
+            "heun"
+        )
     if config.name == "dopri5":
         return dopri5(velocity, noise, labels, Tolerance(config.rtol, config.atol), jumps)
     step = {"euler": euler_step, "heun": heun_step}[config.name]
@@ -70,6 +83,7 @@ def solve(
         return velocity(x, torch.full((len(x),), t), labels)
 
     x = noise
-    for t, t_next in pairwise(time_grid(config, noise[0].numel()).tolist()):
+    *steps, last = pairwise(time_grid(config, noise[0].numel()).tolist())
+    for t, t_next in steps:
         x = step(velocity_at, x, t, t_next)
-    return x
+    return (euler_step if ends_by_euler else step)(velocity_at, x, *last)

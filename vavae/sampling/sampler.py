@@ -91,7 +91,7 @@ class Sampler(NamedTuple):
             solver: solver of the flow.
 
         Raises:
-            UserError: an image is not finite; it would be black.
+            UserError: an image is not finite; it would be black. Or guidance or solver ask for what the model has not.
         """
         model = self.lightningdit
         device = self.normalizer.mean.device
@@ -103,7 +103,14 @@ class Sampler(NamedTuple):
                 "(lightningdit.intermediate_head): set it to 1"
             )
         velocity = guided(self.autocast()(model.predict), model.null_label, guidance)
-        latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
+        latents = solve(
+            velocity,
+            noise.to(device),
+            torch.tensor(labels, device=device),
+            solver,
+            velocity.jumps,
+            ends_by_euler=model.config.predicts_data,
+        )
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
         finite = decoded.isfinite().all()

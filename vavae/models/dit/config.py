@@ -70,6 +70,8 @@ class LightningDiTConfig(Config):
     intermediate_head: IntermediateHeadConfig | None = added(None)
     """Predict the velocity after an inner block, too; `guidance.internal_scale` guides by it, as it is the weaker one.
     Null builds none."""
+    prediction: Literal["velocity", "data"] = added("velocity")
+    """Output of the network: the velocity, or the data, from which the velocity follows (x-prediction)."""
     checkpoint_activations: bool = runtime(False)
     """Recompute each block in the backward pass: less memory for about a third more time."""
 
@@ -78,6 +80,11 @@ class LightningDiTConfig(Config):
         if self.classes not in (None, classes):
             raise UserError(f"lightningdit.classes={self.classes}, but the data has {classes}: correct or remove it")
         return self.model_copy(update={"classes": classes})
+
+    @property
+    def predicts_data(self) -> bool:
+        """Whether the network predicts the data; there is no velocity at t = 1 then."""
+        return self.prediction == "data"
 
     @property
     def shape(self) -> TransformerShape:

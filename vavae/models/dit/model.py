@@ -1,6 +1,6 @@
 """LightningDiT (arXiv 2501.01423, table 1): embeddings, block and model, with the released parameter names.
 
-Time runs from noise (t = 0) to data (t = 1); the model predicts the velocity data - noise.
+Time runs from noise (t = 0) to data (t = 1); the model predicts the velocity data - noise, or the data.
 Shapes: B batch, C latent channels, H x W latent grid, h x w = N tokens, D width, P patch size.
 """
 
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.parametrization import velocity_to_data
 
 MAX_PERIOD = 10_000.0
 """Longest wavelength, over 2π, of every sinusoid in the model."""
@@ -352,13 +353,16 @@ class LightningDiT(nn.Module):
 
         Args:
             x: noisy normalized latents [B, C, H, W].
-            t: timesteps [B] in [0, 1].
+            t: timesteps [B] in [0, 1], below 1 for a model that predicts the data.
             y: labels int64 [B] in [0, classes]; `null_label` = classes asks for the unconditional velocity.
         """
         return self.predict(x, t, y).velocity
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
-        """Velocities of all output layers, for the arguments of `forward`."""
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, data_floor: float = 0.0) -> Predictions:
+        """Velocities of all output layers, for the arguments of `forward`.
+
+        A model that predicts the data gives them by :func:`velocity_to_data`, with `data_floor` for its floor.
+        """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
         activated = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, D], what every modulation starts with
@@ -371,8 +375,15 @@ class LightningDiT(nn.Module):
             else:
                 tokens = block(tokens, activated, rotation)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
-                intermediate = self._unpatchify(self.final_layer_xr(tokens, activated)).to(x.dtype)
-        return Predictions(self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype), intermediate)
+                intermediate = self._velocity(self.final_layer_xr(tokens, activated), x, t, data_floor)
+        return Predictions(self._velocity(self.final_layer(tokens, activated), x, t, data_floor), intermediate)
+
+    def _velocity(self, outputs: Tensor, x: Tensor, t: Tensor, data_floor: float) -> Tensor:
+        """Velocity [B, C, H, W] in the dtype of x from the outputs [B, N, P · P · C] of an output layer."""
+        output = self._unpatchify(outputs)
+        if self.config.predicts_data:
+            output = velocity_to_data(output, x, t, data_floor)
+        return output.to(x.dtype)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""
