@@ -9,6 +9,7 @@ from vavae.runs.config import RunConfig
 RECIPES: dict[str, dict[str, Any]] = {
     "internal guidance": {"lightningdit": {"intermediate_head": {"after_block": 1}}},
     "prediction of data": {"lightningdit": {"prediction": "data", "intermediate_head": {"after_block": 1}}},
+    "shift by dimension": {"timesteps": {"shift": "by_dimension"}},
 }
 """By name: what each writes into the configuration."""
 

@@ -60,6 +60,12 @@ def test_what_the_network_predicts_is_a_domain(load_sweep) -> None:
     assert [config.lightningdit.prediction for config in configs] == ["velocity", "data"]
 
 
+def test_the_shift_of_trained_timesteps_is_a_domain(load_sweep) -> None:
+    sweep = load_sweep("\n  timesteps.shift: {grid: [0.3, by_dimension]}")
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [config.timesteps.shift for config in configs] == [0.3, "by_dimension"]
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

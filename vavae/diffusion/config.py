@@ -7,6 +7,9 @@ from typing_extensions import Self
 
 from vavae.config import Config, added
 
+Shift = Annotated[float, Field(gt=0)] | Literal["by_dimension"]
+"""Shift of times: s in t' = s t / (1 + (s - 1) t), or √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
+
 
 class TimestepConfig(Config):
     """Distribution of the timesteps that are trained on."""
@@ -19,6 +22,9 @@ class TimestepConfig(Config):
     """Standard deviation of the logit."""
     uniform_after_images: int | None = Field(None, ge=0)
     """Images seen from which on the law is uniform; null never switches. The released long run: 614,400,000."""
+    shift: Shift = added(1.0)
+    """Shift of what the law draws, whichever it is, like `solver.shift`, which stays on its own: below 1 towards the
+    noise, 1 for none; `by_dimension` is √(4096 / C H W) for latents [C, H, W]."""
 
 
 class ObjectiveConfig(Config):
@@ -83,7 +89,7 @@ class SolverConfig(Config):
     `lightningdit.prediction` is data, it is refused, and `heun` takes its last step like `euler`."""
     num_steps: int = Field(250, ge=1)
     """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
-    shift: Annotated[float, Field(gt=0)] | Literal["by_dimension"] = 1.0
+    shift: Shift = 1.0
     """Shift of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
     evenly; `by_dimension` is √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
     rtol: float = Field(1e-3, ge=1e-6)

@@ -1,6 +1,5 @@
 """Solvers of dx/dt = velocity(x, t, y). Time runs from noise (t = 0) to data (t = 1)."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -9,30 +8,16 @@ from torch import Tensor
 
 from vavae.diffusion.config import SolverConfig
 from vavae.diffusion.dopri5 import Tolerance, Velocity, dopri5
+from vavae.diffusion.shift import shift_times
 from vavae.errors import UserError
-
-_BASE_DIMENSION = 4096
-"""Dimension of a latent for which the shift by dimension is 1."""
 
 CommonTimeVelocity = Callable[[Tensor, float], Tensor]
 """Function velocity(x [B, C, H, W], t) -> [B, C, H, W], all images at one time."""
 
 
-def shift_of(config: SolverConfig, dimension: int) -> float:
-    """Shift s of the time grid for latents of `dimension` numbers.
-
-    By dimension it keeps the signal of a point of the grid apart from its noise as well as in a latent of 4096 numbers.
-    """
-    return math.sqrt(_BASE_DIMENSION / dimension) if config.shift == "by_dimension" else float(config.shift)
-
-
 def time_grid(config: SolverConfig, dimension: int) -> Tensor:
-    """Grid of the num_steps + 1 times from 0 to 1, float32 [num_steps + 1], moved by t' = s t / (1 + (s - 1) t).
-
-    It is the shift of SD3 (arXiv 2403.03206, equation 23), whose time runs the other way, with 1 / s for its factor.
-    """
-    t, shift = torch.linspace(0, 1, config.num_steps + 1), shift_of(config, dimension)
-    return shift * t / (1 + (shift - 1) * t)
+    """Grid of the num_steps + 1 times from 0 to 1, float32 [num_steps + 1], shifted."""
+    return shift_times(torch.linspace(0, 1, config.num_steps + 1), config.shift, dimension)
 
 
 def euler_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) -> Tensor:

@@ -188,7 +188,9 @@ class DiffusionStep:
         mean, std, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.std, item.labels))
         latents = mean + std * torch.randn(mean.shape, generator=rng("posterior"), device=device)
         noise = torch.randn(mean.shape, generator=rng("noise"), device=device)
-        timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, rng("timesteps"))
+        timesteps = sample_timesteps(
+            config.timesteps, len(labels), images_seen, rng("timesteps"), dimension=mean[0].numel()
+        )
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
         return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels)
