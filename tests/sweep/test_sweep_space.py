@@ -60,6 +60,12 @@ def test_what_the_network_predicts_is_a_domain(load_sweep) -> None:
     assert [config.lightningdit.prediction for config in configs] == ["velocity", "data"]
 
 
+def test_a_head_is_an_option_of_a_domain(load_sweep) -> None:
+    sweep = load_sweep("\n  lightningdit.head: {grid: {none: null, wide: {depth: 1, width: 64, heads: 2}}}")
+    heads = [sweep.run_config(point, seed=0).lightningdit.head for point in sweep.points()]
+    assert [head and head.width for head in heads] == [None, 64]
+
+
 def test_the_shift_of_trained_timesteps_is_a_domain(load_sweep) -> None:
     sweep = load_sweep("\n  timesteps.shift: {grid: [0.3, by_dimension]}")
     configs = [sweep.run_config(point, seed=0) for point in sweep.points()]

@@ -61,8 +61,10 @@ def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT
     """Write a model as the public inference reads it: ``{"ema": ...}``, or flat where the suffix is `.safetensors`.
 
     Raises:
-        UserError: the public inference would take what the model predicts for something else.
+        UserError: the public inference has no such parts, or would take what the model predicts for something else.
     """
+    if model.config.head is not None:
+        raise UserError(f"{os.fspath(path)}: the released layout has no lightningdit.head: take the run's own export")
     if model.config.predicts_data:
         raise UserError(
             f"{os.fspath(path)}: the public inference takes outputs for velocities, and lightningdit.prediction=data: "
@@ -98,6 +100,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "rope": _ROTATION in names,
         "shift": modulation != 4 * width,
         "intermediate_head": _infer_head(weights, overrides),
+        "head": None,
         "latent_dim": latent_dim,
         "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }

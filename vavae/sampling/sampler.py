@@ -45,7 +45,7 @@ class Sampler(NamedTuple):
     ) -> "Sampler":
         """Move models to the device where they are to sample, in the precision and compiled as `config.sample` says."""
         if compiles_blocks(config.sample.compile_blocks, config.workers, device):
-            compile_each([*lightningdit.blocks, *tokenizer.residual_blocks()])
+            compile_each([*lightningdit.all_blocks, *tokenizer.residual_blocks()])
         models = tokenizer.to(device), lightningdit.to(device), normalizer.to(device)
         return cls(*models, config.sample.precision, config.shards.depth)
 

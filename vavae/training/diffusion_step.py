@@ -122,7 +122,7 @@ class DiffusionStep:
             else initialized(config.seed, "lightningdit", build).to(world.device)
         )
         if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
-            compile_each(self.model.model.blocks)
+            compile_each(self.model.model.all_blocks)
         self._engine = build_engine(
             self.model,
             training.optimizer,

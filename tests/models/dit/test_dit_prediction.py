@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pydantic import create_model
 from support import small_models
 from support.golden import golden
+from support.older_reader import reader_without
 from support.recipes import recipe_config
 from support.training_steps import build_step
 
-from vavae.config import Config, load
+from vavae.config import load
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig
 from vavae.diffusion.flow_matching import FlowMatchingObjective
 from vavae.diffusion.guidance import guided
@@ -169,14 +169,6 @@ def test_a_training_is_watched_by_what_the_network_puts_out():
     assert outputs < 1e-8 * data  # a network that begins at zero
 
 
-OLDER = create_model(
-    "OlderLightningDiTConfig",
-    __base__=Config,
-    **{name: (each.annotation, each) for name, each in LightningDiTConfig.model_fields.items() if name != "prediction"},
-)
-OLDER_DESCRIPTION = create_model("OlderDescription", __base__=LightningDiTDescription, lightningdit=(OLDER, ...))
-
-
 @pytest.mark.parametrize(("prediction", "readable"), [("velocity", True), ("data", False)])
 def test_an_export_says_what_the_network_predicts_and_older_readers_refuse_it(storage, prediction, readable):
     model, (noise, _, labels) = dit(prediction), batch()
@@ -187,10 +179,10 @@ def test_an_export_says_what_the_network_predicts_and_older_readers_refuse_it(st
     assert torch.equal(loaded(noise, ALL, labels), model(noise, ALL, labels))
     stored = yaml.safe_load(storage.read_bytes(DESCRIPTION))
     if readable:
-        OLDER_DESCRIPTION.restore(stored)
+        reader_without("prediction").restore(stored)
     else:
         with pytest.raises(ValueError, match=r"lightningdit\.prediction\s+Extra inputs are not permitted"):
-            OLDER_DESCRIPTION.restore(stored)
+            reader_without("prediction").restore(stored)
 
 
 def test_the_released_layout_is_of_velocities_alone(tmp_path: Path):
