@@ -128,6 +128,7 @@ def _remember(count, config, *arguments):
     [
         (["solver={name: euler, num_steps: 10}"], 10),
         (["solver={name: heun, num_steps: 10}"], 20),
+        (["solver={name: heun, num_steps: 10}", "lightningdit.prediction=data"], 19),
         (["solver={name: euler, num_steps: 10}", "guidance.scale=2"], 20),
         (["solver={name: euler, num_steps: 10}", "guidance={scale: 2, interval: [0.45, 0.75]}"], 13),
     ],

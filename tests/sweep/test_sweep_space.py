@@ -86,6 +86,24 @@ def test_optimizers_and_schedules_are_domains(load_sweep) -> None:
     assert {config.train_lightningdit.schedule.decay for config in configs} == {"cosine", "linear"}
 
 
+def test_what_the_network_predicts_is_a_domain(load_sweep) -> None:
+    sweep = load_sweep("\n  lightningdit.prediction: {grid: [velocity, data]}")
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [config.lightningdit.prediction for config in configs] == ["velocity", "data"]
+
+
+def test_a_head_is_an_option_of_a_domain(load_sweep) -> None:
+    sweep = load_sweep("\n  lightningdit.head: {grid: {none: null, wide: {depth: 1, width: 64, heads: 2}}}")
+    heads = [sweep.run_config(point, seed=0).lightningdit.head for point in sweep.points()]
+    assert [head and head.width for head in heads] == [None, 64]
+
+
+def test_the_shift_of_trained_timesteps_is_a_domain(load_sweep) -> None:
+    sweep = load_sweep("\n  timesteps.shift: {grid: [0.3, by_dimension]}")
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [config.timesteps.shift for config in configs] == [0.3, "by_dimension"]
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

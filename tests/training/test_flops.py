@@ -46,6 +46,18 @@ def test_lightningdit_is_its_closed_form(size, forward, training):
     assert step / 1e9 == pytest.approx(training, rel=5e-3)
 
 
+def test_a_wide_head_adds_its_closed_form():
+    shape, head = SIZES["S"], {"depth": 2, "width": 768, "heads": 12}
+    plain, wide = (
+        load(RunConfig, JOBS, ["lightningdit.size=S", *more]) for more in ([], [f"lightningdit.head={head}"])
+    )
+    tokens, channels, width, hidden = 256, 32, head["width"], 8 * head["width"] // 3
+    block = tokens * (10 * width**2 + 3 * width * hidden) + 2 * tokens**2 * width  # modulations are of each token
+    macs = head["depth"] * block + tokens * (2 * channels * width + shape.width * width + 2 * width**2)
+    macs -= 2 * shape.width**2 + tokens * shape.width * channels  # the narrow output layer
+    assert velocity_flops(wide) - velocity_flops(plain) == 2 * macs
+
+
 def conv_macs(side, *widths, kernel=3):
     """Convolutions in a row at one resolution."""
     return sum(side**2 * kernel**2 * a * b for a, b in pairwise(widths))

@@ -19,6 +19,7 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
+from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import Predictions
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
@@ -208,10 +209,9 @@ class _Peer:
             raise UserError(
                 f"--peer {name}: {unset[0]} is a weight of one network alone; give one with the public names"
             )
-        # Type: it has the one method that is called.
-        model = FlowMatchingModel(
-            cast(Any, _Predicting(network)).to(world.device), FlowMatchingObjective(config.objective)
-        )
+        # Type: it has all that is used.
+        predicting = cast(Any, _Predicting(network, config.lightningdit))
+        model = FlowMatchingModel(predicting.to(world.device), FlowMatchingObjective(config.objective))
         self._inputs = _Inputs.drawn(config, world.device)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found, expected = (each(*self._inputs)[0].item() for each in (model, ours))
@@ -240,12 +240,12 @@ class _Peer:
 class _Predicting(nn.Module):
     """Network of other code, with the one output layer that it has."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, config: LightningDiTConfig) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.config = network, config
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
-        """See `LightningDiT.predict`."""
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, data_floor: float) -> Predictions:
+        """See `LightningDiT.predict`; the output is a velocity."""
         return Predictions(self.network(x, t, y), None)
 
 
@@ -260,6 +260,8 @@ def _public_network(config: RunConfig, name: str) -> Any:
     depth, width, heads = dit.shape
     if isinstance(config.shards.image_size, tuple):
         raise UserError(f"--peer {name}: the public code has square images, shards.image_size has two sides")
+    if dit.predicts_data:
+        raise UserError(f"--peer {name}: the public code predicts velocities, but lightningdit.prediction=data")
     return build(
         input_size=config.grid[0],
         patch_size=dit.patch_size,

@@ -7,6 +7,9 @@ from typing_extensions import Self
 
 from vavae.config import Config, LocalPath, added
 
+Shift = Annotated[float, Field(gt=0)] | Literal["by_dimension"]
+"""Shift of times: s in t' = s t / (1 + (s - 1) t), or √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
+
 
 class TimestepConfig(Config):
     """Distribution of the timesteps that are trained on."""
@@ -19,6 +22,9 @@ class TimestepConfig(Config):
     """Standard deviation of the logit."""
     uniform_after_images: int | None = Field(None, ge=0)
     """Images seen from which on the law is uniform; null never switches. The released long run: 614,400,000."""
+    shift: Shift = added(1.0)
+    """Shift of what the law draws, whichever it is, like `solver.shift`, which stays on its own: below 1 towards the
+    noise, 1 for none; `by_dimension` is √(4096 / C H W) for latents [C, H, W]."""
 
 
 class ObjectiveConfig(Config):
@@ -28,6 +34,9 @@ class ObjectiveConfig(Config):
     """Weight of 1 - cosine(predicted, true velocity) relative to their mean squared difference."""
     intermediate_weight: float = added(0.5, gt=0)
     """Weight of the mean squared difference of the velocity that `lightningdit.intermediate_head` predicts."""
+    data_floor: float = added(0.05, gt=0, lt=1)
+    """Least divisor 1 - t of the velocities that are trained where `lightningdit.prediction` is data; nearer to it the
+    squared error of the data counts 1 / data_floor² times."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 
@@ -110,10 +119,11 @@ class SolverConfig(Config):
     """The numerical integration from noise to data: on a grid of times, or by `dopri5`, which finds its own steps."""
 
     name: Literal["euler", "heun", "dopri5"] = "euler"
-    """Solver of order 1, 2 or 5. `dopri5` gives every image steps of its own, whatever else is in the batch."""
+    """Solver of order 1, 2 or 5. `dopri5` gives every image steps of its own, whatever else is in the batch. Where
+    `lightningdit.prediction` is data, it is refused, and `heun` takes its last step like `euler`."""
     num_steps: int = Field(250, ge=1)
     """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
-    shift: Annotated[float, Field(gt=0)] | Literal["by_dimension"] = 1.0
+    shift: Shift = 1.0
     """Shift of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
     evenly; `by_dimension` is √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
     rtol: float = Field(1e-3, ge=1e-6)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vavae.diffusion.config import ObjectiveConfig, TimestepConfig
+from vavae.diffusion.shift import shift_times
 
 
 class PathSample(NamedTuple):
@@ -31,17 +32,21 @@ class LinearPath:
         return PathSample(weight * data + (1 - weight) * noise, data - noise)
 
 
-def sample_timesteps(config: TimestepConfig, batch_size: int, images_seen: int, rng: torch.Generator) -> Tensor:
-    """Draw timesteps float32 [batch_size] in [0, 1], on the device of the rng.
+def sample_timesteps(
+    config: TimestepConfig, batch_size: int, images_seen: int, rng: torch.Generator, dimension: int
+) -> Tensor:
+    """Draw timesteps float32 [batch_size] in [0, 1], on the device of the rng, for latents of `dimension` numbers.
 
     Logit-normal timesteps (SD3, arXiv 2403.03206, section 3.1) dwell in the middle of the path, where the
     velocity is hardest to predict; images_seen decides whether the law has been switched to uniform.
     """
     switched = config.uniform_after_images is not None and images_seen >= config.uniform_after_images
     if switched or config.law == "uniform":
-        return torch.rand(batch_size, generator=rng, device=rng.device)
-    normal = torch.randn(batch_size, generator=rng, device=rng.device)
-    return torch.sigmoid(config.mean + config.std * normal)
+        drawn = torch.rand(batch_size, generator=rng, device=rng.device)
+    else:
+        normal = torch.randn(batch_size, generator=rng, device=rng.device)
+        drawn = torch.sigmoid(config.mean + config.std * normal)
+    return shift_times(drawn, config.shift, dimension).clamp(max=1)  # rounding leads beyond the data
 
 
 TIMESTEP_BINS = 10
@@ -70,6 +75,7 @@ class FlowMatchingObjective:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.direction_weight, self.intermediate_weight = config.direction_weight, config.intermediate_weight
+        self.data_floor = config.data_floor
 
     def __call__(self, prediction: Tensor, velocity: Tensor, intermediate: Tensor | None = None) -> FlowMatchingLosses:
         """Compare predicted and true velocities [B, C, H, W] of any float dtype; that of an inner block, too."""

@@ -1,6 +1,5 @@
 """Solvers of dx/dt = velocity(x, t, y). Time runs from noise (t = 0) to data (t = 1)."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -9,29 +8,16 @@ from torch import Tensor
 
 from vavae.diffusion.config import SolverConfig
 from vavae.diffusion.dopri5 import Tolerance, Velocity, dopri5
-
-_BASE_DIMENSION = 4096
-"""Dimension of a latent for which the shift by dimension is 1."""
+from vavae.diffusion.shift import shift_times
+from vavae.errors import UserError
 
 CommonTimeVelocity = Callable[[Tensor, float], Tensor]
 """Function velocity(x [B, C, H, W], t) -> [B, C, H, W], all images at one time."""
 
 
-def shift_of(config: SolverConfig, dimension: int) -> float:
-    """Shift s of the time grid for latents of `dimension` numbers.
-
-    By dimension it keeps the signal of a point of the grid apart from its noise as well as in a latent of 4096 numbers.
-    """
-    return math.sqrt(_BASE_DIMENSION / dimension) if config.shift == "by_dimension" else float(config.shift)
-
-
 def time_grid(config: SolverConfig, dimension: int) -> Tensor:
-    """Grid of the num_steps + 1 times from 0 to 1, float32 [num_steps + 1], moved by t' = s t / (1 + (s - 1) t).
-
-    It is the shift of SD3 (arXiv 2403.03206, equation 23), whose time runs the other way, with 1 / s for its factor.
-    """
-    t, shift = torch.linspace(0, 1, config.num_steps + 1), shift_of(config, dimension)
-    return shift * t / (1 + (shift - 1) * t)
+    """Grid of the num_steps + 1 times from 0 to 1, float32 [num_steps + 1], shifted."""
+    return shift_times(torch.linspace(0, 1, config.num_steps + 1), config.shift, dimension)
 
 
 def euler_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -48,7 +34,13 @@ def heun_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) 
 
 @torch.no_grad()
 def solve(
-    velocity: Velocity, noise: Tensor, labels: Tensor, config: SolverConfig, jumps: Sequence[float] = ()
+    velocity: Velocity,
+    noise: Tensor,
+    labels: Tensor,
+    config: SolverConfig,
+    jumps: Sequence[float] = (),
+    *,
+    ends_by_euler: bool = False,
 ) -> Tensor:
     """Integrate unit Gaussian noise [B, C, H, W] to data of that shape. Takes no gradient, keeps no trajectory.
 
@@ -58,10 +50,16 @@ def solve(
         labels: int64 [B], given to the velocity as they are.
         config: solver and time grid.
         jumps: times between 0 and 1 at which the velocity is not continuous; a grid takes no notice of them.
+        ends_by_euler: take the last step by Euler's method, because the velocity has no value at t = 1.
 
     Raises:
-        UserError: `dopri5` can't go on (see there).
+        UserError: `dopri5` can't go on (see there), or there is no velocity at t = 1, where it needs one.
     """
+    if config.name == "dopri5" and ends_by_euler:
+        raise UserError(
+            "solver.name=dopri5 takes velocities at t = 1, where lightningdit.prediction=data has none: set euler or "
+            "heun"
+        )
     if config.name == "dopri5":
         return dopri5(velocity, noise, labels, Tolerance(config.rtol, config.atol), jumps)
     step = {"euler": euler_step, "heun": heun_step}[config.name]
@@ -70,6 +68,7 @@ def solve(
         return velocity(x, torch.full((len(x),), t), labels)
 
     x = noise
-    for t, t_next in pairwise(time_grid(config, noise[0].numel()).tolist()):
+    *steps, last = pairwise(time_grid(config, noise[0].numel()).tolist())
+    for t, t_next in steps:
         x = step(velocity_at, x, t, t_next)
-    return x
+    return (euler_step if ends_by_euler else step)(velocity_at, x, *last)

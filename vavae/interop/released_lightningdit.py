@@ -19,6 +19,7 @@ _KIND = "LightningDiT"
 _ROTATION = "feat_rope.freqs_cos"
 _PER_HEAD = (_ROTATION, "blocks.0.attn.q_norm.weight")
 """Tensors whose last dimension is the width of one head."""
+_VELOCITY = "velocity"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _TABLE_ERROR = 1e-3
 """Tolerance of a table of positions. The published average runs over the embedding as well, though it never
@@ -57,7 +58,18 @@ def convert_lightningdit(weights: WeightsFile, overrides: Mapping[str, Any], sec
 
 
 def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT) -> None:
-    """Write a model as the public inference reads it: ``{"ema": ...}``, or flat where the suffix is `.safetensors`."""
+    """Write a model as the public inference reads it: ``{"ema": ...}``, or flat where the suffix is `.safetensors`.
+
+    Raises:
+        UserError: the public inference has no such parts, or would take what the model predicts for something else.
+    """
+    if model.config.head is not None:
+        raise UserError(f"{os.fspath(path)}: the released layout has no lightningdit.head: take the run's own export")
+    if model.config.predicts_data:
+        raise UserError(
+            f"{os.fspath(path)}: the public inference takes outputs for velocities, and lightningdit.prediction=data: "
+            "the run's own export says so, take that"
+        )
     write_weights(path, _LIGHTNINGDIT.state(model), nest="ema")
 
 
@@ -72,6 +84,11 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
             f"{weights.url}: final_layer.linear.weight is {[outputs, width]}, expected {[outputs // 2, width]}: this "
             f"model predicts a variance too (learn_sigma), a {_KIND} the velocity alone"
         )
+    if overrides.get("prediction", _VELOCITY) != _VELOCITY:
+        raise UserError(
+            f"{weights.url}: lightningdit.prediction={overrides['prediction']}, but a published {_KIND} predicts the "
+            f"{_VELOCITY}: remove it"
+        )
     names = weights.tensors.keys()
     return {
         **_infer_size(weights, overrides, width),
@@ -83,6 +100,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "rope": _ROTATION in names,
         "shift": modulation != 4 * width,
         "intermediate_head": _infer_head(weights, overrides),
+        "head": None,
         "latent_dim": latent_dim,
         "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }

@@ -139,7 +139,8 @@ def velocity_evaluations(config: RunConfig) -> int:
         return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
 
     noise = torch.ones(1, *config.latent_shape)
-    solve(velocity, noise, torch.zeros(1, dtype=torch.int64), config.solver, guidance.jumps)
+    labels, by_euler = torch.zeros(1, dtype=torch.int64), config.lightningdit.predicts_data
+    solve(velocity, noise, labels, config.solver, guidance.jumps, ends_by_euler=by_euler)
     return count
 
 

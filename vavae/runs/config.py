@@ -443,6 +443,20 @@ class RunConfig(Config):
             raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
         return self
 
+    @model_validator(mode="after")
+    def _prediction_fits(self) -> Self:
+        floor, solver = self.objective.data_floor, self.solver.name
+        if self.lightningdit.predicts_data and solver == "dopri5":
+            raise ValueError(
+                f"solver.name={solver} takes velocities at t = 1, where lightningdit.prediction=data has none: set "
+                "euler or heun"
+            )
+        if not self.lightningdit.predicts_data and floor != ObjectiveConfig.model_fields["data_floor"].default:
+            raise ValueError(
+                f"objective.data_floor={floor:g} is of lightningdit.prediction=data, and it is velocity: leave it out"
+            )
+        return self
+
     def _has_no_intermediate_head(self) -> None:
         for section, name in (("guidance", "internal_scale"), ("objective", "intermediate_weight")):
             value = getattr(getattr(self, section), name)

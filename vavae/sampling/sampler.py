@@ -50,7 +50,8 @@ class Sampler(NamedTuple):
         """Move models to the device where they are to sample, in the precision and compiled as `config.sample` says."""
         transformers = [lightningdit] if weak is None else [lightningdit, weak]
         if compiles_blocks(config.sample.compile_blocks, config.workers, device):
-            compile_each([*(block for each in transformers for block in each.blocks), *tokenizer.residual_blocks()])
+            blocks = [block for each in transformers for block in each.all_blocks]
+            compile_each([*blocks, *tokenizer.residual_blocks()])
         models = tokenizer.to(device), lightningdit.to(device), normalizer.to(device)
         return cls(*models, config.sample.precision, config.shards.depth, None if weak is None else weak.to(device))
 
@@ -97,7 +98,7 @@ class Sampler(NamedTuple):
             solver: solver of the flow.
 
         Raises:
-            UserError: an image is not finite; it would be black.
+            UserError: an image is not finite; it would be black. Or guidance or solver ask for what the model has not.
         """
         model = self.lightningdit
         device = self.normalizer.mean.device
@@ -110,7 +111,14 @@ class Sampler(NamedTuple):
             )
         weak = None if self.weak is None else self.autocast()(self.weak.forward)
         velocity = guide(self.autocast()(model.predict), model.null_label, guidance, weak)
-        latents = solve(velocity, noise.to(device), torch.tensor(labels, device=device), solver, velocity.jumps)
+        latents = solve(
+            velocity,
+            noise.to(device),
+            torch.tensor(labels, device=device),
+            solver,
+            velocity.jumps,
+            ends_by_euler=any(each.config.predicts_data for each in (model, self.weak) if each is not None),
+        )
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
         finite = decoded.isfinite().all()

@@ -24,6 +24,7 @@ from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
+from vavae.models.dit.parametrization import data_of_velocity, velocity_to_data
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
@@ -66,13 +67,17 @@ class FlowMatchingModel(nn.Module):
 
         Returns:
             The scalar to differentiate; detached: means by name, the velocity loss of each sample [S], and the
-            variances of predicted and true velocities [2].
+            variances of what the network predicts and of what it should be [2].
         """
-        point = LinearPath.sample(latents, noise, timesteps)
-        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels)
-        losses = self._objective(prediction, point.velocity, intermediate)
+        point, floor = LinearPath.sample(latents, noise, timesteps), self._objective.data_floor
+        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, floor)
+        velocity, spread = point.velocity, (prediction, point.velocity)
+        if self.model.config.predicts_data:
+            velocity = velocity_to_data(latents, point.x_t, timesteps, floor)
+            spread = (data_of_velocity(prediction, point.x_t, timesteps, floor), latents)
+        losses = self._objective(prediction, velocity, intermediate)
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
-        return losses.total.mean(), terms, losses.velocity.detach(), variances(prediction, point.velocity)
+        return losses.total.mean(), terms, losses.velocity.detach(), variances(*spread)
 
 
 class DiffusionStep:
@@ -117,7 +122,7 @@ class DiffusionStep:
             else initialized(config.seed, "lightningdit", build).to(world.device)
         )
         if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
-            compile_each(self.model.model.blocks)
+            compile_each(self.model.model.all_blocks)
         self._engine = build_engine(
             self.model,
             training.optimizer,
@@ -184,7 +189,9 @@ class DiffusionStep:
         mean, std, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.std, item.labels))
         latents = mean + std * torch.randn(mean.shape, generator=rng("posterior"), device=device)
         noise = torch.randn(mean.shape, generator=rng("noise"), device=device)
-        timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, rng("timesteps"))
+        timesteps = sample_timesteps(
+            config.timesteps, len(labels), images_seen, rng("timesteps"), dimension=mean[0].numel()
+        )
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
         return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels)

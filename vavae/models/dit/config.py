@@ -41,6 +41,23 @@ class IntermediateHeadConfig(Config):
     """Number of blocks that come before it."""
 
 
+class WideHeadConfig(Config):
+    """Blocks of another width after the others, which read the latents again (DDT, arXiv 2504.05741; wide in RAE)."""
+
+    depth: int = Field(2, ge=1)
+    """Its blocks."""
+    width: int = Field(2048, ge=4)
+    """Channels of its tokens; the published rule is no fewer than the patch_size² · C values of a token."""
+    heads: int = Field(16, ge=1)
+    """Its attention heads."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        return self
+
+
 class LightningDiTConfig(Config):
     """A named size, or one written out, and the switches of table 1 of the paper; the defaults are its full model."""
 
@@ -70,6 +87,11 @@ class LightningDiTConfig(Config):
     intermediate_head: IntermediateHeadConfig | None = added(None)
     """Predict the velocity after an inner block, too; `guidance.internal_scale` guides by it, as it is the weaker one.
     Null builds none."""
+    head: WideHeadConfig | None = added(None)
+    """Blocks after those of `depth`, of a width of their own, which the others tell for each token what to do: a latent
+    of many channels asks for width at the end (RAE, arXiv 2510.11690). Null builds none."""
+    prediction: Literal["velocity", "data"] = added("velocity")
+    """Output of the network: the velocity, or the data, from which the velocity follows (x-prediction)."""
     checkpoint_activations: bool = runtime(False)
     """Recompute each block in the backward pass: less memory for about a third more time."""
 
@@ -78,6 +100,18 @@ class LightningDiTConfig(Config):
         if self.classes not in (None, classes):
             raise UserError(f"lightningdit.classes={self.classes}, but the data has {classes}: correct or remove it")
         return self.model_copy(update={"classes": classes})
+
+    @property
+    def head_blocks(self) -> Self:
+        """The configuration of the blocks and the output layer of the head; itself where there is none."""
+        if self.head is None:
+            return self
+        return self.model_copy(update={"size": None, **self.head.model_dump()})
+
+    @property
+    def predicts_data(self) -> bool:
+        """Whether the network predicts the data; there is no velocity at t = 1 then."""
+        return self.prediction == "data"
 
     @property
     def shape(self) -> TransformerShape:
@@ -106,5 +140,11 @@ class LightningDiTConfig(Config):
             raise ValueError(
                 f"width={width} / heads={heads} = {self.shape.head_dim} must be a multiple of 4 for rope, "
                 "which rotates pairs by row and by column: change heads or set rope to false"
+            )
+        if self.rope and self.head_blocks.shape.head_dim % 4:
+            _, width, heads = self.head_blocks.shape
+            raise ValueError(
+                f"head.width={width} / head.heads={heads} must be a multiple of 4 for rope: change head.heads or set "
+                "rope to false"
             )
         return self

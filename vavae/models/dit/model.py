@@ -1,6 +1,6 @@
 """LightningDiT (arXiv 2501.01423, table 1): embeddings, block and model, with the released parameter names.
 
-Time runs from noise (t = 0) to data (t = 1); the model predicts the velocity data - noise.
+Time runs from noise (t = 0) to data (t = 1); the model predicts the velocity data - noise, or the data.
 Shapes: B batch, C latent channels, H x W latent grid, h x w = N tokens, D width, P patch size.
 """
 
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.parametrization import velocity_to_data
 
 MAX_PERIOD = 10_000.0
 """Longest wavelength, over 2π, of every sinusoid in the model."""
@@ -216,12 +217,13 @@ class Modulation(nn.Sequential):
         self.chunks = chunks
 
     def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
-        """Map silu(condition) [B, D] to `chunks` tensors [B, 1, D]."""
-        return super().forward(activated)[:, None].chunk(self.chunks, dim=-1)
+        """Map silu(condition) [B, D] to `chunks` tensors [B, 1, D], or that of each token [B, N, D] to [B, N, D]."""
+        mapped = super().forward(activated)
+        return (mapped[:, None] if mapped.ndim == 2 else mapped).chunk(self.chunks, dim=-1)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """x · (1 + scale) + shift, for tokens x [B, N, D] and scale, shift [B, 1, D]."""
+    """x · (1 + scale) + shift, for tokens x [B, N, D] and scale, shift [B, 1, D] or [B, N, D]."""
     return x * (1 + scale) if shift is None else torch.addcmul(shift, x, 1 + scale)
 
 
@@ -239,7 +241,7 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(width, 6 if config.shift else 4)
 
     def forward(self, x: Tensor, activated: Tensor, rotation: Rotation | None) -> Tensor:
-        """Transform tokens x [B, N, D] under silu(condition) [B, D]; same shape."""
+        """Transform tokens x [B, N, D] under silu(condition) [B, D] or [B, N, D]; same shape."""
         modulation = self.adaLN_modulation(activated)
         shift1 = shift2 = None
         if self.shift:
@@ -261,9 +263,52 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """Map tokens x [B, N, D] under silu(condition) [B, D] to [B, N, outputs]."""
+        """Map tokens x [B, N, D] under silu(condition) [B, D] or [B, N, D] to [B, N, outputs]."""
         shift, scale = self.adaLN_modulation(activated)
         return self.linear(modulate(self.norm_final(x), scale, shift))
+
+
+def run_block(block: nn.Module, tokens: Tensor, activated: Tensor, rotation: Rotation | None, again: bool) -> Tensor:
+    """Call a block; `again` computes it once more in the backward pass instead of keeping what it needs."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, tokens, activated, rotation, use_reentrant=False)
+    return block(tokens, activated, rotation)
+
+
+class WideHead(nn.Module):
+    """Blocks on tokens of their own, each under a condition of its own: what the blocks before made of it and the time.
+
+    Beside the rotation it knows no positions.
+    """
+
+    feat_rope: RotaryEmbedding | None
+
+    def __init__(self, config: LightningDiTConfig, latent_dim: int) -> None:
+        super().__init__()
+        inner, blocks = config.shape.width, config.head_blocks
+        depth, width, _ = blocks.shape
+        self.recompute = config.checkpoint_activations
+        self.x_embedder = PatchEmbedding(latent_dim, width, config.patch_size)
+        self.projector = nn.Identity() if inner == width else nn.Linear(inner, width)
+        self.blocks = nn.ModuleList(Block(blocks) for _ in range(depth))
+
+    def forward(self, x: Tensor, tokens: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform latents under the tokens of the blocks before.
+
+        Args:
+            x: noisy latents [B, C, H, W] in the dtype of the weights.
+            tokens: after the last block before the head, [B, N, D].
+            time: embedding of the timesteps [B, D].
+
+        Returns:
+            Tokens of the head and silu(condition) of each, both [B, N, width of the head].
+        """
+        activated = F.silu(self.projector(F.silu(time[:, None] + tokens)))
+        rotation = None if self.feat_rope is None else self.feat_rope()
+        tokens = self.x_embedder(x).to(x.dtype)
+        for block in self.blocks:
+            tokens = run_block(block, tokens, activated, rotation, self.recompute)
+        return tokens, activated
 
 
 class Predictions(NamedTuple):
@@ -310,14 +355,20 @@ class LightningDiT(nn.Module):
         self.x_embedder = PatchEmbedding(latent_dim, shape.width, patch)
         self.t_embedder = TimestepEmbedding(shape.width)
         self.y_embedder = LabelEmbedding(self.null_label, shape.width)
+        self.head = None if config.head is None else WideHead(config, latent_dim)
         self._lay_out(grid)
         self.blocks = nn.ModuleList(Block(config) for _ in range(shape.depth))
-        self.final_layer = FinalLayer(config, patch * patch * latent_dim)
+        self.final_layer = FinalLayer(config.head_blocks, patch * patch * latent_dim)
         self.final_layer_xr: FinalLayer | None = None  # the name of the public code
         if config.intermediate_head is not None:
             self.final_layer_xr = FinalLayer(config, patch * patch * latent_dim)
             self.intermediate_after = config.intermediate_head.after_block
         initialize(self, rng)
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks, and those of the head."""
+        return [*self.blocks, *([] if self.head is None else self.head.blocks)]
 
     def _lay_out(self, grid: int | tuple[int, int], span: tuple[int, int] | None = None) -> None:
         """Set the grid and compute its position tables, on the device and in the dtype of the weights."""
@@ -331,6 +382,11 @@ class LightningDiT(nn.Module):
         self.feat_rope: RotaryEmbedding | None = None
         if self.config.rope:
             self.feat_rope = RotaryEmbedding(shape.head_dim, self.tokens, span).to(weight.device, weight.dtype)
+        if self.head is not None:
+            self.head.feat_rope = None
+            if self.config.rope:
+                head_dim = self.config.head_blocks.shape.head_dim
+                self.head.feat_rope = RotaryEmbedding(head_dim, self.tokens, span).to(weight.device, weight.dtype)
 
     def at_grid(self, grid: int | tuple[int, int], *, rescale: bool = False) -> "LightningDiT":
         """A copy with the same weights for latents of another grid, H and W or both as one number.
@@ -352,27 +408,38 @@ class LightningDiT(nn.Module):
 
         Args:
             x: noisy normalized latents [B, C, H, W].
-            t: timesteps [B] in [0, 1].
+            t: timesteps [B] in [0, 1], below 1 for a model that predicts the data.
             y: labels int64 [B] in [0, classes]; `null_label` = classes asks for the unconditional velocity.
         """
         return self.predict(x, t, y).velocity
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
-        """Velocities of all output layers, for the arguments of `forward`."""
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, data_floor: float = 0.0) -> Predictions:
+        """Velocities of all output layers, for the arguments of `forward`.
+
+        A model that predicts the data gives them by :func:`velocity_to_data`, with `data_floor` for its floor.
+        """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
-        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
-        activated = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, D], what every modulation starts with
+        latents, time = x.to(self.pos_embed.dtype), self.t_embedder(t)
+        tokens = self.x_embedder(latents) + self.pos_embed  # [B, N, D]
+        activated = F.silu(time + self.y_embedder(y))  # [B, D], what every modulation starts with
+        if self.head is not None:
+            activated = F.silu(activated)  # twice, as in the public code with a head
         rotation = None if self.feat_rope is None else self.feat_rope()
-        recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
         intermediate = None
         for finished, block in enumerate(self.blocks, 1):
-            if recompute:
-                tokens = checkpoint(block, tokens, activated, rotation, use_reentrant=False)
-            else:
-                tokens = block(tokens, activated, rotation)
+            tokens = run_block(block, tokens, activated, rotation, self.config.checkpoint_activations)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
-                intermediate = self._unpatchify(self.final_layer_xr(tokens, activated)).to(x.dtype)
-        return Predictions(self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype), intermediate)
+                intermediate = self._velocity(self.final_layer_xr(tokens, activated), x, t, data_floor)
+        if self.head is not None:
+            tokens, activated = self.head(latents, tokens, time)
+        return Predictions(self._velocity(self.final_layer(tokens, activated), x, t, data_floor), intermediate)
+
+    def _velocity(self, outputs: Tensor, x: Tensor, t: Tensor, data_floor: float) -> Tensor:
+        """Velocity [B, C, H, W] in the dtype of x from the outputs [B, N, P · P · C] of an output layer."""
+        output = self._unpatchify(outputs)
+        if self.config.predicts_data:
+            output = velocity_to_data(output, x, t, data_floor)
+        return output.to(x.dtype)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""
