@@ -2,12 +2,17 @@
 
 from typing import Any
 
-from support.training_steps import tiny_config
+from support.training_steps import LANES, tiny_config
 
 from vavae.runs.config import RunConfig
 
 RECIPES: dict[str, dict[str, Any]] = {
     "internal guidance": {"lightningdit": {"intermediate_head": {"after_block": 1}}},
+    # All tokens in the last of the four steps.
+    "routing": {
+        "lightningdit": {"routing": {"first_block": 1, "last_block": 1, "until_images": 3 * LANES}},
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
 }
 """By name: what each writes into the configuration."""
 

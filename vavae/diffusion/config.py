@@ -48,6 +48,14 @@ class GuidanceConfig(Config):
     internal_interval: tuple[float, float] = added((0.0, 1.0))
     """Timesteps low <= t <= high with internal guidance."""
 
+    routing_scale: float = added(1.0, ge=0)
+    """Scale w in v_routed + w (v - v_routed), where v is the velocity under all other guidance and v_routed that of the
+    same label with tokens that skip the blocks of `lightningdit.routing`: one further evaluation. 1 is no guidance."""
+    routing_interval: tuple[float, float] = added((0.0, 1.0))
+    """Timesteps low <= t <= high with guidance by routing."""
+    routing_drop: float = added(0.5, gt=0, lt=1)
+    """Share of the tokens that skip them there; others are drawn in every evaluation."""
+
     @property
     def summary(self) -> str:
         """Description in words, as metrics and reports carry it."""
@@ -58,11 +66,15 @@ class GuidanceConfig(Config):
         if self.internal_scale != 1:
             low, high = self.internal_interval
             parts.append(f"internal guidance {self.internal_scale:g} for t in [{low:g}, {high:g}]")
+        if self.routing_scale != 1:
+            low, high = self.routing_interval
+            skipping = f"{self.routing_drop:.0%} of the tokens skipping blocks"
+            parts.append(f"guidance {self.routing_scale:g} by {skipping} for t in [{low:g}, {high:g}]")
         return ", ".join(parts) or "no guidance"
 
     @model_validator(mode="after")
     def _intervals_are_ordered(self) -> Self:
-        for prefix in ("", "internal_"):
+        for prefix in ("", "internal_", "routing_"):
             low, high = getattr(self, f"{prefix}interval")
             if not 0 <= low <= high <= 1:
                 raise ValueError(

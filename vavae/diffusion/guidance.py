@@ -1,4 +1,4 @@
-"""Classifier-free and internal guidance. Time runs from noise (t = 0) to data (t = 1)."""
+"""Classifier-free guidance, internal guidance and guidance by routing. Time runs from noise (t = 0) to data (t = 1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,12 @@ from vavae.diffusion.config import GuidanceConfig
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
-Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`."""
+Predict = Callable[..., tuple[Tensor, Tensor | None]]
+"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`; with a
+further one, int64 [B, K], for the tokens that skip no block."""
+
+KeptTokens = Callable[[float], Tensor]
+"""Function from a share of tokens that skip blocks to those that do not, int64 [B, K], drawn anew at each call."""
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.Generator) -> Tensor:
@@ -37,6 +41,7 @@ class ClassifierFreeGuidance:
         """Times between 0 and 1 at which guidance sets in or ends, ascending."""
         config = self.config
         ends = [*config.interval] * (config.scale != 1) + [*config.internal_interval] * (config.internal_scale != 1)
+        ends += [*config.routing_interval] * (config.routing_scale != 1)
         bounds = torch.tensor(ends, dtype=torch.float32).tolist()
         return sorted({bound for bound in bounds if 0 < bound < 1})
 
@@ -82,11 +87,51 @@ class InternalGuidance:
         return velocity + excess.view(-1, 1, 1, 1).to(velocity.dtype) * (velocity - intermediate)
 
 
-def guided(predict: Predict, null_label: int, config: GuidanceConfig) -> ClassifierFreeGuidance:
-    """Velocity of a model under all guidance that a configuration asks for."""
+def guided_by_routing(config: GuidanceConfig, t: Tensor) -> Tensor:
+    """Mask bool [B] of the times t [B] with guidance by routing, as `ClassifierFreeGuidance.active`."""
+    low, high = torch.tensor(config.routing_interval, dtype=torch.float32, device=t.device)
+    return (low <= t) & (t <= high) & (config.routing_scale != 1)
+
+
+@dataclass(frozen=True)
+class RoutingGuidance:
+    """The velocity v_routed + scale · (v - v_routed), v_routed of tokens that skip blocks (TREAD, arXiv 2501.04765).
+
+    Outside the interval it is v, and v_routed is not evaluated.
+    """
+
+    guided: ClassifierFreeGuidance
+    predict: Predict
+    keep: KeptTokens
+
+    @property
+    def jumps(self) -> list[float]:
+        """See `ClassifierFreeGuidance.jumps`."""
+        return self.guided.jumps
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
+        velocity, config = self.guided(x, t, y), self.guided.config
+        rows = guided_by_routing(config, t).nonzero().flatten().to(x.device)
+        if not len(rows):
+            return velocity
+        routed, _ = self.predict(x[rows], t.to(x.device)[rows], y[rows], self.keep(config.routing_drop)[rows])
+        velocity = velocity.clone()
+        velocity[rows] = routed + config.routing_scale * (velocity[rows] - routed)
+        return velocity
+
+
+def guided(
+    predict: Predict, null_label: int, config: GuidanceConfig, keep: KeptTokens | None = None
+) -> ClassifierFreeGuidance | RoutingGuidance:
+    """Velocity of a model under all guidance that a configuration asks for: internal, classifier-free, by routing."""
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return predict(x, t, y)[0]
 
     model = velocity if config.internal_scale == 1 else InternalGuidance(predict, config)
-    return ClassifierFreeGuidance(model, null_label, config)
+    labeled = ClassifierFreeGuidance(model, null_label, config)
+    if config.routing_scale == 1:
+        return labeled
+    assert keep is not None, "guidance by routing draws tokens"
+    return RoutingGuidance(labeled, predict, keep)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vavae.data.ahead import threads_of
 from vavae.data.config import RGB
-from vavae.diffusion.guidance import ClassifierFreeGuidance
+from vavae.diffusion.guidance import ClassifierFreeGuidance, guided_by_routing
 from vavae.diffusion.solvers import solve
 from vavae.distributed.config import Precision
 from vavae.planning.cluster import ClusterSpec
@@ -89,9 +89,7 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
         _prepare(config, cluster, dataset),
         _train(config, cluster, "train_vavae", tokenizer_flops(config), stored_bytes(config, dataset)),
         _extract(config, cluster, dataset),
-        _train(
-            config, cluster, "train_lightningdit", training_flops(config, "train_lightningdit"), latent_bytes(config)
-        ),
+        _train(config, cluster, "train_lightningdit", lightningdit_flops(config), latent_bytes(config)),
         _sample(config, cluster),
     ]
 
@@ -113,22 +111,42 @@ def tokenizer_flops(config: RunConfig) -> float:
     return mean
 
 
-def velocity_evaluations(config: RunConfig) -> int:
+def lightningdit_flops(config: RunConfig) -> float:
+    """Mean FLOPs of one image in a training step of the LightningDiT, while tokens skip blocks and after."""
+    routing, budget = config.lightningdit.routing, config.train_lightningdit.images
+    flops = training_flops(config, "train_lightningdit")
+    if routing is None or routing.until_images is None or routing.until_images >= budget:
+        return flops
+    after = training_flops(config, "train_lightningdit", routing.until_images)
+    return after + (flops - after) * (routing.until_images / budget)
+
+
+class Evaluations(NamedTuple):
+    """Evaluations of the LightningDiT for one sample."""
+
+    whole: int
+    """On all tokens."""
+    routed: int
+    """With tokens that skip blocks, for guidance by routing."""
+
+
+def velocity_evaluations(config: RunConfig) -> Evaluations:
     """Evaluations of the LightningDiT for the velocity of one sample, guidance included.
 
     `dopri5` is counted on the flow between two equal Gaussians, v = (2t - 1) / (t² + (1 - t)²) x; images take it more.
     """
     guidance = ClassifierFreeGuidance(lambda x, t, y: x, 0, config.guidance)
-    count = 0
+    whole = routed = 0
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        nonlocal count
-        count += len(x) + int(guidance.active(t).sum())
+        nonlocal whole, routed
+        whole += len(x) + int(guidance.active(t).sum())
+        routed += int(guided_by_routing(config.guidance, t).sum())
         return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
 
     noise = torch.ones(1, *config.latent_shape)
     solve(velocity, noise, torch.zeros(1, dtype=torch.int64), config.solver, guidance.jumps)
-    return count
+    return Evaluations(whole, routed)
 
 
 def _image_format(config: RunConfig) -> str:
@@ -174,7 +192,10 @@ def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 
 def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:
-    flops = velocity_flops(config) * velocity_evaluations(config) + decoding_flops(config)
+    evaluations = velocity_evaluations(config)
+    flops = velocity_flops(config) * evaluations.whole + decoding_flops(config)
+    if evaluations.routed:
+        flops += velocity_flops(config, config.guidance.routing_drop) * evaluations.routed
     arithmetic = _arithmetic(config, config.sample.precision)
     rate = cluster.count / _gpu_seconds(flops, cluster, arithmetic)
     images, written = config.sample.images, sample_bytes(config)

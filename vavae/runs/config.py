@@ -13,7 +13,7 @@ from vavae.distributed.config import EngineConfig, OptimizerConfig, Precision, W
 from vavae.evaluation.config import EvaluateConfig
 from vavae.latents.config import LatentsConfig
 from vavae.losses.config import TokenizerLossConfig
-from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.config import LightningDiTConfig, count_kept
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
 from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve_phases
 from vavae.sampling.config import SampleConfig
@@ -315,6 +315,7 @@ class RunConfig(Config):
             raise ValueError(
                 f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the {height} x {width} latent"
             )
+        self._check_routing()
         for section in ("train_vavae", "train_lightningdit"):
             batch = getattr(self, section).batch_size
             if batch % lanes:
@@ -332,3 +333,24 @@ class RunConfig(Config):
                     f"{section}.{name}={value:g} is of the intermediate head, and there is none: give "
                     "lightningdit.intermediate_head, or leave it out"
                 )
+
+    def _check_routing(self) -> None:
+        routing, guidance, tokens = self.lightningdit.routing, self.guidance, self.lightningdit.tokens_of(self.grid)
+        if routing is not None and count_kept(tokens, routing.drop) == tokens:
+            raise ValueError(
+                f"lightningdit.routing.drop={routing.drop:g} is less than one of {tokens} tokens: raise it"
+            )
+        if guidance.routing_scale == 1:
+            return
+        if routing is None:
+            raise ValueError(
+                f"guidance.routing_scale={guidance.routing_scale:g} is of blocks that tokens skip, and there are none: "
+                "give lightningdit.routing, or leave it out"
+            )
+        if count_kept(tokens, guidance.routing_drop) == tokens:
+            raise ValueError(f"guidance.routing_drop={guidance.routing_drop:g} is less than one of {tokens} tokens")
+        if self.solver.name == "dopri5":
+            raise ValueError(
+                f"guidance.routing_scale={guidance.routing_scale:g} draws tokens in every evaluation, from which "
+                "solver.name=dopri5 would take its error: set solver.name to euler or heun"
+            )

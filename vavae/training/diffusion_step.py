@@ -1,5 +1,6 @@
 """One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
+from vavae.models.dit.routing import kept_tokens
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
@@ -44,6 +46,14 @@ class _Inputs(NamedTuple):
     """[S] in [0, 1]."""
     labels: Tensor
     """int64 [S]."""
+    keep: Tensor | None
+    """Tokens that skip no block, int64 [S, K]; None: all."""
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_Inputs]") -> "_Inputs":
+        """The inputs of several lanes as one."""
+        fields = {name: [getattr(part, name) for part in parts] for name in cls._fields}
+        return cls(**{name: None if values[0] is None else torch.cat(values) for name, values in fields.items()})
 
 
 class FlowMatchingModel(nn.Module):
@@ -54,7 +64,7 @@ class FlowMatchingModel(nn.Module):
         self.model, self._objective = model, objective
 
     def forward(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor, keep: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Compute the losses of one micro-batch.
 
@@ -63,13 +73,14 @@ class FlowMatchingModel(nn.Module):
             noise: standard normal, likewise.
             timesteps: [S] in [0, 1].
             labels: int64 [S], the null label where a label was dropped.
+            keep: tokens that skip no block, int64 [S, K]; None: all.
 
         Returns:
             The scalar to differentiate; detached: means by name, the velocity loss of each sample [S], and the
             variances of predicted and true velocities [2].
         """
         point = LinearPath.sample(latents, noise, timesteps)
-        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels)
+        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, keep)
         losses = self._objective(prediction, point.velocity, intermediate)
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
         return losses.total.mean(), terms, losses.velocity.detach(), variances(prediction, point.velocity)
@@ -147,8 +158,7 @@ class DiffusionStep:
         spread = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for group in self._groups:
             with self.stopwatch("forward"):
-                draws = [self._draw(micro_batches[index], images_seen) for index in group.indices]
-                inputs = _Inputs(*map(torch.cat, zip(*draws, strict=True)))
+                inputs = _Inputs.joined([self._draw(micro_batches[index], images_seen) for index in group.indices])
                 loss, values, per_sample, of_outputs_and_data = self._engine.forward(*inputs)
             with self.stopwatch("backward"):
                 self._engine.backward(loss * group.weight)
@@ -174,7 +184,9 @@ class DiffusionStep:
         self.awaits_checkpoint = False
 
     def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
-        """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels."""
+        """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels and
+        tokens that skip blocks.
+        """
         config, device = self._config, self._world.device
 
         def rng(purpose: str) -> torch.Generator:
@@ -186,4 +198,9 @@ class DiffusionStep:
         timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, rng("timesteps"))
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
-        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels)
+        routing, keep = self.model.model.config.routing, None
+        drop = 0.0 if routing is None else routing.drop_at(images_seen)
+        if drop:
+            count = math.prod(self.model.model.tokens)
+            keep = kept_tokens(torch.rand(len(labels), count, generator=rng("routing"), device=device), drop)
+        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep)

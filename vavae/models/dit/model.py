@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.routing import put_tokens, take_tokens
 
 MAX_PERIOD = 10_000.0
 """Longest wavelength, over 2π, of every sinusoid in the model."""
@@ -83,7 +84,7 @@ def token_positions(grid: tuple[int, int], span: tuple[int, int] | None = None) 
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each token and channel, both [N, 1, head_dim]."""
+    """Cosine and sine of the angle of each token and channel, both [N, 1, head_dim], or [B, K, 1, head_dim]."""
 
     cos: Tensor
     sin: Tensor
@@ -357,22 +358,38 @@ class LightningDiT(nn.Module):
         """
         return self.predict(x, t, y).velocity
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
-        """Velocities of all output layers, for the arguments of `forward`."""
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None = None) -> Predictions:
+        """Velocities of all output layers, for the arguments of `forward`.
+
+        Args:
+            x, t, y: as there.
+            keep: indices int64 [B, K] of the tokens that do not skip the blocks of `config.routing`; None: all.
+        """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
         activated = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, D], what every modulation starts with
         rotation = None if self.feat_rope is None else self.feat_rope()
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
         intermediate = None
+        routed = range(0) if keep is None else self._routed_blocks()
+        before, rotation_of_all = tokens, rotation
         for finished, block in enumerate(self.blocks, 1):
+            if keep is not None and finished - 1 == routed.start:
+                before, tokens = tokens, take_tokens(tokens, keep)
+                rotation = None if rotation is None else Rotation(*(table[keep] for table in rotation))
             if recompute:
                 tokens = checkpoint(block, tokens, activated, rotation, use_reentrant=False)
             else:
                 tokens = block(tokens, activated, rotation)
+            if keep is not None and finished == routed.stop:
+                tokens, rotation = put_tokens(before, keep, tokens), rotation_of_all
             if self.final_layer_xr is not None and finished == self.intermediate_after:
                 intermediate = self._unpatchify(self.final_layer_xr(tokens, activated)).to(x.dtype)
         return Predictions(self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype), intermediate)
+
+    def _routed_blocks(self) -> range:
+        assert self.config.routing is not None, "a model whose tokens all take all blocks"
+        return self.config.routing.blocks
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""
