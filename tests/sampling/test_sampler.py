@@ -13,6 +13,8 @@ from vavae.data.pixels import to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
+from vavae.models.dit.config import RoutingConfig
+from vavae.models.dit.model import LightningDiT
 from vavae.randomness import torch_generator
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sampler import Sampler, noise_of
@@ -50,6 +52,22 @@ def test_the_batch_an_image_is_in_does_not_matter(sampler, solver, guidance):
             for i in range(0, len(INDICES), batch_size)
         ]
         assert (torch.cat(pieces).int() - whole.int()).abs().max() <= 1
+
+
+def test_tokens_that_guide_by_routing_are_those_of_the_image(sampler):
+    config = small_models.LIGHTNINGDIT.model_copy(
+        update={"routing": RoutingConfig(first_block=0, last_block=0, drop=0.5)}
+    )
+    routed = small_models.randomized(LightningDiT(config, small_models.TOKENIZER.latent_dim, small_models.GRID), 0.3)
+    guidance, plain = GuidanceConfig(scale=2, routing_scale=2), GuidanceConfig(scale=2)
+    with pytest.raises(UserError, match=r"routing_scale=2, but the LightningDiT was trained without lightningdit"):
+        sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
+    sampler = sampler._replace(lightningdit=routed)
+    whole = sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
+    assert not torch.equal(whole, sampler.images(INDICES, LABELS, SEED, plain, SOLVER))
+    for i, label in enumerate(LABELS):
+        alone = sampler.images(INDICES[i : i + 1], [label], SEED, guidance, SOLVER)
+        assert (alone.int() - whole[i : i + 1].int()).abs().max() <= 1
 
 
 def test_solvers_agree_where_their_steps_are_fine(sampler):

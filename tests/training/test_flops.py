@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from support.recipes import recipe_config
 from support.training_steps import BATCH, build_step, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from vavae.diffusion.flow_matching import TIMESTEP_BINS
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.models.dit.config import SIZES
+from vavae.planning.jobs import lightningdit_flops
 from vavae.runs.config import RunConfig
 from vavae.training.flops import flops
 from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
@@ -44,6 +46,24 @@ def test_lightningdit_is_its_closed_form(size, forward, training):
     assert step == 2 * (3 * macs - first)
     assert velocity_flops(config) / 1e9 == pytest.approx(forward, rel=5e-3)
     assert step / 1e9 == pytest.approx(training, rel=5e-3)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_tokens_that_skip_blocks_cost_nothing_there(first):
+    """Routed blocks are counted at half of the tokens, for a step and an evaluation; after the last image all are."""
+    routing = f"{{first_block: {first}, last_block: 8, drop: 0.5, until_images: 1000}}"
+    config = load(RunConfig, JOBS, ["lightningdit.size=S", f"lightningdit.routing={routing}"])
+    depth, width, _ = SIZES["S"]
+    whole, input_macs = transformer_macs(depth, width)
+    skipped = (9 - first) * (transformer_macs(2, width)[0] - transformer_macs(1, width)[0])
+    half = (9 - first) * (transformer_macs(2, width, 128)[0] - transformer_macs(1, width, 128)[0])
+    assert velocity_flops(config) == 2 * whole
+    assert velocity_flops(config, 0.5) == 2 * (whole - skipped + half)
+    steps = [training_flops(config, "train_lightningdit", images_seen) for images_seen in (999, 1000)]
+    assert steps == [2 * (3 * macs - input_macs) for macs in (whole - skipped + half, whole)]
+    assert lightningdit_flops(config) == pytest.approx(
+        (1000 * steps[0] + (config.train_lightningdit.images - 1000) * steps[1]) / config.train_lightningdit.images
+    )
 
 
 def conv_macs(side, *widths, kernel=3):
@@ -94,10 +114,13 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("job", ["train_vavae", "train_lightningdit"])
+@pytest.mark.parametrize(
+    ("job", "recipe"), [("train_vavae", None), ("train_lightningdit", None), ("train_lightningdit", "routing")]
+)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_steps_take_what_is_counted(job, recompute):
-    config = tiny_config(engine={"backend": "torch"})
+def test_steps_take_what_is_counted(job, recipe, recompute):
+    engine = {"backend": "torch"}
+    config = recipe_config(recipe, engine=engine) if recipe else tiny_config(engine=engine)
     update = {"checkpoint_activations": recompute}
     sections = {name: getattr(config, name).model_copy(update=update) for name in ("tokenizer", "lightningdit")}
     config = config.model_copy(update=sections)
