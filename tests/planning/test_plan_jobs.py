@@ -135,13 +135,13 @@ def _remember(count, config, *arguments):
     ],
 )
 def test_evaluations_of_a_sample(overrides, count):
-    assert velocity_evaluations(load(RunConfig, TINY, overrides)) == (count, 0)
+    assert velocity_evaluations(load(RunConfig, TINY, overrides)) == (count, 0, 0)
 
 
 def test_guidance_by_routing_adds_evaluations_on_fewer_tokens():
     solver, guidance = "solver={name: euler, num_steps: 10}", "guidance={routing_scale: 2, routing_interval: [0.45, 1]}"
     config = load(RunConfig, TINY, [solver, guidance, "lightningdit.routing={first_block: 0, last_block: 1}"])
-    assert velocity_evaluations(config) == (10, 5)
+    assert velocity_evaluations(config) == (10, 0, 5)
     flops = [jobs.velocity_flops(config, drop) for drop in (0, 0.5)]
     assert flops[1] < flops[0]
     sampling = jobs._sample(config, ClusterSpec("L4", 1))

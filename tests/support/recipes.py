@@ -13,6 +13,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lightningdit": {"routing": {"first_block": 1, "last_block": 1, "until_images": 3 * LANES}},
         "train_lightningdit": {"lanes_at_once": 2},
     },
+    # A path dropout that drops some of 32 images, and not all.
+    "routing with fusion": {
+        "lightningdit": {
+            "depth": 3,
+            "routing": {
+                "first_block": 1,
+                "last_block": 1,
+                "drop": 0.75,
+                "until_images": 3 * LANES,
+                "fuse": {"path_dropout": 0.3},
+            },
+        },
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
 }
 """By name: what each writes into the configuration."""
 

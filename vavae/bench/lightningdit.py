@@ -20,7 +20,7 @@ from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.model import Predictions
-from vavae.models.dit.routing import kept_tokens
+from vavae.models.dit.routing import draw_tokens
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.diffusion_step import DiffusionStep, FlowMatchingModel
@@ -139,8 +139,7 @@ class _Inputs(NamedTuple):
         timesteps = torch.rand(len(noise), generator=torch_generator(0, "bench", "timesteps"))
         keep, routing, tokens = None, config.lightningdit.routing, config.lightningdit.tokens_of(config.grid)
         if routing is not None:
-            uniform = torch.rand(len(noise), tokens, generator=torch_generator(0, "bench", "routing"))
-            keep = kept_tokens(uniform, routing.drop).to(device)
+            keep = draw_tokens(routing, tokens, len(noise), torch_generator(0, "bench", "routing")).to(device)
         mean, noise, timesteps, labels = (each.to(device) for each in (item.mean, noise, timesteps, item.labels))
         return _Inputs(mean, noise, timesteps, labels, keep)
 
@@ -253,9 +252,9 @@ class _Predicting(nn.Module):
         super().__init__()
         self.network = network
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None) -> Predictions:
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None, path_dropped: Tensor | None) -> Predictions:
         """See `LightningDiT.predict`."""
-        assert keep is None, "it has no blocks that tokens skip"
+        assert keep is path_dropped is None, "it has no blocks that tokens skip"
         return Predictions(self.network(x, t, y), None)
 
 

@@ -42,6 +42,10 @@ class GuidanceConfig(Config):
     channels: int | None = Field(None, ge=1)
     """Guide only that many first channels (the released code: 3); null guides all."""
 
+    path_drop: bool = added(False)
+    """Take v_null without the blocks of `lightningdit.routing`, as if all tokens had skipped them; a model with `fuse`
+    learns that."""
+
     internal_scale: float = added(1.0, ge=0)
     """Scale w in v + (w - 1) (v - v_mid), where v_mid is the velocity that `lightningdit.intermediate_head` predicts;
     it takes no further evaluation and comes before classifier-free guidance. 1 is no guidance."""
@@ -62,7 +66,9 @@ class GuidanceConfig(Config):
         parts = []
         if self.scale != 1:
             channels = "" if self.channels is None else f" on {self.channels} channels"
-            parts.append(f"guidance {self.scale:g} for t in [{self.interval[0]:g}, {self.interval[1]:g}]{channels}")
+            dropped = " by path drop" if self.path_drop else ""
+            low, high = self.interval
+            parts.append(f"guidance {self.scale:g}{dropped} for t in [{low:g}, {high:g}]{channels}")
         if self.internal_scale != 1:
             low, high = self.internal_interval
             parts.append(f"internal guidance {self.internal_scale:g} for t in [{low:g}, {high:g}]")

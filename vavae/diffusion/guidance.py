@@ -29,12 +29,14 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.
 class ClassifierFreeGuidance:
     """The guided velocity of a labeled model: v = v_null + scale · (v_label - v_null) (arXiv 2207.12598).
 
-    Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated.
+    Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated. Another model may
+    give v_null, in an evaluation of its own.
     """
 
     model: LabeledVelocity
     null_label: int
     config: GuidanceConfig
+    null_model: LabeledVelocity | None = None
 
     @property
     def jumps(self) -> list[float]:
@@ -60,8 +62,11 @@ class ClassifierFreeGuidance:
         if not len(guided):
             return self.model(x, t, y)
         null = torch.full_like(y[guided], self.null_label)
-        both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
-        labeled, unlabeled = both.split([len(x), len(guided)])
+        if self.null_model is not None:
+            labeled, unlabeled = self.model(x, t, y), self.null_model(x[guided], t[guided], null)
+        else:
+            both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
+            labeled, unlabeled = both.split([len(x), len(guided)])
         part = (guided, slice(self.config.channels))
         velocity, v_null = labeled.clone(), unlabeled[:, : self.config.channels]
         velocity[part] = v_null + self.config.scale * (labeled[part] - v_null)
@@ -129,8 +134,11 @@ def guided(
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return predict(x, t, y)[0]
 
+    def without_path(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return predict(x, t, y, y.new_empty(len(y), 0))[0]
+
     model = velocity if config.internal_scale == 1 else InternalGuidance(predict, config)
-    labeled = ClassifierFreeGuidance(model, null_label, config)
+    labeled = ClassifierFreeGuidance(model, null_label, config, without_path if config.path_drop else None)
     if config.routing_scale == 1:
         return labeled
     assert keep is not None, "guidance by routing draws tokens"

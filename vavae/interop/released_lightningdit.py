@@ -57,7 +57,13 @@ def convert_lightningdit(weights: WeightsFile, overrides: Mapping[str, Any], sec
 
 
 def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT) -> None:
-    """Write a model as the public inference reads it: ``{"ema": ...}``, or flat where the suffix is `.safetensors`."""
+    """Write a model as the public inference reads it: ``{"ema": ...}``, or flat where the suffix is `.safetensors`.
+
+    Raises:
+        UserError: the public code has no such model.
+    """
+    if model.fusion is not None:
+        raise UserError(f"{path}: the public {_KIND} has no lightningdit.routing.fuse, so it can't take these weights")
     write_weights(path, _LIGHTNINGDIT.state(model), nest="ema")
 
 

@@ -126,6 +126,8 @@ class Evaluations(NamedTuple):
 
     whole: int
     """On all tokens."""
+    without_path: int
+    """Without the blocks that tokens skip, for guidance by path drop."""
     routed: int
     """With tokens that skip blocks, for guidance by routing."""
 
@@ -136,17 +138,18 @@ def velocity_evaluations(config: RunConfig) -> Evaluations:
     `dopri5` is counted on the flow between two equal Gaussians, v = (2t - 1) / (t² + (1 - t)²) x; images take it more.
     """
     guidance = ClassifierFreeGuidance(lambda x, t, y: x, 0, config.guidance)
-    whole = routed = 0
+    whole = null = routed = 0
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        nonlocal whole, routed
-        whole += len(x) + int(guidance.active(t).sum())
+        nonlocal whole, null, routed
+        whole += len(x)
+        null += int(guidance.active(t).sum())
         routed += int(guided_by_routing(config.guidance, t).sum())
         return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
 
     noise = torch.ones(1, *config.latent_shape)
     solve(velocity, noise, torch.zeros(1, dtype=torch.int64), config.solver, guidance.jumps)
-    return Evaluations(whole, routed)
+    return Evaluations(whole, null, routed) if config.guidance.path_drop else Evaluations(whole + null, 0, routed)
 
 
 def _image_format(config: RunConfig) -> str:
@@ -194,8 +197,9 @@ def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:
     evaluations = velocity_evaluations(config)
     flops = velocity_flops(config) * evaluations.whole + decoding_flops(config)
-    if evaluations.routed:
-        flops += velocity_flops(config, config.guidance.routing_drop) * evaluations.routed
+    for count, drop in ((evaluations.without_path, 1.0), (evaluations.routed, config.guidance.routing_drop)):
+        if count:
+            flops += velocity_flops(config, drop) * count
     arithmetic = _arithmetic(config, config.sample.precision)
     rate = cluster.count / _gpu_seconds(flops, cluster, arithmetic)
     images, written = config.sample.images, sample_bytes(config)

@@ -335,17 +335,33 @@ class RunConfig(Config):
                 )
 
     def _check_routing(self) -> None:
-        routing, guidance, tokens = self.lightningdit.routing, self.guidance, self.lightningdit.tokens_of(self.grid)
+        routing, guidance = self.lightningdit.routing, self.guidance
+        rows, columns = self.lightningdit.tokens_of(self.grid)
+        tokens = rows * columns
         if routing is not None and count_kept(tokens, routing.drop) == tokens:
             raise ValueError(
                 f"lightningdit.routing.drop={routing.drop:g} is less than one of {tokens} tokens: raise it"
             )
+        if (
+            routing is not None
+            and routing.square is not None
+            and any(side % routing.square for side in (rows, columns))
+        ):
+            raise ValueError(
+                f"lightningdit.routing.drop={routing.drop:g} draws from squares of {routing.square} x {routing.square} "
+                f"tokens, which do not divide {rows} x {columns}: set fuse.structured=false, or another drop"
+            )
+        if guidance.path_drop and (routing is None or routing.fuse is None or not routing.fuse.path_dropout):
+            raise ValueError(
+                "guidance.path_drop=true needs a model that learns it: give lightningdit.routing.fuse.path_dropout "
+                "above 0, or leave it out"
+            )
         if guidance.routing_scale == 1:
             return
-        if routing is None:
+        if routing is None or routing.fuse is not None:
             raise ValueError(
-                f"guidance.routing_scale={guidance.routing_scale:g} is of blocks that tokens skip, and there are none: "
-                "give lightningdit.routing, or leave it out"
+                f"guidance.routing_scale={guidance.routing_scale:g} is of tokens that skip blocks: give "
+                "lightningdit.routing without fuse, which has guidance.path_drop, or leave it out"
             )
         if count_kept(tokens, guidance.routing_drop) == tokens:
             raise ValueError(f"guidance.routing_drop={guidance.routing_drop:g} is less than one of {tokens} tokens")

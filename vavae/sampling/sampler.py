@@ -105,9 +105,13 @@ class Sampler(NamedTuple):
                 f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
                 "(lightningdit.intermediate_head): set it to 1"
             )
-        keep = None
+        routing, keep = model.config.routing, None
+        if guidance.path_drop and (routing is None or routing.fuse is None):
+            raise UserError(
+                "guidance.path_drop=true, but the LightningDiT has no lightningdit.routing.fuse: set it to false"
+            )
         if guidance.routing_scale != 1:
-            if model.config.routing is None:
+            if routing is None:
                 raise UserError(
                     f"guidance.routing_scale={guidance.routing_scale:g}, but the LightningDiT was trained without "
                     "lightningdit.routing: set it to 1"

@@ -1,8 +1,7 @@
 """One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
-from vavae.models.dit.routing import kept_tokens
+from vavae.models.dit.routing import draw_tokens
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
@@ -48,12 +47,15 @@ class _Inputs(NamedTuple):
     """int64 [S]."""
     keep: Tensor | None
     """Tokens that skip no block, int64 [S, K]; None: all."""
+    path_dropped: Tensor | None
+    """Images as if all their tokens had skipped, bool [S]; None: no image."""
 
     @classmethod
     def joined(cls, parts: "Sequence[_Inputs]") -> "_Inputs":
         """The inputs of several lanes as one."""
-        fields = {name: [getattr(part, name) for part in parts] for name in cls._fields}
-        return cls(**{name: None if values[0] is None else torch.cat(values) for name, values in fields.items()})
+        # Type: a field is None in all parts or in none.
+        fields: list[Any] = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
+        return cls(*fields)
 
 
 class FlowMatchingModel(nn.Module):
@@ -64,7 +66,13 @@ class FlowMatchingModel(nn.Module):
         self.model, self._objective = model, objective
 
     def forward(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor, keep: Tensor | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        keep: Tensor | None = None,
+        path_dropped: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Compute the losses of one micro-batch.
 
@@ -74,13 +82,14 @@ class FlowMatchingModel(nn.Module):
             timesteps: [S] in [0, 1].
             labels: int64 [S], the null label where a label was dropped.
             keep: tokens that skip no block, int64 [S, K]; None: all.
+            path_dropped: images as if all their tokens had skipped, bool [S]; None: no image.
 
         Returns:
             The scalar to differentiate; detached: means by name, the velocity loss of each sample [S], and the
             variances of predicted and true velocities [2].
         """
         point = LinearPath.sample(latents, noise, timesteps)
-        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, keep)
+        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, keep, path_dropped)
         losses = self._objective(prediction, point.velocity, intermediate)
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
         return losses.total.mean(), terms, losses.velocity.detach(), variances(prediction, point.velocity)
@@ -198,9 +207,10 @@ class DiffusionStep:
         timesteps = sample_timesteps(config.timesteps, len(labels), images_seen, rng("timesteps"))
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
-        routing, keep = self.model.model.config.routing, None
-        drop = 0.0 if routing is None else routing.drop_at(images_seen)
-        if drop:
-            count = math.prod(self.model.model.tokens)
-            keep = kept_tokens(torch.rand(len(labels), count, generator=rng("routing"), device=device), drop)
-        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep)
+        routing, keep, path_dropped = self.model.model.config.routing, None, None
+        if routing is not None and routing.drop_at(images_seen):
+            keep = draw_tokens(routing, self.model.model.tokens, len(labels), rng("routing"))
+        if routing is not None and routing.fuse is not None and routing.fuse.path_dropout:
+            uniform = torch.rand(len(labels), generator=rng("path_dropout"), device=device)
+            path_dropped = uniform < routing.fuse.path_dropout
+        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep, path_dropped)

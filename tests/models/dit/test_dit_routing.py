@@ -13,9 +13,9 @@ from vavae.config.load import load
 from vavae.diffusion.config import GuidanceConfig
 from vavae.diffusion.guidance import guided
 from vavae.errors import UserError
-from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.config import LightningDiTConfig, RoutingConfig
 from vavae.models.dit.model import LightningDiT
-from vavae.models.dit.routing import kept_tokens, put_tokens, take_tokens
+from vavae.models.dit.routing import draw_tokens, kept_tokens, put_tokens, take_tokens
 from vavae.runs.config import RunConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -109,6 +109,96 @@ def test_a_range_of_other_blocks_equals_the_public_implementation():
     torch.testing.assert_close(found, golden["route.out.tokens"], atol=1e-5, rtol=0)
 
 
+def public_sprint(spec, golden):
+    """The public network: it has no table of positions but RoPE, and its pixels lie channel by channel in a patch."""
+    public = spec["model"]
+    before, inner, after = (public[f"{part}_depth"] for part in ("encoder", "middle", "decoder"))
+    width, patch, channels = public["hidden_size"], public["patch_size"], public["in_channels"]
+    config = LightningDiTConfig(
+        size=None,
+        depth=before + inner + after,
+        width=width,
+        heads=public["num_heads"],
+        classes=public["num_classes"],
+        patch_size=patch,
+        qk_norm=False,
+        mlp="gelu",
+        norm="layernorm",
+        routing={"first_block": before, "last_block": before + inner - 1, "drop": spec["drop"], "fuse": {}},
+    )
+    state = {}
+    starts = {"encoder_blocks": 0, "middle_blocks": before, "decoder_blocks": before + inner}
+    for name, value in golden.items():
+        kind, *rest = name.removeprefix("state.").split(".")
+        if kind in starts:
+            kind, rest[0] = "blocks", str(starts[kind] + int(rest[0]))
+        kind = {"renoise_linear": "fusion.linear", "mask_token": "fusion.mask_token"}.get(kind, kind)
+        if name.startswith("state."):
+            state[".".join([kind, *rest])] = value
+    patches = state["x_embedder.proj.weight"].view(width, channels, patch, patch)
+    state["x_embedder.proj.weight"] = patches
+    for name in ("weight", "bias"):
+        values = state[f"final_layer.linear.{name}"].unflatten(0, (channels, patch * patch))
+        state[f"final_layer.linear.{name}"] = values.transpose(0, 1).flatten(0, 1)
+    model = LightningDiT(config, channels, public["context_size"])
+    missing, unknown = model.load_state_dict(state, strict=False)
+    assert not unknown
+    assert set(missing) == {"pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
+    model.pos_embed.zero_()
+    return model
+
+
+def test_fused_tokens_and_guidance_by_path_drop_equal_the_public_implementation():
+    spec, golden = read_golden("sprint")
+    model, seen, null = public_sprint(spec, golden), {}, spec["model"]["num_classes"]
+    noise, t, y = (golden[f"in.{name}"] for name in ("x", "noise_level", "y"))
+    model.blocks[1].register_forward_pre_hook(lambda block, given: seen.update(middle_in=given[0]))
+    model.blocks[2].register_forward_hook(lambda block, given, out: seen.update(middle_out=out))
+    model.blocks[3].register_forward_pre_hook(lambda block, given: seen.update(decoder_in=given[0]))
+    sparse = model.predict(noise, t, y, golden["in.keep"]).velocity
+    for name, tokens in seen.items():
+        torch.testing.assert_close(tokens, golden[f"out.{name}"], atol=1e-5, rtol=0)
+
+    nobody, everybody = torch.full_like(y, null), torch.ones(len(y), dtype=torch.bool)
+    config = GuidanceConfig(scale=spec["path_drop_scale"], path_drop=True)
+    found = {
+        "velocity_sparse": sparse,
+        "velocity_dense": model(noise, t, y),
+        "velocity_null_dense": model(noise, t, nobody),
+        "velocity_path_dropped": model.predict(noise, t, nobody, y.new_empty(len(y), 0)).velocity,
+        "guided": guided(model.predict, null, config)(noise, t, y),
+    }
+    for name, velocity in found.items():
+        torch.testing.assert_close(-velocity, golden[f"out.{name}"], atol=1e-5, rtol=0)
+    for keep in (None, golden["in.keep"]):
+        dropped = model.predict(noise, t, nobody, keep, everybody).velocity
+        torch.testing.assert_close(dropped, found["velocity_path_dropped"])
+
+
+@pytest.mark.parametrize(("drop", "side", "kept"), [(0.75, 2, 1), (0.5, 2, 2), (0.625, 4, 6), (0.875, 4, 2)])
+def test_as_many_tokens_are_drawn_in_every_square(drop, side, kept):
+    config = RoutingConfig(last_block=2, drop=drop, fuse={})
+    keep = draw_tokens(config, (4, 8), 300, torch.Generator().manual_seed(0))
+    assert keep.shape == (300, 32 * kept // side**2)
+    square = keep // 8 // side * (8 // side) + keep % 8 // side
+    assert torch.equal(square, torch.arange(32 // side**2).repeat_interleave(kept).expand(300, -1))
+    assert all(len(set(image)) == len(image) for image in keep.tolist())
+    counts = keep.flatten().bincount(minlength=32)
+    assert (counts - 300 * (1 - drop)).abs().max() < 5 * (300 * drop * (1 - drop)) ** 0.5
+
+
+def test_a_fusion_leaves_the_other_initial_weights_as_they_are():
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    configs = [tiny(routing={**SKIP, **fuse}).config for fuse in ({}, {"fuse": {}})]
+    without, fused = (LightningDiT(*each[:1], 3, 4, each[1]) for each in zip(configs, generators, strict=True))
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], tensor), name
+    assert 0.01 < fused.fusion.mask_token.std() < 0.03
+    assert set(fused.state_dict()) - set(without.state_dict()) == {
+        "fusion.mask_token", "fusion.linear.weight", "fusion.linear.bias",
+    }  # fmt: skip
+
+
 def test_all_tokens_in_any_order_and_kept_ones_in_another_order_give_the_same():
     model = tiny(routing=SKIP)
     plain = model(*inputs())
@@ -200,6 +290,20 @@ def test_guidance_by_routing_takes_one_further_evaluation_within_its_interval():
         (
             ["lightningdit.routing.last_block=2", "guidance.routing_scale=2", "solver.name=dopri5"],
             "draws tokens in every evaluation",
+        ),
+        (["lightningdit.routing={last_block: 2, drop: 0.7, fuse: {}}"], "no whole number of the 16 tokens of a square"),
+        (
+            ["lightningdit.routing={last_block: 2, drop: 0.625, fuse: {}}", "lightningdit.patch_size=2"],
+            "draws from squares of 4 x 4 tokens, which do not divide 2 x 2",
+        ),
+        (["lightningdit.routing.last_block=2", "guidance.path_drop=true"], r"give lightningdit\.routing\.fuse"),
+        (
+            ["lightningdit.routing={last_block: 2, fuse: {path_dropout: 0}}", "guidance.path_drop=true"],
+            r"give lightningdit\.routing\.fuse\.path_dropout above 0",
+        ),
+        (
+            ["lightningdit.routing={last_block: 2, fuse: {}}", "guidance.routing_scale=2"],
+            r"without fuse, which has guidance\.path_drop",
         ),
         (
             ["lightningdit.routing.last_block=2", "guidance={routing_scale: 2, routing_drop: 0.001}"],

@@ -1,6 +1,5 @@
 """Sizes and switches of the LightningDiT, without torch."""
 
-import math
 from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -47,6 +46,15 @@ def count_kept(tokens: int, drop: float) -> int:
     return tokens - int(tokens * drop)
 
 
+class FuseConfig(Config):
+    """A layer after the blocks that tokens skip, which joins each token to what it was before them (SPRINT)."""
+
+    path_dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability that an image is trained as if all its tokens had skipped, which `guidance.path_drop` needs."""
+    structured: bool = True
+    """Draw as many tokens in every square of 2 x 2 tokens, or of 4 x 4, instead of any."""
+
+
 class RoutingConfig(Config):
     """Blocks that a share of each image's tokens skips in training (TREAD, arXiv 2501.04765); samples skip none."""
 
@@ -58,6 +66,9 @@ class RoutingConfig(Config):
     """Share of the tokens that skip, rounded down to whole tokens; they are drawn anew for every image of a step."""
     until_images: int | None = Field(None, ge=1)
     """Images seen from which on no token skips any more; null never ends it."""
+    fuse: FuseConfig | None = None
+    """Join all tokens by a layer after those blocks (SPRINT, arXiv 2510.21986); null: tokens that skip stay as they
+    were."""
 
     @property
     def blocks(self) -> range:
@@ -71,6 +82,22 @@ class RoutingConfig(Config):
     def sees_all_tokens_after(self, block_count: int) -> bool:
         """Whether all tokens are there after so many blocks."""
         return not self.first_block < block_count <= self.last_block
+
+    @property
+    def square(self) -> int | None:
+        """Side of the squares of tokens, in each of which as many are drawn; None where any are."""
+        if self.fuse is None or not self.fuse.structured:
+            return None
+        return 2 if (4 * self.drop).is_integer() else 4
+
+    @model_validator(mode="after")
+    def _squares_hold_whole_tokens(self) -> Self:
+        if self.square is not None and not (16 * self.drop).is_integer():
+            raise ValueError(
+                f"drop={self.drop:g} is no whole number of the 16 tokens of a square: set it to a multiple of 0.0625, "
+                "or fuse.structured to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _blocks_are_ordered(self) -> Self:
@@ -126,9 +153,9 @@ class LightningDiTConfig(Config):
         written = {name: getattr(self, name) for name in TransformerShape._fields if getattr(self, name) is not None}
         return TransformerShape(**{**preset, **written})
 
-    def tokens_of(self, grid: tuple[int, int]) -> int:
-        """Number of tokens of latents of a grid."""
-        return math.prod(side // self.patch_size for side in grid)
+    def tokens_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens of latents of a grid."""
+        return grid[0] // self.patch_size, grid[1] // self.patch_size
 
     @model_validator(mode="after")
     def _shape_is_complete_and_divides(self) -> Self:

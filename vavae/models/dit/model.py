@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, H x W latent grid, h x w = N tokens, D width
 
 import copy
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
-from vavae.models.dit.routing import put_tokens, take_tokens
+from vavae.models.dit.routing import TokenFusion, put_tokens, take_tokens
 
 MAX_PERIOD = 10_000.0
 """Longest wavelength, over 2π, of every sinusoid in the model."""
@@ -318,6 +319,9 @@ class LightningDiT(nn.Module):
         if config.intermediate_head is not None:
             self.final_layer_xr = FinalLayer(config, patch * patch * latent_dim)
             self.intermediate_after = config.intermediate_head.after_block
+        self.fusion: TokenFusion | None = None
+        if config.routing is not None and config.routing.fuse is not None:
+            self.fusion = TokenFusion(shape.width)
         initialize(self, rng)
 
     def _lay_out(self, grid: int | tuple[int, int], span: tuple[int, int] | None = None) -> None:
@@ -358,12 +362,16 @@ class LightningDiT(nn.Module):
         """
         return self.predict(x, t, y).velocity
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None = None) -> Predictions:
+    def predict(
+        self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None = None, path_dropped: Tensor | None = None
+    ) -> Predictions:
         """Velocities of all output layers, for the arguments of `forward`.
 
         Args:
             x, t, y: as there.
-            keep: indices int64 [B, K] of the tokens that do not skip the blocks of `config.routing`; None: all.
+            keep: indices int64 [B, K] of the tokens that do not skip the blocks of `config.routing`; None: all. With a
+                fusion there may be none.
+            path_dropped: mask bool [B] of images as if there were none, with a fusion; None: no image.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
@@ -371,25 +379,27 @@ class LightningDiT(nn.Module):
         rotation = None if self.feat_rope is None else self.feat_rope()
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
         intermediate = None
-        routed = range(0) if keep is None else self._routed_blocks()
-        before, rotation_of_all = tokens, rotation
+        routing, rotation_of_all = self.config.routing, rotation
+        first, last = (None, None) if routing is None else (routing.first_block, routing.last_block)
+        assert keep is None or routing is not None, "a model whose tokens all take all blocks"
         for finished, block in enumerate(self.blocks, 1):
-            if keep is not None and finished - 1 == routed.start:
-                before, tokens = tokens, take_tokens(tokens, keep)
-                rotation = None if rotation is None else Rotation(*(table[keep] for table in rotation))
-            if recompute:
-                tokens = checkpoint(block, tokens, activated, rotation, use_reentrant=False)
-            else:
-                tokens = block(tokens, activated, rotation)
-            if keep is not None and finished == routed.stop:
-                tokens, rotation = put_tokens(before, keep, tokens), rotation_of_all
+            if finished - 1 == first:
+                before = tokens
+                if keep is not None:
+                    tokens = take_tokens(tokens, keep)
+                    rotation = None if rotation is None else Rotation(*(table[keep] for table in rotation))
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            if tokens.shape[1]:
+                tokens = run(tokens, activated, rotation)
+            if finished - 1 == last:
+                rotation = rotation_of_all
+                if self.fusion is not None:
+                    tokens = self.fusion(before, tokens, keep, path_dropped)
+                elif keep is not None:
+                    tokens = put_tokens(before, keep, tokens)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
                 intermediate = self._unpatchify(self.final_layer_xr(tokens, activated)).to(x.dtype)
         return Predictions(self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype), intermediate)
-
-    def _routed_blocks(self) -> range:
-        assert self.config.routing is not None, "a model whose tokens all take all blocks"
-        return self.config.routing.blocks
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""
@@ -413,3 +423,5 @@ def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
             nn.init.ones_(parameter)  # the weight of a norm
         else:
             nn.init.xavier_uniform_(parameter.flatten(1), generator=rng)  # a convolution as the linear map it is
+    if model.fusion is not None:
+        nn.init.normal_(model.fusion.mask_token, std=0.02, generator=rng)

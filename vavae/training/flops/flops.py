@@ -75,10 +75,12 @@ def velocity_flops(config: RunConfig, drop: float = 0.0) -> float:
 
 
 def with_drop(config: RunConfig, drop: float) -> RunConfig:
-    """The configuration of a LightningDiT of which such a share of the tokens skips blocks; 0 routes nothing."""
+    """The configuration of a LightningDiT of which such a share of the tokens skips blocks; 0 is none, 1 all."""
     routing = config.lightningdit.routing
-    update = None if routing is None or not drop else routing.model_copy(update={"drop": drop})
-    return config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update={"routing": update})})
+    if routing is None:
+        return config
+    update = {"routing": routing.model_copy(update={"drop": drop})}
+    return config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update=update)})
 
 
 def over_depth(config: RunConfig, count: Callable[[RunConfig], int]) -> int:

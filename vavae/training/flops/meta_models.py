@@ -1,5 +1,6 @@
 """Networks and steps of a training on tensors without memory, to count their FLOPs and activations."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -76,9 +77,9 @@ def latents_of(config: RunConfig, count: int) -> Tensor:
 def kept_of(config: RunConfig, count: int) -> Tensor | None:
     """Empty indices of the tokens that skip no block, where some do, to be made when the work is called."""
     routing = config.lightningdit.routing
-    if routing is None:
+    if routing is None or not routing.drop:
         return None
-    kept = count_kept(config.lightningdit.tokens_of(config.grid), routing.drop)
+    kept = count_kept(math.prod(config.lightningdit.tokens_of(config.grid)), routing.drop)
     return torch.empty(count, kept, dtype=torch.int64)
 
 
@@ -106,7 +107,10 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
     def step() -> None:
         latents = latents_of(config, images)
         labels = torch.empty(images, dtype=torch.int64)
-        loss, *_ = model(latents, latents, torch.empty(images), labels, kept_of(config, images))
+        routing = config.lightningdit.routing
+        drops = routing is not None and routing.fuse is not None and routing.fuse.path_dropout
+        path_dropped = torch.empty(images, dtype=torch.bool) if drops else None
+        loss, *_ = model(latents, latents, torch.empty(images), labels, kept_of(config, images), path_dropped)
         loss.backward()
 
     return MetaModel(step, (model,))
