@@ -148,6 +148,20 @@ def test_guidance_by_routing_adds_evaluations_on_fewer_tokens():
     assert sampling.flops == pytest.approx(10 * flops[0] + 5 * flops[1] + jobs.decoding_flops(config))
 
 
+def test_guidance_by_path_drop_evaluates_the_null_label_without_the_path():
+    solver, guidance = (
+        "solver={name: euler, num_steps: 10}",
+        "guidance={scale: 2, path_drop: true, interval: [0.45, 1]}",
+    )
+    routing = "lightningdit.routing={first_block: 0, last_block: 1, fuse: {}}"
+    config = load(RunConfig, TINY, [solver, guidance, routing])
+    assert velocity_evaluations(config) == (10, 5, 0)
+    flops = [jobs.velocity_flops(config, drop) for drop in (0, 1)]
+    assert jobs._sample(config, ClusterSpec("L4", 1)).flops == 10 * flops[0] + 5 * flops[1] + jobs.decoding_flops(
+        config
+    )
+
+
 def test_evaluations_of_adaptive_steps_grow_with_what_is_asked_of_them():
     loose, tight = (
         velocity_evaluations(load(RunConfig, TINY, [f"solver={{name: dopri5, rtol: {r}}}"])).whole for r in (1e-2, 1e-5)
@@ -222,7 +236,9 @@ def test_activations_are_what_a_real_forward_pass_leaves_behind():
     assert found <= planned <= found + losses
 
 
-@pytest.mark.parametrize("routing", [None, RoutingConfig(first_block=1, last_block=3)])
+@pytest.mark.parametrize(
+    "routing", [None, RoutingConfig(first_block=1, last_block=3), RoutingConfig(last_block=3, drop=0.75, fuse={})]
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_blocks_take_is_counted_once_and_multiplied(recompute, routing):
     """Five blocks, by those of one and two, and of three where tokens skip some, and all together."""

@@ -54,13 +54,19 @@ def test_the_batch_an_image_is_in_does_not_matter(sampler, solver, guidance):
         assert (torch.cat(pieces).int() - whole.int()).abs().max() <= 1
 
 
-def test_tokens_that_guide_by_routing_are_those_of_the_image(sampler):
-    config = small_models.LIGHTNINGDIT.model_copy(
-        update={"routing": RoutingConfig(first_block=0, last_block=0, drop=0.5)}
-    )
+@pytest.mark.parametrize(
+    ("fuse", "guidance", "error"),
+    [
+        (None, {"routing_scale": 2}, "routing_scale=2, but the LightningDiT was trained without lightningdit"),
+        ({}, {"path_drop": True}, r"path_drop=true, but the LightningDiT has no lightningdit\.routing\.fuse"),
+    ],
+)
+def test_guidance_by_routing_or_path_drop_is_that_of_the_image(sampler, fuse, guidance, error):
+    routing = RoutingConfig(first_block=0, last_block=0, drop=0.5, fuse=fuse)
+    config = small_models.LIGHTNINGDIT.model_copy(update={"routing": routing})
     routed = small_models.randomized(LightningDiT(config, small_models.TOKENIZER.latent_dim, small_models.GRID), 0.3)
-    guidance, plain = GuidanceConfig(scale=2, routing_scale=2), GuidanceConfig(scale=2)
-    with pytest.raises(UserError, match=r"routing_scale=2, but the LightningDiT was trained without lightningdit"):
+    guidance, plain = GuidanceConfig(scale=2, **guidance), GuidanceConfig(scale=2)
+    with pytest.raises(UserError, match=error):
         sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
     sampler = sampler._replace(lightningdit=routed)
     whole = sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)

@@ -66,6 +66,19 @@ def test_tokens_that_skip_blocks_cost_nothing_there(first):
     )
 
 
+def test_a_fusion_is_a_product_more_and_a_dropped_path_the_blocks_fewer():
+    routing = "{first_block: 2, last_block: 8, drop: 0.75, fuse: {}}"
+    config = load(RunConfig, JOBS, ["lightningdit.size=S", f"lightningdit.routing={routing}"])
+    depth, width, _ = SIZES["S"]
+    fusion = 256 * 2 * width**2
+    whole, input_macs = transformer_macs(depth, width)
+    skipped, quarter = (transformer_macs(7, width, n)[0] - transformer_macs(0, width, n)[0] for n in (256, 64))
+    assert velocity_flops(config) == 2 * (whole + fusion)
+    assert velocity_flops(config, 1.0) == 2 * (whole - skipped + fusion)
+    step = training_flops(config, "train_lightningdit")
+    assert step == 2 * (3 * (whole - skipped + quarter + fusion) - input_macs)
+
+
 def conv_macs(side, *widths, kernel=3):
     """Convolutions in a row at one resolution."""
     return sum(side**2 * kernel**2 * a * b for a, b in pairwise(widths))
@@ -115,7 +128,13 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("job", "recipe"), [("train_vavae", None), ("train_lightningdit", None), ("train_lightningdit", "routing")]
+    ("job", "recipe"),
+    [
+        ("train_vavae", None),
+        ("train_lightningdit", None),
+        ("train_lightningdit", "routing"),
+        ("train_lightningdit", "routing with fusion"),
+    ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_steps_take_what_is_counted(job, recipe, recompute):
