@@ -36,6 +36,7 @@ TINY = [
     "solver.num_steps=2", "sample.batch_size=2",
 ]  # fmt: skip
 PEER = "support.public_lightningdit:PublicLightningDiT"
+ROUTING = "lightningdit.routing={first_block: 0, last_block: 1}"
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,11 @@ def test_a_peer_without_a_weight_of_ours_is_refused(monkeypatch):
         (["train-lightningdit", "--sides", "eager,quick"], "'quick' is none of compiled, eager, DeepSpeed"),
         (["train-lightningdit", "--sides", "eager", "--peer", "nowhere:Model", *TINY], "give module:Class"),
         (["sample", *TINY, "solver.name=heun"], "set solver.name=euler"),
+        (
+            ["train-lightningdit", "--sides", "eager", "--peer", PEER, *TINY, ROUTING],
+            "leave out lightningdit.routing, or --peer",
+        ),
+        (["sample", *TINY, ROUTING, "guidance.routing_scale=2"], "leave out routing_scale and path_drop"),
         (["train-vavae", "--device", "cuda"], "torch finds no GPU here"),
         ([], "name a benchmark"),
         (["--gpu-table", "metrics"], "leave metrics out"),

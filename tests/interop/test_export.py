@@ -21,9 +21,11 @@ from vavae.interop.export import (
     save_export,
     strip_prefix,
 )
+from vavae.interop.released_lightningdit import save_released_lightningdit
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.config import LightningDiTConfig, RoutingConfig
+from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.config import TeacherConfig
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage, sha256_of
@@ -76,6 +78,18 @@ def test_a_lightningdit_comes_back(storage):
     assert equal(loaded, model)
     x, labels = torch.randn(2, *x_shape(), generator=torch_generator(0, "x")), torch.tensor([0, 2])
     assert torch.equal(loaded(x, torch.tensor([0.2, 0.7]), labels), model(x, torch.tensor([0.2, 0.7]), labels))
+
+
+def test_a_fusion_comes_back_and_goes_into_no_released_file(storage, tmp_path):
+    routing = RoutingConfig(first_block=0, last_block=0, fuse={})
+    config = small_models.LIGHTNINGDIT.model_copy(update={"routing": routing})
+    model = LightningDiT(config, small_models.TOKENIZER.latent_dim, small_models.GRID)
+    save_export(storage, LIGHTNINGDIT.model_copy(update={"lightningdit": config}), {WEIGHTS: model.state_dict()})
+    loaded, description = load_lightningdit(storage)
+    assert equal(loaded, model)
+    assert description.lightningdit.routing == routing
+    with pytest.raises(UserError, match=r"model\.pt: the public LightningDiT has no lightningdit\.routing\.fuse"):
+        save_released_lightningdit(tmp_path / "model.pt", model)
 
 
 def x_shape():

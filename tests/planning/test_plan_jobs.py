@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from support.image_shards import CLASSES
+from support.recipes import recipe_config
 from support.training_steps import BATCH, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vavae.cli.main import main
 from vavae.config.load import load
 from vavae.distributed.world import World
+from vavae.models.dit.config import RoutingConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.planning import jobs
 from vavae.planning import training as training_estimate
@@ -134,12 +136,36 @@ def _remember(count, config, *arguments):
     ],
 )
 def test_evaluations_of_a_sample(overrides, count):
-    assert velocity_evaluations(load(RunConfig, TINY, overrides)) == count
+    assert velocity_evaluations(load(RunConfig, TINY, overrides)) == (count, 0, 0)
+
+
+def test_guidance_by_routing_adds_evaluations_on_fewer_tokens():
+    solver, guidance = "solver={name: euler, num_steps: 10}", "guidance={routing_scale: 2, routing_interval: [0.45, 1]}"
+    config = load(RunConfig, TINY, [solver, guidance, "lightningdit.routing={first_block: 0, last_block: 1}"])
+    assert velocity_evaluations(config) == (10, 0, 5)
+    flops = [jobs.velocity_flops(config, drop) for drop in (0, 0.5)]
+    assert flops[1] < flops[0]
+    sampling = jobs._sample(config, ClusterSpec("L4", 1))
+    assert sampling.flops == pytest.approx(10 * flops[0] + 5 * flops[1] + jobs.decoding_flops(config))
+
+
+def test_guidance_by_path_drop_evaluates_the_null_label_without_the_path():
+    solver, guidance = (
+        "solver={name: euler, num_steps: 10}",
+        "guidance={scale: 2, path_drop: true, interval: [0.45, 1]}",
+    )
+    routing = "lightningdit.routing={first_block: 0, last_block: 1, fuse: {}}"
+    config = load(RunConfig, TINY, [solver, guidance, routing])
+    assert velocity_evaluations(config) == (10, 5, 0)
+    flops = [jobs.velocity_flops(config, drop) for drop in (0, 1)]
+    assert jobs._sample(config, ClusterSpec("L4", 1)).flops == 10 * flops[0] + 5 * flops[1] + jobs.decoding_flops(
+        config
+    )
 
 
 def test_evaluations_of_adaptive_steps_grow_with_what_is_asked_of_them():
     loose, tight = (
-        velocity_evaluations(load(RunConfig, TINY, [f"solver={{name: dopri5, rtol: {r}}}"])) for r in (1e-2, 1e-5)
+        velocity_evaluations(load(RunConfig, TINY, [f"solver={{name: dopri5, rtol: {r}}}"])).whole for r in (1e-2, 1e-5)
     )
     assert 6 < loose < tight
 
@@ -211,11 +237,15 @@ def test_activations_are_what_a_real_forward_pass_leaves_behind():
     assert found <= planned <= found + losses
 
 
+@pytest.mark.parametrize(
+    "routing", [None, RoutingConfig(first_block=1, last_block=3), RoutingConfig(last_block=3, drop=0.75, fuse={})]
+)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_blocks_take_is_counted_once_and_multiplied(recompute):
-    """Four blocks, by those of one and two, and all together."""
+def test_what_blocks_take_is_counted_once_and_multiplied(recompute, routing):
+    """Five blocks, by those of one and two, and of three where tokens skip some, and all together."""
     config = tiny_config()
-    section = config.lightningdit.model_copy(update={"depth": 4, "checkpoint_activations": recompute})
+    update = {"depth": 5, "checkpoint_activations": recompute, "routing": routing}
+    section = config.lightningdit.model_copy(update=update)
     deep = config.model_copy(update={"lightningdit": section})
 
     def count(config):
@@ -224,6 +254,19 @@ def test_what_blocks_take_is_counted_once_and_multiplied(recompute):
 
     for of_blocks in (count, lambda config: saved_bytes(lightningdit_step(config, 2), "fp32")):
         assert over_depth(deep, of_blocks) == of_blocks(deep)
+
+
+def test_tokens_that_skip_blocks_save_memory_unless_all_return_before_the_end():
+    plain = tiny_config()
+    config = recipe_config("routing")
+
+    def until(images):
+        routing = config.lightningdit.routing.model_copy(update={"until_images": images})
+        section = config.lightningdit.model_copy(update={"routing": routing})
+        return activation_bytes(config.model_copy(update={"lightningdit": section}), "train_lightningdit", 2)
+
+    whole, budget = activation_bytes(plain, "train_lightningdit", 2), config.train_lightningdit.images
+    assert until(None) == until(budget) < whole == until(budget - 1)
 
 
 @pytest.mark.parametrize("adversary", [False, True])

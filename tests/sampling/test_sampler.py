@@ -13,6 +13,8 @@ from vavae.data.pixels import to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
+from vavae.models.dit.config import RoutingConfig
+from vavae.models.dit.model import LightningDiT
 from vavae.randomness import torch_generator
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sampler import Sampler, noise_of
@@ -50,6 +52,28 @@ def test_the_batch_an_image_is_in_does_not_matter(sampler, solver, guidance):
             for i in range(0, len(INDICES), batch_size)
         ]
         assert (torch.cat(pieces).int() - whole.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("fuse", "guidance", "error"),
+    [
+        (None, {"routing_scale": 2}, "routing_scale=2, but the LightningDiT was trained without lightningdit"),
+        ({}, {"path_drop": True}, r"path_drop=true, but the LightningDiT has no lightningdit\.routing\.fuse"),
+    ],
+)
+def test_guidance_by_routing_or_path_drop_is_that_of_the_image(sampler, fuse, guidance, error):
+    routing = RoutingConfig(first_block=0, last_block=0, drop=0.5, fuse=fuse)
+    config = small_models.LIGHTNINGDIT.model_copy(update={"routing": routing})
+    routed = small_models.randomized(LightningDiT(config, small_models.TOKENIZER.latent_dim, small_models.GRID), 0.3)
+    guidance, plain = GuidanceConfig(scale=2, **guidance), GuidanceConfig(scale=2)
+    with pytest.raises(UserError, match=error):
+        sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
+    sampler = sampler._replace(lightningdit=routed)
+    whole = sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
+    assert not torch.equal(whole, sampler.images(INDICES, LABELS, SEED, plain, SOLVER))
+    for i, label in enumerate(LABELS):
+        alone = sampler.images(INDICES[i : i + 1], [label], SEED, guidance, SOLVER)
+        assert (alone.int() - whole[i : i + 1].int()).abs().max() <= 1
 
 
 def test_solvers_agree_where_their_steps_are_fine(sampler):

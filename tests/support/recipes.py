@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from support.training_steps import tiny_config
+from support.training_steps import LANES, tiny_config
 
 from vavae.runs.config import RunConfig
 
@@ -13,6 +13,25 @@ RECIPES: dict[str, dict[str, Any]] = {
         "timesteps": {"shift": "by_dimension"},
     },
     "wide head": {"lightningdit": {"head": {"depth": 1, "width": 48, "heads": 3}}},
+    # All tokens in the last of the four steps.
+    "routing": {
+        "lightningdit": {"routing": {"first_block": 1, "last_block": 1, "until_images": 3 * LANES}},
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
+    # A path dropout that drops some of 32 images, and not all.
+    "routing with fusion": {
+        "lightningdit": {
+            "depth": 3,
+            "routing": {
+                "first_block": 1,
+                "last_block": 1,
+                "drop": 0.75,
+                "until_images": 3 * LANES,
+                "fuse": {"path_dropout": 0.3},
+            },
+        },
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
 }
 """By name: what each writes into the configuration."""
 

@@ -104,6 +104,15 @@ def test_the_shift_of_trained_timesteps_is_a_domain(load_sweep) -> None:
     assert [config.timesteps.shift for config in configs] == [0.3, "by_dimension"]
 
 
+def test_routing_is_a_domain_as_a_whole_and_by_its_fields(load_sweep) -> None:
+    sweep = load_sweep(
+        "\n  lightningdit.routing: {grid: {none: null, skip: {first_block: 0, last_block: 1}}}"
+        "\n  lightningdit.routing.drop: {grid: [0.25, 0.75], when: {lightningdit.routing: skip}}"
+    )
+    sections = [sweep.run_config(point, seed=0).lightningdit.routing for point in sweep.points()]
+    assert [section and section.drop for section in sections] == [None, 0.25, 0.75]
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]

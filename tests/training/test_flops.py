@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from support.recipes import recipe_config
 from support.training_steps import BATCH, build_step, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from vavae.diffusion.flow_matching import TIMESTEP_BINS
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.models.dit.config import SIZES
+from vavae.planning.jobs import lightningdit_flops
 from vavae.runs.config import RunConfig
 from vavae.training.flops import flops
 from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
@@ -56,6 +58,37 @@ def test_a_wide_head_adds_its_closed_form():
     macs = head["depth"] * block + tokens * (2 * channels * width + shape.width * width + 2 * width**2)
     macs -= 2 * shape.width**2 + tokens * shape.width * channels  # the narrow output layer
     assert velocity_flops(wide) - velocity_flops(plain) == 2 * macs
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_tokens_that_skip_blocks_cost_nothing_there(first):
+    """Routed blocks are counted at half of the tokens, for a step and an evaluation; after the last image all are."""
+    routing = f"{{first_block: {first}, last_block: 8, drop: 0.5, until_images: 1000}}"
+    config = load(RunConfig, JOBS, ["lightningdit.size=S", f"lightningdit.routing={routing}"])
+    depth, width, _ = SIZES["S"]
+    whole, input_macs = transformer_macs(depth, width)
+    skipped = (9 - first) * (transformer_macs(2, width)[0] - transformer_macs(1, width)[0])
+    half = (9 - first) * (transformer_macs(2, width, 128)[0] - transformer_macs(1, width, 128)[0])
+    assert velocity_flops(config) == 2 * whole
+    assert velocity_flops(config, 0.5) == 2 * (whole - skipped + half)
+    steps = [training_flops(config, "train_lightningdit", images_seen) for images_seen in (999, 1000)]
+    assert steps == [2 * (3 * macs - input_macs) for macs in (whole - skipped + half, whole)]
+    assert lightningdit_flops(config) == pytest.approx(
+        (1000 * steps[0] + (config.train_lightningdit.images - 1000) * steps[1]) / config.train_lightningdit.images
+    )
+
+
+def test_a_fusion_is_a_product_more_and_a_dropped_path_the_blocks_fewer():
+    routing = "{first_block: 2, last_block: 8, drop: 0.75, fuse: {}}"
+    config = load(RunConfig, JOBS, ["lightningdit.size=S", f"lightningdit.routing={routing}"])
+    depth, width, _ = SIZES["S"]
+    fusion = 256 * 2 * width**2
+    whole, input_macs = transformer_macs(depth, width)
+    skipped, quarter = (transformer_macs(7, width, n)[0] - transformer_macs(0, width, n)[0] for n in (256, 64))
+    assert velocity_flops(config) == 2 * (whole + fusion)
+    assert velocity_flops(config, 1.0) == 2 * (whole - skipped + fusion)
+    step = training_flops(config, "train_lightningdit")
+    assert step == 2 * (3 * (whole - skipped + quarter + fusion) - input_macs)
 
 
 def conv_macs(side, *widths, kernel=3):
@@ -106,10 +139,19 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("job", ["train_vavae", "train_lightningdit"])
+@pytest.mark.parametrize(
+    ("job", "recipe"),
+    [
+        ("train_vavae", None),
+        ("train_lightningdit", None),
+        ("train_lightningdit", "routing"),
+        ("train_lightningdit", "routing with fusion"),
+    ],
+)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_steps_take_what_is_counted(job, recompute):
-    config = tiny_config(engine={"backend": "torch"})
+def test_steps_take_what_is_counted(job, recipe, recompute):
+    engine = {"backend": "torch"}
+    config = recipe_config(recipe, engine=engine) if recipe else tiny_config(engine=engine)
     update = {"checkpoint_activations": recompute}
     sections = {name: getattr(config, name).model_copy(update=update) for name in ("tokenizer", "lightningdit")}
     config = config.model_copy(update=sections)

@@ -7,7 +7,9 @@ from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
 from support.recipes import RECIPES, recipe_config
 from support.training_steps import LANES, build_step, figures_of
+from torch import Tensor
 
+from vavae.data.image_stream import MicroBatchKey
 from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
@@ -15,6 +17,7 @@ from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
+from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.step import Step
 
 STEPS = 4
@@ -47,6 +50,28 @@ def train_with_every_engine(world: World, folder: str) -> dict[str, list[list[di
         for weight, tensor in steps[0].engines["lightningdit"].weights().items():
             assert tensor.equal(resumed[weight]), (name, weight)
     return figures
+
+
+def test_routing_is_drawn_by_lane_and_step_until_all_tokens_take_all_blocks() -> None:
+    step = build_step("train_lightningdit", recipe_config("routing with fusion", engine=TORCH), World())
+    assert isinstance(step, DiffusionStep)
+
+    def draw(lane: int, number: int, images_seen: int = 0) -> tuple[Tensor | None, Tensor | None]:
+        inputs = step._draw(step.source()[MicroBatchKey(lane, number)], images_seen)
+        return inputs.keep, inputs.path_dropped
+
+    keep, dropped = draw(1, 2)
+    assert keep is not None
+    assert dropped is not None
+    again, others, last = draw(1, 2, 3 * LANES - 1), (draw(0, 2), draw(1, 3)), draw(1, 2, 3 * LANES)
+    assert keep.equal(again[0])
+    assert not any(keep.equal(other) for other, _ in others)
+    assert last[0] is None
+    assert dropped.equal(last[1])
+    many, same = ([draw(lane, number)[1] for lane in range(4) for number in range(50)] for _ in range(2))
+    assert all(one is not None and two is not None and one.equal(two) for one, two in zip(many, same, strict=True))
+    share = sum(int(one.sum()) for one in many if one is not None) / 400
+    assert share == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 400) ** 0.5)
 
 
 @pytest.mark.gloo

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.recipes import recipe_config
 from support.training_steps import tiny_config
 
 from vavae.distributed.world import World
@@ -41,6 +42,11 @@ def test_it_counts_once_for_each_set_of_networks(monkeypatch: pytest.MonkeyPatch
     flops = [found.metrics(images, 1.0)["flops_per_second"] for images in (0, 63, 64, 99, 100, 800)]
     assert flops == [1000.0, 1000.0, 1064.0, 1064.0, 1100.0, 1100.0]
     assert places == [0, 64, 100]
+    places.clear()
+    routed = Utilization(recipe_config("routing"), "train_lightningdit", World())
+    flops = [routed.metrics(images, 1.0)["flops_per_second"] for images in (0, 8, 11, 12, 800)]
+    assert flops == [1000.0, 1000.0, 1000.0, 1012.0, 1012.0]
+    assert places == [0, 12]
     constant = Utilization(tiny_config(), "train_lightningdit", World())
     assert [constant.metrics(images, 1.0)["flops_per_second"] for images in (0, 800)] == [1000.0] * 2
 

@@ -21,6 +21,7 @@ from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import Predictions
+from vavae.models.dit.routing import draw_tokens
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.diffusion_step import DiffusionStep, FlowMatchingModel
@@ -129,6 +130,7 @@ class _Inputs(NamedTuple):
     noise: Tensor
     timesteps: Tensor
     labels: Tensor
+    keep: Tensor | None
 
     @staticmethod
     def drawn(config: RunConfig, device: torch.device) -> "_Inputs":
@@ -136,7 +138,11 @@ class _Inputs(NamedTuple):
         item = _micro_batch(config, 0, device)
         noise = torch.randn(item.mean.shape, generator=torch_generator(0, "bench", "noise"))
         timesteps = torch.rand(len(noise), generator=torch_generator(0, "bench", "timesteps"))
-        return _Inputs(*(tensor.to(device) for tensor in (item.mean, noise, timesteps, item.labels)))
+        keep, routing, tokens = None, config.lightningdit.routing, config.lightningdit.tokens_of(config.grid)
+        if routing is not None:
+            keep = draw_tokens(routing, tokens, len(noise), torch_generator(0, "bench", "routing")).to(device)
+        mean, noise, timesteps, labels = (each.to(device) for each in (item.mean, noise, timesteps, item.labels))
+        return _Inputs(mean, noise, timesteps, labels, keep)
 
 
 class _Product(NamedTuple):
@@ -201,6 +207,8 @@ class _Peer:
 
     def __init__(self, config: RunConfig, ours: FlowMatchingModel, name: str, world: World) -> None:
         training = config.train_lightningdit
+        if config.lightningdit.routing is not None:
+            raise UserError(f"--peer {name}: its tokens skip no block: leave out lightningdit.routing, or --peer")
         network = _public_network(config, name)
         # Their tables of positions are buffers, and ours are none of the state.
         missing, unknown = network.load_state_dict(ours.model.state_dict(), strict=False)
@@ -244,8 +252,17 @@ class _Predicting(nn.Module):
         super().__init__()
         self.network, self.config = network, config
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor, data_floor: float) -> Predictions:
+    def predict(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        keep: Tensor | None,
+        path_dropped: Tensor | None,
+        data_floor: float,
+    ) -> Predictions:
         """See `LightningDiT.predict`; the output is a velocity."""
+        assert keep is path_dropped is None, "it has no blocks that tokens skip"
         return Predictions(self.network(x, t, y), None)
 
 

@@ -39,6 +39,10 @@ def sampling_benchmark(config: RunConfig, device: torch.device) -> Computation:
     """
     if config.solver.name != "euler":
         raise UserError(f"solver.name={config.solver.name}: the slow side has euler alone; set solver.name=euler")
+    if config.guidance.routing_scale != 1 or config.guidance.path_drop:
+        raise UserError(
+            "guidance: the slow side has the classifier-free one alone; leave out routing_scale and path_drop"
+        )
     sampler = _random_sampler(config, device)
     indices, count = range(config.sample.batch_size), config.sample.batch_size
     labels = [index % max(1, sampler.lightningdit.null_label) for index in indices]

@@ -80,6 +80,10 @@ class GuidanceConfig(Config):
     channels: int | None = Field(None, ge=1)
     """Guide only that many first channels (the released code: 3); null guides all."""
 
+    path_drop: bool = added(False)
+    """Take v_null without the blocks of `lightningdit.routing`, as if all tokens had skipped them; a model with `fuse`
+    learns that."""
+
     internal_scale: float = added(1.0, ge=0)
     """Scale w in v + (w - 1) (v - v_mid), where v_mid is the velocity that `lightningdit.intermediate_head` predicts;
     it takes no further evaluation and comes before classifier-free guidance. 1 is no guidance."""
@@ -88,29 +92,44 @@ class GuidanceConfig(Config):
     weak: WeakModelConfig | None = added(None)
     """A weaker model that guides; it needs no labels."""
 
+    routing_scale: float = added(1.0, ge=0)
+    """Scale w in v_routed + w (v - v_routed), where v is the velocity under all other guidance and v_routed that of the
+    same label with tokens that skip the blocks of `lightningdit.routing`: one further evaluation. 1 is no guidance."""
+    routing_interval: tuple[float, float] = added((0.0, 1.0))
+    """Timesteps low <= t <= high with guidance by routing."""
+    routing_drop: float = added(0.5, gt=0, lt=1)
+    """Share of the tokens that skip them there; others are drawn in every evaluation."""
+
     @property
     def summary(self) -> str:
         """Description in words, as metrics and reports carry it."""
         parts = []
         if self.scale != 1:
             channels = "" if self.channels is None else f" on {self.channels} channels"
-            parts.append(f"guidance {self.scale:g} for t in [{self.interval[0]:g}, {self.interval[1]:g}]{channels}")
+            dropped = " by path drop" if self.path_drop else ""
+            low, high = self.interval
+            parts.append(f"guidance {self.scale:g}{dropped} for t in [{low:g}, {high:g}]{channels}")
         if self.internal_scale != 1:
             low, high = self.internal_interval
             parts.append(f"internal guidance {self.internal_scale:g} for t in [{low:g}, {high:g}]")
         if self.weak is not None:
             parts.append(self.weak.summary)
+        if self.routing_scale != 1:
+            low, high = self.routing_interval
+            skipping = f"{self.routing_drop:.0%} of the tokens skipping blocks"
+            parts.append(f"guidance {self.routing_scale:g} by {skipping} for t in [{low:g}, {high:g}]")
         return ", ".join(parts) or "no guidance"
 
     @property
     def intervals(self) -> list[tuple[float, float]]:
         """Intervals of all guidance that is on."""
         found = [self.interval] * (self.scale != 1) + [self.internal_interval] * (self.internal_scale != 1)
+        found += [self.routing_interval] * (self.routing_scale != 1)
         return found if self.weak is None or self.weak.scale == 1 else [*found, self.weak.interval]
 
     @model_validator(mode="after")
     def _intervals_are_ordered(self) -> Self:
-        for prefix in ("", "internal_"):
+        for prefix in ("", "internal_", "routing_"):
             _check_interval(f"{prefix}interval", getattr(self, f"{prefix}interval"), f"{prefix}scale=1")
         return self
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, internal guidance and autoguidance. Time runs from noise (t = 0) to data (t = 1)."""
+"""Guidance when sampling, of all kinds. Time runs from noise (t = 0) to data (t = 1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,12 @@ from vavae.diffusion.config import GuidanceConfig, WeakModelConfig
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
-Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`."""
+Predict = Callable[..., tuple[Tensor, Tensor | None]]
+"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`; with a
+further one, int64 [B, K], for the tokens that skip no block."""
+
+KeptTokens = Callable[[float], Tensor]
+"""Function from a share of tokens that skip blocks to those that do not, int64 [B, K], drawn anew at each call."""
 
 
 def within(t: Tensor, interval: tuple[float, float]) -> Tensor:
@@ -31,12 +35,14 @@ def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.
 class ClassifierFreeGuidance:
     """The guided velocity of a labeled model: v = v_null + scale · (v_label - v_null) (arXiv 2207.12598).
 
-    Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated.
+    Outside the interval, and with scale 1, it is v_label alone and the null label is not evaluated. Another model may
+    give v_null, in an evaluation of its own.
     """
 
     model: LabeledVelocity
     null_label: int
     config: GuidanceConfig
+    null_model: LabeledVelocity | None = None
 
     @property
     def jumps(self) -> list[float]:
@@ -58,8 +64,11 @@ class ClassifierFreeGuidance:
             return self.model(x, t, y)
         guided = active.to(x.device)
         null = torch.full_like(y[guided], self.null_label)
-        both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[active]]), torch.cat([y, null]))
-        labeled, unlabeled = both.split([len(x), len(guided)])
+        if self.null_model is not None:
+            labeled, unlabeled = self.model(x, t, y), self.null_model(x[guided], t[active], null)
+        else:
+            both = self.model(torch.cat([x, x[guided]]), torch.cat([t, t[active]]), torch.cat([y, null]))
+            labeled, unlabeled = both.split([len(x), len(guided)])
         part = (guided, slice(self.config.channels))
         velocity, v_null = labeled.clone(), unlabeled[:, : self.config.channels]
         velocity[part] = v_null + self.config.scale * (labeled[part] - v_null)
@@ -107,23 +116,72 @@ class Autoguidance:
         return velocity
 
 
+def guided_by_routing(config: GuidanceConfig, t: Tensor) -> Tensor:
+    """Mask bool [B] of the times t [B] with guidance by routing."""
+    return within(t, config.routing_interval) & (config.routing_scale != 1)
+
+
+@dataclass(frozen=True)
+class RoutingGuidance:
+    """The velocity v_routed + scale · (v - v_routed), v_routed of tokens that skip blocks (TREAD, arXiv 2501.04765).
+
+    Outside the interval it is v, and v_routed is not evaluated.
+    """
+
+    guided: ClassifierFreeGuidance
+    predict: Predict
+    keep: KeptTokens
+
+    @property
+    def jumps(self) -> list[float]:
+        """See `ClassifierFreeGuidance.jumps`."""
+        return self.guided.jumps
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
+        velocity, config = self.guided(x, t, y), self.guided.config
+        active = guided_by_routing(config, t).nonzero().flatten()
+        if not len(active):
+            return velocity
+        rows = active.to(x.device)
+        keep = self.keep(config.routing_drop)[rows]
+        routed, _ = self.predict(x[rows], t[active].to(x.device), y[rows], keep)
+        velocity = velocity.clone()
+        velocity[rows] = routed + config.routing_scale * (velocity[rows] - routed)
+        return velocity
+
+
 def guide(
-    predict: Predict, null_label: int, config: GuidanceConfig, weak: LabeledVelocity | None = None
-) -> ClassifierFreeGuidance:
+    predict: Predict,
+    null_label: int,
+    config: GuidanceConfig,
+    weak: LabeledVelocity | None = None,
+    keep: KeptTokens | None = None,
+) -> ClassifierFreeGuidance | RoutingGuidance:
     """Velocity of a model under all guidance that a configuration asks for.
+
+    From the inside out: internal guidance, autoguidance, classifier-free guidance, guidance by routing.
 
     Args:
         predict: the model; it gets times on the device of x.
         null_label: label that stands for none.
-        config: all guidance: internal guidance, then autoguidance, then classifier-free guidance.
+        config: all guidance.
         weak: the model of `config.weak`; None where that is.
+        keep: draws the tokens that skip no block; None where no guidance is by routing.
     """
 
     def alone(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return predict(x, t.to(x.device), y)[0]
 
+    def without_path(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return predict(x, t.to(x.device), y, y.new_empty(len(y), 0))[0]
+
     model: LabeledVelocity = alone if config.internal_scale == 1 else InternalGuidance(predict, config)
     if config.weak is not None:
         assert weak is not None, "the weak model is loaded where the configuration names one"
         model = Autoguidance(model, weak, config.weak)
-    return ClassifierFreeGuidance(model, null_label, config)
+    labeled = ClassifierFreeGuidance(model, null_label, config, without_path if config.path_drop else None)
+    if config.routing_scale == 1:
+        return labeled
+    assert keep is not None, "guidance by routing draws tokens"
+    return RoutingGuidance(labeled, predict, keep)

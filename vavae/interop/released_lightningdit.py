@@ -70,6 +70,8 @@ def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT
             f"{os.fspath(path)}: the public inference takes outputs for velocities, and lightningdit.prediction=data: "
             "the run's own export says so, take that"
         )
+    if model.fusion is not None:
+        raise UserError(f"{path}: the public {_KIND} has no lightningdit.routing.fuse, so it can't take these weights")
     write_weights(path, _LIGHTNINGDIT.state(model), nest="ema")
 
 

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from vavae.distributed.config import Precision
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job
-from vavae.training.flops.flops import over_depth
+from vavae.training.flops.flops import over_depth, with_drop
 from vavae.training.flops.meta_models import MetaModel, lightningdit_step, tokenizer_step
 
 
@@ -51,7 +51,8 @@ class _SavedTensor:
 def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
     """Peak bytes held for the backward pass of a micro-batch, nothing recomputed, in eager mode.
 
-    For the tokenizer it is its first phase, with the adversary if there is one in any.
+    For the tokenizer it is its first phase, with the adversary if there is one in any; for the LightningDiT the end,
+    when the fewest tokens skip blocks.
 
     Args:
         config: of the run.
@@ -59,8 +60,12 @@ def activation_bytes(config: RunConfig, job: Job, images: int) -> int:
         images: in the micro-batch.
     """
     if job == "train_lightningdit":
-        precision = config.train_lightningdit.precision
-        return over_depth(config, lambda shallow: saved_bytes(lightningdit_step(shallow, images), precision))
+        training, routing = config.train_lightningdit, config.lightningdit.routing
+        drop = 0.0 if routing is None else routing.drop_at(training.images - 1)
+        return over_depth(
+            with_drop(config, drop),
+            lambda shallow: saved_bytes(lightningdit_step(shallow, images), training.precision),
+        )
     phase = config.tokenizer_phases()[0]
     step = tokenizer_step(config, phase, images, adversary=config.adversarial, measure_weights=True)
     return saved_bytes(step, config.train_vavae.precision)

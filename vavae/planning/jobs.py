@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vavae.data.ahead import threads_of
 from vavae.data.config import RGB
-from vavae.diffusion.guidance import ClassifierFreeGuidance, within
+from vavae.diffusion.guidance import ClassifierFreeGuidance, guided_by_routing, within
 from vavae.diffusion.solvers import solve
 from vavae.distributed.config import Precision
 from vavae.planning.cluster import ClusterSpec
@@ -98,9 +98,7 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
         _prepare(config, cluster, dataset),
         _train(config, cluster, "train_vavae", tokenizer_flops(config), stored_bytes(config, dataset)),
         _extract(config, cluster, dataset),
-        _train(
-            config, cluster, "train_lightningdit", training_flops(config, "train_lightningdit"), latent_bytes(config)
-        ),
+        _train(config, cluster, "train_lightningdit", lightningdit_flops(config), latent_bytes(config)),
         _sample(config, cluster),
     ]
 
@@ -122,26 +120,50 @@ def tokenizer_flops(config: RunConfig) -> float:
     return mean
 
 
-def velocity_evaluations(config: RunConfig) -> int:
+def lightningdit_flops(config: RunConfig) -> float:
+    """Mean FLOPs of one image in a training step of the LightningDiT, while tokens skip blocks and after."""
+    routing, budget = config.lightningdit.routing, config.train_lightningdit.images
+    flops = training_flops(config, "train_lightningdit")
+    if routing is None or routing.until_images is None or routing.until_images >= budget:
+        return flops
+    after = training_flops(config, "train_lightningdit", routing.until_images)
+    return after + (flops - after) * (routing.until_images / budget)
+
+
+class Evaluations(NamedTuple):
+    """Evaluations of the LightningDiT for one sample."""
+
+    whole: int
+    """On all tokens."""
+    without_path: int
+    """Without the blocks that tokens skip, for guidance by path drop."""
+    routed: int
+    """With tokens that skip blocks, for guidance by routing."""
+
+
+def velocity_evaluations(config: RunConfig) -> Evaluations:
     """Evaluations of the LightningDiT for the velocity of one sample, guidance included.
 
     A weaker model that guides counts as the LightningDiT itself, which is larger, once for each label.
     `dopri5` is counted on the flow between two equal Gaussians, v = (2t - 1) / (t² + (1 - t)²) x; images take it more.
     """
     guidance = ClassifierFreeGuidance(lambda x, t, y: x, 0, config.guidance)
-    count = 0
+    whole = null = routed = 0
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        nonlocal count
-        labels, weak = len(x) + int(guidance.active(t).sum()), config.guidance.weak
-        by_weak = weak is not None and weak.scale != 1 and within(t, weak.interval).all()
-        count += 2 * labels if by_weak else labels
+        nonlocal whole, null, routed
+        weak = config.guidance.weak
+        models = 2 if weak is not None and weak.scale != 1 and within(t, weak.interval).all() else 1
+        active = int(guidance.active(t).sum())
+        whole += models * len(x)
+        null += active if config.guidance.path_drop else models * active
+        routed += int(guided_by_routing(config.guidance, t).sum())
         return x * ((2 * t - 1) / (t**2 + (1 - t) ** 2)).view(-1, 1, 1, 1)
 
     noise = torch.ones(1, *config.latent_shape)
     labels, by_euler = torch.zeros(1, dtype=torch.int64), config.lightningdit.predicts_data
     solve(velocity, noise, labels, config.solver, guidance.jumps, ends_by_euler=by_euler)
-    return count
+    return Evaluations(whole, null, routed) if config.guidance.path_drop else Evaluations(whole + null, 0, routed)
 
 
 def _image_format(config: RunConfig) -> str:
@@ -187,7 +209,11 @@ def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 
 def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:
-    flops = velocity_flops(config) * velocity_evaluations(config) + decoding_flops(config)
+    evaluations = velocity_evaluations(config)
+    flops = velocity_flops(config) * evaluations.whole + decoding_flops(config)
+    for count, drop in ((evaluations.without_path, 1.0), (evaluations.routed, config.guidance.routing_drop)):
+        if count:
+            flops += velocity_flops(config, drop) * count
     arithmetic = _arithmetic(config, config.sample.precision)
     rate = cluster.count / _gpu_seconds(flops, cluster, arithmetic)
     images, written = config.sample.images, sample_bytes(config)

@@ -14,7 +14,7 @@ from vavae.distributed.config import EngineConfig, MuonConfig, OptimizerConfig, 
 from vavae.evaluation.config import EvaluateConfig
 from vavae.latents.config import LatentsConfig
 from vavae.losses.config import TokenizerLossConfig
-from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.config import LightningDiTConfig, count_kept
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
 from vavae.runs.phases import Part, TokenizerPhase, TokenizerPhaseConfig, resolve_phases
 from vavae.sampling.config import NAME_PATTERN, SampleConfig
@@ -430,6 +430,7 @@ class RunConfig(Config):
             raise ValueError(
                 f"lightningdit.patch_size={self.lightningdit.patch_size} does not divide the {height} x {width} latent"
             )
+        self._check_routing()
         for section in ("train_vavae", "train_lightningdit"):
             batch = getattr(self, section).batch_size
             if batch % lanes:
@@ -465,3 +466,40 @@ class RunConfig(Config):
                     f"{section}.{name}={value:g} is of the intermediate head, and there is none: give "
                     "lightningdit.intermediate_head, or leave it out"
                 )
+
+    def _check_routing(self) -> None:
+        routing, guidance = self.lightningdit.routing, self.guidance
+        rows, columns = self.lightningdit.tokens_of(self.grid)
+        tokens = rows * columns
+        if routing is not None and count_kept(tokens, routing.drop) == tokens:
+            raise ValueError(
+                f"lightningdit.routing.drop={routing.drop:g} is less than one of {tokens} tokens: raise it"
+            )
+        if (
+            routing is not None
+            and routing.square is not None
+            and any(side % routing.square for side in (rows, columns))
+        ):
+            raise ValueError(
+                f"lightningdit.routing.drop={routing.drop:g} draws from squares of {routing.square} x {routing.square} "
+                f"tokens, which do not divide {rows} x {columns}: set fuse.structured=false, or another drop"
+            )
+        if guidance.path_drop and (routing is None or routing.fuse is None or not routing.fuse.path_dropout):
+            raise ValueError(
+                "guidance.path_drop=true needs a model that learns it: give lightningdit.routing.fuse.path_dropout "
+                "above 0, or leave it out"
+            )
+        if guidance.routing_scale == 1:
+            return
+        if routing is None or routing.fuse is not None:
+            raise ValueError(
+                f"guidance.routing_scale={guidance.routing_scale:g} is of tokens that skip blocks: give "
+                "lightningdit.routing without fuse, which has guidance.path_drop, or leave it out"
+            )
+        if count_kept(tokens, guidance.routing_drop) == tokens:
+            raise ValueError(f"guidance.routing_drop={guidance.routing_drop:g} is less than one of {tokens} tokens")
+        if self.solver.name == "dopri5":
+            raise ValueError(
+                f"guidance.routing_scale={guidance.routing_scale:g} draws tokens in every evaluation, from which "
+                "solver.name=dopri5 would take its error: set solver.name to euler or heun"
+            )

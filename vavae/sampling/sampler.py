@@ -1,6 +1,8 @@
 """From class labels and indices of noise to images: guidance and solver, latent statistics, decoder."""
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from vavae.finite import require_finite
 from vavae.interop.export import load_lightningdit, load_tokenizer
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
+from vavae.models.dit.routing import kept_tokens
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
@@ -109,8 +112,21 @@ class Sampler(NamedTuple):
                 f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
                 "(lightningdit.intermediate_head): set it to 1"
             )
+        routing, keep = model.config.routing, None
+        if guidance.path_drop and (routing is None or routing.fuse is None):
+            raise UserError(
+                "guidance.path_drop=true, but the LightningDiT has no lightningdit.routing.fuse: set it to false"
+            )
+        if guidance.routing_scale != 1:
+            if routing is None:
+                raise UserError(
+                    f"guidance.routing_scale={guidance.routing_scale:g}, but the LightningDiT was trained without "
+                    "lightningdit.routing: set it to 1"
+                )
+            generators = [torch_generator(seed, "sample routing", index) for index in indices]
+            keep = partial(_kept_tokens, generators, math.prod(model.tokens), device)
         weak = None if self.weak is None else self.autocast()(self.weak.forward)
-        velocity = guide(self.autocast()(model.predict), model.null_label, guidance, weak)
+        velocity = guide(self.autocast()(model.predict), model.null_label, guidance, weak, keep)
         latents = solve(
             velocity,
             noise.to(device),
@@ -176,6 +192,11 @@ def load_weak_model(stored: StoredArtifact | None, model: LightningDiT) -> Light
             what = "classes" if name == "null_label" else name
             raise UserError(f"{stored.folder.url()}: {what} is {theirs}, but {ours} in the model that it is to guide")
     return weak
+
+
+def _kept_tokens(generators: Sequence[torch.Generator], tokens: int, device: torch.device, drop: float) -> Tensor:
+    """Draw the tokens of each image that skip no block, int64 [B, K], on the CPU as noise is."""
+    return kept_tokens(torch.stack([torch.rand(tokens, generator=each) for each in generators]), drop).to(device)
 
 
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.parametrization import data_of_velocity, velocity_to_data
+from vavae.models.dit.routing import draw_tokens
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
@@ -45,6 +46,17 @@ class _Inputs(NamedTuple):
     """[S] in [0, 1]."""
     labels: Tensor
     """int64 [S]."""
+    keep: Tensor | None
+    """Tokens that skip no block, int64 [S, K]; None: all."""
+    path_dropped: Tensor | None
+    """Images as if all their tokens had skipped, bool [S]; None: no image."""
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_Inputs]") -> "_Inputs":
+        """The inputs of several lanes as one."""
+        # Type: a field is None in all parts or in none.
+        fields: list[Any] = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
+        return cls(*fields)
 
 
 class FlowMatchingModel(nn.Module):
@@ -55,7 +67,13 @@ class FlowMatchingModel(nn.Module):
         self.model, self._objective = model, objective
 
     def forward(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        keep: Tensor | None = None,
+        path_dropped: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Compute the losses of one micro-batch.
 
@@ -64,13 +82,15 @@ class FlowMatchingModel(nn.Module):
             noise: standard normal, likewise.
             timesteps: [S] in [0, 1].
             labels: int64 [S], the null label where a label was dropped.
+            keep: tokens that skip no block, int64 [S, K]; None: all.
+            path_dropped: images as if all their tokens had skipped, bool [S]; None: no image.
 
         Returns:
             The scalar to differentiate; detached: means by name, the velocity loss of each sample [S], and the
             variances of what the network predicts and of what it should be [2].
         """
         point, floor = LinearPath.sample(latents, noise, timesteps), self._objective.data_floor
-        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, floor)
+        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, keep, path_dropped, floor)
         velocity, spread = point.velocity, (prediction, point.velocity)
         if self.model.config.predicts_data:
             velocity = velocity_to_data(latents, point.x_t, timesteps, floor)
@@ -153,8 +173,7 @@ class DiffusionStep:
         spread = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for group in self._groups:
             with self.stopwatch("forward"):
-                draws = [self._draw(micro_batches[index], images_seen) for index in group.indices]
-                inputs = _Inputs(*map(torch.cat, zip(*draws, strict=True)))
+                inputs = _Inputs.joined([self._draw(micro_batches[index], images_seen) for index in group.indices])
                 loss, values, per_sample, of_outputs_and_data = self._engine.forward(*inputs)
             with self.stopwatch("backward"):
                 self._engine.backward(loss * group.weight)
@@ -180,7 +199,9 @@ class DiffusionStep:
         self.awaits_checkpoint = False
 
     def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
-        """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels."""
+        """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels and
+        tokens that skip blocks.
+        """
         config, device = self._config, self._world.device
 
         def rng(purpose: str) -> torch.Generator:
@@ -194,4 +215,10 @@ class DiffusionStep:
         )
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
-        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels)
+        routing, keep, path_dropped = self.model.model.config.routing, None, None
+        if routing is not None and routing.drop_at(images_seen):
+            keep = draw_tokens(routing, self.model.model.tokens, len(labels), rng("routing"))
+        if routing is not None and routing.fuse is not None and routing.fuse.path_dropout:
+            uniform = torch.rand(len(labels), generator=rng("path_dropout"), device=device)
+            path_dropped = uniform < routing.fuse.path_dropout
+        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep, path_dropped)

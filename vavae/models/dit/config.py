@@ -58,6 +58,71 @@ class WideHeadConfig(Config):
         return self
 
 
+def count_kept(tokens: int, drop: float) -> int:
+    """Tokens of an image that skip no block where such a share does: N - ⌊N · drop⌋."""
+    return tokens - int(tokens * drop)
+
+
+class FuseConfig(Config):
+    """A layer after the blocks that tokens skip, which joins each token to what it was before them (SPRINT)."""
+
+    path_dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability that an image is trained as if all its tokens had skipped, which `guidance.path_drop` needs."""
+    structured: bool = True
+    """Draw as many tokens in every square of 2 x 2 tokens, or of 4 x 4, instead of any."""
+
+
+class RoutingConfig(Config):
+    """Blocks that a share of each image's tokens skips in training (TREAD, arXiv 2501.04765); samples skip none."""
+
+    first_block: int = Field(2, ge=0)
+    """First block that they skip, counted from 0 as in the names of the weights."""
+    last_block: int = Field(ge=0)
+    """Last block that they skip."""
+    drop: float = Field(0.5, gt=0, lt=1)
+    """Share of the tokens that skip, rounded down to whole tokens; they are drawn anew for every image of a step."""
+    until_images: int | None = Field(None, ge=1)
+    """Images seen from which on no token skips any more; null never ends it."""
+    fuse: FuseConfig | None = None
+    """Join all tokens by a layer after those blocks (SPRINT, arXiv 2510.21986); null: tokens that skip stay as they
+    were."""
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the blocks that tokens skip."""
+        return range(self.first_block, self.last_block + 1)
+
+    def drop_at(self, images_seen: int) -> float:
+        """Share of the tokens that skip at a position in the training."""
+        return self.drop if self.until_images is None or images_seen < self.until_images else 0.0
+
+    def sees_all_tokens_after(self, block_count: int) -> bool:
+        """Whether all tokens are there after so many blocks."""
+        return not self.first_block < block_count <= self.last_block
+
+    @property
+    def square(self) -> int | None:
+        """Side of the squares of tokens, in each of which as many are drawn; None where any are."""
+        if self.fuse is None or not self.fuse.structured:
+            return None
+        return 2 if (4 * self.drop).is_integer() else 4
+
+    @model_validator(mode="after")
+    def _squares_hold_whole_tokens(self) -> Self:
+        if self.square is not None and not (16 * self.drop).is_integer():
+            raise ValueError(
+                f"drop={self.drop:g} is no whole number of the 16 tokens of a square: set it to a multiple of 0.0625, "
+                "or fuse.structured to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_ordered(self) -> Self:
+        if self.last_block < self.first_block:
+            raise ValueError(f"last_block={self.last_block} lies before first_block={self.first_block}: raise it")
+        return self
+
+
 class LightningDiTConfig(Config):
     """A named size, or one written out, and the switches of table 1 of the paper; the defaults are its full model."""
 
@@ -92,6 +157,8 @@ class LightningDiTConfig(Config):
     of many channels asks for width at the end (RAE, arXiv 2510.11690). Null builds none."""
     prediction: Literal["velocity", "data"] = added("velocity")
     """Output of the network: the velocity, or the data, from which the velocity follows (x-prediction)."""
+    routing: RoutingConfig | None = added(None)
+    """Train some blocks on a part of the tokens; null trains all on all."""
     checkpoint_activations: bool = runtime(False)
     """Recompute each block in the backward pass: less memory for about a third more time."""
 
@@ -120,6 +187,10 @@ class LightningDiTConfig(Config):
         written = {name: getattr(self, name) for name in TransformerShape._fields if getattr(self, name) is not None}
         return TransformerShape(**{**preset, **written})
 
+    def tokens_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens of latents of a grid."""
+        return grid[0] // self.patch_size, grid[1] // self.patch_size
+
     @model_validator(mode="after")
     def _shape_is_complete_and_divides(self) -> Self:
         missing = [name for name in TransformerShape._fields if getattr(self, name) is None]
@@ -132,6 +203,7 @@ class LightningDiTConfig(Config):
             raise ValueError(
                 f"intermediate_head.after_block={self.intermediate_head.after_block} exceeds depth={depth}: lower it"
             )
+        self._check_routing(depth)
         if width % 4:
             raise ValueError(f"width={width} must be a multiple of 4: sine and cosine of row and column share it")
         if width % heads:
@@ -148,3 +220,16 @@ class LightningDiTConfig(Config):
                 "rope to false"
             )
         return self
+
+    def _check_routing(self, depth: int) -> None:
+        routing, head = self.routing, self.intermediate_head
+        if routing is None:
+            return
+        if routing.last_block >= depth:
+            raise ValueError(f"routing.last_block={routing.last_block} is none of {depth} blocks, 0 to {depth - 1}")
+        if head is not None and not routing.sees_all_tokens_after(head.after_block):
+            raise ValueError(
+                f"intermediate_head.after_block={head.after_block} lies among the blocks that tokens skip, "
+                f"{routing.first_block} to {routing.last_block}: choose at most {routing.first_block} or more than "
+                f"{routing.last_block}"
+            )

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.parametrization import velocity_to_data
+from vavae.models.dit.routing import TokenFusion, put_tokens, take_tokens
 
 MAX_PERIOD = 10_000.0
 """Longest wavelength, over 2π, of every sinusoid in the model."""
@@ -84,7 +85,7 @@ def token_positions(grid: tuple[int, int], span: tuple[int, int] | None = None) 
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each token and channel, both [N, 1, head_dim]."""
+    """Cosine and sine of the angle of each token and channel, both [N, 1, head_dim], or [B, K, 1, head_dim]."""
 
     cos: Tensor
     sin: Tensor
@@ -363,6 +364,9 @@ class LightningDiT(nn.Module):
         if config.intermediate_head is not None:
             self.final_layer_xr = FinalLayer(config, patch * patch * latent_dim)
             self.intermediate_after = config.intermediate_head.after_block
+        self.fusion: TokenFusion | None = None
+        if config.routing is not None and config.routing.fuse is not None:
+            self.fusion = TokenFusion(shape.width)
         initialize(self, rng)
 
     @property
@@ -413,10 +417,25 @@ class LightningDiT(nn.Module):
         """
         return self.predict(x, t, y).velocity
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor, data_floor: float = 0.0) -> Predictions:
+    def predict(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        keep: Tensor | None = None,
+        path_dropped: Tensor | None = None,
+        data_floor: float = 0.0,
+    ) -> Predictions:
         """Velocities of all output layers, for the arguments of `forward`.
 
-        A model that predicts the data gives them by :func:`velocity_to_data`, with `data_floor` for its floor.
+        A model that predicts the data gives them by :func:`velocity_to_data`.
+
+        Args:
+            x, t, y: as there.
+            keep: indices int64 [B, K] of the tokens that do not skip the blocks of `config.routing`; None: all. With a
+                fusion there may be none.
+            path_dropped: mask bool [B] of images as if there were none, with a fusion; None: no image.
+            data_floor: floor of :func:`velocity_to_data`.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         latents, time = x.to(self.pos_embed.dtype), self.t_embedder(t)
@@ -426,8 +445,23 @@ class LightningDiT(nn.Module):
             activated = F.silu(activated)  # twice, as in the public code with a head
         rotation = None if self.feat_rope is None else self.feat_rope()
         intermediate = None
+        routing, rotation_of_all = self.config.routing, rotation
+        first, last = (None, None) if routing is None else (routing.first_block, routing.last_block)
+        assert keep is None or routing is not None, "a model whose tokens all take all blocks"
         for finished, block in enumerate(self.blocks, 1):
-            tokens = run_block(block, tokens, activated, rotation, self.config.checkpoint_activations)
+            if finished - 1 == first:
+                before = tokens
+                if keep is not None:
+                    tokens = take_tokens(tokens, keep)
+                    rotation = None if rotation is None else Rotation(*(table[keep] for table in rotation))
+            if tokens.shape[1]:
+                tokens = run_block(block, tokens, activated, rotation, self.config.checkpoint_activations)
+            if finished - 1 == last:
+                rotation = rotation_of_all
+                if self.fusion is not None:
+                    tokens = self.fusion(before, tokens, keep, path_dropped)
+                elif keep is not None:
+                    tokens = put_tokens(before, keep, tokens)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
                 intermediate = self._velocity(self.final_layer_xr(tokens, activated), x, t, data_floor)
         if self.head is not None:
@@ -463,3 +497,5 @@ def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
             nn.init.ones_(parameter)  # the weight of a norm
         else:
             nn.init.xavier_uniform_(parameter.flatten(1), generator=rng)  # a convolution as the linear map it is
+    if model.fusion is not None:
+        nn.init.normal_(model.fusion.mask_token, std=0.02, generator=rng)

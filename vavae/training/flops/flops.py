@@ -30,13 +30,16 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     Args:
         config: configuration of the run.
         job: `train_vavae` or `train_lightningdit`.
-        images_seen: position in the training; it decides about the tokenizer's phase and adversary.
+        images_seen: position in the training; it decides about the tokenizer's phase and adversary, and about tokens
+            that skip blocks.
         recompute: count what `checkpoint_activations` computes again too; utilization leaves it out.
     """
     if not recompute:
         config = _without_recomputation(config)
     if job == "train_lightningdit":
-        return over_depth(config, lambda shallow: _count(lightningdit_step(shallow, 1)))
+        routing = config.lightningdit.routing
+        drop = 0.0 if routing is None else routing.drop_at(images_seen)
+        return over_depth(with_drop(config, drop), lambda shallow: _count(lightningdit_step(shallow, 1)))
     assert job == "train_vavae", f"{job} trains nothing"
     phases = config.tokenizer_phases(images_seen + 1)
     phase = next(phase for phase in phases if images_seen < phase.until_images)
@@ -61,19 +64,43 @@ def decoding_flops(config: RunConfig) -> float:
     return _count(MetaModel(lambda: model.decode(latents_of(config, 1)), (model,)))
 
 
-def velocity_flops(config: RunConfig) -> float:
-    """FLOPs of one evaluation of the LightningDiT for one latent, without gradients."""
-    return over_depth(config, lambda shallow: _count(velocity(shallow)))
+def velocity_flops(config: RunConfig, drop: float = 0.0) -> float:
+    """FLOPs of one evaluation of the LightningDiT for one latent, without gradients.
+
+    Args:
+        config: configuration of the run.
+        drop: share of the tokens that skip the blocks of `lightningdit.routing`.
+    """
+    return over_depth(with_drop(config, drop), lambda shallow: _count(velocity(shallow)))
+
+
+def with_drop(config: RunConfig, drop: float) -> RunConfig:
+    """The configuration of a LightningDiT of which such a share of the tokens skips blocks; 0 is none, 1 all."""
+    routing = config.lightningdit.routing
+    if routing is None:
+        return config
+    update = {"routing": routing.model_copy(update={"drop": drop})}
+    return config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update=update)})
 
 
 def over_depth(config: RunConfig, count: Callable[[RunConfig], int]) -> int:
-    """Count something of the LightningDiT to which each block adds as much, at a depth of one and of two."""
-    depth = config.lightningdit.shape.depth
-    one, two = (
-        count(config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update={"depth": shallow})}))
-        for shallow in (1, 2)
-    )
-    return one + (depth - 1) * (two - one)
+    """Count something of the LightningDiT to which each block adds as much, at a depth of one and of two.
+
+    Blocks that tokens skip add something else each, and something together: they are counted at two and at three.
+    """
+    depth, routing = config.lightningdit.shape.depth, config.lightningdit.routing
+
+    def shallow(depth: int, routed: int = 0) -> int:
+        last = {"first_block": 1, "last_block": routed}
+        update = {"depth": depth, "routing": routing.model_copy(update=last) if routing and routed else None}
+        return count(config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update=update)}))
+
+    one, two = shallow(1), shallow(2)
+    if routing is None:
+        return one + (depth - 1) * (two - one)
+    routed, another = shallow(2, 1), shallow(3, 2)
+    skipped = len(routing.blocks)
+    return routed + (skipped - 1) * (another - routed) + (depth - 1 - skipped) * (two - one)
 
 
 @cache

@@ -1,5 +1,6 @@
 """Networks and steps of a training on tensors without memory, to count their FLOPs and activations."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -15,6 +16,7 @@ from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual
 from vavae.models.backbones.load import meta_backbone
+from vavae.models.dit.config import count_kept
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.config import TeacherConfig
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
@@ -72,6 +74,15 @@ def latents_of(config: RunConfig, count: int) -> Tensor:
     return torch.empty(count, *config.latent_shape)
 
 
+def kept_of(config: RunConfig, count: int) -> Tensor | None:
+    """Empty indices of the tokens that skip no block, where some do, to be made when the work is called."""
+    routing = config.lightningdit.routing
+    if routing is None or not routing.drop:
+        return None
+    kept = count_kept(math.prod(config.lightningdit.tokens_of(config.grid)), routing.drop)
+    return torch.empty(count, kept, dtype=torch.int64)
+
+
 def lightningdit_of(config: RunConfig) -> LightningDiT:
     """Build the LightningDiT of a run; where the number of classes is not known, with one class."""
     model = config.lightningdit
@@ -82,7 +93,11 @@ def lightningdit_of(config: RunConfig) -> LightningDiT:
 def velocity(config: RunConfig) -> MetaModel:
     """Evaluation of the LightningDiT for one latent."""
     model = on_meta(lambda: lightningdit_of(config))
-    return MetaModel(lambda: model(latents_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64)), (model,))
+
+    def evaluate() -> None:
+        model.predict(latents_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64), kept_of(config, 1))
+
+    return MetaModel(evaluate, (model,))
 
 
 def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
@@ -91,7 +106,11 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
 
     def step() -> None:
         latents = latents_of(config, images)
-        loss, *_ = model(latents, latents, torch.empty(images), torch.empty(images, dtype=torch.int64))
+        labels = torch.empty(images, dtype=torch.int64)
+        routing = config.lightningdit.routing
+        drops = routing is not None and routing.fuse is not None and routing.fuse.path_dropout
+        path_dropped = torch.empty(images, dtype=torch.bool) if drops else None
+        loss, *_ = model(latents, latents, torch.empty(images), labels, kept_of(config, images), path_dropped)
         loss.backward()
 
     return MetaModel(step, (model,))

@@ -48,7 +48,8 @@ class Utilization:
     def _starts(self) -> list[int]:
         """Images seen at which the networks of a step change, from 0 on."""
         if self._job != "train_vavae":
-            return [0]
+            routing = self._config.lightningdit.routing
+            return [0, *([routing.until_images] if routing is not None and routing.until_images else [])]
         phases = self._config.tokenizer_phases()
         adversaries = [phase.losses.adversarial.start_images for phase in phases]
         return [*(phase.from_images for phase in phases), *adversaries]
