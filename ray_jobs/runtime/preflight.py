@@ -14,6 +14,7 @@ from vavae.data.shards.plan import TRAIN, describe_sources, open_split, source_n
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import check_data, find_reference
+from vavae.latents.features import token_grid
 from vavae.latents.manifest import read_latent_manifest
 from vavae.metrics.features import describe
 from vavae.metrics.reference import read_reference
@@ -65,6 +66,9 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         )
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, config.grid)
+    features = config.latents.features
+    if "precompute_latents" in jobs and features is not None:
+        check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []
     for section, backbone in _backbones(config, jobs).items():
         timm_name(backbone)  # a network that there is not is a mistake, not something to fetch
@@ -151,6 +155,8 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     backbones: dict[str, BackboneConfig] = {}
     if "train_vavae" in jobs or "evaluate" in jobs:
         backbones["teacher"] = config.teacher.backbone
+    if "precompute_latents" in jobs and config.latents.features is not None:
+        backbones["latents.features.teacher"] = config.latents.features.teacher.backbone
     if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
         backbones["losses.perceptual"] = config.losses.perceptual.backbone
     if "evaluate" in jobs:

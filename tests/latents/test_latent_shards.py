@@ -183,7 +183,7 @@ def test_a_slice_is_a_function_of_its_key(storage):
     keys = [MicroBatchKey(lane, step) for step in range(4) for lane in (0, 1)]
     found, other = [stream[key] for key in keys], pickle.loads(pickle.dumps(stream))
     for slice_, key in zip(reversed(found), reversed(keys), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(slice_[2:], other[key][2:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(slice_[2:5], other[key][2:5], strict=True))
 
 
 posteriors = hnp.arrays(

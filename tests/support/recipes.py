@@ -8,6 +8,17 @@ from vavae.runs.config import RunConfig
 
 RECIPES: dict[str, dict[str, Any]] = {
     "internal guidance": {"lightningdit": {"intermediate_head": {"after_block": 1}}},
+    "representation alignment": {
+        # It falls and stops within the steps that tests take.
+        "objective": {
+            "representation": {"after_block": 1, "projector_width": 16, "decay_from_images": 8, "stop_images": 24}
+        },
+        "latents": {"features": {"teacher": {"name": "efficientnet_lite0"}}},
+    },
+    "representation alignment by a convolution": {
+        "objective": {"representation": {"after_block": 2, "projector": "conv", "spatial_norm": 0.6}},
+        "latents": {"features": {"teacher": {"name": "efficientnet_lite0"}}},
+    },
 }
 """By name: what each writes into the configuration."""
 

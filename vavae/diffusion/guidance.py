@@ -11,8 +11,8 @@ from vavae.diffusion.config import GuidanceConfig
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
-Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`."""
+Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+"""Function of the same arguments to the velocity, that of an inner block, and tokens, as `LightningDiT.predict`."""
 
 
 def drop_labels(labels: Tensor, null_label: int, probability: float, rng: torch.Generator) -> Tensor:
@@ -75,7 +75,7 @@ class InternalGuidance:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
-        velocity, intermediate = self.predict(x, t, y)
+        velocity, intermediate, _ = self.predict(x, t, y)
         assert intermediate is not None, "the model has an intermediate head"
         low, high = torch.tensor(self.config.internal_interval, dtype=torch.float32, device=t.device)
         excess = (self.config.internal_scale - 1) * ((low <= t) & (t <= high))

@@ -310,6 +310,7 @@ class RunConfig(Config):
             )
         if self.lightningdit.intermediate_head is None:
             self._has_no_intermediate_head()
+        self._has_features_to_align_with()
         height, width = self.grid
         if height % self.lightningdit.patch_size or width % self.lightningdit.patch_size:
             raise ValueError(
@@ -332,3 +333,29 @@ class RunConfig(Config):
                     f"{section}.{name}={value:g} is of the intermediate head, and there is none: give "
                     "lightningdit.intermediate_head, or leave it out"
                 )
+
+    def _has_features_to_align_with(self) -> None:
+        features, representation = self.latents.features, self.objective.representation
+        height, width = self.grid
+        if features is not None and (height % features.patch_size or width % features.patch_size):
+            raise ValueError(
+                f"latents.features.patch_size={features.patch_size} does not divide the {height} x {width} latent"
+            )
+        if representation is None:
+            return
+        if features is None:
+            raise ValueError(
+                "objective.representation aligns tokens with features that are stored beside the latents, for training "
+                "reads no images: give latents.features, such as {teacher: {name: dinov2_base}}"
+            )
+        if features.patch_size != self.lightningdit.patch_size:
+            raise ValueError(
+                f"latents.features.patch_size={features.patch_size}, but lightningdit.patch_size="
+                f"{self.lightningdit.patch_size}: objective.representation takes one feature for each token, set it so"
+            )
+        depth = self.lightningdit.shape.depth
+        if representation.after_block > depth:
+            raise ValueError(
+                f"objective.representation.after_block={representation.after_block} exceeds the depth of the "
+                f"LightningDiT, {depth}: lower it"
+            )

@@ -267,11 +267,13 @@ class FinalLayer(nn.Module):
 
 
 class Predictions(NamedTuple):
-    """Velocities that one pass of the transformer predicts, both [B, C, H, W]."""
+    """Velocities that one pass of the transformer predicts, both [B, C, H, W], and tokens of it."""
 
     velocity: Tensor
     intermediate: Tensor | None
     """Of the head after an inner block; None where the model has none."""
+    tokens: Tensor | None = None
+    """Tokens [B, N, D] after the block that was asked for."""
 
 
 class LightningDiT(nn.Module):
@@ -357,14 +359,14 @@ class LightningDiT(nn.Module):
         """
         return self.predict(x, t, y).velocity
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Predictions:
-        """Velocities of all output layers, for the arguments of `forward`."""
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, tokens_after: int | None = None) -> Predictions:
+        """Velocities of all output layers, for the arguments of `forward`; with tokens after so many blocks."""
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # [B, N, D]
         activated = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, D], what every modulation starts with
         rotation = None if self.feat_rope is None else self.feat_rope()
         recompute = self.config.checkpoint_activations and torch.is_grad_enabled()
-        intermediate = None
+        intermediate = inner_tokens = None
         for finished, block in enumerate(self.blocks, 1):
             if recompute:
                 tokens = checkpoint(block, tokens, activated, rotation, use_reentrant=False)
@@ -372,7 +374,10 @@ class LightningDiT(nn.Module):
                 tokens = block(tokens, activated, rotation)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
                 intermediate = self._unpatchify(self.final_layer_xr(tokens, activated)).to(x.dtype)
-        return Predictions(self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype), intermediate)
+            if finished == tokens_after:
+                inner_tokens = tokens
+        velocity = self._unpatchify(self.final_layer(tokens, activated)).to(x.dtype)
+        return Predictions(velocity, intermediate, inner_tokens)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """Join tokens [B, N, P · P · C] to latents [B, C, H, W]; within a token the channel varies fastest."""

@@ -9,7 +9,11 @@ from functools import cache
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vavae.config import Config
+from vavae.latents.features import token_grid
+from vavae.models.backbones.load import meta_backbone
 from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import TokenizerPhase
 from vavae.runs.run import Job
@@ -55,6 +59,16 @@ def encoding_flops(config: RunConfig) -> float:
     return _count(MetaModel(lambda: model.encode(images_of(config, 1)), (model,)))
 
 
+def features_flops(config: RunConfig) -> float:
+    """FLOPs of the features of one image that are stored beside its latent; 0 where none are."""
+    stored = config.latents.features
+    if stored is None:
+        return 0.0
+    teacher = on_meta(lambda: VisionFoundationTeacher(stored.teacher, meta_backbone))
+    grid = token_grid(stored, config.grid)
+    return _count(MetaModel(lambda: teacher(images_of(config, 1), grid), (teacher,)))
+
+
 def decoding_flops(config: RunConfig) -> float:
     """FLOPs of decoding one latent, without gradients."""
     model = on_meta(lambda: VAVAE(config.tokenizer))
@@ -69,11 +83,20 @@ def velocity_flops(config: RunConfig) -> float:
 def over_depth(config: RunConfig, count: Callable[[RunConfig], int]) -> int:
     """Count something of the LightningDiT to which each block adds as much, at a depth of one and of two."""
     depth = config.lightningdit.shape.depth
-    one, two = (
-        count(config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update={"depth": shallow})}))
-        for shallow in (1, 2)
-    )
+    one, two = (count(_with_depth(config, shallow)) for shallow in (1, 2))
     return one + (depth - 1) * (two - one)
+
+
+def _with_depth(config: RunConfig, depth: int) -> RunConfig:
+    """A configuration of another depth, in which all that comes after an inner block comes after the first."""
+    model, objective = config.lightningdit, config.objective
+    head = model.intermediate_head and model.intermediate_head.model_copy(update={"after_block": 1})
+    shallow = model.model_copy(update={"depth": depth, "intermediate_head": head})
+    changed: dict[str, Config] = {"lightningdit": shallow}
+    if objective.representation is not None:
+        representation = objective.representation.model_copy(update={"after_block": 1})
+        changed["objective"] = objective.model_copy(update={"representation": representation})
+    return config.model_copy(update=changed)
 
 
 @cache
