@@ -14,8 +14,9 @@ from vavae.data.shards.plan import TRAIN, describe_sources, open_split, source_n
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import check_data, find_reference
-from vavae.latents.features import token_grid
+from vavae.latents.features import read_features_of, token_grid
 from vavae.latents.manifest import read_latent_manifest
+from vavae.latents.stream import ShardsWithFeatures
 from vavae.metrics.features import describe
 from vavae.metrics.reference import read_reference
 from vavae.models.backbones.config import BackboneConfig
@@ -121,6 +122,9 @@ def check_cache(run: Run, job: Job) -> None:
     infos = manifest.splits[TRAIN]
     order = order_of(infos.counts, config.seed, config.stream)
     shards = OrderedShards(folder, TRAIN, infos, order, micro_batch_size=1)
+    if job == "train_lightningdit" and config.objective.representation is not None:
+        features = read_features_of(folder, config.latents, config.grid).shards
+        shards = ShardsWithFeatures(folder, TRAIN, infos, order, 1, features)
     if shards.are_local:
         return
     machines = config.workers.count if "RAY_ADDRESS" in os.environ else 1

@@ -15,10 +15,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "latents": {"features": {"teacher": {"name": "efficientnet_lite0"}}},
     },
-    "representation alignment by a convolution": {
-        "objective": {"representation": {"after_block": 2, "projector": "conv", "spatial_norm": 0.6}},
-        "latents": {"features": {"teacher": {"name": "efficientnet_lite0"}}},
-    },
 }
 """By name: what each writes into the configuration."""
 
