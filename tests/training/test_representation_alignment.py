@@ -24,6 +24,7 @@ from vavae.planning.sizes import bytes_to_write, feature_bytes, latent_bytes, tr
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training
+from vavae.training.checkpoints.checkpoint import load_average
 from vavae.training.flops.flops import encoding_flops, features_flops, training_flops
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
@@ -103,7 +104,11 @@ def test_a_training_is_aligned_until_its_stop_and_exports_no_projector(run):
     assert [losses[seen] for seen in (96, 128)] == [None, None]
     assert run.plan(JOB).done
     model, _ = load_lightningdit(run.stored(JOB).folder)
-    assert not [name for name in model.state_dict() if "projector" in name]
+    weights = model.state_dict()
+    assert not [name for name in weights if "projector" in name]
+    average = {f"model.{name}": torch.empty_like(weight) for name, weight in weights.items()}
+    load_average(run.training_folder(JOB), 128, average, prefix="model.")
+    assert all(average[f"model.{name}"].equal(weight) for name, weight in weights.items())
     exported = run.require(JOB).digest
     run.storage.delete(run.prefix(JOB).removesuffix("/export"))
     train(begin_training(run, JOB, World()), LocalSession(), World())

@@ -84,7 +84,8 @@ def _load_sampler(inputs: CheckpointEvaluationInputs, images_seen: int, classes:
     with torch.device("meta"):
         model = LightningDiT(config.lightningdit.with_classes(classes), config.tokenizer.latent_dim, config.grid)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    load_average(inputs.training, images_seen, {f"model.{name}": each for name, each in model.state_dict().items()})
+    weights = {f"model.{name}": each for name, each in model.state_dict().items()}
+    load_average(inputs.training, images_seen, weights, prefix="model.")  # what else is trained is not exported
     tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     return Sampler.of(tokenizer, model, normalizer, config, device)

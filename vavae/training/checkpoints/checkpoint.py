@@ -360,13 +360,14 @@ def _map_cached(checkpoints: Storage, path: str, info: FileInfo) -> ReadRange:
     return map_file(checkpoints.local_file(path, info.sha256))
 
 
-def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor]) -> None:
+def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     """Fill full contiguous tensors with the average in a checkpoint.
 
     Args:
         training: folder of the training.
         images_seen: at the checkpoint.
-        tensors: tensors by their names in the step's module.
+        tensors: tensors by their names in the step's module, all of those that begin with the prefix.
+        prefix: of the names.
 
     Raises:
         UserError: a file is damaged, or gone.
@@ -379,7 +380,7 @@ def load_average(training: Storage, images_seen: int, tensors: Mapping[str, Tens
     paths = sorted(path for path in record.files if path.split("/")[1] == _EMA)
     files = (_open(checkpoints, f"{name}/{path}", record.files[path], headers.get(path)) for path in paths)
     parts = {name: as_full_shard(tensor) for name, tensor in tensors.items()}
-    fill_tensor_shards(parts, fetch_tensor_shards(parts, files))
+    fill_tensor_shards(parts, fetch_tensor_shards(parts, files, prefix))
 
 
 class _Place(NamedTuple):
