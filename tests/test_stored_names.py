@@ -30,7 +30,8 @@ sample routing|shards|sweep|timesteps|tokenizer|variety|weights
 """
 COLUMN_NAMES = """
 loss/total loss/reconstruction loss/l1 loss/perceptual loss/kl loss/adversarial loss/discriminator loss/cosine
-loss/distance loss/velocity loss/direction loss_at_timestep/0.0 loss_at_timestep/0.1 loss_at_timestep/0.2
+loss/distance loss/velocity loss/intermediate loss/representation loss/direction
+loss_at_timestep/0.0 loss_at_timestep/0.1 loss_at_timestep/0.2
 loss_at_timestep/0.3 loss_at_timestep/0.4 loss_at_timestep/0.5 loss_at_timestep/0.6 loss_at_timestep/0.7
 loss_at_timestep/0.8 loss_at_timestep/0.9 alignment adaptive_weight/vf adaptive_weight/adversarial latent/spectrum_slope
 latent/effective_rank latent/channel_std_min latent/channel_std_max latent/local_to_global logits_real logits_fake

@@ -13,7 +13,9 @@ from vavae.data.shards.plan import TRAIN, open_split, plan_shards, source_names
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import check_data, find_reference
+from vavae.latents.features import read_features_of, token_grid
 from vavae.latents.manifest import read_latent_manifest
+from vavae.latents.stream import ShardsWithFeatures
 from vavae.metrics.features import describe
 from vavae.metrics.reference import read_reference
 from vavae.models.backbones.config import BackboneConfig
@@ -64,6 +66,9 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         )
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, config.grid)
+    features = config.latents.features
+    if "precompute_latents" in jobs and features is not None:
+        check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []
     for section, backbone in _backbones(config, jobs).items():
         timm_name(backbone)  # a network that there is not is a mistake, not something to fetch
@@ -115,6 +120,9 @@ def check_cache(run: Run, job: Job) -> None:
     infos = manifest.splits[TRAIN]
     order = order_of(infos.counts, config.seed, config.stream)
     shards = OrderedShards(folder, TRAIN, infos, order, micro_batch_size=1)
+    if job == "train_lightningdit" and config.objective.representation is not None:
+        features = read_features_of(folder, config.latents, config.grid).shards
+        shards = ShardsWithFeatures(folder, TRAIN, infos, order, 1, features)
     if shards.are_local:
         return
     machines = config.workers.count if "RAY_ADDRESS" in os.environ else 1
@@ -149,6 +157,8 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     backbones: dict[str, BackboneConfig] = {}
     if "train_vavae" in jobs or "evaluate" in jobs:
         backbones["teacher"] = config.teacher.backbone
+    if "precompute_latents" in jobs and config.latents.features is not None:
+        backbones["latents.features.teacher"] = config.latents.features.teacher.backbone
     if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
         backbones["losses.perceptual"] = config.losses.perceptual.backbone
     if "evaluate" in jobs:

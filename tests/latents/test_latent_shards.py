@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from vavae.data.sample_order import order_of
 from vavae.data.shards.manifest import ShardInfo
 from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
+from vavae.latents.features import FeatureManifest
 from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest, read_latents_of
-from vavae.latents.shards import MappedLatents, write_latents
+from vavae.latents.shards import MappedLatents, feature_members, write_latents
 from vavae.latents.statistics import STATISTICS, LatentStatistics, read_statistics
-from vavae.latents.stream import LatentStream
+from vavae.latents.stream import FeaturesToRead, LatentStream
 from vavae.randomness import numpy_generator
-from vavae.storage.storage import sha256_of
+from vavae.storage.storage import Storage, sha256_of
 
 SHAPE, COUNTS, SEED = (3, 2, 5), (7, 6), 4
 
@@ -183,7 +185,7 @@ def test_a_slice_is_a_function_of_its_key(storage):
     keys = [MicroBatchKey(lane, step) for step in range(4) for lane in (0, 1)]
     found, other = [stream[key] for key in keys], pickle.loads(pickle.dumps(stream))
     for slice_, key in zip(reversed(found), reversed(keys), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(slice_[2:], other[key][2:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(slice_[2:5], other[key][2:5], strict=True))
 
 
 posteriors = hnp.arrays(
@@ -277,3 +279,72 @@ def test_latents_of_another_tokenizer_or_size_are_refused_in_one_line(storage):
         read_latents_of(storage, "u", SHAPE)
     with pytest.raises(UserError, match=r"latents \[3, 2, 5\], but tokenizer.latent_dim=3 on a 2 x 4 grid"):
         read_latents_of(storage, "t", (3, 2, 4))
+
+
+def features_of(count, flip, shape=(6, 5)):
+    return numpy_generator(0, "features", count).integers(-9999, 9999, (count, 1 + flip, *shape)).astype(np.int16)
+
+
+def write_features(storage, flip):
+    infos = []
+    for number, count in enumerate(COUNTS):
+        with storage.create(f"features/train/{number:06d}.tar") as path:
+            with write_tar(path) as tar:
+                for index, bits in enumerate(features_of(count, flip)):
+                    tar.add(index, feature_members(bits))
+            infos.append(
+                ShardInfo(name=f"{number:06d}.tar", count=count, bytes=path.stat().st_size, sha256=sha256_of(path))
+            )
+    return FeatureManifest(config="c", shape=(6, 5), flip=flip, shards=tuple(infos))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_features_are_those_of_the_images_and_views_and_end_with_their_steps(storage, flip):
+    manifest, features = write_set(storage, flip), write_features(storage, flip)
+    order = order_of(COUNTS, SEED, StreamConfig(lanes=2, block=3))
+    arguments = (storage, manifest, "train", order, 4, SEED, 1)
+    stream, plain = LatentStream(*arguments, FeaturesToRead(features, 5.5)), LatentStream(*arguments)
+    views = set()
+    for key in (MicroBatchKey(lane, step) for step in range(8) for lane in (0, 1)):
+        found, without = stream[key], plain[key]
+        assert all(a.equal(b) for a, b in zip(found[2:5], without[2:5], strict=True)), "the same bits"
+        assert without.features is None
+        if key.step > 5:
+            assert found.features is None
+            continue
+        assert found.features.dtype == torch.bfloat16
+        for row, location in enumerate(order.micro_batch(*key, 4)):
+            count, record = COUNTS[location.shard], location.record
+            mean = arrays_of(count, 1 + flip)[record].astype(np.float32)
+            view = next(each for each in range(1 + flip) if np.array_equal(mean[2 * each], found.mean[row]))
+            assert np.array_equal(found.features[row].view(torch.int16), features_of(count, flip)[record, view])
+            views.add(view)
+    assert len(views) == 1 + flip
+    assert stream.micro_batch_bytes == plain.micro_batch_bytes + 4 * 6 * 5 * 2
+    assert stream.shards.bytes_of([0, 1]) == plain.shards.bytes_of([0, 1]) + sum(info.bytes for info in features.shards)
+    again = pickle.loads(pickle.dumps(stream))[MicroBatchKey(1, 3)]
+    assert torch.equal(again.features.view(torch.int16), stream[MicroBatchKey(1, 3)].features.view(torch.int16))
+
+
+def test_features_of_another_shape_or_content_are_refused(storage):
+    manifest, features = write_set(storage, flip=False), write_features(storage, flip=False)
+    order = order_of(COUNTS, SEED, StreamConfig(lanes=2))
+    other = features.model_copy(update={"shape": (5, 6)})
+    with pytest.raises(UserError, match=r"int16\[1, 6, 5\], expected int16\[1, 5, 6\]; compute the latents again"):
+        _ = LatentStream(storage, manifest, "train", order, 4, SEED, 2, FeaturesToRead(other, 9))[MicroBatchKey(0, 0)]
+    path = storage.local_file("features/train/000000.tar")
+    path.write_bytes(path.read_bytes()[:-512])
+    stream = LatentStream(storage, manifest, "train", order, 4, SEED, 2, FeaturesToRead(features, 9))
+    with pytest.raises(UserError, match=r"features/train/000000.tar: \d+ bytes where the manifest says"):
+        _ = [stream[MicroBatchKey(lane, 0)] for lane in (0, 1)]
+
+
+def test_features_are_fetched_with_their_latents(tmp_path):
+    storage = Storage(f"memory://{uuid4()}", str(tmp_path / "cache"))
+    manifest, features = write_set(storage, flip=True), write_features(storage, flip=True)
+    order = order_of(COUNTS, SEED, StreamConfig(lanes=2))
+    stream = LatentStream(storage, manifest, "train", order, 4, SEED, 2, FeaturesToRead(features, 9))
+    stream.shards.fetch(1)
+    for folder in ("train", "features/train"):
+        storage.delete(f"{folder}/000001.tar")
+    assert stream.shards.open_features(1, lambda path: path.stat().st_size) == features.shards[1].bytes

@@ -32,6 +32,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "train_lightningdit": {"lanes_at_once": 2},
     },
+    "representation alignment": {
+        # It falls and stops within the steps that tests take.
+        "objective": {
+            "representation": {"after_block": 1, "projector_width": 16, "decay_from_images": 8, "stop_images": 24}
+        },
+        "latents": {"features": {"teacher": {"name": "efficientnet_lite0"}}},
+    },
 }
 """By name: what each writes into the configuration."""
 

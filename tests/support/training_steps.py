@@ -11,6 +11,7 @@ from torch import nn
 from vavae.data.image import png_bytes
 from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
 from vavae.distributed.world import World
+from vavae.latents.features import feature_shape
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch
 from vavae.randomness import torch_generator
@@ -67,14 +68,24 @@ class DrawnImages:
 
 
 class DrawnLatents:
-    """Random posteriors, a function of lane and step."""
+    """Random posteriors, and features where they are asked for, a function of lane and step.
+
+    Args:
+        feature_dim: channels of the features.
+    """
+
+    def __init__(self, feature_dim: int | None = None) -> None:
+        self._feature_dim = feature_dim
 
     def __getitem__(self, key: MicroBatchKey) -> LatentMicroBatch:
         """See `MicroBatchSource`."""
         generator = torch_generator(1, "latents", *key)
         mean = torch.randn(BATCH // LANES, 4, 8, 8, generator=generator)
         labels = torch.randint(0, CLASSES, (len(mean),), generator=generator)
-        return LatentMicroBatch(*key, mean, torch.full_like(mean, 0.1), labels)
+        features = None
+        if self._feature_dim is not None:
+            features = torch.randn(len(mean), 64, self._feature_dim, generator=generator).bfloat16()
+        return LatentMicroBatch(*key, mean, torch.full_like(mean, 0.1), labels, features)
 
 
 def build_step(job: Job, config: RunConfig, world: World, awaits_checkpoint: bool = False) -> Step:
@@ -84,7 +95,9 @@ def build_step(job: Job, config: RunConfig, world: World, awaits_checkpoint: boo
         return TokenizerStep(config, phase, None, DrawnImages(), world, awaits_checkpoint)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
-    return DiffusionStep(config, model, DrawnLatents(), normalizer, world, awaits_checkpoint)  # type: ignore[arg-type]
+    stored = config.latents.features
+    latents = DrawnLatents(None if stored is None else feature_shape(stored, config.grid)[1])
+    return DiffusionStep(config, model, latents, normalizer, world, awaits_checkpoint)  # type: ignore[arg-type]
 
 
 def figures_of(result: StepResult, world: World) -> dict[str, float]:

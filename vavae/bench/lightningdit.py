@@ -17,6 +17,7 @@ from vavae.diffusion.flow_matching import FlowMatchingObjective
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.latents.features import feature_shape
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
@@ -119,7 +120,10 @@ def _micro_batch(config: RunConfig, lane: int, device: torch.device) -> LatentMi
     rng = torch_generator(0, "bench", lane)
     mean = torch.randn(shape, generator=rng)
     labels = torch.randint(0, config.lightningdit.classes or _CLASSES, (len(mean),), generator=rng)
-    tensors = (mean, torch.full_like(mean, 0.1), labels)
+    tensors = [mean, torch.full_like(mean, 0.1), labels]
+    if config.objective.representation is not None and config.latents.features is not None:
+        of_an_image = feature_shape(config.latents.features, config.grid)
+        tensors.append(torch.randn(len(mean), *of_an_image, generator=rng).bfloat16())
     return LatentMicroBatch(lane, 0, *(tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors))
 
 
@@ -260,6 +264,7 @@ class _Predicting(nn.Module):
         keep: Tensor | None,
         path_dropped: Tensor | None,
         data_floor: float,
+        tokens_after: int | None,
     ) -> Predictions:
         """See `LightningDiT.predict`; the output is a velocity."""
         assert keep is path_dropped is None, "it has no blocks that tokens skip"

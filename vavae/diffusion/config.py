@@ -1,5 +1,6 @@
 """Configuration of objective, guidance and solver, without torch. Time runs from noise (t = 0) to data (t = 1)."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +28,47 @@ class TimestepConfig(Config):
     noise, 1 for none; `by_dimension` is √(4096 / C H W) for latents [C, H, W]."""
 
 
+class RepresentationConfig(Config):
+    """Alignment of an inner block's tokens with a teacher's features, which `latents.features` stores (REPA, iREPA)."""
+
+    weight: float = Field(0.5, gt=0)
+    """Weight of minus the mean cosine of projected tokens and features. Released: 0.5 (REPA), 1 (iREPA)."""
+    after_block: int = Field(8, ge=1)
+    """Number of blocks whose tokens are projected. Published: 8 of L and XL, 4 of B."""
+    projector: Literal["mlp", "conv"] = "mlp"
+    """`mlp` has three layers (REPA), `conv` is a convolution of 3 x 3 tokens (iREPA). It is trained, not exported."""
+    projector_width: int = Field(2048, ge=1)
+    """Hidden width of the `mlp`."""
+    spatial_norm: float | None = Field(None, ge=0, le=1)
+    """Share of its mean over the positions of an image that each channel of the features is less, before it is divided
+    by its deviation there; 0.6 in iREPA. Null takes the features as they are."""
+    decay_from_images: int | None = Field(None, ge=0)
+    """Images seen from which on the weight falls linearly, to zero at `stop_images`; null keeps it until then."""
+    stop_images: int | None = Field(None, ge=1)
+    """Images seen from which on nothing is aligned and no features are read; null never stops."""
+
+    def weight_at(self, images_seen: int) -> float:
+        """Weight of the term after so many images."""
+        left = math.inf if self.stop_images is None else self.stop_images - images_seen
+        if left <= 0:
+            return 0.0
+        if self.stop_images is None or self.decay_from_images is None:
+            return self.weight
+        return self.weight * min(1.0, left / (self.stop_images - self.decay_from_images))
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        width = type(self).model_fields["projector_width"].default
+        if self.projector == "conv" and self.projector_width != width:
+            raise ValueError(f"projector_width={self.projector_width}, but projector=conv has no width: leave it out")
+        if self.decay_from_images is not None and self.decay_from_images >= (self.stop_images or 0):
+            raise ValueError(
+                f"decay_from_images={self.decay_from_images} must be less than stop_images={self.stop_images}, where "
+                "the weight reaches zero"
+            )
+        return self
+
+
 class ObjectiveConfig(Config):
     """Loss of the predicted velocity, and label dropout."""
 
@@ -37,6 +79,8 @@ class ObjectiveConfig(Config):
     data_floor: float = added(0.05, gt=0, lt=1)
     """Least divisor 1 - t of the velocities that are trained where `lightningdit.prediction` is data; nearer to it the
     squared error of the data counts 1 / data_floor² times."""
+    representation: RepresentationConfig | None = added(None)
+    """Align the tokens of an inner block with the features that `latents.features` stores. Null aligns nothing."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 

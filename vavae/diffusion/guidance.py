@@ -11,8 +11,8 @@ from vavae.diffusion.config import GuidanceConfig, WeakModelConfig
 LabeledVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function velocity(x [B, C, H, W], t [B], y int64 [B]) -> [B, C, H, W], for example a LightningDiT."""
 
-Predict = Callable[..., tuple[Tensor, Tensor | None]]
-"""Function of the same arguments to the velocity and to that of an inner block, as `LightningDiT.predict`; with a
+Predict = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+"""Function of the same arguments to the velocity, that of an inner block, and tokens, as `LightningDiT.predict`; with a
 further one, int64 [B, K], for the tokens that skip no block."""
 
 KeptTokens = Callable[[float], Tensor]
@@ -87,7 +87,7 @@ class InternalGuidance:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
-        velocity, intermediate = self.predict(x, t.to(x.device), y)
+        velocity, intermediate, _ = self.predict(x, t.to(x.device), y)
         assert intermediate is not None, "the model has an intermediate head"
         excess = (self.config.internal_scale - 1) * within(t, self.config.internal_interval)
         return velocity + excess.view(-1, 1, 1, 1).to(velocity) * (velocity - intermediate)
@@ -145,7 +145,7 @@ class RoutingGuidance:
             return velocity
         rows = active.to(x.device)
         keep = self.keep(config.routing_drop)[rows]
-        routed, _ = self.predict(x[rows], t[active].to(x.device), y[rows], keep)
+        routed, *_ = self.predict(x[rows], t[active].to(x.device), y[rows], keep)
         velocity = velocity.clone()
         velocity[rows] = routed + config.routing_scale * (velocity[rows] - routed)
         return velocity

@@ -128,10 +128,12 @@ class ShardFile:
         length = int.from_bytes(read(0, _LENGTH_BYTES), "little")
         return cls(str(path), read(0, _LENGTH_BYTES + length), read)
 
-    def overlapping(self, parts: Mapping[str, TensorShard]) -> list[str]:
-        """Names of the shards in the file that hold values of `parts`."""
+    def overlapping(self, parts: Mapping[str, TensorShard], prefix: str = "") -> list[str]:
+        """Names of the shards in the file that hold values of `parts`, which are all whose names begin so."""
         names = []
         for name, entry in self._entries.items():
+            if not name.startswith(prefix):
+                continue
             assert name in parts, f"{self._place}: {name} is of another module"
             first, values, shape = parts[name]
             assert entry.offset + entry.length <= shape.numel(), f"{self._place}: {name} is of another module"
@@ -176,12 +178,15 @@ def map_file(path: Path) -> ReadRange:
     return lambda start, stop: mapped[start:stop]
 
 
-def fetch_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[ShardFile]) -> list[SavedShard]:
+def fetch_tensor_shards(
+    parts: Mapping[str, TensorShard], files: Iterable[ShardFile], prefix: str = ""
+) -> list[SavedShard]:
     """Read and verify what a rank's shards are made of, strictly, from no more files than that takes.
 
     Args:
         parts: shards of this rank, which stay as they are.
         files: of all ranks that saved them, the one first that is most likely to hold them.
+        prefix: of the names of the parts; what is named otherwise in the files is passed over.
 
     Raises:
         DamagedFileError: a checksum is another.
@@ -189,7 +194,7 @@ def fetch_tensor_shards(parts: Mapping[str, TensorShard], files: Iterable[ShardF
     missing = {name: len(part.values) for name, part in parts.items()}
     saved_shards: list[SavedShard] = []
     for file in files:
-        for saved in file.fetch(file.overlapping(parts)):
+        for saved in file.fetch(file.overlapping(parts, prefix)):
             low, high = _overlap(parts[saved.name], saved)
             missing[saved.name] -= high - low
             saved_shards.append(saved)

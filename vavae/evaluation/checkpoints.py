@@ -87,7 +87,8 @@ def _load_sampler(
         model = LightningDiT(config.lightningdit.with_classes(classes), config.tokenizer.latent_dim, config.grid)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     tensors = {f"model.{name}": each for name, each in model.state_dict().items()}
-    load_average(inputs.training, images_seen, tensors, config.sample.weights)
+    # What else is trained is not exported.
+    load_average(inputs.training, images_seen, tensors, config.sample.weights, prefix="model.")
     tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     weak = load_weak_model(inputs.weak, model)

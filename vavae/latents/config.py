@@ -4,6 +4,20 @@ from pydantic import Field
 
 from vavae.config import Config, added, runtime
 from vavae.distributed.config import Precision
+from vavae.models.tokenizer.config import TeacherConfig
+
+
+class FeaturesConfig(Config):
+    """Features of a frozen network, stored beside the latents for `objective.representation`.
+
+    They are those of every training image and, with `latents.flip`, of its mirror image, in bfloat16. The training of
+    the LightningDiT reads latents and no images, so it can't compute them by itself.
+    """
+
+    teacher: TeacherConfig = TeacherConfig(name="dinov2_base")
+    """The network, which computes in `latents.precision`. Published: `dinov2_base`."""
+    patch_size: int = Field(1, ge=1)
+    """Positions of a latent per feature along one side, as many as of a token: `lightningdit.patch_size`."""
 
 
 class LatentsConfig(Config):
@@ -22,6 +36,9 @@ class LatentsConfig(Config):
     scale: float | None = Field(None, gt=0)
     """Train the diffusion on latents times this number instead of whitened ones (SD-VAE's is 0.18215); it changes the
     statistics alone, no latent."""
+    features: FeaturesConfig | None = added(None)
+    """Store the features of a teacher, too: with `dinov2_base` and 16 x 16 latents 393 kB of every image, and as much
+    of its mirror image. Null stores none."""
     actors: int = runtime(1, ge=1)
     """Shards encoded at the same time, each in an actor of its own."""
     cpus: float | None = runtime(None, gt=0)

@@ -25,6 +25,7 @@ from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.errors import UserError
 from vavae.latents.config import LatentsConfig
+from vavae.latents.features import SPLIT, FeatureExtraction
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import latent_members
 from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics
@@ -80,6 +81,7 @@ class Extraction:
         tokenizer: digest of the tokenizer's export.
         config: batch size, flips, precision and scale.
         threads: threads that decode images; their number changes nothing.
+        features: those to be stored beside the latents; None for none.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Extraction:
         tokenizer: str,
         config: LatentsConfig,
         threads: int = 1,
+        features: FeatureExtraction | None = None,
     ) -> None:
+        self._features = features
         self._images, self._manifest, self._latents = images, manifest, latents
         self._tokenizer, self._config, self._threads = tokenizer, config, threads
         self._turn = Lock()
@@ -100,12 +104,14 @@ class Extraction:
         """The latents of a run."""
         tokenizer, config = inputs.tokenizer.digest, inputs.config.latents
         threads = threads_of(config.cpus or inputs.config.workers.cpus)
-        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config, threads)
+        features = FeatureExtraction.of(inputs)
+        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config, threads, features)
 
     @property
     def images(self) -> int:
-        """Number of images in all shards."""
-        return sum(self._manifest.count(split) for split in self._manifest.splits)
+        """Number of images in all shards, those that have features counted twice."""
+        count = sum(self._manifest.count(split) for split in self._manifest.splits)
+        return count if self._features is None else count + self._features.images
 
     def tasks(self) -> list[ShardTask]:
         """All shards, in order, done or not."""
@@ -132,8 +138,8 @@ class Extraction:
         return size == record.shard.bytes and record.origin == self._origin(task)
 
     def _origin(self, task: ShardTask) -> str:
-        # The scale changes no latent.
-        config = {key: value for key, value in identity(self._config).items() if key != "scale"}
+        # The scale changes no latent, nor do features.
+        config = {key: value for key, value in identity(self._config).items() if key not in ("scale", "features")}
         return digest(
             {
                 "source": self._manifest.splits[task.split][task.number].sha256,
@@ -147,7 +153,7 @@ class Extraction:
     def encode(
         self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]
     ) -> LatentShardRecord:
-        """Encode one shard, unless it is done.
+        """Encode one shard, unless it is done, and compute its features, where there are any, unless they are.
 
         While a batch is encoded the next one is decoded and the one before it written; of every shard, at most two
         batches of images and three of posteriors are in memory. Called in two threads, it reads the next shard and
@@ -162,6 +168,14 @@ class Extraction:
         Returns:
             Its record, without the names of the images.
         """
+        record = self._encode_latents(task, model, device, advance)
+        if self._features is not None and task.split == SPLIT:
+            self._features.encode(self._manifest.splits[SPLIT][task.number], task.first_index, device, advance)
+        return record
+
+    def _encode_latents(
+        self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]
+    ) -> LatentShardRecord:
         source = self._manifest.splits[task.split][task.number]
         present = self.record(task)
         if present is not None:
@@ -275,6 +289,8 @@ class Extraction:
             for split, shards in splits.items()
             for shard in shards
         } | captions
+        if self._features is not None:
+            files |= self._features.finish()
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
             save_file(normalization, local)

@@ -1,7 +1,9 @@
 """The stream of latents that the LightningDiT trains on: micro-batches in the sample order of the images."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,12 +12,16 @@ from torch import Tensor
 from vavae.data.image_stream import MicroBatchKey, ShardStream
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import SampleOrder
+from vavae.data.shards.manifest import ShardList, open_shard
 from vavae.data.shards.mapped_shard import ShardCache
 from vavae.errors import UserError
+from vavae.latents.features import FEATURES, FeatureManifest
 from vavae.latents.manifest import LatentManifest
-from vavae.latents.shards import MappedLatents
+from vavae.latents.shards import MappedLatents, map_features
 from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
+
+T = TypeVar("T")
 
 
 class LatentMicroBatch(NamedTuple):
@@ -29,6 +35,37 @@ class LatentMicroBatch(NamedTuple):
     """float32 [S, C, H, W]."""
     labels: Tensor
     """int64 [S]; all 0, the null label, where there are no classes."""
+    features: Tensor | None = None
+    """Those of the same views, bfloat16 [S, N, F]; None where none are read."""
+
+
+class FeaturesToRead(NamedTuple):
+    """Features that a stream reads with its latents."""
+
+    manifest: FeatureManifest
+    steps: float
+    """Steps that need them; later ones read none."""
+
+
+@dataclass(frozen=True)
+class ShardsWithFeatures(OrderedShards):
+    """Shards of latents, each with the shard of the features of its images."""
+
+    features: ShardList
+
+    def fetch(self, shard: int) -> None:
+        """Bring both shards of an index into the cache, where they are not in it yet."""
+        super().fetch(shard)
+        self.open_features(shard, lambda path: None)
+
+    def open_features(self, shard: int, open_file: Callable[[Path], T]) -> T:
+        """Open the local file of a shard of features, see `open`."""
+        return open_shard(self.storage, f"{FEATURES}/{self.split}", self.features[shard], open_file)
+
+    def bytes_of(self, shards: Iterable[int]) -> int:
+        """Total size of some shards and of their features, bytes."""
+        indices = [*shards]
+        return super().bytes_of(indices) + int(self.features.sizes[indices].sum())
 
 
 class LatentStream(ShardStream[LatentMicroBatch]):
@@ -42,6 +79,7 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         micro_batch_size: latents of one micro-batch.
         seed: keys the choice between an image and its mirror image.
         open_shards: shards mapped at a time.
+        features: those to read with the latents; None reads none.
     """
 
     def __init__(
@@ -53,11 +91,17 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         micro_batch_size: int,
         seed: int,
         open_shards: int,
+        features: FeaturesToRead | None = None,
     ) -> None:
-        shards = OrderedShards(storage, split, manifest.splits[split], order, micro_batch_size)
-        super().__init__(
-            shards, micro_batch_bytes=micro_batch_size * 2 * int(np.prod(manifest.shape)) * np.float32().itemsize
-        )
+        of_an_image = 2 * int(np.prod(manifest.shape)) * np.float32().itemsize
+        latents = (storage, split, manifest.splits[split], order, micro_batch_size)
+        shards = OrderedShards(*latents)
+        if features is not None:
+            of_an_image += int(np.prod(features.manifest.shape)) * torch.bfloat16.itemsize
+            shards = ShardsWithFeatures(*latents, features.manifest.shards)
+        super().__init__(shards, micro_batch_bytes=micro_batch_size * of_an_image)
+        self._features = features
+        self._open_features: ShardCache[np.ndarray] = ShardCache(open_shards)
         self._manifest, self._size, self._seed = manifest, micro_batch_size, seed
         self._open: ShardCache[MappedLatents] = ShardCache(open_shards)
 
@@ -71,11 +115,31 @@ class LatentStream(ShardStream[LatentMicroBatch]):
             mine = shards == shard
             mapped = self._open.get(int(shard), self._map)
             records[mine], labels[mine] = mapped.arrays[rows[mine]], mapped.labels[rows[mine]]
+        mirrored = np.zeros(self._size, bool)
         if self._manifest.flip:
             mirrored = numpy_generator(self._seed, "mirror", key.lane, key.step).random(self._size) < 0.5
             records = np.where(mirrored[:, None, None, None, None], records[:, 2:], records[:, :2])
         posterior = torch.from_numpy(records).float()  # [S, 2, C, H, W]
-        return LatentMicroBatch(key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels))
+        features = None
+        if self._features is not None and key.step < self._features.steps:
+            features = self._read_features(shards, rows, mirrored.astype(int))
+        return LatentMicroBatch(
+            key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels), features
+        )
+
+    def _read_features(self, shards: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        """Features bfloat16 [S, N, F] of images, given by shard and record, and of these views of them."""
+        assert self._features is not None, "a stream with features"
+        bits = np.empty((self._size, *self._features.manifest.shape), np.int16)
+        for index, (shard, row, view) in enumerate(zip(shards.tolist(), rows, views, strict=True)):
+            bits[index] = self._open_features.get(shard, self._map_features)[row, view]
+        return torch.from_numpy(bits).view(torch.bfloat16)
+
+    def _map_features(self, shard: int) -> np.ndarray:
+        assert isinstance(self.shards, ShardsWithFeatures), "a stream with features"
+        assert self._features is not None, "a stream with features"
+        count, shape = self.shards.features[shard].count, self._features.manifest.record_shape
+        return self.shards.open_features(shard, lambda path: map_features(path, count, shape))
 
     def _map(self, shard: int) -> MappedLatents:
         def open_file(path: Path) -> MappedLatents:

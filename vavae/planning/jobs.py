@@ -23,6 +23,7 @@ from vavae.planning.formulas import (
     step_traffic,
 )
 from vavae.planning.sizes import (
+    feature_bytes,
     image_bytes,
     latent_bytes,
     muon_matrices,
@@ -33,7 +34,7 @@ from vavae.planning.sizes import (
 from vavae.planning.training import TrainingEstimate, estimate_training, lanes_at_once
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
-from vavae.training.flops.flops import decoding_flops, encoding_flops, training_flops, velocity_flops
+from vavae.training.flops.flops import decoding_flops, encoding_flops, features_flops, training_flops, velocity_flops
 
 _MEASURED_IMAGE_SIZE = 256
 _DECODED_PER_SECOND = {"jpeg": 3000.0, "png": 400.0}
@@ -98,7 +99,13 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
         _prepare(config, cluster, dataset),
         _train(config, cluster, "train_vavae", tokenizer_flops(config), stored_bytes(config, dataset)),
         _extract(config, cluster, dataset),
-        _train(config, cluster, "train_lightningdit", lightningdit_flops(config), latent_bytes(config)),
+        _train(
+            config,
+            cluster,
+            "train_lightningdit",
+            lightningdit_flops(config),
+            latent_bytes(config) + (0 if config.objective.representation is None else feature_bytes(config)),
+        ),
         _sample(config, cluster),
     ]
 
@@ -192,20 +199,21 @@ def _prepare(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEstimate:
     """Estimate the extraction: an actor decodes in threads, one for each of its cores, while its GPU encodes."""
-    flops = encoding_flops(config) * (1 + config.latents.flip)
+    flops = (encoding_flops(config) + features_flops(config)) * (1 + config.latents.flip)
     arithmetic = _arithmetic(config, config.latents.precision)
     computing = _gpu_seconds(flops, cluster, arithmetic)
     decoded = _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
     threads = threads_of(config.latents.cpus or config.workers.cpus)
     actors = cluster.count / config.latents.gpus
-    read, written = stored_bytes(config, dataset), latent_bytes(config)
+    read, written = stored_bytes(config, dataset), latent_bytes(config) + feature_bytes(config)
+    passes = 1 + (config.latents.features is not None)
     rates = {
         "compute": cluster.count / computing,
-        "decoding": actors * threads * decoded,
-        "store": _store_rate(cluster, read + written),
+        "decoding": actors * threads * decoded / passes,
+        "store": _store_rate(cluster, passes * read + written),
     }
     total, rate = dataset.images * written, min(rates.values())
-    return JobEstimate("precompute_latents", dataset.images, None, flops, rates, rate, read, total, arithmetic)
+    return JobEstimate("precompute_latents", dataset.images, None, flops, rates, rate, passes * read, total, arithmetic)
 
 
 def _sample(config: RunConfig, cluster: ClusterSpec) -> JobEstimate:

@@ -10,16 +10,20 @@ from torch import nn
 from vavae.data.shards.manifest import Manifest
 from vavae.distributed.config import MuonConfig
 from vavae.distributed.muon import MatrixShape, assign_by_cost, matrix_shapes
+from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
 from vavae.runs.run import Job
+from vavae.training.diffusion_step import FlowMatchingModel
 from vavae.training.flops.meta_models import lightningdit_of, on_meta
 
 FLOAT_BYTES = 4
 HALF_BYTES = 2
 _TAR_BYTES = 5 * 512
 """Overhead per latent: two headers, the label, and what rounds the array up to blocks."""
+_TAR_BYTES_OF_FEATURES = 2 * 512
+"""Overhead per image of its features, at most: a header, that of the array and what rounds it up to blocks."""
 _ADAM_FLOATS = 3
 """Numbers per parameter in a checkpoint: the weight and two moments, of which Muon has one."""
 
@@ -38,7 +42,8 @@ def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> in
     if job in ("train_vavae", "train_lightningdit"):
         return training_bytes(config, job)
     if job == "precompute_latents" and manifest is not None:
-        return sum(map(manifest.count, manifest.splits)) * latent_bytes(config)
+        features = manifest.count("train") * feature_bytes(config)
+        return sum(map(manifest.count, manifest.splits)) * latent_bytes(config) + features
     return sample_bytes(config) if job == "sample" else None
 
 
@@ -58,6 +63,15 @@ def latent_bytes(config: RunConfig) -> int:
     return values * HALF_BYTES + _TAR_BYTES
 
 
+def feature_bytes(config: RunConfig) -> int:
+    """Bytes of one image among the features, mirrored too where latents are; 0 where none are stored."""
+    stored = config.latents.features
+    if stored is None:
+        return 0
+    values = (1 + config.latents.flip) * math.prod(feature_shape(stored, config.grid))
+    return values * HALF_BYTES + _TAR_BYTES_OF_FEATURES
+
+
 @cache
 def trained_parameters(config: RunConfig, job: Job) -> Mapping[str, int]:
     """Numbers of weights that a training optimizes, by engine; the one that is exported comes first."""
@@ -68,8 +82,10 @@ def trained_parameters(config: RunConfig, job: Job) -> Mapping[str, int]:
 def _trained_modules(config: RunConfig, job: Job) -> Mapping[str, nn.Module]:
     """Networks that a training optimizes, without memory, by engine, whose names of weights they have."""
     if job == "train_lightningdit":
-        return {"lightningdit": nn.ModuleDict({"model": on_meta(lambda: lightningdit_of(config))})}
-    found = {"generator": nn.ModuleDict({"autoencoder": on_meta(lambda: VAVAE(config.tokenizer))})}
+        return {"lightningdit": on_meta(lambda: FlowMatchingModel.of(config, lightningdit_of(config)))}
+    found: dict[str, nn.Module] = {
+        "generator": nn.ModuleDict({"autoencoder": on_meta(lambda: VAVAE(config.tokenizer))})
+    }
     if config.adversarial:
         judge = on_meta(lambda: PatchDiscriminator(config.losses.adversarial, config.shards.channels))
         found["discriminator"] = nn.ModuleDict({"discriminator": judge})

@@ -425,6 +425,7 @@ class RunConfig(Config):
             )
         if self.lightningdit.intermediate_head is None:
             self._has_no_intermediate_head()
+        self._has_features_to_align_with()
         height, width = self.grid
         if height % self.lightningdit.patch_size or width % self.lightningdit.patch_size:
             raise ValueError(
@@ -502,4 +503,35 @@ class RunConfig(Config):
             raise ValueError(
                 f"guidance.routing_scale={guidance.routing_scale:g} draws tokens in every evaluation, from which "
                 "solver.name=dopri5 would take its error: set solver.name to euler or heun"
+            )
+
+    def _has_features_to_align_with(self) -> None:
+        features, representation = self.latents.features, self.objective.representation
+        height, width = self.grid
+        if features is not None and (height % features.patch_size or width % features.patch_size):
+            raise ValueError(
+                f"latents.features.patch_size={features.patch_size} does not divide the {height} x {width} latent"
+            )
+        if representation is None:
+            return
+        if features is None:
+            raise ValueError(
+                "objective.representation aligns tokens with features that are stored beside the latents, for training "
+                "reads no images: give latents.features, such as {teacher: {name: dinov2_base}}"
+            )
+        if features.patch_size != self.lightningdit.patch_size:
+            raise ValueError(
+                f"latents.features.patch_size={features.patch_size}, but lightningdit.patch_size="
+                f"{self.lightningdit.patch_size}: objective.representation takes one feature for each token, set it so"
+            )
+        depth, routing = self.lightningdit.shape.depth, self.lightningdit.routing
+        if routing is not None and not routing.sees_all_tokens_after(representation.after_block):
+            raise ValueError(
+                f"objective.representation.after_block={representation.after_block} lies among the blocks that tokens "
+                "skip (lightningdit.routing): set it to one before or after them"
+            )
+        if representation.after_block > depth:
+            raise ValueError(
+                f"objective.representation.after_block={representation.after_block} exceeds the depth of the "
+                f"LightningDiT, {depth}: lower it"
             )

@@ -16,10 +16,12 @@ from vavae.diffusion.flow_matching import (
     sample_timesteps,
 )
 from vavae.diffusion.guidance import drop_labels
+from vavae.diffusion.representation import RepresentationAlignment
 from vavae.distributed.build import build_engine
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
+from vavae.latents.features import feature_shape
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
 from vavae.models.dit.config import LightningDiTConfig
@@ -62,9 +64,22 @@ class _Inputs(NamedTuple):
 class FlowMatchingModel(nn.Module):
     """The LightningDiT with its losses inside one forward, so that DeepSpeed's hooks see one call."""
 
-    def __init__(self, model: LightningDiT, objective: FlowMatchingObjective) -> None:
+    def __init__(
+        self, model: LightningDiT, objective: FlowMatchingObjective, alignment: RepresentationAlignment | None = None
+    ) -> None:
         super().__init__()
-        self.model, self._objective = model, objective
+        self.model, self._objective, self.alignment = model, objective, alignment
+
+    @classmethod
+    def of(cls, config: RunConfig, model: LightningDiT) -> "FlowMatchingModel":
+        """A LightningDiT with the losses of a run."""
+        representation, alignment = config.objective.representation, None
+        if representation is not None:
+            assert config.latents.features is not None, "validated by the configuration"
+            feature_dim = feature_shape(config.latents.features, config.grid)[1]
+            width = model.config.shape.width
+            alignment = RepresentationAlignment(representation, width, feature_dim, model.tokens)
+        return cls(model, FlowMatchingObjective(config.objective), alignment)
 
     def forward(
         self,
@@ -74,6 +89,8 @@ class FlowMatchingModel(nn.Module):
         labels: Tensor,
         keep: Tensor | None = None,
         path_dropped: Tensor | None = None,
+        features: Tensor | None = None,
+        representation_weight: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Compute the losses of one micro-batch.
 
@@ -84,20 +101,37 @@ class FlowMatchingModel(nn.Module):
             labels: int64 [S], the null label where a label was dropped.
             keep: tokens that skip no block, int64 [S, K]; None: all.
             path_dropped: images as if all their tokens had skipped, bool [S]; None: no image.
+            features: those that tokens are aligned with, [S, N, F]; None aligns nothing.
+            representation_weight: weight of that alignment.
 
         Returns:
             The scalar to differentiate; detached: means by name, the velocity loss of each sample [S], and the
             variances of what the network predicts and of what it should be [2].
         """
         point, floor = LinearPath.sample(latents, noise, timesteps), self._objective.data_floor
-        prediction, intermediate = self.model.predict(point.x_t, timesteps, labels, keep, path_dropped, floor)
+        prediction, intermediate, tokens = self.model.predict(
+            point.x_t,
+            timesteps,
+            labels,
+            keep,
+            path_dropped,
+            floor,
+            None if self.alignment is None else self.alignment.after_block,
+        )
         velocity, spread = point.velocity, (prediction, point.velocity)
         if self.model.config.predicts_data:
             velocity = velocity_to_data(latents, point.x_t, timesteps, floor)
             spread = (data_of_velocity(prediction, point.x_t, timesteps, floor), latents)
         losses = self._objective(prediction, velocity, intermediate)
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
-        return losses.total.mean(), terms, losses.velocity.detach(), variances(*spread)
+        total = losses.total.mean()
+        if self.alignment is not None:
+            representation = self.alignment(tokens, features)
+            total = total + representation_weight * representation
+            terms["loss/total"] = total.detach()
+            if features is not None:
+                terms["loss/representation"] = representation.detach()
+        return total, terms, losses.velocity.detach(), variances(*spread)
 
 
 class DiffusionStep:
@@ -131,10 +165,9 @@ class DiffusionStep:
         self.stopwatch = Stopwatch(world.device)
         self._normalizer = normalizer.to(world.device)
         dim, grid = config.tokenizer.latent_dim, config.grid
-        objective = FlowMatchingObjective(config.objective)
 
         def build() -> FlowMatchingModel:
-            return FlowMatchingModel(LightningDiT(model, dim, grid), objective)
+            return FlowMatchingModel.of(config, LightningDiT(model, dim, grid))
 
         self.model = (
             uninitialized(build, world.device)
@@ -174,7 +207,8 @@ class DiffusionStep:
         for group in self._groups:
             with self.stopwatch("forward"):
                 inputs = _Inputs.joined([self._draw(micro_batches[index], images_seen) for index in group.indices])
-                loss, values, per_sample, of_outputs_and_data = self._engine.forward(*inputs)
+                aligned = self._align([micro_batches[index] for index in group.indices], images_seen)
+                loss, values, per_sample, of_outputs_and_data = self._engine.forward(*inputs, **aligned)
             with self.stopwatch("backward"):
                 self._engine.backward(loss * group.weight)
             terms.add(group.weight, values)
@@ -197,6 +231,16 @@ class DiffusionStep:
         """See `Step.load_state_dict`."""
         assert not state, "a checkpoint of another training"
         self.awaits_checkpoint = False
+
+    def _align(self, items: Sequence[LatentMicroBatch], images_seen: int) -> dict[str, Any]:
+        """Arguments of the forward pass with the features of micro-batches; none where nothing is aligned."""
+        representation = self._config.objective.representation
+        weight = 0.0 if representation is None else representation.weight_at(images_seen)
+        features = [item.features for item in items if item.features is not None]
+        if not weight or not features:
+            return {}
+        together = torch.cat([each.to(self._world.device, non_blocking=True) for each in features])
+        return {"features": together, "representation_weight": weight}
 
     def _draw(self, item: LatentMicroBatch, images_seen: int) -> _Inputs:
         """Draw all that is random in a micro-batch: latents from their posteriors, noise, timesteps, dropped labels and

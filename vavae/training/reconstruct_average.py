@@ -114,7 +114,9 @@ def reconstruct_average(
     for done, (average, weight) in enumerate(
         zip(reconstruction.averages, reconstruction.sum.coefficients.tolist(), strict=True), 1
     ):
-        load_average(training, average.profile.images_seen, tensors, average.name, average.folder)
+        images_seen, folder = average.profile.images_seen, average.folder
+        # What else is trained is not exported.
+        load_average(training, images_seen, tensors, average.name, folder, prefix="model.")
         for key, tensor in state.items():
             total[key].add_(tensor, alpha=weight)
         progress(done)

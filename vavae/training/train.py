@@ -1,6 +1,7 @@
 """The two trainings as a whole: data, step, loop, export. The same under Ray, torchrun and in a test."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -21,9 +22,10 @@ from vavae.interop.export import (
     load_tokenizer,
     strip_prefix,
 )
+from vavae.latents.features import read_features_of
 from vavae.latents.manifest import LatentManifest, read_latents_of
 from vavae.latents.statistics import LatentNormalizer, read_statistics
-from vavae.latents.stream import LatentStream
+from vavae.latents.stream import FeaturesToRead, LatentStream
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.progress import Progress
 from vavae.runs.config import RunConfig
@@ -209,12 +211,14 @@ def _until_restored(train: Callable[[], Result]) -> Result:
 def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:
     """Train the LightningDiT on latents and export it. Every rank calls it."""
     config, training = inputs.config, inputs.config.train_lightningdit
-    manifest, normalizer = resolve_once(world, lambda: _read_latents(inputs, config.latent_shape))
+    manifest, normalizer, features = resolve_once(world, lambda: _read_latents(inputs, config.latent_shape))
     check_classes(config, manifest.classes)
     model = config.lightningdit.with_classes(len(manifest.classes))
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = training.batch_size // config.stream.lanes
-    stream = LatentStream(inputs.latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards)
+    stream = LatentStream(
+        inputs.latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards, features
+    )
     attempt = _Attempt(inputs, session, world)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
@@ -243,9 +247,15 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
 
 def _read_latents(
     inputs: LightningDiTTrainingInputs, shape: tuple[int, int, int]
-) -> tuple[LatentManifest, LatentNormalizer]:
+) -> tuple[LatentManifest, LatentNormalizer, FeaturesToRead | None]:
+    config, features = inputs.config, None
     manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape)
-    return manifest, LatentNormalizer(*read_statistics(inputs.latents))
+    representation = config.objective.representation
+    if representation is not None:
+        stop = math.inf if representation.stop_images is None else representation.stop_images
+        found = read_features_of(inputs.latents, config.latents, config.grid)
+        features = FeaturesToRead(found, stop / inputs.training.batch_size)
+    return manifest, LatentNormalizer(*read_statistics(inputs.latents)), features
 
 
 def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, world: World) -> list[Callback]:

@@ -83,7 +83,7 @@ def test_kept_tokens_routes_and_velocities_equal_the_public_implementation():
         return model.predict(x, t, y, keep)
 
     guidance = GuidanceConfig(routing_scale=1.5, routing_drop=0.75)
-    velocity = guided(both_routed, 4, guidance, lambda drop: golden["dit.in.keep_strong"])
+    velocity = guide(both_routed, 4, guidance, keep=lambda drop: golden["dit.in.keep_strong"])
     torch.testing.assert_close(-velocity(*arguments), golden["dit.out.guided"], atol=1e-5, rtol=0)
 
 
@@ -166,7 +166,7 @@ def test_fused_tokens_and_guidance_by_path_drop_equal_the_public_implementation(
         "velocity_dense": model(noise, t, y),
         "velocity_null_dense": model(noise, t, nobody),
         "velocity_path_dropped": model.predict(noise, t, nobody, y.new_empty(len(y), 0)).velocity,
-        "guided": guided(model.predict, null, config)(noise, t, y),
+        "guided": guide(model.predict, null, config)(noise, t, y),
     }
     for name, velocity in found.items():
         torch.testing.assert_close(-velocity, golden[f"out.{name}"], atol=1e-5, rtol=0)

@@ -313,11 +313,13 @@ class WideHead(nn.Module):
 
 
 class Predictions(NamedTuple):
-    """Velocities that one pass of the transformer predicts, both [B, C, H, W]."""
+    """Velocities that one pass of the transformer predicts, both [B, C, H, W], and tokens of it."""
 
     velocity: Tensor
     intermediate: Tensor | None
     """Of the head after an inner block; None where the model has none."""
+    tokens: Tensor | None = None
+    """Tokens [B, N, D] after the block that was asked for."""
 
 
 class LightningDiT(nn.Module):
@@ -425,6 +427,7 @@ class LightningDiT(nn.Module):
         keep: Tensor | None = None,
         path_dropped: Tensor | None = None,
         data_floor: float = 0.0,
+        tokens_after: int | None = None,
     ) -> Predictions:
         """Velocities of all output layers, for the arguments of `forward`.
 
@@ -436,6 +439,7 @@ class LightningDiT(nn.Module):
                 fusion there may be none.
             path_dropped: mask bool [B] of images as if there were none, with a fusion; None: no image.
             data_floor: floor of :func:`velocity_to_data`.
+            tokens_after: number of blocks after which tokens are returned, too; None returns none.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         latents, time = x.to(self.pos_embed.dtype), self.t_embedder(t)
@@ -444,7 +448,7 @@ class LightningDiT(nn.Module):
         if self.head is not None:
             activated = F.silu(activated)  # twice, as in the public code with a head
         rotation = None if self.feat_rope is None else self.feat_rope()
-        intermediate = None
+        intermediate = inner_tokens = None
         routing, rotation_of_all = self.config.routing, rotation
         first, last = (None, None) if routing is None else (routing.first_block, routing.last_block)
         assert keep is None or routing is not None, "a model whose tokens all take all blocks"
@@ -464,9 +468,12 @@ class LightningDiT(nn.Module):
                     tokens = put_tokens(before, keep, tokens)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
                 intermediate = self._velocity(self.final_layer_xr(tokens, activated), x, t, data_floor)
+            if finished == tokens_after:
+                inner_tokens = tokens
         if self.head is not None:
             tokens, activated = self.head(latents, tokens, time)
-        return Predictions(self._velocity(self.final_layer(tokens, activated), x, t, data_floor), intermediate)
+        velocity = self._velocity(self.final_layer(tokens, activated), x, t, data_floor)
+        return Predictions(velocity, intermediate, inner_tokens)
 
     def _velocity(self, outputs: Tensor, x: Tensor, t: Tensor, data_floor: float) -> Tensor:
         """Velocity [B, C, H, W] in the dtype of x from the outputs [B, N, P · P · C] of an output layer."""

@@ -379,15 +379,17 @@ def load_average(
     tensors: Mapping[str, Tensor],
     average: str | None = None,
     folder: str = CHECKPOINTS,
+    prefix: str = "",
 ) -> None:
     """Fill full contiguous tensors with an average in a checkpoint, or in a snapshot.
 
     Args:
         training: folder of the training.
         images_seen: at the checkpoint.
-        tensors: tensors by their names in the step's module.
+        tensors: tensors by their names in the step's module, all of those that begin with the prefix.
         average: name of one of `averages`; None takes the one that is exported.
         folder: `CHECKPOINTS` or `SNAPSHOTS`.
+        prefix: of the names.
 
     Raises:
         UserError: a file is damaged, or gone.
@@ -400,7 +402,7 @@ def load_average(
     paths = sorted(path for path in record.files if path.split("/")[1] == average_set(average))
     files = (_open(checkpoints, f"{name}/{path}", record.files[path], headers.get(path)) for path in paths)
     parts = {name: as_full_shard(tensor) for name, tensor in tensors.items()}
-    fill_tensor_shards(parts, fetch_tensor_shards(parts, files))
+    fill_tensor_shards(parts, fetch_tensor_shards(parts, files, prefix))
 
 
 class _Place(NamedTuple):

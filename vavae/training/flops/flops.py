@@ -9,7 +9,11 @@ from functools import cache
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vavae.config import Config
+from vavae.latents.features import token_grid
+from vavae.models.backbones.load import meta_backbone
 from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import TokenizerPhase
 from vavae.runs.run import Job
@@ -58,6 +62,16 @@ def encoding_flops(config: RunConfig) -> float:
     return _count(MetaModel(lambda: model.encode(images_of(config, 1)), (model,)))
 
 
+def features_flops(config: RunConfig) -> float:
+    """FLOPs of the features of one image that are stored beside its latent; 0 where none are."""
+    stored = config.latents.features
+    if stored is None:
+        return 0.0
+    teacher = on_meta(lambda: VisionFoundationTeacher(stored.teacher, meta_backbone))
+    grid = token_grid(stored, config.grid)
+    return _count(MetaModel(lambda: teacher(images_of(config, 1), grid), (teacher,)))
+
+
 def decoding_flops(config: RunConfig) -> float:
     """FLOPs of decoding one latent, without gradients."""
     model = on_meta(lambda: VAVAE(config.tokenizer))
@@ -89,18 +103,29 @@ def over_depth(config: RunConfig, count: Callable[[RunConfig], int]) -> int:
     Blocks that tokens skip add something else each, and something together: they are counted at two and at three.
     """
     depth, routing = config.lightningdit.shape.depth, config.lightningdit.routing
-
-    def shallow(depth: int, routed: int = 0) -> int:
-        last = {"first_block": 1, "last_block": routed}
-        update = {"depth": depth, "routing": routing.model_copy(update=last) if routing and routed else None}
-        return count(config.model_copy(update={"lightningdit": config.lightningdit.model_copy(update=update)}))
-
-    one, two = shallow(1), shallow(2)
+    one, two = (count(_with_depth(config, shallow)) for shallow in (1, 2))
     if routing is None:
         return one + (depth - 1) * (two - one)
-    routed, another = shallow(2, 1), shallow(3, 2)
+    routed, another = (count(_with_depth(config, shallow, shallow - 1)) for shallow in (2, 3))
     skipped = len(routing.blocks)
     return routed + (skipped - 1) * (another - routed) + (depth - 1 - skipped) * (two - one)
+
+
+def _with_depth(config: RunConfig, depth: int, routed: int = 0) -> RunConfig:
+    """A configuration of another depth, in which all that comes after an inner block comes after the first.
+
+    Tokens skip so many blocks after that one.
+    """
+    model, objective = config.lightningdit, config.objective
+    head = model.intermediate_head and model.intermediate_head.model_copy(update={"after_block": 1})
+    skipped = {"first_block": 1, "last_block": routed}
+    routing = model.routing.model_copy(update=skipped) if model.routing and routed else None
+    shallow = model.model_copy(update={"depth": depth, "intermediate_head": head, "routing": routing})
+    changed: dict[str, Config] = {"lightningdit": shallow}
+    if objective.representation is not None:
+        representation = objective.representation.model_copy(update={"after_block": 1})
+        changed["objective"] = objective.model_copy(update={"representation": representation})
+    return config.model_copy(update=changed)
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vavae.diffusion.flow_matching import FlowMatchingObjective
+from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
@@ -102,15 +102,19 @@ def velocity(config: RunConfig) -> MetaModel:
 
 def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
     """LightningDiT on one micro-batch, forward and backward."""
-    model = on_meta(lambda: FlowMatchingModel(lightningdit_of(config), FlowMatchingObjective(config.objective)))
+    model = on_meta(lambda: FlowMatchingModel.of(config, lightningdit_of(config)))
+    stored = config.latents.features
 
     def step() -> None:
-        latents = latents_of(config, images)
+        latents, features = latents_of(config, images), None
+        if model.alignment is not None and stored is not None:
+            features = torch.empty(images, *feature_shape(stored, config.grid))
         labels = torch.empty(images, dtype=torch.int64)
         routing = config.lightningdit.routing
         drops = routing is not None and routing.fuse is not None and routing.fuse.path_dropout
         path_dropped = torch.empty(images, dtype=torch.bool) if drops else None
-        loss, *_ = model(latents, latents, torch.empty(images), labels, kept_of(config, images), path_dropped)
+        kept = kept_of(config, images)
+        loss, *_ = model(latents, latents, torch.empty(images), labels, kept, path_dropped, features, 1.0)
         loss.backward()
 
     return MetaModel(step, (model,))
