@@ -24,8 +24,8 @@ from vavae.training.logging.metric_names import JOB_METRICS, METRICS, metric_nam
 
 ROOT = Path(__file__).parents[1]
 PURPOSES = """
-agreement|augment|bench|block|discriminator|kernel distance|label_dropout|latent tokens|lightningdit|mirror|noise|
-observed posterior|optuna|path_dropout|posterior|reconstruction|released latents|routing|sample|sample label|
+agreement|augment|bench|block|discriminator|kernel distance|label_dropout|latent tokens|lightningdit|mind|mirror|
+noise|observed posterior|optuna|path_dropout|posterior|reconstruction|released latents|routing|sample|sample label|
 sample routing|shards|sweep|timesteps|tokenizer|variety|weights
 """
 COLUMN_NAMES = """

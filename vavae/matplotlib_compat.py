@@ -7,9 +7,4 @@ import logging
 
 _HOME_WARNINGS = ("mkdir -p failed", "writable directory")
 
-
-def _is_other(record: logging.LogRecord) -> bool:
-    return not any(words in str(record.msg) for words in _HOME_WARNINGS)
-
-
-logging.getLogger("matplotlib").addFilter(_is_other)
+logging.getLogger("matplotlib").addFilter(lambda record: not any(words in str(record.msg) for words in _HOME_WARNINGS))

@@ -158,8 +158,10 @@ def test_samples_and_exports_name_the_average(
     of_export, of_mine = (SamplingInputs.at(run.storage.url(), extra) for extra in ([], ["sample.weights=mine"]))
     assert of_export.lightningdit.digest != of_mine.lightningdit.digest == run.require_average("mine").digest
     assert of_export.origin != of_mine.origin
-    assert "average" not in generation_protocol(9, of_export.config)
-    assert generation_protocol(9, of_mine.config).startswith("9 class-balanced samples, average mine, euler 2 steps")
+    assert "average" not in generation_protocol(9, of_export.config, None)
+    assert generation_protocol(9, of_mine.config, None).startswith(
+        "9 class-balanced samples, average mine, euler 2 steps"
+    )
 
     config = str(run.storage.local_file(CONFIG))
     for name, extra in (("export.pt", []), ("mine.pt", ["--weights", "mine"])):

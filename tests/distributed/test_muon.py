@@ -184,7 +184,7 @@ def test_frozen_tables_stay_as_they_are() -> None:
     [
         (
             {"others": ("*_embedder.*",)},
-            r"model.final_layer.\S+ \[\d+, 32\] matches neither matrices=\['\*.blocks.\*'\]",
+            r"model.final_layer.\S+ \[\d+, 32\] matches neither matrices=\['\*.blocks.\*', '\*.fusion.\*'\]",
         ),
         (
             {"matrices": ("*",)},

@@ -37,8 +37,8 @@ def protocols(form, classes=0):
     summary = FeatureSummary(FeatureStatistics(8, sums.sum(0), sums.T @ sums), None, (), features)
     summaries = {"efficientnet_lite0": summary}
     references = {"efficientnet_lite0": Reference.of(summary, "held-out images")}
-    metrics += generation_metrics(summaries, references, config, classes, torch.device("cpu"))
-    metrics += classifier_metrics(ClassifierVerdict(0.5, 0.5, 0.5), 8, 8, 8, config, classes)
+    metrics += generation_metrics(summaries, references, classes, config, torch.device("cpu"))
+    metrics += classifier_metrics(ClassifierVerdict(0.5, 0.5, 0.5, held_out=8, fitted=8), 8, 8, classes, config)
     return {metric.name: metric.protocol for metric in metrics}
 
 
@@ -61,5 +61,5 @@ def test_protocols_say_how_images_that_are_no_color_of_8_bits_are_seen(form, own
 
 def test_protocols_say_whether_there_are_classes():
     assert protocols({})["generation_frechet_distance"].startswith("custom: 8 samples, euler 4 steps")
-    assert "custom: 8 class-balanced samples, euler" in protocols({}, 3)["class_agreement"]
+    assert "custom: 8 class-balanced samples (2 or 3 of a class), euler" in protocols({}, 3)["class_agreement"]
     assert "custom: 8 samples, one of each of the first 8 of 9 classes" in protocols({}, 9)["within_class_variety"]

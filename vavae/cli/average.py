@@ -33,7 +33,8 @@ def _average(arguments: argparse.Namespace) -> int:
     from vavae.training.reconstruct_average import plan_reconstruction, reconstruct_average
 
     std, run = arguments.std, Run.at(arguments.run)
-    training, name = run.config.train_lightningdit, arguments.name or _name(arguments)
+    training, images = run.config.train_lightningdit, arguments.images
+    name = arguments.name or f"std{std:g}" + ("" if images is None else f"-{images}")
     if not 0 < std < WIDEST_STD:
         raise UserError(f"--std {std:g}: give a number between 0 and {WIDEST_STD:.4f}, that of equal weights")
     if re.fullmatch(NAME_PATTERN, name) is None:
@@ -41,7 +42,7 @@ def _average(arguments: argparse.Namespace) -> int:
     if training.average(name) is not None:
         raise UserError(f"--name {name}: the training keeps an average of that name; give another")
     run.require("train_lightningdit")
-    found = plan_reconstruction(run.training_folder("train_lightningdit"), training, std, arguments.images)
+    found = plan_reconstruction(run.training_folder("train_lightningdit"), training, std, images)
     if found.warning is not None:
         print(found.warning)
     with display("average") as show:
@@ -55,7 +56,3 @@ def _average(arguments: argparse.Namespace) -> int:
         f"{total} averages, profile within {found.sum.error:.2g}; sample it with sample.weights={name}"
     )
     return 0
-
-
-def _name(arguments: argparse.Namespace) -> str:
-    return f"std{arguments.std:g}" + ("" if arguments.images is None else f"-{arguments.images}")

@@ -80,19 +80,15 @@ class FlowMatchingObjective:
     def __call__(self, prediction: Tensor, velocity: Tensor, intermediate: Tensor | None = None) -> FlowMatchingLosses:
         """Compare predicted and true velocities [B, C, H, W] of any float dtype; that of an inner block, too."""
         prediction, velocity = prediction.float(), velocity.float()
-        squared = _squared_error(prediction, velocity)
+        squared = (prediction - velocity).square().flatten(1).mean(1)
         direction = (1 - F.cosine_similarity(prediction, velocity, dim=1)).flatten(1).mean(1)
         total = squared + self.direction_weight * direction
         if intermediate is None:
             return FlowMatchingLosses(squared, direction, total)
-        of_intermediate = _squared_error(intermediate.float(), velocity)
+        of_intermediate = (intermediate.float() - velocity).square().flatten(1).mean(1)
         return FlowMatchingLosses(
             squared, direction, total + self.intermediate_weight * of_intermediate, of_intermediate
         )
-
-
-def _squared_error(prediction: Tensor, velocity: Tensor) -> Tensor:
-    return (prediction - velocity).square().flatten(1).mean(1)
 
 
 class TimestepBins(NamedTuple):

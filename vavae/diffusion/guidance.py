@@ -87,7 +87,7 @@ class InternalGuidance:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity at x [B, C, H, W], times t [B] and labels y int64 [B]."""
-        velocity, intermediate, _ = self.predict(x, t.to(x.device), y)
+        velocity, intermediate, *_ = self.predict(x, t.to(x.device), y)
         assert intermediate is not None, "the model has an intermediate head"
         excess = (self.config.internal_scale - 1) * within(t, self.config.internal_interval)
         return velocity + excess.view(-1, 1, 1, 1).to(velocity) * (velocity - intermediate)

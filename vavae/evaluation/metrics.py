@@ -157,7 +157,6 @@ def classifier_metrics(
         train: number of training images that variety is relative to.
         classes: number of classes.
         config: configuration of the run.
-        classes: number of classes of its images.
     """
     protocol, seen = _generated(generated, classes, config), config.shards.pixel_format.as_color()
     extractor = config.evaluate.class_agreement

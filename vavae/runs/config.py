@@ -204,10 +204,10 @@ class TokenizerOptimizerConfig(OptimizerConfig):
 
 
 class LightningDiTMuonConfig(MuonConfig):
-    """Muon for the matrices of the transformer's blocks; embeddings and output layers are AdamW's."""
+    """Muon for the matrices of the transformer's blocks; embeddings, output layers and projectors are AdamW's."""
 
-    matrices: tuple[str, ...] = Field(("*.blocks.*",), min_length=1)
-    others: tuple[str, ...] = ("*_embedder.*", "*.final_layer*")
+    matrices: tuple[str, ...] = Field(("*.blocks.*", "*.fusion.*"), min_length=1)
+    others: tuple[str, ...] = ("*_embedder.*", "*.final_layer*", "*.head.projector.*", "alignment.*")
     split_fused: bool = True
     """Orthogonalize queries, keys and values, and both halves of SwiGLU, as matrices of their own."""
 

@@ -15,7 +15,6 @@ from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
     GENERATION,
     RECONSTRUCTION,
-    SeedMean,
     TrialResult,
     collect,
     front,
@@ -101,7 +100,10 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, 
     shown = {}
     for one in results:
         asked = _convergence_names(sweep, one) if one.last else []
-        shown[one.name] = {name: _text(metric) for name, metric in one.last.items()}
+        shown[one.name] = {
+            name: number(metric.mean) + ("" if metric.deviation is None else f" ± {metric.deviation:.2g}")
+            for name, metric in one.last.items()
+        }
         shown[one.name] |= {name: _not_reached(sweep) for name in asked if name not in one.last}
     measures = list(dict.fromkeys(name for of_trial in shown.values() for name in of_trial))
     return page(
@@ -155,8 +157,3 @@ def _pictures(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | No
         png = sensitivity_png(path, domain, results, sweep.config.objectives)
         drawn.append(Picture(path, "Finished trials; the line joins means.", png or b"", f"Objectives over {path}"))
     return [replace(one, smooth=True) for one in drawn if one.png]
-
-
-def _text(metric: SeedMean) -> str:
-    mean = number(metric.mean)
-    return mean if metric.deviation is None else f"{mean} ± {metric.deviation:.2g}"

@@ -31,7 +31,7 @@ from vavae.models.dit.routing import draw_tokens
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
-from vavae.training.ema import ExponentialMovingAverage, further_averages
+from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.initialize import initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, TermSum, variances
@@ -187,7 +187,9 @@ class DiffusionStep:
         )
         self.engines: dict[str, Engine] = {"lightningdit": self._engine}
         self.ema = ExponentialMovingAverage(self._engine, training.ema_decay, world) if training.ema_decay else None
-        self.averages = further_averages(self._engine, training, world)
+        self.averages = {
+            each.name: FurtherAverage(self._engine, each, training.batch_size, world) for each in training.averages
+        }
 
     def source(self) -> LatentStream:
         """See `Step.source`."""

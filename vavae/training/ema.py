@@ -84,11 +84,6 @@ class FurtherAverage(ExponentialMovingAverage):
         self.update(_limit(ramp, size, images_seen) if std is None else power_decay(std, size, images_seen))
 
 
-def further_averages(engine: Engine, training: LightningDiTTrainingConfig, world: World) -> dict[str, FurtherAverage]:
-    """The averages of a training besides the one of `ema_decay`, by name."""
-    return {each.name: FurtherAverage(engine, each, training.batch_size, world) for each in training.averages}
-
-
 def ramp_limit(training: TrainingConfig, images_seen: int) -> float:
     """Limit the decay of an update so that its half-life is at most `ema_ramp` of the images seen; 1 without a ramp.
 
