@@ -27,7 +27,7 @@ from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
-from vavae.training.ema import further_averages
+from vavae.training.ema import FurtherAverage
 from vavae.training.power_profiles import power_decay
 
 BATCH, STEPS, EVERY = 8, 17, 2
@@ -50,7 +50,7 @@ def averaged_run(root: Path) -> Run:
     module = nn.ModuleDict({"model": small_models.lightningdit()})
     first = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     engine = TorchEngine(module.requires_grad_(True), OptimizerConfig(), EngineConfig(), World(), 1)
-    averages = further_averages(engine, training, World())
+    averages = {each.name: FurtherAverage(engine, each, training.batch_size, World()) for each in training.averages}
     step = SimpleNamespace(engines={"lightningdit": engine}, ema=None, averages=averages, state_dict=dict)
     folder = run.training_folder("train_lightningdit")
     fresh = TrainState(images_seen=0, config="c", data="d")
