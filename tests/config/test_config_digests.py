@@ -20,7 +20,7 @@ from vavae.sweep.trial import Entry, write_entry
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 PINNED = Path(__file__).with_name("digests.json")
-RUNS = [*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("imagenet/*.yaml"))]
+RUNS = [*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("imagenet/**/*.yaml"))]
 PRESETS = sorted(CONFIGS.glob("presets/**/*.yaml"))
 SWEEPS = sorted(CONFIGS.glob("sweeps/*.yaml"))
 SHOWN = 16

@@ -421,5 +421,8 @@ def test_a_configuration_of_the_package_is_found_by_its_name_and_a_file_of_that_
     Path("tiny").write_text("name: own")
     assert find_config("tiny") == Path("tiny")
     assert find_config("tiny.yaml") == Path("tiny.yaml"), "a path, whether there is a file or not"
-    with pytest.raises(UserError, match=r"^presets/ablation: no such file, .*those are cifar10_cpu, imagenet/f16d16, "):
+    with pytest.raises(
+        UserError,
+        match=r"^presets/ablation: no such file, .*those are cifar10_cpu, imagenet/beyond/internal_guidance_xl, ",
+    ):
         find_config("presets/ablation")

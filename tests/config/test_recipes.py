@@ -20,6 +20,7 @@ from vavae.runs.phases import resolve_phases
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "imagenet").glob("*.yaml"))
+BEYOND = sorted((CONFIGS / "imagenet" / "beyond").glob("*.yaml"))
 BATCHES_OF_AN_EPOCH, TOKENIZER_BATCH, LIGHTNINGDIT_BATCH = 5005, 256, 1024
 EPOCH = BATCHES_OF_AN_EPOCH * TOKENIZER_BATCH
 
@@ -81,6 +82,16 @@ def test_each_recipe_opens_with_the_result_it_should_reach_and_its_command(path)
     assert f"python -m ray_jobs.pipeline --config configs/imagenet/{path.name}" in comment
     for words in re.findall(r"[\d.]+|[a-z ]+[a-z]", PROMISES[path.stem]):
         assert re.search(rf"(?<![\d.]){re.escape(words)}(?![\d])", comment), words
+
+
+@pytest.mark.parametrize("path", BEYOND, ids=lambda path: path.stem)
+def test_recipes_beyond_the_paper_open_with_source_figure_command_and_cost(path):
+    comment = re.match(r"(#.*\n)+", path.read_text())[0]
+    assert re.search(r"arXiv \d{4}\.\d{5}", comment)
+    assert re.search(r"FID-50K", comment)
+    assert f"python -m ray_jobs.pipeline --config configs/imagenet/beyond/{path.name}\n" in comment
+    assert re.search(r"# Cost: .*\d", comment)
+    assert load(RunConfig, path).name == path.stem
 
 
 @pytest.mark.parametrize("name", PROMISES)
@@ -284,7 +295,7 @@ def run(path, *arguments):
     return command.pipeline("test", pipeline.JOB_FUNCTIONS, ["--config", str(path), *arguments])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *BEYOND], ids=lambda path: path.stem)
 def test_each_recipe_can_be_planned_offline_and_says_what_to_fetch(path, offline, capfd):
     config = load(RunConfig, path)
     assert run(path, "--dry-run") == 0
@@ -302,7 +313,7 @@ def test_each_recipe_can_be_planned_offline_and_says_what_to_fetch(path, offline
     inception, reference = needed[-2:]
     assert re.match(r"evaluate.metrics: the weights of Inception .* download https://\S+-6726825d.pth where", inception)
     assert re.match(r"evaluate.reference=imagenet/VIRTUAL\S+: no file there; ADM's .* is https://\S+.npz$", reference)
-    assert len(needed) == 4 + len(networks)
+    assert len(needed) == 4 + len(networks) + (config.latents.features is not None)
 
 
 def test_without_images_a_run_refuses_in_one_line(offline, capfd):

@@ -1,5 +1,6 @@
 """Recipes beyond the paper, as sections of a configuration of two blocks on random latents."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from support.training_steps import LANES, tiny_config
@@ -41,11 +42,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """By name: what each writes into the configuration."""
+OPTIONS = {
+    **RECIPES,
+    "Muon": {"train_lightningdit": {"optimizer": {"muon": {}}}},
+    "averages": {"train_lightningdit": {"averages": [{"name": "wide", "std": 0.1}, {"name": "slow", "decay": 0.9}]}},
+}
+"""The recipes, and what changes the training around the model."""
 
 
-def recipe_config(name: str, **training: Any) -> RunConfig:
-    """The tiny configuration with a recipe, and some fields of the trainings replaced."""
+def recipe_config(*names: str, **training: Any) -> RunConfig:
+    """The tiny configuration with recipes or options, and some fields of the trainings replaced."""
     plain = tiny_config(**training).model_dump(exclude_unset=True)
-    for section, fields in RECIPES[name].items():
-        plain[section] = {**plain.get(section, {}), **fields}
+    for name in names:
+        plain = _merged(plain, OPTIONS[name])
     return RunConfig.model_validate(plain)
+
+
+def _merged(plain: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, those of the second where both write a value."""
+    return {**plain} | {
+        name: _merged(plain[name], value)
+        if isinstance(value, Mapping) and isinstance(plain.get(name), Mapping)
+        else value
+        for name, value in more.items()
+    }

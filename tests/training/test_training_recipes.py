@@ -1,11 +1,14 @@
 """Recipes beyond the paper with every engine, and a training that goes on to the same bits."""
 
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
-from support.recipes import RECIPES, recipe_config
+from support.recipes import OPTIONS, RECIPES, recipe_config
 from support.training_steps import LANES, build_step, figures_of
 from torch import Tensor
 
@@ -80,3 +83,27 @@ def test_every_engine_takes_the_same_steps_and_goes_on_to_the_same_bits(gloo: Gl
         for engine, figures in zip(ENGINES[1:], others, strict=True):
             for step, (ours, theirs) in enumerate(zip(figures, plain, strict=True)):
                 assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, engine, step)
+
+
+def train_combined(names: Sequence[str]) -> None:
+    """Take two steps with some options together."""
+    step = build_step("train_lightningdit", recipe_config(*names, engine=TORCH), World())
+    for figures in take(step, World(), range(2)):
+        assert all(map(math.isfinite, figures.values())), (names, figures)
+
+
+def goes_together(names: Iterable[str]) -> bool:
+    """All but both kinds of routing, which are one key."""
+    return not {"routing", "routing with fusion"} <= {*names}
+
+
+def test_any_two_go_together() -> None:
+    for pair in filter(goes_together, combinations(OPTIONS, 2)):
+        train_combined(pair)
+
+
+@pytest.mark.long
+def test_all_combinations_go_together() -> None:
+    for count in range(3, len(OPTIONS)):
+        for names in filter(goes_together, combinations(OPTIONS, count)):
+            train_combined(names)
