@@ -88,19 +88,19 @@ class ReportInputs:
     shards: Storage
     """Folder of the image shards."""
     classes: int | None
-    """Number of classes of the images; None before there are image shards."""
+    """Number of classes of the images; None before there are samples."""
 
     @classmethod
     def of(cls, run: Run) -> "ReportInputs":
         """Resolve those of a run, finished or not."""
         run = run.snapshot()
         found = {job: run.artifact(job) for job in JOBS}
-        has_shards = found["prepare_shards"] is not None
+        shards, has_samples = run.folder("prepare_shards"), found["sample"] is not None
         return cls(
             config=run.config,
             storage=run.storage,
             artifacts={job: record for job, record in found.items() if record is not None},
             trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
-            shards=run.folder("prepare_shards"),
-            classes=len(read_manifest(run.folder("prepare_shards")).classes) if has_shards else None,
+            shards=shards,
+            classes=len(read_manifest(shards).classes) if has_samples else None,
         )
