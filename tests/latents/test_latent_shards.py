@@ -19,8 +19,7 @@ from vavae.data.sample_order import order_of
 from vavae.data.shards.manifest import ShardInfo
 from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
-from vavae.latents.features import FeatureManifest
-from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest, read_latents_of
+from vavae.latents.manifest import MANIFEST, FeatureManifest, LatentManifest, read_latent_manifest, read_latents_of
 from vavae.latents.shards import MappedLatents, feature_members, write_latents
 from vavae.latents.statistics import STATISTICS, LatentStatistics, read_statistics
 from vavae.latents.stream import FeaturesToRead, LatentStream

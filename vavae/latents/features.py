@@ -24,6 +24,7 @@ from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import WorkersConfig
 from vavae.errors import UserError
 from vavae.latents.config import FeaturesConfig, LatentsConfig
+from vavae.latents.manifest import FEATURES, FeatureManifest
 from vavae.latents.shards import feature_members
 from vavae.models.backbones.color import as_color
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher, teacher_geometry
@@ -31,30 +32,9 @@ from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
-FEATURES = "features"
-"""Folder of the features in that of the latents."""
 SPLIT = "train"
 """The split whose images have features: nothing reads those of others."""
 _MANIFEST = f"{FEATURES}/manifest.json"
-
-
-class FeatureManifest(BaseModel):
-    """A set of features: its shards, in the order of those of the latents, and what made it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    config: str
-    """Digest of the section `latents.features`."""
-    shape: tuple[int, int]
-    """N, F of one image."""
-    flip: bool
-    """Whether those of mirror images are stored too."""
-    shards: ShardList
-
-    @property
-    def record_shape(self) -> tuple[int, int, int]:
-        """Shape of one record's array: 1 + flip, N, F."""
-        return (1 + self.flip, *self.shape)
 
 
 class FeatureShardRecord(BaseModel):

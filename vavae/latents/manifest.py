@@ -1,4 +1,4 @@
-"""The manifest of latents: their shards, shape, classes, and the tokenizer that made them."""
+"""The manifests of latents and of features beside them: shards, shapes, and what made them."""
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -7,6 +7,8 @@ from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
 MANIFEST = "manifest.json"
+FEATURES = "features"
+"""Folder of features of the same images in that of the latents."""
 
 
 class LatentManifest(BaseModel):
@@ -76,3 +78,22 @@ def read_latents_of(storage: Storage, tokenizer: str, shape: tuple[int, int, int
             f"{shape[1]} x {shape[2]} grid is configured; compute the latents of this tokenizer"
         )
     return manifest
+
+
+class FeatureManifest(BaseModel):
+    """A set of features: its shards, in the order of those of the latents, and what made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str
+    """Digest of the section `latents.features`."""
+    shape: tuple[int, int]
+    """N, F of one image."""
+    flip: bool
+    """Whether those of mirror images are stored too."""
+    shards: ShardList
+
+    @property
+    def record_shape(self) -> tuple[int, int, int]:
+        """Shape of one record's array: 1 + flip, N, F."""
+        return (1 + self.flip, *self.shape)

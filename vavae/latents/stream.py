@@ -15,8 +15,7 @@ from vavae.data.sample_order import SampleOrder
 from vavae.data.shards.manifest import ShardList, open_shard
 from vavae.data.shards.mapped_shard import ShardCache
 from vavae.errors import UserError
-from vavae.latents.features import FEATURES, FeatureManifest
-from vavae.latents.manifest import LatentManifest
+from vavae.latents.manifest import FEATURES, FeatureManifest, LatentManifest
 from vavae.latents.shards import MappedLatents, map_features
 from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage
