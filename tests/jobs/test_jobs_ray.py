@@ -60,8 +60,9 @@ WITHOUT = frozenset(
     for name in METRICS
     if name.startswith(("gpu_memory/", "storage/"))
     or name in ("model_flop_utilisation", "skipped_steps", "loss_spikes", "unreadable_images")
+    or name in ("loss/intermediate", "loss/representation")
 )
-"""Figures that it has no cause to show: on a CPU, in local storage, with whole images and finite gradients."""
+"""Figures that it has no cause to show: on a CPU, in local storage, with whole images and finite gradients, no recipe."""
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} ", re.MULTILINE)
 
 
