@@ -62,7 +62,7 @@ WITHOUT = frozenset(
     or name in ("model_flop_utilisation", "skipped_steps", "loss_spikes", "unreadable_images")
     or name in ("loss/intermediate", "loss/representation")
 )
-"""Figures that it has no cause to show: on a CPU, in local storage, with whole images, finite gradients and no recipe."""
+"""Figures that it has no cause to show: on a CPU, on local storage, with whole images, finite gradients, no recipe."""
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} ", re.MULTILINE)
 
 
