@@ -279,6 +279,7 @@ def test_it_gives_up_without_a_checkpoint_or_after_rolling_back_in_vain(
 
 def test_a_signal_to_a_process_and_its_group_is_one_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     stops: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stop_on_signals(lambda: stops.append(1)):  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -287,4 +288,4 @@ def test_a_signal_to_a_process_and_its_group_is_one_and_a_later_one_interrupts(m
         assert len(stops) == 1
         signal.raise_signal(signal.SIGINT)
         pytest.fail("not interrupted")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
