@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def _growth(run: Run, name: str) -> float:
-    """How many times the first weights the average of a name is; equal for all of them."""
+    """Factor of an average over the first weights, the same for all of them."""
     weights = load_lightningdit(run.stored_lightningdit(name).folder)[0].state_dict()
     first = small_models.lightningdit().state_dict()
     ratios = torch.cat([(weights[key] / first[key]).flatten() for key in first if first[key].abs().min() > 0])

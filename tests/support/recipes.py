@@ -59,7 +59,7 @@ def recipe_config(*names: str, **training: Any) -> RunConfig:
 
 
 def _merged(plain: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, those of the second where both write a value."""
+    """Merge nested sections; the second wins where both write a value."""
     return {**plain} | {
         name: _merged(plain[name], value)
         if isinstance(value, Mapping) and isinstance(plain.get(name), Mapping)

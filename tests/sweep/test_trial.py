@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import shutil
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_a_distance_that_a_trial_does_not_reach_is_said_and_not_left_out(
     reached = {"images_to_frechet/50": SeedMean(12_810.4, 9.0), "epochs_to_frechet/50": SeedMean(2.5, 0.1)}
     results = [
         TrialResult(name_of_trial(point), point, "finished", "", {256: {**row, **more}})
-        for point, more in zip(sweep.points(), (reached, {}), strict=False)
+        for point, more in zip(itertools.islice(sweep.points(), 2), (reached, {}), strict=True)
     ]
     monkeypatch.setattr("vavae.sweep.results.collect", lambda sweep: results)
     write_sweep(sweep)

@@ -17,7 +17,7 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial a x + b x³ + c x⁵ that is applied to singular values."""
+"""Coefficients a, b, c of the polynomial a x + b x³ + c x⁵ that iterations apply to singular values."""
 _EPS = 1e-7
 """Least norm by which a matrix is divided."""
 MOMENTUM = "momentum_buffer"
@@ -228,7 +228,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if own:
             sent[: sum(map(len, own))] = torch.cat(own)
         for part, lengths, values in zip(bucket, sizes, self._world.all_gather(sent), strict=True):
-            for index, update in zip(part, values.split([*lengths, longest - sum(lengths)]), strict=False):
+            for index, update in zip(part, values[: sum(lengths)].split(lengths), strict=True):
                 yield index, update.view_as(self._matrices[index])
 
     def _update_of(self, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How soon a training's measured checkpoints reach a Fréchet distance (EP_FD@K)."""
+"""Images and epochs until measured checkpoints of a training reach a Fréchet distance (EP_FD@K)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +40,7 @@ def convergence_metrics(
 
 
 def not_reached(found: Mapping[int, Mapping[str, Mapping[str, Any]]], thresholds: tuple[float, ...]) -> dict[str, str]:
-    """What is known of the thresholds that no measured checkpoint reached, in words, by the name of their metric."""
+    """Words on each threshold that no measured checkpoint reached, by the name of its metric."""
     distances = {seen: row["value"] for seen, row in _rows(found).items()}
     words = "not measured yet"
     if distances:

@@ -73,7 +73,7 @@ class Divisor(NamedTuple):
 
     distance: float
     words: str
-    """Its origin."""
+    """Origin of the distance."""
 
 
 class Generation(NamedTuple):

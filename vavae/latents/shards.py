@@ -21,7 +21,7 @@ from vavae.errors import UserError
 _BLOCK = tarfile.BLOCKSIZE
 _LABEL_DIGITS = 9
 _BFLOAT16_BITS = np.dtype(np.int16)
-"""What holds bfloat16 in files of numpy, which does not know it."""
+"""Type of numpy that bfloat16 is stored as, bit by bit; numpy has no bfloat16."""
 
 
 def write_latents(path: Path, arrays: np.ndarray, labels: Sequence[int], first_index: int) -> None:

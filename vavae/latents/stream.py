@@ -35,7 +35,7 @@ class LatentMicroBatch(NamedTuple):
     labels: Tensor
     """int64 [S]; all 0, the null label, where there are no classes."""
     features: Tensor | None = None
-    """Those of the same views, bfloat16 [S, N, F]; None where none are read."""
+    """Features of the same views, bfloat16 [S, N, F]; None where none are read."""
 
 
 class FeaturesToRead(NamedTuple):

@@ -1,4 +1,4 @@
-"""How many images a training takes until a distance falls to a threshold, from measurements now and then."""
+"""Number of images until a distance falls to a threshold, interpolated between measurements of a training."""
 
 import math
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOu
 
 
 def _convergence(inputs: ReportInputs) -> list[Metric]:
-    """How soon the measured checkpoints of a run came down to the Fréchet distances that it names."""
+    """Metrics of the images until measured checkpoints of a run reach the Fréchet distances that it names."""
     thresholds, training = inputs.config.evaluate.frechet_thresholds, inputs.trainings.get("train_lightningdit")
     if not thresholds or training is None:
         return []

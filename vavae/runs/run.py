@@ -278,7 +278,7 @@ class Run:
                 "runs/NAME/lightningdit/export"
             )
         latents: Job = "precompute_latents"
-        ours, theirs = self.require(latents).digest, record.inputs[latents]
+        ours, theirs = self.require(latents).digest, record.inputs.get(latents, "unknown")
         if theirs != ours:
             raise UserError(
                 f"guidance.weak.model={weak.model} was trained on latents {theirs[:12]}, but this run on {ours[:12]}: "

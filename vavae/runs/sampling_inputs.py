@@ -18,7 +18,7 @@ class SamplingInputs:
     latents: StoredArtifact
     """Latents that the LightningDiT was trained on: their statistics, and the names of the classes."""
     lightningdit: StoredArtifact
-    """Its export, or that of the average that `sample.weights` names."""
+    """Export of the LightningDiT, or of the average that `sample.weights` names."""
     weak: StoredArtifact | None
     """LightningDiT that guides, where the configuration names one."""
     origin: str

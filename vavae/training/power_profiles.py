@@ -19,7 +19,7 @@ class PowerProfile(NamedTuple):
     images_seen: int
     """T, the images behind the last weights in it."""
     std: float
-    """Its standard deviation relative to T."""
+    """Standard deviation of the profile relative to T."""
 
 
 class ProfileSum(NamedTuple):

@@ -1,11 +1,11 @@
 """The output layer after an inner block: internal guidance."""
 
-import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors import safe_open
+from support.golden import golden as golden_numbers
+from support.small_dit import dit_inputs, random_dit
 
 from vavae.diffusion.config import GuidanceConfig, ObjectiveConfig, SolverConfig
 from vavae.diffusion.flow_matching import FlowMatchingObjective
@@ -15,13 +15,7 @@ from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.runs.config import RunConfig
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "beyond_internal_guidance.safetensors"
 HEAD = {"after_block": 1}
-
-
-def read_golden():
-    with safe_open(GOLDEN, "pt") as file:
-        return json.loads(file.metadata()["spec"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def public_model(spec, golden):
@@ -43,23 +37,11 @@ def public_model(spec, golden):
     return model
 
 
-def tiny(seed=0, **switches):
-    generator = torch.Generator().manual_seed(seed)
-    config = LightningDiTConfig(size=None, depth=3, width=32, heads=2, classes=5, **switches)
-    model = LightningDiT(config, 3, 4, generator)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def inputs(batch=4):
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(batch, 3, 4, 4, generator=generator)
-    return noise, torch.rand(batch, generator=generator), torch.arange(batch)
+tiny = partial(random_dit, depth=3)
 
 
 def test_losses_gradients_and_samples_equal_the_public_implementation():
-    spec, golden = read_golden()
+    spec, golden = golden_numbers("beyond_internal_guidance")
     model = public_model(spec, golden)
     target = golden["in.data"] - golden["in.noise"]
     predictions = model.predict(golden["in.x_t"], golden["in.t"], golden["in.y"])
@@ -93,7 +75,7 @@ def test_losses_gradients_and_samples_equal_the_public_implementation():
 
 
 def test_scale_one_and_times_outside_the_interval_change_no_bit():
-    model, (x, _, y) = tiny(intermediate_head=HEAD), inputs()
+    model, (x, _, y) = tiny(intermediate_head=HEAD), dit_inputs()
     t = torch.tensor([0.1, 0.3, 0.6, 0.9])
     plain = model(x, t, y)
     assert torch.equal(guide(model.predict, 5, GuidanceConfig())(x, t, y), plain)
@@ -107,12 +89,12 @@ def test_scale_one_and_times_outside_the_interval_change_no_bit():
 def test_a_head_after_the_last_block_with_the_same_weights_predicts_the_same():
     model = tiny(intermediate_head={"after_block": 3})
     model.final_layer_xr.load_state_dict(model.final_layer.state_dict())
-    velocity, intermediate, _ = model.predict(*inputs())
+    velocity, intermediate, _ = model.predict(*dit_inputs())
     assert torch.equal(velocity, intermediate)
 
 
 def test_its_loss_moves_the_blocks_before_it_alone():
-    model, (x, t, y) = tiny(intermediate_head=HEAD), inputs()
+    model, (x, t, y) = tiny(intermediate_head=HEAD), dit_inputs()
     model.predict(x, t, y).intermediate.square().mean().backward()
     moved = {
         name.split(".")[1] for name, p in model.named_parameters() if name.startswith("blocks") and p.grad is not None
@@ -123,7 +105,7 @@ def test_its_loss_moves_the_blocks_before_it_alone():
 def test_it_begins_at_zero_and_draws_no_number():
     with_head = LightningDiT(tiny(intermediate_head=HEAD).config, 3, 4, torch.Generator().manual_seed(0))
     without = LightningDiT(tiny().config, 3, 4, torch.Generator().manual_seed(0))
-    assert with_head.predict(*inputs()).intermediate.eq(0).all()
+    assert with_head.predict(*dit_inputs()).intermediate.eq(0).all()
     for name, tensor in without.state_dict().items():
         assert torch.equal(with_head.state_dict()[name], tensor), name
 

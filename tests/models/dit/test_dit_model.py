@@ -1,27 +1,13 @@
 """LightningDiT against the public implementation, and its switches."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from support.golden import golden as golden_numbers
+from support.small_dit import SIZES, random_dit
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
-
-GOLDEN = Path(__file__).parents[2] / "golden"
-TINY = {"size": None, "depth": 2, "width": 32, "heads": 2, "classes": 5}
-
-
-def tiny(latent_dim=3, grid=4, seed=0, **switches):
-    """A small model whose output is not the zero it starts with."""
-    generator = torch.Generator().manual_seed(seed)
-    model = LightningDiT(LightningDiTConfig(**{**TINY, **switches}), latent_dim, grid, generator)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def inputs(model, batch=4, seed=1):
@@ -32,9 +18,7 @@ def inputs(model, batch=4, seed=1):
 
 @pytest.mark.parametrize("name", ["lightningdit_tiny", "lightningdit_tiny_p2_qknorm"])
 def test_output_loss_and_gradients_equal_the_public_implementation(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        spec = json.loads(file.metadata()["spec"])
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
+    spec, golden = golden_numbers(name)
     public = spec["model"]
     config = LightningDiTConfig(
         size=None,
@@ -76,7 +60,7 @@ def test_output_loss_and_gradients_equal_the_public_implementation(name):
     ],
 )
 def test_each_switch_changes_the_names_it_should_and_the_output(switches, gone, new):
-    default, switched = tiny(), tiny(**switches)
+    default, switched = random_dit(), random_dit(**switches)
     names, changed = (
         {name.removeprefix("blocks.0.") for name in model.state_dict() if name.startswith("blocks.0.")}
         for model in (default, switched)
@@ -90,7 +74,7 @@ def test_each_switch_changes_the_names_it_should_and_the_output(switches, gone, 
 
 
 def test_without_shift_the_blocks_scale_and_gate_as_with_a_shift_of_zero():
-    plain, shifting = tiny(shift=False), tiny()
+    plain, shifting = random_dit(shift=False), random_dit()
     state = plain.state_dict()
     for key, value in state.items():
         if key.startswith("blocks") and "adaLN" in key:
@@ -102,7 +86,7 @@ def test_without_shift_the_blocks_scale_and_gate_as_with_a_shift_of_zero():
 
 
 def test_it_starts_silent_and_its_weights_are_a_function_of_the_generator():
-    config = LightningDiTConfig(**TINY)
+    config = LightningDiTConfig(**SIZES)
     first, same, other = (LightningDiT(config, 3, 4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.count_nonzero(first(*inputs(first))) == 0
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
@@ -124,7 +108,7 @@ def test_initial_weights_have_the_published_spread():
 
 
 def test_the_null_label_has_the_last_embedding_to_itself():
-    model = tiny()
+    model = random_dit()
     x, t, _ = inputs(model)
     y = torch.tensor([0, 1, 4, model.null_label])
     before = model(x, t, y)
@@ -134,7 +118,7 @@ def test_the_null_label_has_the_last_embedding_to_itself():
 
 
 def test_samples_do_not_see_each_other_and_training_mode_adds_no_dropout():
-    model = tiny()
+    model = random_dit()
     x, t, y = inputs(model)
     together = model.train()(x, t, y)
     alone = torch.cat([model.eval()(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(len(x))])
@@ -142,7 +126,7 @@ def test_samples_do_not_see_each_other_and_training_mode_adds_no_dropout():
 
 
 def test_a_grid_may_be_rectangular_and_its_transpose_is_another_model():
-    model, transposed = tiny(grid=(4, 6), patch_size=2), tiny(grid=(6, 4), patch_size=2)
+    model, transposed = random_dit(grid=(4, 6), patch_size=2), random_dit(grid=(6, 4), patch_size=2)
     x, t, y = inputs(model)
     assert model.tokens == (2, 3)
     assert model(x, t, y).shape == x.shape
@@ -153,7 +137,7 @@ def test_a_grid_may_be_rectangular_and_its_transpose_is_another_model():
 
 def test_patches_must_tile_the_grid():
     with pytest.raises(UserError, match="patch_size=3 does not divide the 4 x 4 latent"):
-        tiny(patch_size=3)
+        random_dit(patch_size=3)
 
 
 def test_checkpointing_keeps_fewer_activations():
@@ -169,11 +153,11 @@ def test_checkpointing_keeps_fewer_activations():
             model(*inputs(model))
         return total
 
-    assert saved(tiny(checkpoint_activations=True)) < saved(tiny()) / 2
+    assert saved(random_dit(checkpoint_activations=True)) < saved(random_dit()) / 2
 
 
 def test_bfloat16_autocast_and_bfloat16_weights_stay_near_float32():
-    model = tiny()
+    model = random_dit()
     x, t, y = inputs(model)
     exact = model(x, t, y)
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +172,7 @@ def test_bfloat16_autocast_and_bfloat16_weights_stay_near_float32():
 def test_tokens_stay_in_float32_between_blocks_whose_products_are_bfloat16():
     """Seen here 0.3 % in velocity and gradient; 0.9 and 0.8 % with tokens that are bfloat16 between blocks, too."""
     generator = torch.Generator().manual_seed(2)
-    model = LightningDiT(LightningDiTConfig(**{**TINY, "depth": 12, "width": 64}), 3, 4, generator)
+    model = LightningDiT(LightningDiTConfig(**{**SIZES, "depth": 12, "width": 64}), 3, 4, generator)
     for parameter in model.parameters():
         if not parameter.any():
             parameter.data.normal_(std=0.02, generator=generator)
@@ -210,6 +194,6 @@ def test_tokens_stay_in_float32_between_blocks_whose_products_are_bfloat16():
 
 
 def test_the_model_is_one_graph():
-    model = tiny()
+    model = random_dit()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs(model)), model(*inputs(model)))

@@ -1,11 +1,11 @@
 """Tokens that skip a range of blocks."""
 
-import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors import safe_open
+from support.golden import golden as golden_numbers
+from support.small_dit import dit_inputs, random_dit
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -18,13 +18,7 @@ from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.routing import draw_tokens, kept_tokens, put_tokens, take_tokens
 from vavae.runs.config import RunConfig
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 SKIP = {"first_block": 1, "last_block": 2}
-
-
-def read_golden(name):
-    with safe_open(GOLDEN / f"beyond_{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["spec"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def public_tread(spec, golden):
@@ -48,19 +42,7 @@ def public_tread(spec, golden):
     return model
 
 
-def tiny(seed=0, **switches):
-    generator = torch.Generator().manual_seed(seed)
-    config = LightningDiTConfig(size=None, depth=4, width=32, heads=2, classes=5, **switches)
-    model = LightningDiT(config, 3, 4, generator)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def inputs(batch=4):
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(batch, 3, 4, 4, generator=generator)
-    return noise, torch.rand(batch, generator=generator), torch.arange(batch)
+tiny = partial(random_dit, depth=4)
 
 
 def uniform(batch=4, tokens=16):
@@ -68,7 +50,7 @@ def uniform(batch=4, tokens=16):
 
 
 def test_kept_tokens_routes_and_velocities_equal_the_public_implementation():
-    spec, golden = read_golden("tread")
+    spec, golden = golden_numbers("beyond_tread")
     for index, rate in enumerate(spec["rates"]):
         assert torch.equal(kept_tokens(golden["keep.in.uniform"], rate), golden[f"keep.out.{index}"])
 
@@ -88,7 +70,7 @@ def test_kept_tokens_routes_and_velocities_equal_the_public_implementation():
 
 
 def test_a_range_of_other_blocks_equals_the_public_implementation():
-    spec, golden = read_golden("tread")
+    spec, golden = golden_numbers("beyond_tread")
     (route,), tokens, keep = spec["routes"], golden["route.in.tokens"], golden["route.in.keep.0"]
     model = tiny(routing={"first_block": route["start_layer_idx"], "last_block": route["end_layer_idx"]})
 
@@ -149,7 +131,7 @@ def public_sprint(spec, golden):
 
 
 def test_fused_tokens_and_guidance_by_path_drop_equal_the_public_implementation():
-    spec, golden = read_golden("sprint")
+    spec, golden = golden_numbers("beyond_sprint")
     model, seen, null = public_sprint(spec, golden), {}, spec["model"]["num_classes"]
     noise, t, y = (golden[f"in.{name}"] for name in ("x", "noise_level", "y"))
     model.blocks[1].register_forward_pre_hook(lambda block, given: seen.update(middle_in=given[0]))
@@ -201,20 +183,20 @@ def test_a_fusion_leaves_the_other_initial_weights_as_they_are():
 
 def test_all_tokens_in_any_order_and_kept_ones_in_another_order_give_the_same():
     model = tiny(routing=SKIP)
-    plain = model(*inputs())
-    assert torch.equal(plain, tiny()(*inputs()))
-    torch.testing.assert_close(model.predict(*inputs(), uniform().argsort(1)).velocity, plain)
+    plain = model(*dit_inputs())
+    assert torch.equal(plain, tiny()(*dit_inputs()))
+    torch.testing.assert_close(model.predict(*dit_inputs(), uniform().argsort(1)).velocity, plain)
     keep = kept_tokens(uniform(), 0.5)
-    routed = model.predict(*inputs(), keep).velocity
+    routed = model.predict(*dit_inputs(), keep).velocity
     assert not torch.allclose(routed, plain, atol=1e-3)
-    torch.testing.assert_close(model.predict(*inputs(), keep.flip(1)).velocity, routed)
+    torch.testing.assert_close(model.predict(*dit_inputs(), keep.flip(1)).velocity, routed)
 
 
 def test_each_image_is_routed_by_itself():
     model, keep = tiny(routing=SKIP), kept_tokens(uniform(), 0.5)
-    together = model.predict(*inputs(), keep).velocity
+    together = model.predict(*dit_inputs(), keep).velocity
     for image in range(4):
-        alone = model.predict(*(each[image : image + 1] for each in inputs()), keep[image : image + 1]).velocity
+        alone = model.predict(*(each[image : image + 1] for each in dit_inputs()), keep[image : image + 1]).velocity
         torch.testing.assert_close(alone[0], together[image])
 
 
@@ -231,7 +213,7 @@ def test_activation_checkpointing_changes_no_bit_of_the_gradients():
     gradients = []
     for recompute in (False, True):
         model = tiny(routing=SKIP, checkpoint_activations=recompute)
-        model.predict(*inputs(), kept_tokens(uniform(), 0.5)).velocity.square().sum().backward()
+        model.predict(*dit_inputs(), kept_tokens(uniform(), 0.5)).velocity.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
@@ -244,7 +226,7 @@ def test_compiled_blocks_have_one_graph_for_some_tokens_and_one_for_all():
     for seed, drop in ((0, 0.5), (1, 0.5), (2, 0), (3, 0.5), (4, 0)):
         generator = torch.Generator().manual_seed(seed)
         keep = kept_tokens(torch.rand(4, 16, generator=generator), drop) if drop else None
-        model.predict(*inputs(), keep).velocity.sum().backward()
+        model.predict(*dit_inputs(), keep).velocity.sum().backward()
         counts.append(counter.frame_count)
     assert counts[0] == counts[1]
     assert counts[2] == counts[4] <= 6, "a graph of each block, and another of those that tokens skip"
@@ -260,7 +242,7 @@ def test_guidance_by_routing_takes_one_further_evaluation_within_its_interval():
     def keep(drop):
         return kept_tokens(uniform(), drop)
 
-    (x, _, y), plain = inputs(), GuidanceConfig(scale=2)
+    (x, _, y), plain = dit_inputs(), GuidanceConfig(scale=2)
     config = GuidanceConfig(scale=2, routing_scale=3, routing_interval=(0.3, 0.6), routing_drop=0.75)
     for t, further in ((0.2, []), (0.5, [(4, 4)])):
         times = torch.full((4,), t)

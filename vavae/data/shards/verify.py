@@ -16,6 +16,48 @@ from vavae.errors import UserError
 from vavae.storage.storage import Storage, sha256_of
 
 
+class _Labels:
+    """Labels of the records of an index; where all of them are null, the set has none.
+
+    Args:
+        keys: members of a record with the image and the class.
+    """
+
+    def __init__(self, keys: RecordKeys) -> None:
+        self.values: dict[int | str, str] = {}
+        """Each label, with the place of its first record."""
+        self._keys, self._key, self._is_first = keys, keys.label, True
+        self._null: dict[tuple[str, int], list[int]] = {}
+        self._unlabeled: list[str] = []
+
+    def add(self, record: Mapping[str, bytes], name: str, position: tuple[str, int, int]) -> None:
+        """Read the label of a record with a name for users, at a position in a shard of a split."""
+        if self._is_first:
+            self._key, self._is_first = find_label(record, name, self._keys.label), False
+        label = None if self._key is None else read_label(record, self._key, name)
+        if label is not None:
+            self.values.setdefault(label, name)
+        elif self._key is not None:
+            split, shard, index = position
+            self._null.setdefault((split, shard), []).append(index)
+            self._unlabeled.append(name)
+
+    @property
+    def key(self) -> str | None:
+        """Member of a record that holds its label; None where there are no labels."""
+        return self._key if self.values else None
+
+    @property
+    def null(self) -> dict[tuple[str, int], list[int]]:
+        """Positions of records of a null label by split and shard."""
+        return self._null if self.values else {}
+
+    @property
+    def unlabeled(self) -> list[str]:
+        """Names of those records."""
+        return self._unlabeled if self.values else []
+
+
 def index_shards(
     splits: Mapping[str, Sequence[str]],
     classes: Sequence[str] | None,
@@ -37,10 +79,7 @@ def index_shards(
             have one, several that can be meant, or a class that has no name.
     """
     found: dict[str, tuple[ShardInfo, ...]] = {}
-    values: dict[int | str, str] = {}  # with the place of the first record of each
-    null: dict[tuple[str, int], list[int]] = {}  # positions by split and shard
-    unlabeled: list[str] = []
-    label_key, is_first = keys.label, True
+    labels = _Labels(keys)
     for split, urls in splits.items():
         infos: list[ShardInfo] = []
         for place in _shards(urls, storage):
@@ -51,14 +90,7 @@ def index_shards(
             for index in range(len(shard)):
                 record, name = shard[index], f"{url}#{readable(shard.key(index))}"
                 find_image(record, name, keys.image)
-                if is_first:
-                    label_key, is_first = find_label(record, name, keys.label), False
-                label = None if label_key is None else read_label(record, label_key, name)
-                if label is not None:
-                    values.setdefault(label, name)
-                elif label_key is not None:
-                    null.setdefault((split, len(infos)), []).append(index)
-                    unlabeled.append(name)
+                labels.add(record, name, (split, len(infos), index))
             infos.append(
                 ShardInfo(
                     name=f"{len(infos):06d}.tar",
@@ -69,9 +101,8 @@ def index_shards(
                 )
             )
         found[split] = tuple(infos)
-    if not values:  # where all labels are null, the set has none
-        label_key, null, unlabeled = None, {}, []
-    kept = _without(found, null)
+    values, label_key = labels.values, labels.key
+    kept = _without(found, labels.null)
     empty_split = next((split for split, shards in kept.items() if not shards), None)
     if empty_split:
         raise UserError(f"{label_key} is null in every record of split {empty_split}: nothing would be left of it")
@@ -84,7 +115,10 @@ def index_shards(
         classes=names,
         image_size=ShardsConfig.model_fields["image_size"].default,
         sources={},
-        excluded=(*exclusion("classes without an image", empty), *exclusion("records of a null label", unlabeled))
+        excluded=(
+            *exclusion("classes without an image", empty),
+            *exclusion("records of a null label", labels.unlabeled),
+        )
         or None,
         image_key=keys.image,
         label_key=None if label_key == LABEL else label_key,

@@ -45,11 +45,11 @@ class WideHeadConfig(Config):
     """Blocks of another width after the others, which read the latents again (DDT, arXiv 2504.05741; wide in RAE)."""
 
     depth: int = Field(2, ge=1)
-    """Its blocks."""
+    """Number of blocks in the head."""
     width: int = Field(2048, ge=4)
     """Channels of its tokens; the published rule is no fewer than the patch_size² · C values of a token."""
     heads: int = Field(16, ge=1)
-    """Its attention heads."""
+    """Attention heads of its blocks."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -97,7 +97,7 @@ class RoutingConfig(Config):
         return self.drop if self.until_images is None or images_seen < self.until_images else 0.0
 
     def sees_all_tokens_after(self, block_count: int) -> bool:
-        """Whether all tokens are there after so many blocks."""
+        """Return whether no token is skipping after so many blocks."""
         return not self.first_block < block_count <= self.last_block
 
     @property
@@ -177,7 +177,7 @@ class LightningDiTConfig(Config):
 
     @property
     def predicts_data(self) -> bool:
-        """Whether the network predicts the data; there is no velocity at t = 1 then."""
+        """True where the network predicts the data; there is no velocity at t = 1 then."""
         return self.prediction == "data"
 
     @property

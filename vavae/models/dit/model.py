@@ -317,7 +317,7 @@ class Predictions(NamedTuple):
 
     velocity: Tensor
     intermediate: Tensor | None
-    """Of the head after an inner block; None where the model has none."""
+    """Velocity of the head after an inner block; None where the model has none."""
     tokens: Tensor | None = None
     """Tokens [B, N, D] after the block that was asked for."""
 
