@@ -146,6 +146,18 @@ def test_an_attempt_that_was_superseded_neither_commits_nor_deletes(storage: Sto
     assert _saved(storage) == ["000000000012"], "and what the old one left is cleared away"
 
 
+def test_an_attempt_whose_files_were_cleared_away_says_who_did_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, step = toy_checkpoints(storage, owner="the old one"), ToyStep()
+    slow = Slow(monkeypatch, cleared_away=True)
+    old.save(step, FRESH.after(4), {}, no_log)
+    toy_checkpoints(storage, owner="the new one")
+    slow.passage.set()
+    with pytest.raises(SupersededError, match=": the new one resumes this training now"):
+        old.wait_for_pending_save()
+
+
 def test_files_of_two_attempts_at_one_checkpoint_do_not_meet(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old one is cut off in the middle of its upload, and its files come late."""
     slow, stale, fresh = Slow(monkeypatch), ToyStep(), ToyStep()
@@ -235,9 +247,14 @@ def test_a_rollback_needs_nothing_that_the_cache_has_dropped(tmp_path: Path) -> 
 
 
 class Slow:
-    """A storage whose files are not there before somebody lets them through."""
+    """A storage whose files are not there before somebody lets them through.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    Args:
+        monkeypatch: puts it in the place of the storage.
+        cleared_away: another process deletes their folder before.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cleared_away: bool = False) -> None:
         self.passage = Event()
         put = Storage.create
 
@@ -246,6 +263,8 @@ class Slow:
             with put(storage, path) as file:
                 yield file
                 assert self.passage.wait(10), "let through within ten seconds"
+                if cleared_away:
+                    file.unlink()
 
         monkeypatch.setattr(Storage, "create", create)
 

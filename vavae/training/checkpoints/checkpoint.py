@@ -31,7 +31,7 @@ from vavae.distributed.shard_files import (
 )
 from vavae.distributed.sharded_tensors import TensorShard, as_full_shard
 from vavae.distributed.world import World
-from vavae.errors import CommonError, UserError
+from vavae.errors import CommonError, UserError, one_line
 from vavae.finite import finite_row
 from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
@@ -150,26 +150,36 @@ class Checkpoints:
                 writing.abandon()
             own = writing.result()
         error = next(iter(errors), self._world.broadcast(own))
-        if isinstance(error, SupersededError):
-            raise error
-        if error is not None:
-            raise CommonError(f"no checkpoint could be written: {error}; earlier ones stay")
+        if error is None:
+            return
+        lost = error if isinstance(error, SupersededError) else self._lease_error()
+        if isinstance(lost, SupersededError):  # which deletes what this attempt is still writing
+            raise lost
+        raise CommonError(f"no checkpoint could be written: {error}; earlier ones stay")
 
     def check_lease(self) -> None:
         """Make sure that this attempt may still write. Every rank calls it.
 
         Raises:
             SupersededError: it may not.
+            CommonError: whether it may can't be read.
         """
+        error = self._lease_error()
+        if error is not None:
+            raise error
+
+    def _lease_error(self) -> CommonError | None:
+        """What keeps this attempt from writing, the same on every rank, which all call it."""
         error = None
         if self._world.is_first:
             try:
                 self._lease.check()
             except SupersededError as lost:
                 error = lost
-        error = self._world.broadcast(error)
-        if error is not None:
-            raise error
+            except (OSError, UserError) as unreadable:
+                reason = one_line(unreadable) if isinstance(unreadable, OSError) else unreadable
+                error = CommonError(f"the lease of this training can't be read: {reason}")
+        return self._world.broadcast(error)
 
     def _write(
         self,
