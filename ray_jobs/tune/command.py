@@ -19,7 +19,7 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Run
 from vavae.sweep.results import FRONTIER, write_sweep
-from vavae.sweep.sharing import SHARED_JOBS, Sharing
+from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep, as_written, describe, name_of_trial
 from vavae.sweep.trial import read_ledger
 
@@ -47,7 +47,7 @@ def _main(functions: TaskFunctions, argv: Sequence[str] | None) -> int:
     if arguments.print_config:
         print(to_text(as_written(sweep)), end="")
         return 0
-    run, sharing = sweep.runs(sweep.space.examples()[0])[0], Sharing.of(sweep.shared, sweep.config.sweep)
+    run, sharing = sweep.runs(sweep.space.examples()[0])[0], Sharing.of(sweep)
     missing = _missing(sweep, run.config)
     if arguments.dry_run:
         _print_plan(sweep, run.config, sharing)
@@ -103,7 +103,7 @@ def _print_plan(sweep: Sweep, config: RunConfig, sharing: Sharing) -> None:
         table.add_row(name_of_trial(point), entry.state if entry else "to do", describe(point))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
     runs = [run for point in points if sweep.refusal(point) is None for run in sweep.runs(point)]
-    for job in SHARED_JOBS:
+    for job in sharing.jobs:
         made = {sharing.run(run.config, job).config.name for run in runs}
         print(f"{JOBS[job].makes}: made {len(made)} times for {len(runs)} runs")
     prefixes = [prefix for run in runs if (prefix := sharing.prefix(run.config)) is not None]

@@ -17,7 +17,7 @@ from vavae.progress import NAME_WIDTH, Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.events import EventLog
 from vavae.runs.run import Job, Run
-from vavae.sweep.sharing import SHARED_JOBS, Sharing
+from vavae.sweep.sharing import Sharing
 from vavae.sweep.trial import Task
 
 TaskFunctions = Mapping[Task, JobFunction]
@@ -86,7 +86,7 @@ class SharedTasks:
 
     def request(self, config: RunConfig, task: Task) -> Run:
         """Wait until a task is done, and return the run that holds what it makes; its errors are raised here."""
-        run, job = _run_of(self.sharing, config, task), _shared_job(task)
+        run, job = _run_of(self.sharing, config, task), _shared_job(self.sharing, task)
         if job is None or run.artifact(job) is None:
             ray.get(ray.get(self._actor.request.remote(config, task))[0])
         return run
@@ -129,21 +129,21 @@ class SharedTasks:
             thread.join()
 
 
-def _shared_job(task: Task) -> Job | None:
+def _shared_job(sharing: Sharing, task: Task) -> Job | None:
     """The job of a task whose artifact trials share; None for other tasks."""
-    return next((job for job in SHARED_JOBS if job == task), None)
+    return next((job for job in sharing.jobs if job == task), None)
 
 
 def _run_of(sharing: Sharing, config: RunConfig, task: Task) -> Run:
     """The run in which a task is run for a trial."""
-    job = _shared_job(task)
+    job = _shared_job(sharing, task)
     return Run(config) if job is None else sharing.run(config, job)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _run_task(shared_tasks: SharedTasks, function: JobFunction, config: RunConfig, task: Task) -> None:
     """Run one task, in a process of its own that takes no resources: the workers of its job do."""
-    job, run = _shared_job(task), Run(config)
+    job, run = _shared_job(shared_tasks.sharing, task), Run(config)
     with shared_tasks.collect_progress(config.name, task):
         if job is not None:
             shared_tasks.sharing.make(config, job, _with_events(job, function), shared_tasks.request)

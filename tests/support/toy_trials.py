@@ -68,12 +68,13 @@ class InProcess:
     """Runs tasks in this process, as `SharedTasks` does on Ray."""
 
     def __init__(self, sweep: Sweep, root: Path) -> None:
-        self._sharing = Sharing.of(sweep.shared, sweep.config.sweep)
+        self._sharing = Sharing.of(sweep)
         self._functions = toy_functions(root)
 
     def request(self, config: RunConfig, task: Task) -> Run:
-        if task in ("prepare_shards", "train_vavae", "precompute_latents"):
-            return self._sharing.make(config, task, self._functions[task], self.request)
+        job = next((job for job in self._sharing.jobs if job == task), None)
+        if job is not None:
+            return self._sharing.make(config, job, self._functions[job], self.request)
         self._functions[task](Run(config))
         return Run(config)
 

@@ -17,6 +17,7 @@ from vavae.storage.artifact import read
 from vavae.sweep.branch import prefix_of
 from vavae.sweep.config import TOKENIZER_METRICS
 from vavae.sweep.sharing import Sharing, content_key, link_artifact
+from vavae.sweep.sweep import Sweep
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession
 from vavae.training.train import train
@@ -71,8 +72,7 @@ class InProcess:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
     """The tokenizers of four margins are made."""
     root = tmp_path_factory.mktemp("sweep")
-    paths = ["train_vavae.stages.1.losses.vision_foundation.cos_margin", "losses.kl_weight"]
-    shared = InProcess(Sharing.of(str(root), paths))
+    shared = InProcess(Sharing(str(root), phases=(1,)))
     for margin in _MARGINS:
         shared.request(_with_margin(root, margin), "train_vavae")
     return shared
@@ -169,6 +169,29 @@ def test_a_prefix_ends_where_its_phase_begins_and_needs_the_same_adversary(tmp_p
     assert prefix_of(_config(tmp_path, *late), 1) is None, "the adversary's weights are drawn before the first step"
 
 
-def test_the_phases_that_a_sweep_varies_are_read_from_its_keys() -> None:
-    paths = ["train_vavae.stages.2.losses", "tokenizer.latent_dim", "train_vavae.stages.1.from_images"]
-    assert Sharing.of("root", paths).phases == (1, 2)
+def test_the_phases_that_a_sweep_varies_are_read_from_its_keys(tmp_path: Path) -> None:
+    stages = "[{}, {from_images: 16}, {from_images: 32}]"
+    domains = (
+        "{train_vavae.stages.2.losses: {grid: [{kl_weight: 0}]}, tokenizer.latent_dim: {grid: [4]}, "
+        "train_vavae.stages.1.from_images: {grid: [16]}}"
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"name: a\nbase: {_CONFIG}\nrun: {{train_vavae: {{stages: {stages}}}}}\nsweep: {domains}\n")
+    assert Sharing.of(Sweep.load(path)).phases == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "rest", "shared"),
+    [
+        ("guidance.scale", "", True),
+        ("lightningdit.depth", "", False),
+        ("guidance.scale", "rungs: [64]", False),
+        ("guidance.scale", "run: {train_lightningdit: {measure: {every_images: 64}}}", False),
+    ],
+)
+def test_trials_that_differ_after_training_share_lightningdits(
+    tmp_path: Path, key: str, rest: str, shared: bool
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"name: a\nbase: {_CONFIG}\nsweep: {{{key}: {{grid: [1, 2]}}}}\n{rest}\n")
+    assert ("train_lightningdit" in Sharing.of(Sweep.load(path)).jobs) == shared

@@ -113,6 +113,23 @@ def test_routing_is_a_domain_as_a_whole_and_by_its_fields(load_sweep) -> None:
     assert [section and section.drop for section in sections] == [None, 0.25, 0.75]
 
 
+def test_recipes_set_several_sections_at_once(load_sweep) -> None:
+    sweep = load_sweep(
+        """
+  run: {grid: {plain: {}, muon: {train_lightningdit: {engine: {backend: torch}, optimizer: {muon: {}}}}}}
+  guidance: {grid: {none: {scale: 1}, usual: {scale: 2}}, when: {run: muon}}"""
+    )
+    assert [describe(point) for point in sweep.points()] == [
+        "run=plain",
+        "run=muon, guidance=none",
+        "run=muon, guidance=usual",
+    ]
+    configs = [sweep.run_config(point, seed=0) for point in sweep.points()]
+    assert [config.train_lightningdit.optimizer.muon is None for config in configs] == [True, False, False]
+    assert [config.train_lightningdit.engine.backend for config in configs] == ["deepspeed", "torch", "torch"]
+    assert configs[1].train_lightningdit == configs[2].train_lightningdit
+
+
 def test_the_full_size_leaves_out_what_made_the_trials_small(load_sweep) -> None:
     sweep = load_sweep(rest="reduced: {train_vavae: {images: 64}}")
     point = sweep.points()[1]
@@ -141,6 +158,12 @@ _ERRORS = {
     "no keys": ("{}", "the sweep is empty"),
     "a range in a grid search": ("{losses.kl_weight: {uniform: [0, 1]}}", "has no end of values for a grid"),
     "what is the sweep's to set": ("{seed: {grid: [1, 2]}}", "seed is the sweep's to set"),
+    "a recipe that is no section": ("{run: {grid: [1]}}", "give its values names, and each the sections that it sets"),
+    "a recipe with a seed": ("{run: {grid: {a: {seed: 1}}}}", "run: seed is the sweep's to set"),
+    "a recipe with a wrong key": (
+        "{run: {grid: {a: {tokenizer: {latent_dm: 4}}}}}",
+        "did you mean tokenizer.latent_dim?",
+    ),
     "a condition on what comes later": (
         "{losses.kl_weight: {grid: [0], when: {tokenizer.latent_dim: 4}}, tokenizer.latent_dim: {grid: [4]}}",
         "must be a key of the sweep that stands before it",

@@ -197,6 +197,25 @@ def test_references_are_made_once_for_all_runs(tmp_path: Path) -> None:
     assert len({path.stat().st_ino for path in (tmp_path / "toy").glob("*/*/references/held_out")}) == 1
 
 
+def test_trials_that_sample_in_other_ways_share_a_training(tmp_path: Path) -> None:
+    text = """
+name: toy
+base: {base}
+sweep:
+  run: {{grid: {{plain: {{}}, deep: {{lightningdit: {{depth: 3}}}}}}}}
+  guidance.scale: {{grid: [1, 2]}}
+"""
+    sweep = Sweep.load(toy_sweep_file(tmp_path, _BASE, text), [f"run.storage.root={tmp_path}"])
+    plain, guided, deep, _ = _run_all(sweep, tmp_path)
+    assert plain == guided != deep, "the toy knows no guidance"
+    lines = made(tmp_path)
+    assert [sum(line.startswith(job) for line in lines) for job in ("train_l", "sample", "evaluate")] == [2, 4, 4]
+    for point in sweep.points():
+        (run,) = sweep.runs(point)
+        assert run.plan("train_lightningdit").done
+        assert run.plan("sample").done
+
+
 def test_a_threshold_ends_a_trial_before_its_latents(tmp_path: Path) -> None:
     sweep = _sweep(tmp_path, "thresholds={psnr: {min: 5}}")
     reports = _run_all(sweep, tmp_path)

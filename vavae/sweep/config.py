@@ -12,6 +12,12 @@ from vavae.config.explain import show
 
 Better = Literal["higher", "lower"]
 
+WHOLE_RUN = "run"
+"""Key of a domain whose values are laid over the whole configuration, as `run` is: recipes of several sections."""
+
+_OWN_KEYS = ("name", "seed", "storage")
+"""Keys of a run that its sweep sets."""
+
 TOKENIZER_METRICS: dict[str, Better] = {
     "psnr": "higher",
     "ssim": "higher",
@@ -176,7 +182,8 @@ class SweepConfig(Config):
     reduced: dict[str, Any] = Field(default_factory=dict)
     """Laid over that for the trials alone: what makes them smaller than the run that they are to inform."""
     sweep: dict[str, DomainConfig]
-    """Domains by dotted keys of the run's configuration; a later one is set over an earlier one."""
+    """Domains by dotted keys of the run's configuration, or by `run` for all of it; a later one is set over an earlier
+    one."""
     seeds: tuple[int, ...] = (0,)
     """Every point is run once with each; results are means over them."""
     search: SearchConfig = SearchConfig()
@@ -204,8 +211,9 @@ class SweepConfig(Config):
         if not domains:
             raise ValueError("the sweep is empty: give it a key of the run's configuration")
         for path, domain in domains.items():
-            if path.partition(".")[0] in ("name", "seed", "storage"):
-                raise ValueError(f"{path} is the sweep's to set; leave it out")
+            for key in _keys(path, domain):
+                if key in _OWN_KEYS:
+                    raise ValueError(f"{path if key in path else f'{path}: {key}'} is the sweep's to set; leave it out")
             for other, wanted in domain.when.items():
                 _check_condition(path, other, wanted, domains)
         return domains
@@ -239,6 +247,18 @@ class SweepConfig(Config):
         if list(self.rungs) != sorted(set(self.rungs)) or any(rung < 1 for rung in self.rungs):
             raise ValueError(f"rungs={list(self.rungs)} must be positive and rise")
         return self
+
+
+def _keys(path: str, domain: DomainConfig) -> set[str]:
+    """Keys at the top of a run's configuration that a domain sets."""
+    if path != WHOLE_RUN:
+        return {path.partition(".")[0]}
+    values = list(domain.options.values())
+    if not values or not all(isinstance(value, Mapping) for value in values):
+        raise ValueError(
+            f"{path}: give its values names, and each the sections that it sets, as in {{grid: {{plain: {{}}}}}}"
+        )
+    return {key for value in values for key in value}
 
 
 def _check_condition(path: str, other: str, wanted: Any, domains: Mapping[str, DomainConfig]) -> None:

@@ -1,6 +1,6 @@
 """Artifacts that trials share: each is made once, in a run of its own, and linked into the runs that need it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,17 @@ from vavae.runs.run import JOBS, Job, Run
 from vavae.storage.artifact import RECORD
 from vavae.storage.storage import Storage
 from vavae.sweep.branch import branch, prefix_of
+from vavae.sweep.sweep import Sweep
 
-SHARED_JOBS: tuple[Job, ...] = ("prepare_shards", "train_vavae", "precompute_latents")
-"""Jobs whose artifacts trials share, in their order."""
+_ALWAYS: tuple[Job, ...] = ("prepare_shards", "train_vavae", "precompute_latents")
+_AFTER_TRAINING = ("guidance", "solver", "sample", "evaluate")
+"""Sections that no training depends on."""
 
 _FOLDERS: dict[Job, tuple[str, ...]] = {
     "prepare_shards": ("shards",),
     "train_vavae": ("tokenizer", "tensorboard/train_vavae"),
     "precompute_latents": ("latents",),
+    "train_lightningdit": ("lightningdit", "tensorboard/train_lightningdit"),
 }
 _SOURCES = ("source", "validation_source", "validation_labels")
 _PHASES = "train_vavae.stages."
@@ -30,21 +33,31 @@ JobRequest = Callable[[RunConfig, Job], Run]
 
 @dataclass(frozen=True)
 class Sharing:
-    """Where shared artifacts lie, and where tokenizers may branch.
+    """Where shared artifacts lie, of which jobs they are, and where tokenizers may branch.
 
     Args:
         root: `storage.root` of the runs that hold them.
         phases: indices of the tokenizer's training phases that the sweep varies; each begins after a common prefix.
+        jobs: jobs whose artifacts trials share, in their order.
     """
 
     root: str
     phases: tuple[int, ...] = ()
+    jobs: tuple[Job, ...] = _ALWAYS
 
     @staticmethod
-    def of(root: str, paths: Iterable[str]) -> "Sharing":
-        """The sharing of a sweep over keys of the configuration, given by their dotted paths."""
-        varied = {path.removeprefix(_PHASES).partition(".")[0] for path in paths if path.startswith(_PHASES)}
-        return Sharing(root, tuple(sorted(int(phase) for phase in varied if phase.isdecimal())))
+    def of(sweep: Sweep) -> "Sharing":
+        """The sharing of a sweep.
+
+        LightningDiTs are shared where the sweep varies a key that no training depends on, unless trials are evaluated
+        while they train, at rungs or by `train_lightningdit.measure`.
+        """
+        varied = {
+            path.removeprefix(_PHASES).partition(".")[0] for path in sweep.config.sweep if path.startswith(_PHASES)
+        }
+        sampling = any(path.partition(".")[0] in _AFTER_TRAINING for path in sweep.config.sweep)
+        jobs = (*_ALWAYS, "train_lightningdit") if sampling and not _evaluates_while_training(sweep) else _ALWAYS
+        return Sharing(sweep.shared, tuple(sorted(int(phase) for phase in varied if phase.isdecimal())), jobs)
 
     def run(self, config: RunConfig, job: Job) -> Run:
         """The run that holds a job's artifact for a configuration; the same for all with the same content."""
@@ -57,14 +70,14 @@ class Sharing:
 
         Args:
             config: of a trial.
-            job: one of `SHARED_JOBS`.
+            job: one of `jobs`.
             function: runs the job in a run.
             request: has the jobs run whose artifacts this one needs.
         """
         run = self.run(config, job)
         if run.artifact(job) is not None:
             return run
-        for needed in JOBS[job].inputs:
+        for needed in self.jobs[: self.jobs.index(job)]:
             link_artifact(request(config, needed), run, needed)
         run.storage.write_bytes("config.yaml", dump(run.config).encode())
         prefix = self.prefix(config) if job == "train_vavae" else None
@@ -77,6 +90,14 @@ class Sharing:
         """The longest part of a tokenizer's training that is common to trials which differ from some phase on."""
         prefixes = [prefix_of(config, phase) for phase in self.phases]
         return next((prefix for prefix in reversed(prefixes) if prefix is not None), None)
+
+
+def _evaluates_while_training(sweep: Sweep) -> bool:
+    """Return whether samples are made before a LightningDiT has seen all its images."""
+    points, seed = sweep.space.examples(), sweep.config.seeds[0]
+    return bool(sweep.config.rungs) or any(
+        sweep.run_config(point, seed).train_lightningdit.measure is not None for point in points
+    )
 
 
 def content_key(config: RunConfig, job: Job) -> str:

@@ -16,7 +16,7 @@ from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.storage.config import StorageConfig
 from vavae.storage.storage import Storage
-from vavae.sweep.config import SweepConfig
+from vavae.sweep.config import WHOLE_RUN, SweepConfig
 from vavae.sweep.space import Point, Space
 
 TRIALS, SHARED = "trials", "shared"
@@ -115,7 +115,8 @@ class Sweep:
         """Merge a point into a tree and check the configuration."""
         tree = merge(tree, _located({"name": self.config.name, "seed": seed}, "the sweep"))
         for path, value in self.space.values(point).items():
-            tree = assign(tree, path, _located(value, self.tree.value["sweep"].value[path].place))
+            item = _located(value, self.tree.value["sweep"].value[path].place)
+            tree = merge(tree, item) if path == WHOLE_RUN else assign(tree, path, item)
         try:
             return resolve_paths(check(RunConfig, tree), self.folder)
         except UserError as error:

@@ -11,7 +11,7 @@ from vavae.evaluation.metric import read_metrics
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Job, Run
 from vavae.sweep.config import ThresholdConfig
-from vavae.sweep.sharing import content_key, link_artifact, link_files
+from vavae.sweep.sharing import Sharing, content_key, link_artifact, link_files
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.training.logging.log import read_rows
@@ -79,11 +79,12 @@ def run_trial(sweep: Sweep, point: Point, request: TaskRequest, report: Callable
     if broken is not None:
         write_entry(sweep, Entry(point, "stopped", broken))
         return
+    last_shared = Sharing.of(sweep).jobs[-1]
     for images in [*sweep.config.rungs, None]:
         rows = [
             row
             for run in runs
-            if (row := _metrics_at_budget(Run(_with_budget(run.config, images)), request)) is not None
+            if (row := _metrics_at_budget(Run(_with_budget(run.config, images)), request, last_shared)) is not None
         ]
         if len(rows) == len(runs):
             means = _means(sweep, rows)
@@ -127,13 +128,13 @@ def _with_budget(config: RunConfig, images: int | None) -> RunConfig:
     return config.model_copy(update={"train_lightningdit": shorter})
 
 
-def _metrics_at_budget(run: Run, request: TaskRequest) -> dict[str, float] | None:
+def _metrics_at_budget(run: Run, request: TaskRequest, last_shared: Job) -> dict[str, float] | None:
     """The metrics of a run at its budget, evaluated unless known; None where it was trained further already."""
     budget = run.budget("train_lightningdit")
     assert budget is not None, "a training has a budget"
     known = metrics_by_rung(run)
     if budget not in known:
-        _link_shared_artifacts(run, request, "precompute_latents")
+        _link_shared_artifacts(run, request, last_shared)
         trained = run.artifact("train_lightningdit")
         if trained is not None and (trained.images_seen or 0) > budget:
             return None

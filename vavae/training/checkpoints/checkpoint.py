@@ -170,7 +170,7 @@ class Checkpoints:
 
     def _lease_error(self) -> CommonError | None:
         """What keeps this attempt from writing, the same on every rank, which all call it."""
-        error = None
+        error: CommonError | None = None
         if self._world.is_first:
             try:
                 self._lease.check()
