@@ -178,22 +178,24 @@ def test_a_page_can_be_written_before_anything_is_known(tmp_path: Path) -> None:
     assert not (tmp_path / "toy" / "frontier.png").exists()
 
 
-def test_references_are_made_once_for_all_runs(tmp_path: Path) -> None:
+def test_what_evaluations_share_is_made_once(tmp_path: Path) -> None:
     sweep = _sweep(tmp_path)
     worker = InProcess(sweep, tmp_path)
-    there: list[bool] = []
+    there: dict[str, list[bool]] = {"references/held_out": [], "measuring/reconstructions": []}
 
     def request(config: RunConfig, task: Task) -> Run:
         if task == "evaluate":
             storage = Run(config).storage
-            there.append(storage.exists("references/held_out"))
-            if not there[-1]:
-                storage.write_bytes("references/held_out", b"features")
+            for path, found in there.items():
+                found.append(storage.exists(path))
+                if not found[-1]:
+                    storage.write_bytes(path, b"features")
         return worker.request(config, task)
 
     for point in sweep.points():
         run_trial(sweep, point, request, lambda report: None)
-    assert there == [False] + [True] * 7
+    assert there["references/held_out"] == [False] + [True] * 7
+    assert there["measuring/reconstructions"] == ([False] + [True] * 3) * 2, "once for each of two tokenizers"
     assert len({path.stat().st_ino for path in (tmp_path / "toy").glob("*/*/references/held_out")}) == 1
 
 

@@ -28,7 +28,8 @@ TaskRequest = Callable[[RunConfig, Task], Run]
 State = Literal["running", "finished", "stopped", "failed"]
 
 _TOKENIZER_FILE, _LEDGER, _RUNGS = "tokenizer-measures.json", "ledger", "rungs"
-_REFERENCES = "references"
+_PARTS: dict[str, Job] = {"references": "prepare_shards", "measuring": "train_vavae"}
+"""Folders of what evaluations share, features of real images and metrics of reconstructions, and whose run keeps them."""
 
 
 class Entry(NamedTuple):
@@ -149,11 +150,13 @@ def _metrics_at_budget(run: Run, request: TaskRequest, last_shared: Job) -> dict
 
 
 def _evaluate(run: Run, request: TaskRequest, task: Task) -> None:
-    """Have a run evaluated, against references that are made once for all runs with the same shards."""
-    shards = request(run.config, "prepare_shards").storage
-    link_files(shards, run.storage, _REFERENCES)
+    """Have a run evaluated, without what was evaluated for another run with the same shards or tokenizer."""
+    keepers = {folder: request(run.config, job).storage for folder, job in _PARTS.items()}
+    for folder, keeper in keepers.items():
+        link_files(keeper, run.storage, folder)
     request(run.config, task)
-    link_files(run.storage, shards, _REFERENCES)
+    for folder, keeper in keepers.items():
+        link_files(run.storage, keeper, folder)
 
 
 def _link_shared_artifacts(run: Run, request: TaskRequest, last: Job) -> None:
