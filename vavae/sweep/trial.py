@@ -29,7 +29,7 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 _TOKENIZER_FILE, _LEDGER, _RUNGS = "tokenizer-measures.json", "ledger", "rungs"
 _PARTS: dict[str, Job] = {"references": "prepare_shards", "measuring": "train_vavae"}
-"""Folders of what evaluations share, features of real images and metrics of reconstructions, and whose run keeps them."""
+"""Folders of what evaluations share, features of real images and metrics of reconstructions, and whose run has them."""
 
 
 class Entry(NamedTuple):
