@@ -218,6 +218,13 @@ sweep:
         assert run.plan("sample").done
 
 
+def test_trials_begin_with_different_seeds(root: Path, reports) -> None:
+    """Or those that run at once would all wait for the same tokenizer."""
+    lines = [line for line in made(root) if line.startswith("train_lightningdit") and line.endswith(" 128")]
+    seeds = [line.split()[1].rpartition("-")[2] for line in lines]
+    assert seeds == ["0", "1", "1", "0"] * 2
+
+
 def test_a_threshold_ends_a_trial_before_its_latents(tmp_path: Path) -> None:
     sweep = _sweep(tmp_path, "thresholds={psnr: {min: 5}}")
     reports = _run_all(sweep, tmp_path)

@@ -74,7 +74,7 @@ def run_trial(sweep: Sweep, point: Point, request: TaskRequest, report: Callable
     Raises:
         UserError: a run can't be made as the point says.
     """
-    runs = sweep.runs(point)
+    runs = _from_another_seed_on(sweep, point)
     write_entry(sweep, Entry(point, "running"))
     broken = _broken_threshold(sweep.config.thresholds, runs, request)
     if broken is not None:
@@ -97,6 +97,13 @@ def run_trial(sweep: Sweep, point: Point, request: TaskRequest, report: Callable
                 f"{runs[0].storage.url()}: its LightningDiT has seen more than train_lightningdit.images, its budget; "
                 "raise that, or give the sweep another name"
             )
+
+
+def _from_another_seed_on(sweep: Sweep, point: Point) -> list[Run]:
+    """The runs of a trial, begun at another seed than those of the trial before: both would wait for one tokenizer."""
+    runs, points = sweep.runs(point), sweep.points()
+    first = points.index(point) % len(runs) if point in points else 0
+    return runs[first:] + runs[:first]
 
 
 def _means(sweep: Sweep, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
