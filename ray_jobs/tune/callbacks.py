@@ -15,6 +15,7 @@ from ray_jobs.tune.search import POINT, last_line, name_of
 from vavae.errors import UserError
 from vavae.progress import clock
 from vavae.sweep.results import write_sweep
+from vavae.sweep.rows import write_rows
 from vavae.sweep.sweep import Sweep
 from vavae.sweep.trial import IMAGES, Entry, read_ledger, write_entry
 
@@ -50,6 +51,7 @@ class LedgerCallback(Callback):
             write_entry(self._sweep, entry)
         seconds = clock(trial.last_result.get("time_total_s", 0))
         print(f"{name_of(trial)}  {entry.state}  {entry.why}  {seconds}", flush=True)
+        write_rows(self._sweep)
         self._write()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

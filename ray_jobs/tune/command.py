@@ -19,9 +19,10 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, Run
 from vavae.sweep.results import FRONTIER, write_sweep
+from vavae.sweep.rows import new_rows, restore_rows, write_rows
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep, as_written, describe, name_of_trial
-from vavae.sweep.trial import read_ledger
+from vavae.sweep.trial import Entry, read_ledger
 
 # Tune would refuse what a trial reports as long as an objective is not in it.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -54,13 +55,14 @@ def _main(functions: TaskFunctions, argv: Sequence[str] | None) -> int:
         for line in missing:
             print(f"still needed: {line}")
         return 0
-    if sharing.run(run.config, "prepare_shards").artifact("prepare_shards") is None:
-        check_sources(run.config.shards, run.storage)
-    if missing:
-        raise UserError(missing[0])
-    callbacks = tune_callbacks(sweep)
+    restore_rows(sweep)
     points = search.points_to_run(sweep)
     if points or sweep.config.search.method == "optuna":
+        if sharing.run(run.config, "prepare_shards").artifact("prepare_shards") is None:
+            check_sources(run.config.shards, run.storage)
+        if missing:
+            raise UserError(missing[0])
+        callbacks = tune_callbacks(sweep)
         check_ray()
         sweep.storage.write_bytes("sweep.yaml", to_text(as_written(sweep)).encode())
         peak = search.peak_resources(run.config)
@@ -75,6 +77,7 @@ def _main(functions: TaskFunctions, argv: Sequence[str] | None) -> int:
 def _finish(sweep: Sweep) -> int:
     """Write the results and print where they are; returns 1 where trials failed."""
     write_sweep(sweep)
+    write_rows(sweep)
     known = {name_of_trial(point) for point in sweep.points()}
     states = Counter(entry.state for name, entry in read_ledger(sweep).items() if name in known or not known)
     print(f"trials: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}")
@@ -93,14 +96,15 @@ def _missing(sweep: Sweep, config: RunConfig) -> list[str]:
 
 def _print_plan(sweep: Sweep, config: RunConfig, sharing: Sharing) -> None:
     """Print the points, what their trials share, and the resources of a trial."""
-    ledger = read_ledger(sweep)
+    ledger, rows = read_ledger(sweep), new_rows(sweep)
     table = Table(title=f"sweep {sweep.config.name} in {sweep.storage.url()}", title_justify="left")
     for column in ("trial", "state", "sets"):
         table.add_column(column)
     points = sweep.points() or [entry.point for entry in ledger.values()]
     for point in points:
-        entry = ledger.get(name_of_trial(point))
-        table.add_row(name_of_trial(point), entry.state if entry else "to do", describe(point))
+        name = name_of_trial(point)
+        entry = Entry(point, "finished") if name in rows else ledger.get(name)
+        table.add_row(name, entry.state if entry else "to do", describe(point))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
     runs = [run for point in points if sweep.refusal(point) is None for run in sweep.runs(point)]
     for job in sharing.jobs:

@@ -14,6 +14,7 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.sweep.results import write_sweep
+from vavae.sweep.rows import new_rows, restore_rows, write_rows
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, Task, read_ledger, run_trial, write_entry
 from vavae.sweep.trial_results import SeedMean, TrialResult, collect, front, speed_ups, twins
@@ -223,6 +224,28 @@ def test_trials_begin_with_different_seeds(root: Path, reports) -> None:
     lines = [line for line in made(root) if line.startswith("train_lightningdit") and line.endswith(" 128")]
     seeds = [line.split()[1].rpartition("-")[2] for line in lines]
     assert seeds == ["0", "1", "1", "0"] * 2
+
+
+def test_a_sweep_goes_on_elsewhere_from_the_rows_of_its_trials(root: Path, reports, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    here = _sweep(root, "seeds=[0, 1]", f"rows={rows}")
+    write_rows(here)
+    assert len(rows.read_text().splitlines()) == 4
+    (tmp_path / "there").mkdir()
+    there = _sweep(tmp_path / "there", "seeds=[0, 1]", f"rows={rows}")
+    assert [*new_rows(there)] == [name_of_trial(point) for point in here.points()]
+    assert not new_rows(_sweep(tmp_path / "there", "seeds=[0, 1]", f"rows={rows}", "rungs=[64]")), "of another way"
+    restore_rows(there)
+    assert not new_rows(there)
+    assert [one.curve for one in collect(there)] == [one.curve for one in collect(_sweep(root, "seeds=[0, 1]"))]
+    assert _run_all(there, tmp_path / "there") == reports
+    assert not [line for line in made(tmp_path / "there") if line.startswith("train_l")], "nothing is made again"
+    before = rows.read_text()
+    write_rows(_sweep(tmp_path / "there", "seeds=[0, 1]", f"rows={rows}", "rungs=[64]"))
+    assert rows.read_text() == before, "rows of other trials stay"
+    rows.write_text("{}\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no row of a trial; delete the line"):
+        new_rows(there)
 
 
 def test_a_threshold_ends_a_trial_before_its_latents(tmp_path: Path) -> None:

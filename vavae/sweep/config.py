@@ -198,6 +198,9 @@ class SweepConfig(Config):
     """Limits that stop a trial before its latents are made, by name: metrics of the tokenizer alone, or scalars of the
     last row of its log, such as `loss/total`."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    rows: str | None = runtime(None, min_length=1)
+    """File of the finished trials, relative to the file that names it, for a repository: trials that it holds as they
+    are configured are not run again, and each that finishes is added. Sources are known by their names there."""
     max_concurrent: int | None = runtime(None, ge=1)
     """Trials that run at once; null takes as many as the cluster holds."""
     retries: int = runtime(1, ge=0)

@@ -97,6 +97,11 @@ class Sweep:
         return None
 
     @property
+    def rows(self) -> Path | None:
+        """The file of the rows of finished trials; None where there is none."""
+        return None if self.config.rows is None else _beside(self.tree.value["rows"])
+
+    @property
     def storage_config(self) -> StorageConfig:
         """The storage of the sweep."""
         return self._check(self.base, self.space.examples()[0], self.config.seeds[0]).storage

@@ -121,6 +121,12 @@ def metrics_by_rung(run: Run) -> dict[int, dict[str, float]]:
     return {row[IMAGES]: row["measures"] for row in rows if row["key"] == _key(run.config)}
 
 
+def write_rung(run: Run, images: int, metrics: Mapping[str, float]) -> None:
+    """Store the metrics of a run whose LightningDiT has seen so many images."""
+    row = {IMAGES: images, "key": _key(run.config), "measures": dict(metrics)}
+    run.storage.write_json(f"{_RUNGS}/{images:012d}.json", row)
+
+
 def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric that all rows have."""
     shared = [name for name in rows[0] if all(name in row for row in rows) and name != IMAGES]
@@ -150,8 +156,7 @@ def _metrics_at_budget(run: Run, request: TaskRequest, last_shared: Job) -> dict
             request(run.config, job)
         _evaluate(run, request, "evaluate")
         metrics = {metric.name: metric.value for metric in read_metrics(run.storage)}
-        row = {IMAGES: budget, "key": _key(run.config), "measures": metrics}
-        run.storage.write_json(f"{_RUNGS}/{budget:012d}.json", row)
+        write_rung(run, budget, metrics)
         known = {budget: metrics}
     return {IMAGES: budget, **known[budget]}
 
@@ -212,13 +217,17 @@ def _tokenizer_key(run: Run) -> str:
 
 def _trial_key(sweep: Sweep, point: Point) -> str:
     """Digest of all that the result of a trial depends on."""
-    config, refusal = sweep.config, sweep.refusal(point)
+    refusal = sweep.refusal(point)
     if refusal is not None:
         return digest({"refusal": refusal})
-    runs = sweep.runs(point)
-    images = [run.budget("train_lightningdit") for run in runs]
-    settings = {"images": images, "rungs": config.rungs, "thresholds": config.thresholds}
-    return digest({"runs": [_key(run.config) for run in runs], **settings})
+    return trial_key(sweep, [run.config for run in sweep.runs(point)])
+
+
+def trial_key(sweep: Sweep, configs: Sequence[RunConfig]) -> str:
+    """Digest of all that the result of a trial depends on, given the configurations of its runs."""
+    images = [config.train_lightningdit.images for config in configs]
+    settings = {"images": images, "rungs": sweep.config.rungs, "thresholds": sweep.config.thresholds}
+    return digest({"runs": [_key(config) for config in configs], **settings})
 
 
 def _key(config: RunConfig) -> str:
