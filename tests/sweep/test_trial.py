@@ -165,10 +165,11 @@ def test_best_configurations_run_as_they_are(root: Path, reports) -> None:
 def test_the_page_shows_trials_pictures_and_the_sweep_file(root: Path, reports) -> None:
     write_sweep(_sweep(root, "seeds=[0, 1]"))
     page = (root / "toy" / "frontier.html").read_text()
-    assert page.count("<img") == 4, "frontier, curves, and a picture for each of two keys"
+    assert page.count("<img") == 5, "frontier, ranking, curves, and a picture for each of two keys"
     assert "4 finished" in page
     assert "tokenizer.latent_dim=8, lightningdit.depth=3" in page
-    assert (root / "toy" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("frontier.png", "ranking.png"):
+        assert (root / "toy" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_can_be_written_before_anything_is_known(tmp_path: Path) -> None:

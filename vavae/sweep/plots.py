@@ -19,6 +19,8 @@ from vavae.sweep.trial_results import GENERATION, RECONSTRUCTION, TrialResult, i
 _DPI = 130
 _ALIGNED, _UNALIGNED, _FRONT = "#3f87d9", "#d9733f", "#7a7a7a"
 _LABEL_CHARACTERS = 40
+_RANKED = 30
+"""Trials that a ranking shows at most."""
 _LEVEL_NAMES = 3
 """Names of more options than this are rotated, or they would overlap."""
 
@@ -69,6 +71,30 @@ def curves_png(sweep: Sweep, results: Sequence[TrialResult]) -> bytes | None:
     axes.set_xlabel("images seen by the LightningDiT")
     axes.set_ylabel("generation: Fréchet distance (lower is better)")
     axes.legend(fontsize=7)
+    return _png(figure)
+
+
+def ranking_png(results: Sequence[TrialResult], objectives: Sequence[ObjectiveConfig]) -> bytes | None:
+    """Plot the objectives of the finished trials with their deviations between seeds, the best by the first on top."""
+    first = objectives[0]
+    shown = [one for one in results if all(objective.measure in one.last for objective in objectives)]
+    shown.sort(key=lambda one: one.last[first.measure].mean, reverse=first.better == "higher")
+    shown = shown[:_RANKED]
+    if len(shown) < 2:
+        return None
+    figure = Figure(figsize=(3 + 3 * len(objectives), 1 + 0.3 * len(shown)), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, len(objectives), squeeze=False, sharey=True)[0]
+    for axes, objective in zip(panels, objectives, strict=True):
+        metrics = [one.last[objective.measure] for one in shown]
+        axes.errorbar(
+            [metric.mean for metric in metrics], range(len(shown)), xerr=[metric.deviation or 0 for metric in metrics],
+            fmt="o", color=_ALIGNED, markersize=5, capsize=3,
+        )  # fmt: skip
+        axes.set_xlabel(f"{objective.measure} ({objective.better} is better)", fontsize=8)
+        axes.grid(axis="y", color=_FRONT, alpha=0.2)
+        axes.margins(y=0.5 / len(shown))
+    panels[0].set_yticks(range(len(shown)), [label(one) for one in shown], fontsize=8)
+    panels[0].invert_yaxis()
     return _png(figure)
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vavae.config.load import dump
@@ -10,7 +10,7 @@ from vavae.config.yaml_source import to_text
 from vavae.evaluation.convergence import convergence_names
 from vavae.report.figures import Picture
 from vavae.report.html import number, page
-from vavae.sweep.plots import curves_png, frontier_png, sensitivity_png
+from vavae.sweep.plots import curves_png, frontier_png, ranking_png, sensitivity_png
 from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
     GENERATION,
@@ -21,18 +21,22 @@ from vavae.sweep.trial_results import (
     speed_ups,
 )
 
-FRONTIER, _PICTURE, _TABLE, _BEST = "frontier.html", "frontier.png", "trials.csv", "best"
+FRONTIER, _TABLE, _BEST = "frontier.html", "trials.csv", "best"
+_FRONTIER_PICTURE, _RANKING_PICTURE = "frontier.png", "ranking.png"
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Write the results of a sweep so far: table, best configurations, picture and page."""
+    """Write the results of a sweep so far: table, best configurations, pictures and page."""
     results = collect(sweep)
     files = {_TABLE: table_csv(sweep, results).encode()}
     best = _write_best(sweep, results)
-    frontier = frontier_png(sweep, results)
-    if frontier is not None:
-        files[_PICTURE] = frontier
-    files[FRONTIER] = _page(sweep, results, frontier, best).encode()
+    drawn = {
+        _FRONTIER_PICTURE: frontier_png(sweep, results),
+        _RANKING_PICTURE: ranking_png(results, sweep.config.objectives),
+    }
+    pictures = {name: png or b"" for name, png in drawn.items()}
+    files |= {name: png for name, png in pictures.items() if png}
+    files[FRONTIER] = _page(sweep, results, pictures, best).encode()
     for name, data in files.items():
         sweep.storage.write_bytes(name, data)
 
@@ -93,7 +97,7 @@ def _write_best(sweep: Sweep, results: Sequence[TrialResult]) -> list[str]:
     return list(chosen)
 
 
-def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, best: Sequence[str]) -> str:
+def _page(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[str, bytes], best: Sequence[str]) -> str:
     """Page of a sweep, as HTML."""
     states = [one.state for one in results]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -110,7 +114,7 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None, 
         "sweep/frontier.html",
         title=sweep.config.name,
         summary=f"A sweep; trials: {summary}" if states else "A sweep that has not begun",
-        pictures=_pictures(sweep, results, frontier),
+        pictures=_pictures(sweep, results, pictures),
         measures=measures,
         trials=[
             [describe(one.point), f"{one.state} {one.why}", *(shown[one.name].get(name, "") for name in measures)]
@@ -137,14 +141,20 @@ def _speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[list[str]]:
     return rows
 
 
-def _pictures(sweep: Sweep, results: Sequence[TrialResult], frontier: bytes | None) -> list[Picture]:
+def _pictures(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[str, bytes]) -> list[Picture]:
     drawn = [
         Picture(
             "Frontier",
             "Filled: aligned with the teacher; open: not. An arrow leads to a trial that differs by the weight of the "
             "alignment alone. Bars are deviations between seeds; dotted is the front.",
-            frontier or b"",
+            pictures[_FRONTIER_PICTURE],
             f"{GENERATION} over {RECONSTRUCTION} of {len(results)} trials",
+        ),
+        Picture(
+            "Ranking",
+            "Finished trials. Bars are deviations between seeds.",
+            pictures[_RANKING_PICTURE],
+            "Objectives by trial, the best by the first on top",
         ),
         Picture(
             "Generation against images seen",
