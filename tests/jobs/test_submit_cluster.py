@@ -105,14 +105,13 @@ def test_a_stopped_job_resumes_as_if_nothing_had_happened(head: Head, tmp_path: 
     run = run_of(root, "tiny")
     write_shards(run.storage, run.prefix("prepare_shards"), run.config.shards, lambda done, total: None)
     shutil.copytree(root / "tiny" / "shards", root / "undisturbed" / "shards")
-    submit = ["submit", "pipeline", "--config", CONFIG, f"storage.root={root}", "--follow"]
+    submit = ["submit", "train_vavae", "--config", CONFIG, f"storage.root={root}", "--follow"]
     seen = stopped_in_training(head, *submit).seen
     budget = f"train_vavae.images={seen + BATCHES * run.config.train_vavae.batch_size}"
     status, text = said(*submit, budget, head=head)
     assert status == 0, text
-    assert [job for job in JOBS if f"{job:<18} made" in text] == [*JOBS][1:], "the shards were there"
+    assert [job for job in JOBS if f"{job:<18} made" in text] == ["train_vavae"], "the shards were there"
     assert text.rstrip().endswith(": succeeded")
-    assert run.storage.is_file("report.html")
 
     words = ["train", "vavae", "--config", CONFIG, f"storage.root={root}", "name=undisturbed", budget]
     alone = vavae(*words, environment={**os.environ})
