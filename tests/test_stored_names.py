@@ -9,6 +9,7 @@ from vavae.data.shards.write import KIND, ShardRecord
 from vavae.interop.export import ALIGNMENT, DESCRIPTION, WEIGHTS
 from vavae.latents.extract import LatentShardRecord
 from vavae.latents.manifest import LatentManifest
+from vavae.runs.checkpoints import CHECKPOINTS
 from vavae.runs.events import EVENTS, Kind
 from vavae.runs.files import CONFIG
 from vavae.runs.run import IMPORTED, JOBS
@@ -17,7 +18,7 @@ from vavae.storage.artifact import RECORD, Artifact, FileInfo
 from vavae.sweep.sweep import SHARED, TRIALS
 from vavae.sweep.trial import IMAGES, Entry
 from vavae.training.callbacks.callback import PREVIEWS
-from vavae.training.checkpoints.metrics import CHECKPOINTS, EVALUATIONS
+from vavae.training.checkpoints.metrics import EVALUATIONS
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.metric_names import JOB_METRICS, METRICS, metric_name

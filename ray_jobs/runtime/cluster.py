@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 
 from ray_jobs.runtime.actor_pool import NO_RESOURCES, Resources
+from vavae.config.command import interrupted_by_sigterm
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 
@@ -54,6 +56,7 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
 
     Raises:
         UserError: the cluster can't be joined, or can't hold them.
+        KeyboardInterrupt: by SIGTERM, too.
     """
     if ray.is_initialized():
         yield
@@ -82,7 +85,12 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
                     logging_level=logging.WARNING,
                     _temp_dir=folder,
                 )
-            yield
+            with interrupted_by_sigterm():  # Ray has put a handler of its own in place
+                yield
+        except SystemExit as exit:
+            if exit.code == signal.SIGTERM:  # by that handler, while Ray was starting
+                raise KeyboardInterrupt from None
+            raise
         finally:
             ray.shutdown()
 

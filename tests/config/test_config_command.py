@@ -1,8 +1,10 @@
 """The shared command line and its exit statuses."""
 
 import errno
+import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,17 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]):
     assert run_command(mistake) == 2
     assert capsys.readouterr().err == "error: x.yaml: no such file\n"
     assert run_command(interrupt) == 130
+
+
+@pytest.mark.parametrize("of_interrupts", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_interrupts_a_command(capsys: pytest.CaptureFixture[str], of_interrupts: Any):
+    before, of_terminations = signal.signal(signal.SIGINT, of_interrupts), signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_command(lambda: signal.raise_signal(signal.SIGTERM)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is of_terminations
 
 
 def test_other_errors_pass():

@@ -17,12 +17,13 @@ from vavae.data.image_stream import ImageStream, MicroBatchKey
 from vavae.data.sample_order import order_of
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import ShardInfo, read_manifest, shard_file, write_manifest
+from vavae.data.shards.tar import write_tar as open_tar
 from vavae.data.shards.verify import ShardFaults, verify_shards, without_unreadable
 from vavae.data.shards.write import write_shards
 from vavae.data.sources.opening import open_source
 from vavae.errors import UserError
-from vavae.latents.manifest import LatentManifest
-from vavae.latents.shards import write_latents
+from vavae.latents.manifest import FeatureManifest, LatentManifest
+from vavae.latents.shards import feature_members, write_latents
 from vavae.storage.storage import Storage, sha256_of
 
 LABELS = [0, 2, 2, 1, 0]
@@ -312,6 +313,39 @@ def test_verify_reads_latents_too(tmp_path, capsys):
     storage.delete("train/000000.tar")
     assert main(["data", "verify", str(tmp_path)]) == 1
     assert "train/000000.tar is gone" in capsys.readouterr().out
+
+
+def test_verify_reads_features_beside_latents(tmp_path, capsys):
+    storage, arrays = Storage(str(tmp_path)), np.zeros((2, 2, 3, 2, 2), np.float16)
+    with storage.create("train/000000.tar") as local:
+        write_latents(local, arrays, [0, 1], 0)
+        info = ShardInfo(name="000000.tar", count=2, bytes=local.stat().st_size, sha256=sha256_of(local))
+    with storage.create("features/train/000000.tar") as local:
+        with open_tar(local) as tar:
+            for index in range(2):
+                tar.add(index, feature_members(np.zeros((1, 4, 6), np.int16)))
+        of_features = info.model_copy(update={"bytes": local.stat().st_size, "sha256": sha256_of(local)})
+    fields = {"tokenizer": "t", "shape": (3, 2, 2), "flip": False, "classes": ("a", "b")}
+    manifest = LatentManifest(splits={"train": (info,)}, **fields)
+
+    def describe(shape, info=of_features):
+        features = FeatureManifest(config="c", shape=shape, flip=False, shards=(info,))
+        storage.write_json("features/manifest.json", features.model_dump(mode="json"))
+
+    storage.write_json("manifest.json", manifest.model_dump(mode="json"))
+    describe((4, 6))
+    assert main(["data", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "2 of 2 shards are as the manifest says\n"
+    describe((6, 4))
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    assert "latents int16[1, 4, 6], expected int16[1, 6, 4]" in capsys.readouterr().out
+    describe((4, 6), of_features.model_copy(update={"name": "000001.tar"}))
+    storage.write_bytes("features/train/000001.tar", storage.read_bytes("features/train/000000.tar"))
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    assert "features of 2 images, but latents of 0" in capsys.readouterr().out
+    describe((4, 6), of_features.model_copy(update={"sha256": "0" * 64}))
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    assert "features/train/000000.tar: its checksum is not the manifest's" in capsys.readouterr().out
 
 
 def test_verify_asks_the_store_and_not_the_cache(tmp_path):

@@ -1,7 +1,9 @@
 """A cluster that can't be joined, and a machine on which Ray can't start: one line before anything is written."""
 
 import os
+import signal
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +14,8 @@ from ray_jobs.prepare_shards import work
 from ray_jobs.runtime import cluster
 from ray_jobs.runtime.cluster import check_ray, session_folder
 from ray_jobs.runtime.command import main
+from vavae.config import load
+from vavae.runs.config import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +97,21 @@ def test_sockets_whose_paths_would_be_too_long_get_a_short_folder(tmp_path, monk
         assert len(folder) < 20
         Path(folder, "session").mkdir()
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("starting", [True, False])
+def test_sigterm_interrupts_a_job_while_ray_starts_and_runs(monkeypatch, tmp_path, starting):
+    def init(*args, **options):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        if starting:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: signal.signal(signal.SIGTERM, before))
+    monkeypatch.setattr(cluster, "_stay_on_loopback", lambda: None)
+    config, before = (
+        load(RunConfig, "configs/tiny.yaml", [f"storage.root={tmp_path}"]),
+        signal.getsignal(signal.SIGTERM),
+    )
+    with pytest.raises(KeyboardInterrupt), cluster.cluster(config):
+        signal.raise_signal(signal.SIGTERM)

@@ -28,7 +28,7 @@ from support.sockets import beyond_loopback
 from support.trained_run import trained_run
 from support.waiting import wait_until
 
-from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_vavae
+from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_lightningdit, train_vavae
 from ray_jobs.runtime import actor_pool, command
 from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
@@ -47,6 +47,7 @@ from vavae.storage.artifact import RECORD
 from vavae.storage.local import PARTIAL
 from vavae.storage.retry import StorageUnavailableError
 from vavae.training.checkpoints.metrics import CheckpointMetrics
+from vavae.training.collapse import PATIENT_ROWS
 from vavae.training.logging.metric_names import JOB_METRICS, METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs]
@@ -444,6 +445,28 @@ def test_user_error_of_a_worker_is_one_line(
     assert shard.name in error
     assert ray.is_initialized()
     assert run_pipeline(arguments) == 0
+
+
+def test_a_collapse_of_the_training_in_workers_is_one_line(
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last layer begins at zero, and learns nothing at such a rate."""
+    run = Run(load(RunConfig, CONFIG, arguments[2:]))
+    run.storage.delete("lightningdit")
+    settings = ("optimizer.learning_rate=1e-12", "images=4_000", "log_images=32", "collapse_limit=1", "measure=null")
+    collapsing = [*arguments, *(f"train_lightningdit.{setting}" for setting in settings)]
+    assert command.main("train_lightningdit", DESCRIPTION, train_lightningdit.work, collapsing) == 2
+    error = capfd.readouterr().err
+    (line,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert re.match(
+        r"error: train_lightningdit has collapsed: output_variance is \S+ of the data's, below 0.0001,", line
+    )
+    assert "Traceback" not in error
+    seen = (PATIENT_ROWS + 1) * 32
+    happened = [(event["event"], event.get("images")) for event in read_events(run.storage)]
+    assert {("collapse", seen), ("checkpoint", seen)} <= {*happened}
+    assert happened[-1] == ("failed", None), "and no restart"
+    assert run.training_folder("train_lightningdit").is_file(f"checkpoints/{seen:012d}/{RECORD}")
 
 
 def test_every_job_has_a_dry_run(arguments: list[str], no_ray: None, capfd: pytest.CaptureFixture[str]) -> None:

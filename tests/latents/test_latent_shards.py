@@ -320,7 +320,9 @@ def test_features_are_those_of_the_images_and_views_and_end_with_their_steps(sto
             views.add(view)
     assert len(views) == 1 + flip
     assert stream.micro_batch_bytes == plain.micro_batch_bytes + 4 * 6 * 5 * 2
-    assert stream.shards.bytes_of([0, 1]) == plain.shards.bytes_of([0, 1]) + sum(info.bytes for info in features.shards)
+    of_both, of_latents = stream.shards.bytes_of([0, 1], 5), plain.shards.bytes_of([0, 1], 5)
+    assert of_both == of_latents + sum(info.bytes for info in features.shards)
+    assert stream.shards.bytes_of([0, 1], 6) == of_latents
     again = pickle.loads(pickle.dumps(stream))[MicroBatchKey(1, 3)]
     assert torch.equal(again.features.view(torch.int16), stream[MicroBatchKey(1, 3)].features.view(torch.int16))
 
@@ -343,7 +345,13 @@ def test_features_are_fetched_with_their_latents(tmp_path):
     manifest, features = write_set(storage, flip=True), write_features(storage, flip=True)
     order = order_of(COUNTS, SEED, StreamConfig(lanes=2))
     stream = LatentStream(storage, manifest, "train", order, 4, SEED, 2, FeaturesToRead(features, 9))
-    stream.shards.fetch(1)
+    stream.shards.fetch(1, 8)
     for folder in ("train", "features/train"):
         storage.delete(f"{folder}/000001.tar")
     assert stream.shards.open_features(1, lambda path: path.stat().st_size) == features.shards[1].bytes
+    stream.shards.fetch(0, 9)
+    for folder in ("train", "features/train"):
+        storage.delete(f"{folder}/000000.tar")
+    assert stream.shards.open(0, lambda path: path.stat().st_size) == manifest.splits["train"][0].bytes
+    with pytest.raises(UserError, match=r"features/train/000000\.tar is gone"):
+        stream.shards.open_features(0, lambda path: None)  # no step from the ninth on reads it

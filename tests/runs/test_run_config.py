@@ -118,6 +118,18 @@ def path(tmp_path):
             ["train_lightningdit.ema_decay=null", "train_lightningdit.measure={every_images: 64}"],
             r"measure evaluates an average of the weights: give ema_decay, or measure.weights, or leave measure out",
         ),
+        *(
+            ([f"guidance.weak={{scale: 2{more}}}"], r"guidance.weak .*weak takes either model, .* or checkpoint_images")
+            for more in ("", ", model: runs/small, checkpoint_images: 64")
+        ),
+        (
+            ["train_lightningdit.ema_decay=null", "guidance.weak={scale: 2, checkpoint_images: 64}"],
+            r"checkpoint_images=64 guides by the average of the weights, and the training keeps none: give",
+        ),
+        *(
+            ([f"train_lightningdit.keep_images=[64, {images}]"], rf"keep_images={images} must be a multiple of")
+            for images in (0, 65)
+        ),
         (["sample.weights=a/b"], r"sample.weights \(command line\): .*should match pattern"),
         (["train_lightningdit.ema_ramp=0"], r"train_lightningdit.ema_ramp .*0 should be greater than 0"),
         (["train_vavae.collapse_limit=0"], r"train_vavae.collapse_limit .*0 should be greater than or equal to 1"),

@@ -116,6 +116,14 @@ def test_a_label_that_is_no_class_is_refused_before_anything_starts(make):
         preflight(run, [SAMPLES])
 
 
+def test_guidance_by_a_checkpoint_that_would_not_be_kept_is_refused_before_anything_starts(make):
+    weak = "guidance.weak={checkpoint_images: 64, scale: 2}"
+    message = r"checkpoint_images=64: the training is to come, .* where train_lightningdit\.keep_images=\[\] names it"
+    with pytest.raises(UserError, match=message):
+        make(weak).plans()
+    assert not make(weak, "train_lightningdit.keep_images=[64]").plans()["sample"].done
+
+
 def test_a_reference_that_is_none_is_refused_before_anything_starts(make, tmp_path):
     run = make(f"evaluate.reference={tmp_path / 'some.npz'}", "shards.validation_fraction=0.5")
     mean = np.zeros(1280)

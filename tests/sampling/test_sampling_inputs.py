@@ -1,13 +1,23 @@
 """The samples of a run: what they are made of, and what makes them again."""
 
+from types import SimpleNamespace
+
 import pytest
+from support import small_models
+from support.toy_training import no_log
 from support.trained_run import DIGEST, trained_run
 
+from vavae.distributed.sharded_tensors import as_full_shard
+from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sample_shards import SampleSet
 from vavae.sampling.sampler import Sampler
+from vavae.training.checkpoints.checkpoint import Checkpoints
+from vavae.training.checkpoints.retention import Retention
+from vavae.training.checkpoints.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +123,59 @@ def test_a_weak_model_that_cannot_guide_is_one_line(made, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             SamplingInputs.at(made, [f"guidance.weak.model={model}", "guidance.weak.scale=2"])
+
+
+def save_checkpoints(run, factors):
+    """Save checkpoints of the run's training, each with its weights by a factor as their average."""
+    fresh = TrainState(images_seen=0, config="c", data="d")
+    checkpoints = Checkpoints(run.training_folder("train_lightningdit"), fresh, Retention(len(factors)), World())
+    for images_seen, factor in factors.items():
+        state = small_models.lightningdit().state_dict()
+        shards = {f"model.{name}": as_full_shard(tensor * factor) for name, tensor in state.items()}
+        step = SimpleNamespace(engines={}, ema=SimpleNamespace(tensor_shards=shards), averages={}, state_dict=dict)
+        checkpoints.save(step, fresh.after(images_seen), {}, no_log)
+    checkpoints.wait_for_pending_save()
+
+
+def test_an_earlier_checkpoint_of_the_run_guides(tmp_path):
+    run = trained_run(tmp_path)
+    save_checkpoints(run, {4: 0.5, 8: 1.0})
+    plain, early, itself = (
+        SamplingInputs.at(run.storage.url(), overrides)
+        for overrides in (
+            [],
+            ["guidance.weak={checkpoint_images: 4, scale: 2}"],
+            ["guidance.weak={checkpoint_images: 8, scale: 2}"],
+        )
+    )
+    images = [
+        Sampler.load(inputs).images(range(3), [0, 1, 2], 7, inputs.config.guidance, inputs.config.solver)
+        for inputs in (plain, early, itself)
+    ]
+    assert images[2].equal(images[0])
+    assert not images[1].equal(images[0])
+    weak = early.config.guidance.weak
+    assert weak.summary == "autoguidance 2 by its checkpoint of 4 images for t in [0, 1]"
+    assert early.output.draft.inputs["weak_model"] == early.weak.digest != itself.weak.digest
+    save_checkpoints(run, {4: 0.25})
+    again = SamplingInputs.at(run.storage.url(), ["guidance.weak={checkpoint_images: 4, scale: 2}"])
+    assert again.origin != early.origin, "made again"
+
+
+def test_an_evaluated_checkpoint_is_not_guided_by_one_that_may_come_later(tmp_path):
+    run = trained_run(tmp_path)
+    overrides = ["guidance.weak={checkpoint_images: 4, scale: 2}", "guidance.scale=3"]
+    inputs = CheckpointEvaluationInputs.of(Run.at(run.storage.url(), overrides))
+    assert inputs.weak is None
+    assert inputs.evaluation.config.guidance.summary == "guidance 3 for t in [0, 1]"
+
+
+def test_a_checkpoint_that_is_gone_is_one_line(tmp_path):
+    run = trained_run(tmp_path)
+    override = "guidance.weak={checkpoint_images: 4, scale: 2}"
+    message = r"checkpoint_images=4: no such checkpoint in .*/checkpoints; there are: %s; a training keeps those of "
+    with pytest.raises(UserError, match=message % "none"):
+        SamplingInputs.at(run.storage.url(), [override])
+    save_checkpoints(run, {8: 1, 16: 1})
+    with pytest.raises(UserError, match=message % "8, 16" + r"train_lightningdit\.keep_images"):
+        SamplingInputs.at(run.storage.url(), [override])

@@ -13,10 +13,11 @@ from support.training_steps import BATCH, build_step, fill_empty_memory, tiny_co
 from torch import Tensor
 
 from vavae.distributed.world import World
+from vavae.interop.averages import load_average
 from vavae.runs.config import AverageConfig, LightningDiTTrainingConfig, RunConfig
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
-from vavae.training.checkpoints.checkpoint import Checkpoints, load_average
+from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.snapshots import SNAPSHOTS, find_snapshots
 from vavae.training.checkpoints.state import TrainState

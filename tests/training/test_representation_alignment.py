@@ -16,6 +16,7 @@ from vavae.data.shards.write import write_shards
 from vavae.diffusion.config import RepresentationConfig
 from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.interop.averages import load_average
 from vavae.interop.export import load_lightningdit
 from vavae.planning import jobs, training
 from vavae.planning.cluster import ClusterSpec
@@ -24,7 +25,6 @@ from vavae.planning.sizes import bytes_to_write, feature_bytes, latent_bytes, tr
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training
-from vavae.training.checkpoints.checkpoint import load_average
 from vavae.training.flops.flops import encoding_flops, features_flops, training_flops
 from vavae.training.logging.log import read_rows
 from vavae.training.session import LocalSession

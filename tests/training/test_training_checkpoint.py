@@ -20,7 +20,7 @@ from torch import Tensor
 from vavae.data.image_stream import MicroBatchKey
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.runs.config import BestConfig
+from vavae.runs.config import BestConfig, LightningDiTTrainingConfig
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage
@@ -121,6 +121,17 @@ def test_the_best_stay_besides_the_last(storage: Storage, mode: str, kept: list[
         checkpoints.save(step, FRESH.after(number), {"loss/total": loss}, no_log)
     checkpoints.wait_for_pending_save()
     assert _saved(storage) == [f"{number:012d}" for number in kept]
+
+
+def test_those_that_are_named_are_saved_and_stay_but_ahead_of_the_newest(storage: Storage) -> None:
+    section = LightningDiTTrainingConfig(images=64, batch_size=1, keep_checkpoints=1, keep_images=(2, 5, 9))
+    checkpoints = Checkpoints(storage, FRESH, Retention.of(storage, section), World())
+    assert [seen for seen in range(12) if checkpoints.is_due(seen)] == [2, 5, 9]
+    step = ToyStep()
+    for seen in (9, 2, 4, 5, 8):
+        checkpoints.save(step, FRESH.after(seen), {}, no_log)
+    checkpoints.wait_for_pending_save()
+    assert _saved(storage) == [f"{number:012d}" for number in (2, 5, 8)]
 
 
 def test_an_unknown_metric_is_reported(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:

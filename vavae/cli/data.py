@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UserError(f"{storage.url()} holds latents, which have no images to decode: leave the option out")
     if arguments.drop and any(shard.url is None for shards in manifest.splits.values() for shard in shards):
         raise UserError(f"{storage.url()} is a run's own: delete the shard with the image and run prepare_shards again")
+    checked = verify_shards(storage, manifest, images)
+    if isinstance(manifest, LatentManifest):
+        from vavae.latents.features import verify_features  # which imports networks
+
+        checked = chain(checked, verify_features(storage, manifest))
     found: list[ShardFaults] = []
-    for faults in verify_shards(storage, manifest, images):
+    for faults in checked:
         for line in (*faults.lines, *faults.unreadable.values()):
             print(line, flush=True)
         found.append(faults)

@@ -30,7 +30,8 @@ def add_commands(commands: Any) -> None:
         "--out",
         default="samples.png",
         metavar="FILE",
-        help="path or URL ending in .png (a class a row), .tar (WebDataset) or .npz (one array); default: %(default)s",
+        help="path or URL ending in .png (a class a row; a square of one seed), .tar (WebDataset) or .npz (one array); "
+        "default: %(default)s",
     )
     add_overrides(sample)
     sample.set_defaults(act=_sample)

@@ -1,9 +1,13 @@
 """The command line of every job: ``--config FILE key=value … [--print-config] [--dry-run]``, and its exit status."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import NoReturn
 
 from vavae.errors import UserError, one_line
@@ -46,13 +50,39 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
     return Arguments(found.config, tuple(found.overrides), found.print_config, found.dry_run)
 
 
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do in the block what SIGINT does, or interrupt it where that is ignored, as in the background.
+
+    In threads other than the main one signals are left alone.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        of_interrupt = signal.getsignal(signal.SIGINT)
+        if callable(of_interrupt):
+            of_interrupt(number, frame)
+        else:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: 2, and one line on standard error, for what a user can mend.
 
-    That is a `UserError`, and what the machine refuses, from a full disk to a name that is too long.
+    That is a `UserError`, and what the machine refuses, from a full disk to a name that is too long. SIGTERM interrupts
+    it as Ctrl-C does: one line, and status 130.
     """
     try:
-        return main() or 0
+        with interrupted_by_sigterm():
+            return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return _MISUSE

@@ -48,13 +48,13 @@ class OrderedShards:
         """Open the local file of a shard with `open_file` and return its result; see `open_shard`."""
         return open_shard(self.storage, self.split, self.infos[shard], open_file)
 
-    def fetch(self, shard: int) -> None:
-        """Bring a shard of a store into the cache, where it is not in it yet."""
+    def fetch(self, shard: int, step: int) -> None:
+        """Bring what a step reads of a shard of a store into the cache, where it is not in it yet."""
         if not is_local(self.storage, self.infos[shard]):
             shard_file(self.storage, self.split, self.infos[shard])
 
-    def bytes_of(self, shards: Iterable[int]) -> int:
-        """Total size of some shards, bytes."""
+    def bytes_of(self, shards: Iterable[int], step: int) -> int:
+        """Total size of what a step reads of some shards, bytes."""
         return int(self.infos.sizes[[*shards]].sum())
 
     @property
@@ -63,10 +63,10 @@ class OrderedShards:
         return self.storage.is_local and not self.infos.has_urls
 
     def open_bytes(self, lanes: Iterable[int]) -> int:
-        """Most bytes of shards that some lanes draw from at the same time, computed from the first epoch."""
+        """Most bytes of shards that some lanes draw from at the same time, computed from the first epoch and step."""
         blocks = zip(*(self.order.blocks(lane, 0) for lane in lanes), strict=True)
         epoch = takewhile(lambda abreast: abreast[0].position < self.order.records_per_lane, blocks)
-        return max(self.bytes_of({shard for block in abreast for shard in block.shards}) for abreast in epoch)
+        return max(self.bytes_of({shard for block in abreast for shard in block.shards}, 0) for abreast in epoch)
 
     def needs(self, accumulation_steps: Sequence[AccumulationStep], first_step: int) -> Iterator[Need]:
         """Yield the shards that lanes enter from a step on, in the order of their first use, without end."""
@@ -140,7 +140,7 @@ class ShardPrefetcher:
                 return
             if wanted:
                 try:
-                    self._shards.fetch(need.shard)
+                    self._shards.fetch(need.shard, need.step)
                 except (UserError, OSError) as error:
                     logger.debug("prefetch: %s", error)
 
@@ -161,8 +161,11 @@ class ShardPrefetcher:
         if need.step > self._step + self._horizon:
             return False
         opened, prefetched = self._opened(), self._prefetched()
-        size, used = self._shards.bytes_of({need.shard} - opened - prefetched), self._shards.bytes_of(prefetched)
-        room = self._share - self._shards.bytes_of(opened)
+        size, used, taken = (
+            self._shards.bytes_of(shards, self._step)
+            for shards in ({need.shard} - opened - prefetched, prefetched, opened)
+        )
+        room = self._share - taken
         return used + size <= min(self._limit, room // 2) or (not used and size <= room)
 
     def _enter(self, need: Need) -> None:

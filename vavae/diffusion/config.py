@@ -94,9 +94,12 @@ def _check_interval(name: str, interval: tuple[float, float], off: str) -> None:
 class WeakModelConfig(Config):
     """A weaker LightningDiT that guides a better one: autoguidance (EDM2, arXiv 2406.02507)."""
 
-    model: Annotated[str, Field(min_length=1), LocalPath()]
+    model: Annotated[str, Field(min_length=1), LocalPath()] | None = None
     """Export of a LightningDiT on the same latents, smaller or trained for a shorter time: path or URL of its folder,
     such as `runs/small/lightningdit/export`."""
+    checkpoint_images: int | None = added(None, ge=1)
+    """Images seen at a checkpoint of this run's own training, in place of `model`: its average of the weights guides.
+    `train_lightningdit.keep_images` keeps it."""
     scale: float = Field(gt=0)
     """Scale w in v_weak + w (v - v_weak), at the same label; before classifier-free guidance. 1 is no guidance."""
     interval: tuple[float, float] = (0.0, 1.0)
@@ -105,8 +108,17 @@ class WeakModelConfig(Config):
     @property
     def summary(self) -> str:
         """Description in words, as metrics and reports carry it."""
-        run = self.model.rstrip("/").removesuffix("/export").removesuffix("/lightningdit").rpartition("/")[2]
-        return f"autoguidance {self.scale:g} by {run} for t in [{self.interval[0]:g}, {self.interval[1]:g}]"
+        if self.model is None:
+            by = f"its checkpoint of {self.checkpoint_images:,} images"
+        else:
+            by = self.model.rstrip("/").removesuffix("/export").removesuffix("/lightningdit").rpartition("/")[2]
+        return f"autoguidance {self.scale:g} by {by} for t in [{self.interval[0]:g}, {self.interval[1]:g}]"
+
+    @model_validator(mode="after")
+    def _is_one_model(self) -> Self:
+        if (self.model is None) == (self.checkpoint_images is None):
+            raise ValueError("weak takes either model, the folder of an export, or checkpoint_images: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:

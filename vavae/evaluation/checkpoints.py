@@ -5,17 +5,17 @@ import torch
 from vavae.evaluation.evaluator import REFERENCES, Evaluator
 from vavae.evaluation.metric import metrics_json
 from vavae.evaluation.metrics import generation_metrics
+from vavae.interop.averages import load_lightningdit_of_checkpoint
 from vavae.interop.export import load_tokenizer
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import LatentNormalizer, read_statistics
-from vavae.models.dit.model import LightningDiT
+from vavae.runs.checkpoints import CHECKPOINTS
 from vavae.runs.config import LightningDiTTrainingConfig, RunConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler, load_weak_model
 from vavae.storage.storage import Storage
-from vavae.training.checkpoints.checkpoint import load_average
-from vavae.training.checkpoints.metrics import CHECKPOINTS, CheckpointMetrics
+from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.logging.log import show_checkpoint_metrics
 
@@ -83,12 +83,14 @@ def _load_sampler(
     inputs: CheckpointEvaluationInputs, config: RunConfig, images_seen: int, classes: int, device: torch.device
 ) -> Sampler:
     """Load the run's tokenizer, and its LightningDiT with the average of a checkpoint that `sample.weights` names."""
-    with torch.device("meta"):
-        model = LightningDiT(config.lightningdit.with_classes(classes), config.tokenizer.latent_dim, config.grid)
-    model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    tensors = {f"model.{name}": each for name, each in model.state_dict().items()}
-    # What else is trained is not exported.
-    load_average(inputs.training, images_seen, tensors, config.sample.weights, prefix="model.")
+    model = load_lightningdit_of_checkpoint(
+        inputs.training,
+        images_seen,
+        config.lightningdit.with_classes(classes),
+        config.tokenizer.latent_dim,
+        config.grid,
+        config.sample.weights,
+    )
     tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     weak = load_weak_model(inputs.weak, model)

@@ -6,6 +6,7 @@ Shapes: B batch, h x w = N positions, F channels of the features.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -20,12 +21,13 @@ from vavae.data.pixels import to_float
 from vavae.data.shard_reader import ReadableImage, ReadableImages, batched, open_records
 from vavae.data.shards.manifest import Manifest, ShardInfo, ShardList
 from vavae.data.shards.tar import write_tar
+from vavae.data.shards.verify import ShardFaults, verify_files
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import WorkersConfig
 from vavae.errors import UserError
 from vavae.latents.config import FeaturesConfig, LatentsConfig
-from vavae.latents.manifest import FEATURES, FeatureManifest
-from vavae.latents.shards import feature_members
+from vavae.latents.manifest import FEATURES, FeatureManifest, LatentManifest
+from vavae.latents.shards import feature_members, map_features
 from vavae.models.backbones.color import as_color
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher, teacher_geometry
 from vavae.runs.extraction_inputs import ExtractionInputs
@@ -70,16 +72,49 @@ def read_features_of(latents: Storage, config: LatentsConfig, grid: tuple[int, i
         UserError: there are none, or others.
     """
     assert config.features is not None, "no features are configured"
+    manifest = _read_feature_manifest(latents)
+    if (manifest.config, manifest.shape) != (digest(config.features), feature_shape(config.features, grid)):
+        raise UserError(f"{latents.url(_MANIFEST)}: other features than latents.features says; run precompute_latents")
+    return manifest
+
+
+def _read_feature_manifest(latents: Storage) -> FeatureManifest:
     try:
-        manifest = FeatureManifest.model_validate_json(latents.read_bytes(_MANIFEST))
+        return FeatureManifest.model_validate_json(latents.read_bytes(_MANIFEST))
     except (FileNotFoundError, ValidationError) as error:
         raise UserError(
             f"{latents.url(_MANIFEST)}: no manifest of features there; run precompute_latents (imported latents have "
             "none: set objective.representation=null)"
         ) from error
-    if (manifest.config, manifest.shape) != (digest(config.features), feature_shape(config.features, grid)):
-        raise UserError(f"{latents.url(_MANIFEST)}: other features than latents.features says; run precompute_latents")
-    return manifest
+
+
+def verify_features(latents: Storage, manifest: LatentManifest) -> Iterator[ShardFaults]:
+    """Check every shard of the features beside latents, where there are any, and yield its faults.
+
+    A shard may be gone, have another size, checksum, count or shape than their manifest says, or features of another
+    number of images than the latents' shard at its place.
+
+    Args:
+        latents: folder of the latents.
+        manifest: theirs.
+
+    Raises:
+        UserError: the manifest of the features can't be read.
+    """
+    if not latents.is_file(_MANIFEST):
+        return
+    features = _read_feature_manifest(latents)
+    counts = {shard.name: shard.count for shard in manifest.splits[SPLIT]}
+
+    def check(path: Path, info: ShardInfo, faults: ShardFaults) -> None:
+        map_features(path, info.count, features.record_shape)
+        if info.count != counts.get(info.name):
+            raise UserError(
+                f"{path}: features of {info.count} images, but latents of {counts.get(info.name, 0)}; "
+                "run precompute_latents"
+            )
+
+    yield from verify_files(latents, f"{FEATURES}/{SPLIT}", features.shards, check)
 
 
 class FeatureExtraction:

@@ -1,5 +1,6 @@
 """The stream of latents that the LightningDiT trains on: micro-batches in the sample order of the images."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +52,24 @@ class ShardsWithFeatures(OrderedShards):
     """Shards of latents, each with the shard of the features of its images."""
 
     features: ShardList
+    feature_steps: float = math.inf
+    """Steps that read features; later ones read latents alone."""
 
-    def fetch(self, shard: int) -> None:
-        """Bring both shards of an index into the cache, where they are not in it yet."""
-        super().fetch(shard)
-        self.open_features(shard, lambda path: None)
+    def fetch(self, shard: int, step: int) -> None:
+        """Bring the shards of an index that a step reads into the cache, where they are not in it yet."""
+        super().fetch(shard, step)
+        if step < self.feature_steps:
+            self.open_features(shard, lambda path: None)
 
     def open_features(self, shard: int, open_file: Callable[[Path], T]) -> T:
         """Open the local file of a shard of features, see `open`."""
         return open_shard(self.storage, f"{FEATURES}/{self.split}", self.features[shard], open_file)
 
-    def bytes_of(self, shards: Iterable[int]) -> int:
-        """Total size of some shards and of their features, bytes."""
+    def bytes_of(self, shards: Iterable[int], step: int) -> int:
+        """Total size of what a step reads of some shards and of their features, bytes."""
         indices = [*shards]
-        return super().bytes_of(indices) + int(self.features.sizes[indices].sum())
+        of_features = int(self.features.sizes[indices].sum()) if step < self.feature_steps else 0
+        return super().bytes_of(indices, step) + of_features
 
 
 class LatentStream(ShardStream[LatentMicroBatch]):
@@ -97,7 +102,7 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         shards = OrderedShards(*latents)
         if features is not None:
             of_an_image += int(np.prod(features.manifest.shape)) * torch.bfloat16.itemsize
-            shards = ShardsWithFeatures(*latents, features.manifest.shards)
+            shards = ShardsWithFeatures(*latents, features.manifest.shards, features.steps)
         super().__init__(shards, micro_batch_bytes=micro_batch_size * of_an_image)
         self._features = features
         self._open_features: ShardCache[np.ndarray] = ShardCache(open_shards)

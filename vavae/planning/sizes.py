@@ -148,6 +148,7 @@ def training_bytes(config: RunConfig, job: Job) -> int:
     if isinstance(training, LightningDiTTrainingConfig):
         interval = training.average_snapshot_images
         snapshots = 0 if interval is None else training.steps * training.batch_size // interval
+        kept += len(training.keep_images)
         copies += len(training.averages) + snapshots * len(training.power_averages)
     return kept * checkpoint_bytes(config, job) + FLOAT_BYTES * exported * copies
 

@@ -12,6 +12,7 @@ from vavae.report.run_facts import run_facts, run_summary
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
 from vavae.runs.run import Job
+from vavae.sampling.files import PICTURE_ROWS
 from vavae.training.callbacks.callback import PREVIEWS
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.log import read_rows
@@ -56,6 +57,8 @@ class _Shown(NamedTuple):
 def _pictures(inputs: ReportInputs) -> list[Picture]:
     generated = generation_protocol(inputs.config.sample.images, inputs.config, inputs.classes)
     rows, grid = ("; one class a row", ", a class per row") if inputs.classes != 0 else ("", "")
+    if inputs.classes is not None and inputs.classes > PICTURE_ROWS:
+        rows, grid = f"; one image a class, or one class a row where at most {PICTURE_ROWS} are sampled", ""
     shown = (
         _Shown(
             SAMPLES,

@@ -271,6 +271,9 @@ class LightningDiTTrainingConfig(TrainingConfig):
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
+    keep_images: tuple[int, ...] = runtime(())
+    """Images seen at checkpoints that are saved besides those at intervals and stay in storage, such as the one that
+    `guidance.weak.checkpoint_images` names."""
     averages: tuple[AverageConfig, ...] = added(())
     """Further averages, each exported under its name beside the LightningDiT."""
     average_snapshot_images: int | None = runtime(None, ge=1)
@@ -310,6 +313,13 @@ class LightningDiTTrainingConfig(TrainingConfig):
         if weights is not None and self.average(weights) is None:
             names = ", ".join(average.name for average in self.averages) or "none"
             raise ValueError(f"measure.weights={weights} is no average of this training; there are: {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_saves(self) -> Self:
+        for images in self.keep_images:
+            if images < 1 or images % self.batch_size:
+                raise ValueError(f"keep_images={images} must be a multiple of batch_size={self.batch_size}, from it on")
         return self
 
     @model_validator(mode="after")
@@ -422,6 +432,12 @@ class RunConfig(Config):
             raise ValueError(
                 f"guidance.channels={channels} exceeds tokenizer.latent_dim={self.tokenizer.latent_dim}: "
                 "lower it, or null guides all"
+            )
+        weak = self.guidance.weak
+        if weak is not None and weak.checkpoint_images is not None and self.train_lightningdit.ema_decay is None:
+            raise ValueError(
+                f"guidance.weak.checkpoint_images={weak.checkpoint_images} guides by the average of the weights, and "
+                "the training keeps none: give train_lightningdit.ema_decay, or guidance.weak.model"
             )
         if self.lightningdit.intermediate_head is None:
             self._has_no_intermediate_head()

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vavae.data.shards.manifest import read_manifest
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, TRAININGS, Job, Run, StoredArtifact
+from vavae.runs.run import JOBS, TRAININGS, Job, Run, StoredArtifact, StoredCheckpoint
 from vavae.storage.artifact import Artifact
 from vavae.storage.storage import Storage
 
@@ -55,7 +56,7 @@ class CheckpointEvaluationInputs:
     """Folder of the training's checkpoints."""
     latents: Storage
     """Folder of the latents that it is trained on."""
-    weak: StoredArtifact | None
+    weak: StoredArtifact | StoredCheckpoint | None
     """LightningDiT that guides its samples, where the configuration names one."""
 
     @classmethod
@@ -65,9 +66,14 @@ class CheckpointEvaluationInputs:
         Raises:
             UserError: the tokenizer or the latents are missing, or the weak model can't guide.
         """
-        custom = run.config.evaluate.model_copy(update={"generation_protocol": "custom"})
+        config = run.config
+        changes: dict[str, Any] = {"evaluate": config.evaluate.model_copy(update={"generation_protocol": "custom"})}
+        weak = config.guidance.weak
+        if weak is not None and weak.checkpoint_images is not None:  # which checkpoints before it can't have
+            changes["guidance"] = config.guidance.model_copy(update={"weak": None})
+        run = Run(config.model_copy(update=changes))
         return cls(
-            evaluation=EvaluationInputs.of(Run(run.config.model_copy(update={"evaluate": custom}))),
+            evaluation=EvaluationInputs.of(run),
             training=run.training_folder("train_lightningdit"),
             latents=run.folder("precompute_latents"),
             weak=run.weak_model(),

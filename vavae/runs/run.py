@@ -8,6 +8,7 @@ from vavae.config import differences, digest, identity, load, resolve_paths
 from vavae.data.shards.plan import describe_sources
 from vavae.data.shards.write import check_origin
 from vavae.errors import UserError
+from vavae.runs.checkpoints import CHECKPOINTS, checkpoint_name, find_checkpoints
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.files import CONFIG, NPZ
 from vavae.runs.output import JobOutput
@@ -85,6 +86,17 @@ class StoredArtifact:
     """Digest of its content."""
     files: tuple[str, ...]
     """Paths of its files in the folder."""
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint of the LightningDiT's training, for whoever reads its average of the weights."""
+
+    training: Storage
+    """Folder of the training."""
+    images_seen: int
+    digest: str
+    """Digest of its content."""
 
 
 class Run:
@@ -260,15 +272,40 @@ class Run:
         draft = output.draft.model_copy(update={"kind": _AVERAGE})
         return JobOutput(self.storage, self.average_prefix(name), draft)
 
-    def weak_model(self) -> StoredArtifact | None:
-        """The export that `guidance.weak` names; None where the samples are not guided by a weaker model.
+    def _weak_checkpoint(self, images_seen: int) -> StoredCheckpoint:
+        training = self.training_folder("train_lightningdit")
+        record = read(training.child(CHECKPOINTS), checkpoint_name(images_seen))
+        if record is None:
+            there = ", ".join(map(str, find_checkpoints(training))) or "none"
+            raise UserError(
+                f"guidance.weak.checkpoint_images={images_seen}: no such checkpoint in {training.url(CHECKPOINTS)}; "
+                f"there are: {there}; a training keeps those of train_lightningdit.keep_images, and the last "
+                "keep_checkpoints"
+            )
+        return StoredCheckpoint(training, images_seen, record.digest)
+
+    def _check_weak_checkpoint(self) -> None:
+        """Refuse guidance by a checkpoint that a training which is still to come would not keep."""
+        weak, kept = self.config.guidance.weak, self.config.train_lightningdit.keep_images
+        images_seen = None if weak is None else weak.checkpoint_images
+        if images_seen is not None and images_seen not in kept and self.artifact("train_lightningdit") is None:
+            raise UserError(
+                f"guidance.weak.checkpoint_images={images_seen}: the training is to come, and it keeps this checkpoint "
+                f"only where train_lightningdit.keep_images={[*kept]} names it: add it there"
+            )
+
+    def weak_model(self) -> StoredArtifact | StoredCheckpoint | None:
+        """The model that `guidance.weak` names; None where the samples are not guided by a weaker model.
 
         Raises:
-            UserError: there is no such LightningDiT, or it was trained on other latents.
+            UserError: there is no such LightningDiT or checkpoint, or it was trained on other latents.
         """
         weak = self.config.guidance.weak
         if weak is None:
             return None
+        if weak.model is None:
+            assert weak.checkpoint_images is not None, "the configuration takes one of them"
+            return self._weak_checkpoint(weak.checkpoint_images)
         parent, _, name = weak.model.rstrip("/").rpartition("/")
         storage = Storage.of(self.config.storage).at(parent)
         record, kinds = read(storage, name), (JOBS["train_lightningdit"].makes, _AVERAGE)
@@ -295,12 +332,13 @@ class Run:
         Raises:
             UserError: an artifact was made with another configuration and is too precious to be made again under the
                 same name, the sources of the images are not what they should be, or the average that is to be sampled
-                is not there and no training makes it.
+                or the checkpoint that is to guide is not there and no training makes or keeps it.
         """
         run, plans = self.snapshot(), dict[Job, Plan]()
         weights = self.config.sample.weights
         if weights is not None and self.config.train_lightningdit.average(weights) is None:
             run.require_average(weights)  # no training makes it
+        run._check_weak_checkpoint()
         for job, spec in JOBS.items():
             missing = next((name for name in reversed(spec.inputs) if not plans[name].done), None)
             plans[job] = run._plan(job, sources) if missing is None else Plan(False, f"after {JOBS[missing].makes}")
@@ -418,7 +456,7 @@ class Run:
         """
         run = self.snapshot()
         record = run.artifact(job)
-        begun = job in TRAININGS and run.training_folder(job).exists("checkpoints")
+        begun = job in TRAININGS and run.training_folder(job).exists(CHECKPOINTS)
         if begun or (record is not None and IMPORTED not in record.details):
             raise UserError(f"{self.storage.url()} has its own {JOBS[job].makes}; give the run another name")
         return run.output(job)

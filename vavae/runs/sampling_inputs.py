@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vavae.config import digest
 from vavae.runs.config import RunConfig
 from vavae.runs.output import JobOutput
-from vavae.runs.run import Run, StoredArtifact
+from vavae.runs.run import Run, StoredArtifact, StoredCheckpoint
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SamplingInputs:
     """Latents that the LightningDiT was trained on: their statistics, and the names of the classes."""
     lightningdit: StoredArtifact
     """Export of the LightningDiT, or of the average that `sample.weights` names."""
-    weak: StoredArtifact | None
+    weak: StoredArtifact | StoredCheckpoint | None
     """LightningDiT that guides, where the configuration names one."""
     origin: str
     """Digest of everything that a sample is a function of, besides its index."""

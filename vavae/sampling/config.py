@@ -41,7 +41,8 @@ class SampleConfig(Config):
     actors: int = runtime(1, ge=1)
     """Shards generated at the same time, each by `workers.cpus` cores or one GPU."""
     picture_columns: int = runtime(10, ge=1)
-    """Images per class in the picture `samples.png`, or in each of as many rows where there is one class or none."""
+    """Images per class in the picture `samples.png`, a class a row; or in each of as many rows where there is one class
+    or none, or more than 20, of each of the first of which it shows one image."""
 
     @property
     def weights_in_words(self) -> str:

@@ -1,6 +1,7 @@
 """Files of generated images: a WebDataset shard, one array, a picture; and the images that are asked for."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,8 @@ from vavae.runs.files import NPZ, SAMPLES
 from vavae.sampling.sample_shards import SampleSet
 from vavae.storage.storage import Storage
 
-_PICTURE_CLASSES = 20
+PICTURE_ROWS = 20
+"""Most classes that are a row each in a picture."""
 _PICTURE_IMAGES = 10_000
 
 
@@ -83,9 +85,11 @@ def writer_of(out: str, images: int) -> Writer:
 
 
 def write_picture(path: Path, request: SampleRequest, batches: Iterable[Tensor]) -> None:
-    """Write images into a PNG file with a class a row; arguments as of :func:`write_shard`."""
-    images = torch.cat(list(batches))
-    picture = image_grid(images, len(request.seeds), scale=enlargement(images.shape[-2:]))
+    """Write images into a PNG file with a class a row, those of one seed into a square; see :func:`write_shard`."""
+    images, columns = torch.cat(list(batches)), len(request.seeds)
+    if columns == 1:
+        columns = math.isqrt(len(images) - 1) + 1
+    picture = image_grid(images, columns, scale=enlargement(images.shape[-2:]))
     path.write_bytes(png_bytes(picture))
 
 
@@ -159,11 +163,13 @@ def write_sample_files(samples: SampleSet, run: Storage) -> dict[str, int]:
 def picture_rows(labels: Sequence[int], columns: int) -> list[list[int]]:
     """Indices of the images in a picture, in rows of one length: a class a row, the lowest labels that occur.
 
-    Images of one label alone, as those without classes are, fill as many rows as columns, as far as they go.
+    Images of one label alone, as those without classes are, fill as many rows as columns, as far as they go; so does
+    the first image of each class where there are too many classes for rows of their own.
     """
-    shown = sorted({*labels})[:_PICTURE_CLASSES]
-    if len(shown) == 1:
-        rows = [[*range(len(labels))[start : start + columns]] for start in range(0, len(labels), columns)][:columns]
+    shown = sorted({*labels})
+    if len(shown) == 1 or len(shown) > PICTURE_ROWS:
+        square = range(len(labels)) if len(shown) == 1 else [labels.index(each) for each in shown]
+        rows = [[*square[start : start + columns]] for start in range(0, len(square), columns)][:columns]
         return [row for row in rows if len(row) == len(rows[0])]
     rows = [[index for index, label in enumerate(labels) if label == each][:columns] for each in shown]
     length = min(map(len, rows))

@@ -16,6 +16,7 @@ from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import Precision
 from vavae.errors import UserError
 from vavae.finite import require_finite
+from vavae.interop.averages import load_lightningdit_of_checkpoint
 from vavae.interop.export import load_lightningdit, load_tokenizer
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.model import LightningDiT
@@ -23,7 +24,7 @@ from vavae.models.dit.routing import kept_tokens
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.run import StoredArtifact
+from vavae.runs.run import StoredArtifact, StoredCheckpoint
 from vavae.runs.sampling_inputs import SamplingInputs
 
 
@@ -177,14 +178,18 @@ class Sampler(NamedTuple):
             yield self.images(indices[batch], labels[batch], seed, guidance, solver)
 
 
-def load_weak_model(stored: StoredArtifact | None, model: LightningDiT) -> LightningDiT | None:
+def load_weak_model(stored: StoredArtifact | StoredCheckpoint | None, model: LightningDiT) -> LightningDiT | None:
     """Load the model that is to guide a better one, on the CPU; None stays None.
 
     Raises:
-        UserError: it is for latents of another shape, or for other classes.
+        UserError: it is for latents of another shape, or for other classes; or a file of its checkpoint is damaged.
     """
     if stored is None:
         return None
+    if isinstance(stored, StoredCheckpoint):  # of the training of the model that it is to guide
+        return load_lightningdit_of_checkpoint(
+            stored.training, stored.images_seen, model.config, model.latent_dim, model.grid
+        )
     weak, _ = load_lightningdit(stored.folder)
     for name in ("latent_dim", "grid", "null_label"):
         ours, theirs = getattr(model, name), getattr(weak, name)

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -192,18 +192,34 @@ def verify_shards(storage: Storage, manifest: ShardSet, images: bool) -> Iterato
     """
     form = (manifest.pixel_format if isinstance(manifest, Manifest) else RGB) if images else None
     reader = manifest.reader if isinstance(manifest, Manifest) else RecordReader(RecordKeys(), manifest.classes)
+
+    def check(path: Path, info: ShardInfo, faults: ShardFaults) -> None:
+        _check_records(MappedShard(path, info.count, info.dropped), info, reader, form, faults)
+
     for split, shards in manifest.splits.items():
-        for number, info in enumerate(shards):
-            faults = ShardFaults(split, number, [], {})
-            with tempfile.TemporaryDirectory(prefix="vavae-") as cache:
-                fresh = Storage(storage.root, cache, storage.options)
-                try:
-                    shard = MappedShard(shard_file(fresh, split, info), info.count, info.dropped)
-                except UserError as error:
-                    faults.lines.append(str(error))
-                else:
-                    _check_records(shard, info, reader, form, faults)
-            yield faults
+        yield from verify_files(storage, split, shards, check)
+
+
+def verify_files(
+    storage: Storage, split: str, shards: Iterable[ShardInfo], check: Callable[[Path, ShardInfo, ShardFaults], None]
+) -> Iterator[ShardFaults]:
+    """Check every shard of a split by its size and checksum, and by a function, and yield its faults.
+
+    Args:
+        storage: the folder of the manifest.
+        split: the folder of the shards in it.
+        shards: the shards.
+        check: adds faults of a local file that has this size and checksum, or raises the UserError that is one.
+    """
+    for number, info in enumerate(shards):
+        faults = ShardFaults(split, number, [], {})
+        with tempfile.TemporaryDirectory(prefix="vavae-") as cache:
+            fresh = Storage(storage.root, cache, storage.options)
+            try:
+                check(shard_file(fresh, split, info), info, faults)
+            except UserError as error:
+                faults.lines.append(str(error))
+        yield faults
 
 
 def _check_records(

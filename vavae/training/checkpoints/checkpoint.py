@@ -10,36 +10,31 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from hashlib import sha256
 from threading import Event
 from typing import NamedTuple
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from vavae.config import digest
 from vavae.distributed.shard_files import (
-    DamagedFileError,
-    ReadRange,
     ShardFile,
     fetch_tensor_shards,
     fill_tensor_shards,
     header_of,
-    map_file,
     save_tensor_shards,
 )
-from vavae.distributed.sharded_tensors import TensorShard, as_full_shard
+from vavae.distributed.sharded_tensors import TensorShard
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError, one_line
 from vavae.finite import finite_row
+from vavae.interop.averages import open_stored_shards
+from vavae.runs.checkpoints import CHECKPOINTS, average_set, checkpoint_name
 from vavae.storage.artifact import Artifact, FileInfo, commit, is_intact, read
 from vavae.storage.storage import Storage, sha256_of
 from vavae.training.checkpoints.background_write import BackgroundWrite
 from vavae.training.checkpoints.lease import Lease, SupersededError
-from vavae.training.checkpoints.metrics import CHECKPOINTS, checkpoint_name
 from vavae.training.checkpoints.retention import Retention
-from vavae.training.checkpoints.snapshots import average_set
 from vavae.training.checkpoints.state import CheckpointDetails, TrainState
 from vavae.training.step import Step
 
@@ -309,7 +304,7 @@ class Checkpoints:
         start = self._world.rank * len(paths) // self._world.size
         for path in dict.fromkeys([*paths[start : start + 1], *paths[:1], *paths[start:], *paths[:start]]):
             info, header = found.record.files[path], found.details.headers.get(path)
-            yield _open(self._storage, f"{found.name}/{path}", info, header)
+            yield open_stored_shards(self._storage, f"{found.name}/{path}", info, header)
 
     def _newest(self) -> _Found | None:
         """Find the newest complete checkpoint; others are skipped with a warning. Every rank calls it."""
@@ -350,69 +345,6 @@ class Checkpoints:
     def _warn_of_incomplete(self, name: str) -> None:
         if self._world.is_first:
             logger.warning("%s is incomplete and is skipped", self._storage.url(name))
-
-
-def _open(checkpoints: Storage, path: str, info: FileInfo, header: FileInfo | None) -> ShardFile:
-    """Open a file of a checkpoint where it is.
-
-    Args:
-        checkpoints: folder of the checkpoints.
-        path: of the file.
-        info: its size and checksum.
-        header: those of its header; None in checkpoints that were written without. Those are read as a whole.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    if header is None:
-        return ShardFile.open(checkpoints.local_file(path, info.sha256))
-    read: ReadRange = partial(checkpoints.read_range, path)
-    whole: Callable[[], ReadRange] | None = None
-    if checkpoints.is_local:
-        read = map_file(checkpoints.local_file(path))
-    elif info.bytes <= checkpoints.options.cache_bytes:
-        # Of what a rank needs for the most part, other ranks of its machine need the same: it goes through the cache.
-        whole = partial(_map_cached, checkpoints, path, info)
-    found = read(0, header.bytes)
-    if sha256(found).hexdigest() != header.sha256:
-        raise DamagedFileError(f"{checkpoints.url(path)}: the SHA-256 of its header is another")
-    return ShardFile(checkpoints.url(path), found, read, whole)
-
-
-def _map_cached(checkpoints: Storage, path: str, info: FileInfo) -> ReadRange:
-    return map_file(checkpoints.local_file(path, info.sha256))
-
-
-def load_average(
-    training: Storage,
-    images_seen: int,
-    tensors: Mapping[str, Tensor],
-    average: str | None = None,
-    folder: str = CHECKPOINTS,
-    prefix: str = "",
-) -> None:
-    """Fill full contiguous tensors with an average in a checkpoint, or in a snapshot.
-
-    Args:
-        training: folder of the training.
-        images_seen: at the checkpoint.
-        tensors: tensors by their names in the step's module, all of those that begin with the prefix.
-        average: name of one of `averages`; None takes the one that is exported.
-        folder: `CHECKPOINTS` or `SNAPSHOTS`.
-        prefix: of the names.
-
-    Raises:
-        UserError: a file is damaged, or gone.
-    """
-    checkpoints, name = training.child(folder), checkpoint_name(images_seen)
-    record = read(checkpoints, name)
-    if record is None:
-        raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
-    headers = CheckpointDetails.model_validate(record.details).headers
-    paths = sorted(path for path in record.files if path.split("/")[1] == average_set(average))
-    files = (_open(checkpoints, f"{name}/{path}", record.files[path], headers.get(path)) for path in paths)
-    parts = {name: as_full_shard(tensor) for name, tensor in tensors.items()}
-    fill_tensor_shards(parts, fetch_tensor_shards(parts, files, prefix))
 
 
 class _Place(NamedTuple):

@@ -4,26 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vavae.runs.checkpoints import checkpoint_name, find_checkpoints
 from vavae.runs.config import LightningDiTTrainingConfig
-from vavae.storage.artifact import read
 from vavae.storage.storage import Storage
 
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints within that of a training."""
 EVALUATIONS = "measures"
-"""Folder of the metrics of checkpoints, likewise."""
+"""Folder of the metrics of checkpoints within that of a training."""
 _DISTANCE = "generation_frechet_distance"
-
-
-def checkpoint_name(images_seen: int) -> str:
-    """Name of a checkpoint's folder."""
-    return f"{images_seen:012d}"
-
-
-def find_checkpoints(training: Storage) -> list[int]:
-    """Images seen at the committed checkpoints of a training, oldest first."""
-    checkpoints = training.child(CHECKPOINTS)
-    return [int(name) for name in checkpoints.list() if read(checkpoints, name) is not None]
 
 
 class CheckpointMetrics:

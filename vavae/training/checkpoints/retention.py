@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Retention(NamedTuple):
-    """The checkpoints that stay: the last ones, the best ones, and those that wait to be evaluated."""
+    """The checkpoints that stay: the last ones, the best ones, those that are named, and those to be evaluated."""
 
     keep: int
     """Number of the last ones."""
@@ -24,6 +24,8 @@ class Retention(NamedTuple):
     """Metrics by which the best are found, besides those of the log."""
     snapshots: AverageSnapshots | None = None
     """Snapshots of averages, which are saved with checkpoints and stay when those go."""
+    named: tuple[int, ...] = ()
+    """Images seen at those that stay whatever comes."""
 
     @classmethod
     def of(cls, training: Storage, config: TrainingConfig) -> "Retention":
@@ -36,11 +38,12 @@ class Retention(NamedTuple):
         if not isinstance(config, LightningDiTTrainingConfig):
             return cls(config.keep_checkpoints, config.keep_best)
         evaluations, snapshots = CheckpointMetrics.of(training, config), AverageSnapshots.of(training, config)
-        return cls(config.keep_checkpoints, config.keep_best, evaluations, snapshots)
+        return cls(config.keep_checkpoints, config.keep_best, evaluations, snapshots, config.keep_images)
 
     def is_due(self, images_seen: int) -> bool:
-        """Return whether a checkpoint of this moment is to be evaluated, or to leave a snapshot."""
-        return any(each is not None and each.is_due(images_seen) for each in (self.evaluations, self.snapshots))
+        """Return whether a checkpoint of this moment is to stay, to be evaluated, or to leave a snapshot."""
+        due = any(each is not None and each.is_due(images_seen) for each in (self.evaluations, self.snapshots))
+        return due or images_seen in self.named
 
     def prune(self, checkpoints: Storage, newest: str) -> None:
         """Delete all other checkpoints, and all that lie ahead of the newest.
@@ -51,7 +54,8 @@ class Retention(NamedTuple):
         """
         records = {name: read(checkpoints, name) for name in checkpoints.list()}
         committed = {name: record for name, record in records.items() if record is not None and name <= newest}
-        kept = {*[*committed][-self.keep :], *self._best_of(committed), *self._waiting(committed)}
+        named = [name for name in committed if int(name) in self.named]
+        kept = {*[*committed][-self.keep :], *self._best_of(committed), *self._waiting(committed), *named}
         for name in records:
             if name not in kept:
                 discard(checkpoints, name)

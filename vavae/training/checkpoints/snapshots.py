@@ -2,19 +2,13 @@
 
 from collections.abc import Sequence
 
+from vavae.runs.checkpoints import average_set
 from vavae.runs.config import LightningDiTTrainingConfig
 from vavae.storage.artifact import RECORD, discard, is_intact, read
 from vavae.storage.storage import Storage
 
 SNAPSHOTS = "snapshots"
 """Folder of the snapshots within that of a training; each is a checkpoint of some averages alone."""
-EMA = "ema"
-"""Set of weights of the average that is exported, in a checkpoint."""
-
-
-def average_set(name: str | None) -> str:
-    """Name of an average's set of weights in a checkpoint; None is the one that is exported."""
-    return EMA if name is None else f"{EMA}-{name}"
 
 
 class AverageSnapshots:
