@@ -459,6 +459,40 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _average_velocities_fit(self) -> Self:
+        model, mean_flow = self.lightningdit, self.objective.mean_flow
+        if mean_flow is not None and not model.average_velocity:
+            raise ValueError("objective.mean_flow trains average velocities: set lightningdit.average_velocity=true")
+        if mean_flow is None and model.average_velocity:
+            raise ValueError(
+                "lightningdit.average_velocity=true is trained by objective.mean_flow alone: give it, such as {}, or "
+                "leave the former out"
+            )
+        if self.solver.name == "mean_flow":
+            if not model.average_velocity:
+                raise ValueError(
+                    "solver.name=mean_flow takes steps by average velocities: give lightningdit.average_velocity=true "
+                    "and objective.mean_flow, or set another solver"
+                )
+            if self.guidance.intervals:
+                raise ValueError(
+                    f"solver.name=mean_flow takes no guidance, and there is {self.guidance.summary}: give its scale to "
+                    "objective.mean_flow, which trains guided velocities, and set guidance to none"
+                )
+        if mean_flow is None:
+            return self
+        refused = {
+            "lightningdit.prediction=data": model.predicts_data,
+            "lightningdit.intermediate_head": model.intermediate_head is not None,
+            "lightningdit.routing.fuse": model.routing is not None and model.routing.fuse is not None,
+            "train_lightningdit.engine.zero_stage=3": not self.train_lightningdit.engine.has_whole_weights,
+        }
+        found = next((name for name, is_there in refused.items() if is_there), None)
+        if found is not None:
+            raise ValueError(f"objective.mean_flow does not go together with {found}: leave one of them out")
+        return self
+
     def _has_no_intermediate_head(self) -> None:
         for section, name in (("guidance", "internal_scale"), ("objective", "intermediate_weight")):
             value = getattr(getattr(self, section), name)
