@@ -6,12 +6,14 @@ flow leads from x_t to x_t + (r - t) w. With r = t it is the velocity itself.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from vavae.diffusion.config import MeanFlowConfig
 from vavae.diffusion.flow_matching import PathSample
@@ -122,11 +124,26 @@ class MeanFlowObjective:
         return MeanFlowLosses(squared.mean(1), weight * error)
 
 
+class _ConstantWeights(TorchFunctionMode):
+    """Linear maps in forward mode with constant weights, without the product with their tangent of zero."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Map value and tangent of the input of a linear map each by itself, and leave all else as it is."""
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight, *bias = args
+        value, tangent = forward_ad.unpack_dual(x)
+        mapped = F.linear(value, weight, *bias)
+        return mapped if tangent is None else forward_ad.make_dual(mapped, F.linear(tangent, weight))
+
+
 def total_derivative(field: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
     """Derivative d/dt of a field(x, t) along the path through x [B, C, H, W] at t [B] with a velocity [B, C, H, W].
 
-    It is taken in forward mode together with the value, in full precision. Attention is that of plain products, for
-    fused kernels have no derivative in that mode; compiled blocks have none either, so they are called as written.
+    It is taken in forward mode, in full precision. Attention is that of plain products, for fused kernels have no
+    derivative in that mode; compiled blocks have none either, so they are called as written.
     """
     with (
         torch.no_grad(),
@@ -134,6 +151,7 @@ def total_derivative(field: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Te
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),
         forward_ad.dual_level(),
+        _ConstantWeights(),
     ):
         value = field(forward_ad.make_dual(x, velocity.to(x)), forward_ad.make_dual(t, torch.ones_like(t)))
         derivative = forward_ad.unpack_dual(value).tangent

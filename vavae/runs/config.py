@@ -269,6 +269,9 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """Training of the LightningDiT."""
 
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
+    start_from: Annotated[str, Field(min_length=1), LocalPath()] | None = added(None)
+    """Weights to begin with: a `lightningdit/export` of another run on the same latents, as a path or a storage URL.
+    Where `lightningdit.average_velocity` is true, they may be of velocities. Null draws them."""
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
     averages: tuple[AverageConfig, ...] = added(())

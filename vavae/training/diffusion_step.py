@@ -1,6 +1,6 @@
 """One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
-from vavae.training.initialize import initialized, uninitialized
+from vavae.training.initialize import begin_with, initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, TermSum, variances
 
@@ -178,6 +178,7 @@ class DiffusionStep:
         normalizer: of the latents.
         world: the ranks.
         awaits_checkpoint: initialize nothing, because a checkpoint comes next.
+        start: state dict of a LightningDiT whose weights it begins with; None draws them.
     """
 
     def __init__(
@@ -188,6 +189,7 @@ class DiffusionStep:
         normalizer: LatentNormalizer,
         world: World,
         awaits_checkpoint: bool = False,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         training = config.train_lightningdit
         self.awaits_checkpoint = awaits_checkpoint
@@ -201,7 +203,10 @@ class DiffusionStep:
         dim, grid = config.tokenizer.latent_dim, config.grid
 
         def build() -> FlowMatchingModel:
-            return FlowMatchingModel.of(config, LightningDiT(model, dim, grid))
+            lightningdit = LightningDiT(model, dim, grid)
+            if start is not None:
+                begin_with(lightningdit, start)
+            return FlowMatchingModel.of(config, lightningdit)
 
         self.model = (
             uninitialized(build, world.device)
