@@ -146,3 +146,11 @@ def test_the_derivative_is_that_of_finite_differences_and_takes_no_gradient(swit
     torch.testing.assert_close(derivative.double(), (ahead - behind) / (2 * step), rtol=2e-3, atol=2e-4)
     assert not derivative.requires_grad
     assert derivative.abs().max() > 0.1
+
+
+def test_the_derivative_is_taken_of_blocks_as_they_are_written():
+    model, (x, t, y) = random_dit(average_velocity=True), dit_inputs()
+    expected = total_derivative(lambda x, t: model.predict(x, t, y).velocity, x, t, x)
+    for block in model.all_blocks:
+        block.compile(backend=lambda *_: pytest.fail("a block was compiled"))
+    assert torch.equal(total_derivative(lambda x, t: model.predict(x, t, y).velocity, x, t, x), expected)

@@ -19,9 +19,12 @@ from vavae.diffusion.config import MeanFlowConfig
 from vavae.diffusion.flow_matching import PathSample
 from vavae.diffusion.guidance import within
 
+AverageVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Function w(x [B, C, H, W], t [B], y int64 [B], r [B]) -> [B, C, H, W], the average velocity from t to r."""
 
-class AverageVelocity(Protocol):
-    """A network that predicts average velocities."""
+
+class TrainedAverageVelocity(Protocol):
+    """A network that predicts average velocities, for the images of a micro-batch or some of them."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None) -> Tensor:
         """Average velocity [B, C, H, W] from x [B, C, H, W] at t [B] to r [B], with labels y int64 [B].
@@ -83,7 +86,7 @@ class MeanFlowObjective:
         self._config, self._null_label = config, null_label
 
     @torch.no_grad()
-    def target(self, model: AverageVelocity, point: PathSample, y: Tensor, intervals: Intervals) -> Tensor:
+    def target(self, model: TrainedAverageVelocity, point: PathSample, y: Tensor, intervals: Intervals) -> Tensor:
         """What the average velocity is to be, [S, C, H, W], without gradient.
 
         Args:
@@ -101,7 +104,7 @@ class MeanFlowObjective:
         target[rows] = v + (r - t).to(v).view(-1, 1, 1, 1) * derivative
         return target
 
-    def _guided(self, model: AverageVelocity, point: PathSample, t: Tensor, y: Tensor) -> Tensor:
+    def _guided(self, model: TrainedAverageVelocity, point: PathSample, t: Tensor, y: Tensor) -> Tensor:
         """The velocity that is averaged: scale · v + (1 - scale - mix) · v(null) + mix · v(y), a new tensor."""
         config, x, velocity = self._config, point.x_t, point.velocity
         if not config.guides:

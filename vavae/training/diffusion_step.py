@@ -164,7 +164,7 @@ class FlowMatchingModel(nn.Module):
     def _average_velocity(
         self, keep: Tensor | None, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None
     ) -> Tensor:
-        """See `AverageVelocity`; `keep` is that of all images."""
+        """See `TrainedAverageVelocity`; `keep` is that of all images."""
         return self.model.predict(x, t, y, keep if keep is None or rows is None else keep[rows], end=r).velocity
 
 
