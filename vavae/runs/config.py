@@ -481,7 +481,7 @@ class RunConfig(Config):
             if self.guidance.intervals:
                 raise ValueError(
                     f"solver.name=mean_flow takes no guidance, and there is {self.guidance.summary}: give its scale to "
-                    "objective.mean_flow, which trains guided velocities, and set guidance to none"
+                    "objective.mean_flow, which trains guided velocities, and leave guidance out"
                 )
         if mean_flow is None:
             return self
