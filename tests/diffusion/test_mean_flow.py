@@ -100,7 +100,7 @@ def test_the_exact_average_of_a_linear_field_is_its_own_target():
     for num_steps, shift in ((1, 1.0), (5, 0.3)):
         solver = SolverConfig(name="mean_flow", num_steps=num_steps, shift=shift)
         found = solve_mean_flow(lambda *times: average_velocity(*times).double(), x, labels, solver)
-        torch.testing.assert_close(found, torch.tensor(rate).exp() * x, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found, torch.tensor(rate).exp() * x, rtol=3e-6, atol=1e-6)
 
 
 def test_intervals_run_from_the_earlier_to_the_later_time_or_have_no_length():
@@ -141,7 +141,7 @@ def test_the_derivative_is_that_of_finite_differences_and_takes_no_gradient(swit
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         derivative = total_derivative(field, x, t, velocity)
     model.double()
-    x, velocity, step = x.double(), velocity.double(), 2**-8
+    x, velocity, step = x.double(), velocity.double(), 2**-9
     ahead, behind = (field(x + sign * step * velocity, t + sign * step) for sign in (1, -1))
     torch.testing.assert_close(derivative.double(), (ahead - behind) / (2 * step), rtol=2e-3, atol=2e-4)
     assert not derivative.requires_grad

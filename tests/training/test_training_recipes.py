@@ -94,7 +94,7 @@ def test_every_engine_takes_the_same_steps_and_goes_on_to_the_same_bits(gloo: Gl
             step = build_step("train_lightningdit", recipe_config(name, engine=TORCH), World())
             alone = take(step, World(), range(STEPS))
             for ours, theirs in zip(alone, plain, strict=True):  # of two ranks
-                assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7), name
+                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
 
 
 def train_combined(names: Sequence[str]) -> None:

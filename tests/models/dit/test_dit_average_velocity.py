@@ -105,7 +105,7 @@ def starting_from(run, other, *overrides):
 
 def test_a_training_begins_with_the_weights_of_another_one(tmp_path):
     other, own = trained_run(tmp_path, "other"), trained_run(tmp_path)
-    run = starting_from(own, other, *TRAINED, "guidance.scale=1")
+    run = starting_from(own, other, *TRAINED, "train_lightningdit.engine.backend=torch")
     record = other.require("train_lightningdit")
     assert run.inputs("train_lightningdit") == {**own.inputs("train_lightningdit"), "start_from": record.digest}
     model = run.config.lightningdit
