@@ -33,6 +33,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "train_lightningdit": {"lanes_at_once": 2},
     },
+    "average velocities": {
+        "lightningdit": {"average_velocity": True},
+        "objective": {"direction_weight": 0, "mean_flow": {"equal_fraction": 0.5, "mix": 0.5}},
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
     "representation alignment": {
         # It falls and stops within the steps that tests take.
         "objective": {
@@ -48,6 +53,13 @@ OPTIONS = {
     "averages": {"train_lightningdit": {"averages": [{"name": "wide", "std": 0.1}, {"name": "slow", "decay": 0.9}]}},
 }
 """The recipes, and what changes the training around the model."""
+
+
+APART = (
+    {"routing", "routing with fusion"},
+    *({"average velocities", name} for name in ("internal guidance", "prediction of data", "routing with fusion")),
+)
+"""Pairs of options that are refused."""
 
 
 def recipe_config(*names: str, **training: Any) -> RunConfig:

@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
-from support.recipes import OPTIONS, RECIPES, recipe_config
+from support.recipes import APART, OPTIONS, RECIPES, recipe_config
 from support.training_steps import LANES, build_step, figures_of
 from torch import Tensor
 
@@ -27,6 +29,11 @@ STEPS = 4
 ENGINES = [TORCH, *ZERO]
 
 
+def engines_of(recipe: str) -> list[dict[str, Any]]:
+    """Engines that train a recipe: but for average velocities all of them."""
+    return ENGINES[:-1] if recipe == "average velocities" else ENGINES
+
+
 def take(step: Step, world: World, numbers: range) -> list[dict[str, float]]:
     """Figures of some steps."""
     stream = load_micro_batches(step.source(), assign_lanes(LANES, world.rank, world.size), numbers.start, workers=0)
@@ -37,7 +44,7 @@ def train_with_every_engine(world: World, folder: str) -> dict[str, list[list[di
     """Figures of each step, by recipe, then by engine; on the way, halfway through the first is resumed to its bits."""
     figures = {}
     for index, name in enumerate(RECIPES):
-        configs = [recipe_config(name, engine=engine) for engine in ENGINES]
+        configs = [recipe_config(name, engine=engine) for engine in engines_of(name)]
         steps = [build_step("train_lightningdit", each, world) for each in configs]
         figures[name] = [take(step, world, range(STEPS)) for step in steps]
         fresh, half = TrainState(images_seen=0, config="c", data="d"), STEPS // 2
@@ -80,9 +87,14 @@ def test_routing_is_drawn_by_lane_and_step_until_all_tokens_take_all_blocks() ->
 @pytest.mark.gloo
 def test_every_engine_takes_the_same_steps_and_goes_on_to_the_same_bits(gloo: GlooLauncher, tmp_path: Path) -> None:
     for name, (plain, *others) in gloo.run(2, train_with_every_engine, str(tmp_path))[0].items():
-        for engine, figures in zip(ENGINES[1:], others, strict=True):
+        for engine, figures in zip(engines_of(name)[1:], others, strict=True):
             for step, (ours, theirs) in enumerate(zip(figures, plain, strict=True)):
                 assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), (name, engine, step)
+        if name == "average velocities":
+            step = build_step("train_lightningdit", recipe_config(name, engine=TORCH), World())
+            alone = take(step, World(), range(STEPS))
+            for ours, theirs in zip(alone, plain, strict=True):  # of two ranks
+                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
 
 
 def train_combined(names: Sequence[str]) -> None:
@@ -93,13 +105,21 @@ def train_combined(names: Sequence[str]) -> None:
 
 
 def goes_together(names: Iterable[str]) -> bool:
-    """All but both kinds of routing, which are one key."""
-    return not {"routing", "routing with fusion"} <= {*names}
+    """Whether none of these are refused together."""
+    return not any(pair <= {*names} for pair in APART)
 
 
 def test_any_two_go_together() -> None:
     for pair in filter(goes_together, combinations(OPTIONS, 2)):
         train_combined(pair)
+
+
+def test_what_does_not_go_with_average_velocities_is_one_line() -> None:
+    for pair in APART[1:]:
+        with pytest.raises(ValidationError, match=r"objective\.mean_flow does not go together with lightningdit\."):
+            recipe_config(*pair, engine=TORCH)
+    with pytest.raises(ValidationError, match=r"together with train_lightningdit\.engine\.zero_stage=3"):
+        recipe_config("average velocities", engine=ZERO[3])
 
 
 @pytest.mark.long

@@ -63,8 +63,10 @@ def lightningdit_benchmark(
             trained by the plain engine in place of ours.
 
     Raises:
-        UserError: the peer is not to be had.
+        UserError: the peer is not to be had, or it is no step of velocities.
     """
+    if config.objective.mean_flow is not None:
+        raise UserError("objective.mean_flow: only steps of velocities are compared: leave it out")
     training, images = config.train_lightningdit, config.train_lightningdit.batch_size // world.size
 
     def flops() -> float:

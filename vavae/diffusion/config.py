@@ -12,6 +12,12 @@ Shift = Annotated[float, Field(gt=0)] | Literal["by_dimension"]
 """Shift of times: s in t' = s t / (1 + (s - 1) t), or √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
 
 
+def _check_interval(name: str, interval: tuple[float, float], off: str) -> None:
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{name}=[{low}, {high}] must satisfy 0 <= low <= high <= 1; {off} switches guidance off")
+
+
 class TimestepConfig(Config):
     """Distribution of the timesteps that are trained on."""
 
@@ -69,6 +75,38 @@ class RepresentationConfig(Config):
         return self
 
 
+class MeanFlowConfig(Config):
+    """Training of average velocities over intervals of time, so that one step leads from noise to data (MeanFlow).
+
+    Both ends of an interval are drawn by `timesteps`; published: a mean of 0.4. See arXiv 2505.13447.
+    """
+
+    equal_fraction: float = Field(0.75, ge=0, le=1)
+    """Probability that an interval has no length, where the average velocity is the velocity itself."""
+    power: float = Field(1.0, ge=0)
+    """Power p of the weight 1 / (e + epsilon)^p of an image, with e its squared error, summed over the latent."""
+    epsilon: float = Field(0.01, gt=0)
+    """See `power`."""
+    scale: float = Field(1.0, ge=0)
+    """Share ω of the true velocity v in the one that is averaged, ω v + (1 - ω - κ) v_null + κ v_label, whose other
+    parts are the model's own: samples then are guided with scale ω / (1 - κ) and take no evaluation for it. Published:
+    ω = 1, κ = 0.5 for B."""
+    mix: float = Field(0.0, ge=0, lt=1)
+    """Share κ there; with ω = 1 and κ = 0 nothing is guided."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Starts low <= t <= high of the intervals that are guided."""
+
+    @property
+    def guides(self) -> bool:
+        """Whether the velocity that is averaged is a guided one."""
+        return self.scale != 1 or self.mix != 0
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> Self:
+        _check_interval("interval", self.interval, "scale=1 with mix=0")
+        return self
+
+
 class ObjectiveConfig(Config):
     """Loss of the predicted velocity, and label dropout."""
 
@@ -81,14 +119,25 @@ class ObjectiveConfig(Config):
     squared error of the data counts 1 / data_floor² times."""
     representation: RepresentationConfig | None = added(None)
     """Align the tokens of an inner block with the features that `latents.features` stores. Null aligns nothing."""
+    mean_flow: MeanFlowConfig | None = added(None)
+    """Train average velocities instead, as `lightningdit.average_velocity` predicts them. Null trains velocities."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 
-
-def _check_interval(name: str, interval: tuple[float, float], off: str) -> None:
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"{name}=[{low}, {high}] must satisfy 0 <= low <= high <= 1; {off} switches guidance off")
+    @model_validator(mode="after")
+    def _mean_flow_stands_alone(self) -> Self:
+        if self.mean_flow is None:
+            return self
+        if self.direction_weight:
+            raise ValueError(
+                f"direction_weight={self.direction_weight:g} is of velocities, and mean_flow trains average ones: set "
+                "it to 0"
+            )
+        if self.mean_flow.guides and not self.label_dropout:
+            raise ValueError(
+                "mean_flow.scale and mix guide away from the null label, which label_dropout=0 never trains: raise it"
+            )
+        return self
 
 
 class WeakModelConfig(Config):
@@ -193,11 +242,13 @@ class GuidanceConfig(Config):
 class SolverConfig(Config):
     """The numerical integration from noise to data: on a grid of times, or by `dopri5`, which finds its own steps."""
 
-    name: Literal["euler", "heun", "dopri5"] = "euler"
+    name: Literal["euler", "heun", "dopri5", "mean_flow"] = "euler"
     """Solver of order 1, 2 or 5. `dopri5` gives every image steps of its own, whatever else is in the batch. Where
-    `lightningdit.prediction` is data, it is refused, and `heun` takes its last step like `euler`."""
+    `lightningdit.prediction` is data, it is refused, and `heun` takes its last step like `euler`. `mean_flow` takes
+    each step by its average velocity, which `objective.mean_flow` trains; one is enough."""
     num_steps: int = Field(250, ge=1)
-    """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249."""
+    """Intervals of the grid. Euler evaluates the velocity once in each, Heun twice. The released preset: 249; 1 for
+    `mean_flow`."""
     shift: Shift = 1.0
     """Shift of the grid: s in t' = s t / (1 + (s - 1) t). Below 1 it takes smaller steps near the noise, 1 spaces them
     evenly; `by_dimension` is √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vavae.diffusion.config import SolverConfig
 from vavae.diffusion.dopri5 import Tolerance, Velocity, dopri5
+from vavae.diffusion.mean_flow import AverageVelocity
 from vavae.diffusion.shift import shift_times
 from vavae.errors import UserError
 
@@ -30,6 +31,23 @@ def heun_step(velocity: CommonTimeVelocity, x: Tensor, t: float, t_next: float) 
     start = velocity(x, t)
     end = velocity(x + (t_next - t) * start, t_next)
     return x + (t_next - t) * (start + end) / 2
+
+
+@torch.no_grad()
+def solve_mean_flow(average_velocity: AverageVelocity, noise: Tensor, labels: Tensor, config: SolverConfig) -> Tensor:
+    """Lead unit Gaussian noise [B, C, H, W] to data of that shape by the average velocity of each step of the grid.
+
+    Args:
+        average_velocity: the model; it gets times on the device of the noise.
+        noise: unit Gaussian noise [B, C, H, W].
+        labels: int64 [B].
+        config: time grid.
+    """
+    x = noise
+    for t, t_next in pairwise(time_grid(config, noise[0].numel()).tolist()):
+        start, end = (torch.full((len(x),), time, device=x.device) for time in (t, t_next))
+        x = x + (t_next - t) * average_velocity(x, start, labels, end)
+    return x
 
 
 @torch.no_grad()

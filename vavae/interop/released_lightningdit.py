@@ -70,6 +70,10 @@ def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT
             f"{os.fspath(path)}: the public inference takes outputs for velocities, and lightningdit.prediction=data: "
             "the run's own export says so, take that"
         )
+    if model.length_embedder is not None:
+        raise UserError(
+            f"{os.fspath(path)}: the public {_KIND} has no lightningdit.average_velocity: take the run's own export"
+        )
     if model.fusion is not None:
         raise UserError(f"{path}: the public {_KIND} has no lightningdit.routing.fuse, so it can't take these weights")
     write_weights(path, _LIGHTNINGDIT.state(model), nest="ema")
@@ -103,6 +107,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "shift": modulation != 4 * width,
         "intermediate_head": _infer_head(weights, overrides),
         "head": None,
+        "average_velocity": False,
         "latent_dim": latent_dim,
         "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }

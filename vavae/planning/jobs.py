@@ -154,6 +154,8 @@ def velocity_evaluations(config: RunConfig) -> Evaluations:
     A weaker model that guides counts as the LightningDiT itself, which is larger, once for each label.
     `dopri5` is counted on the flow between two equal Gaussians, v = (2t - 1) / (t² + (1 - t)²) x; images take it more.
     """
+    if config.solver.name == "mean_flow":
+        return Evaluations(config.solver.num_steps, 0, 0)
     guidance = ClassifierFreeGuidance(lambda x, t, y: x, 0, config.guidance)
     whole = null = routed = 0
 

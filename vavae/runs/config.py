@@ -269,6 +269,9 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """Training of the LightningDiT."""
 
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
+    start_from: Annotated[str, Field(min_length=1), LocalPath()] | None = added(None)
+    """Weights to begin with: a `lightningdit/export` of another run on the same latents, as a path or a storage URL.
+    Where `lightningdit.average_velocity` is true, they may be of velocities. Null draws them."""
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
     keep_images: tuple[int, ...] = runtime(())
@@ -473,6 +476,40 @@ class RunConfig(Config):
             raise ValueError(
                 f"objective.data_floor={floor:g} is of lightningdit.prediction=data, and it is velocity: leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _average_velocities_fit(self) -> Self:
+        model, mean_flow = self.lightningdit, self.objective.mean_flow
+        if mean_flow is not None and not model.average_velocity:
+            raise ValueError("objective.mean_flow trains average velocities: set lightningdit.average_velocity=true")
+        if mean_flow is None and model.average_velocity:
+            raise ValueError(
+                "lightningdit.average_velocity=true is trained by objective.mean_flow alone: give it, such as {}, or "
+                "leave the former out"
+            )
+        if self.solver.name == "mean_flow":
+            if not model.average_velocity:
+                raise ValueError(
+                    "solver.name=mean_flow takes steps by average velocities: give lightningdit.average_velocity=true "
+                    "and objective.mean_flow, or set another solver"
+                )
+            if self.guidance.intervals:
+                raise ValueError(
+                    f"solver.name=mean_flow takes no guidance, and there is {self.guidance.summary}: give its scale to "
+                    "objective.mean_flow, which trains guided velocities, and leave guidance out"
+                )
+        if mean_flow is None:
+            return self
+        refused = {
+            "lightningdit.prediction=data": model.predicts_data,
+            "lightningdit.intermediate_head": model.intermediate_head is not None,
+            "lightningdit.routing.fuse": model.routing is not None and model.routing.fuse is not None,
+            "train_lightningdit.engine.zero_stage=3": not self.train_lightningdit.engine.has_whole_weights,
+        }
+        found = next((name for name, is_there in refused.items() if is_there), None)
+        if found is not None:
+            raise ValueError(f"objective.mean_flow does not go together with {found}: leave one of them out")
         return self
 
     def _has_no_intermediate_head(self) -> None:

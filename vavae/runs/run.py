@@ -222,7 +222,9 @@ class Run:
         if job == "sample" and self.config.sample.weights is not None:
             digests["train_lightningdit"] = run.require_average(self.config.sample.weights).digest
         weak = run.weak_model() if job == "sample" else None
-        return digests if weak is None else {**digests, "weak_model": weak.digest}
+        start = run.starting_lightningdit() if job == "train_lightningdit" else None
+        others = {"weak_model": weak, "start_from": start}
+        return digests | {name: other.digest for name, other in others.items() if other is not None}
 
     def average_prefix(self, name: str) -> str:
         """Folder of the export of an average of the LightningDiT's weights in the run's."""
@@ -306,20 +308,33 @@ class Run:
         if weak.model is None:
             assert weak.checkpoint_images is not None, "the configuration takes one of them"
             return self._weak_checkpoint(weak.checkpoint_images)
-        parent, _, name = weak.model.rstrip("/").rpartition("/")
+        return self._lightningdit_on_these_latents("guidance.weak.model", weak.model)
+
+    def starting_lightningdit(self) -> StoredArtifact | None:
+        """The export that `train_lightningdit.start_from` names; None where weights are drawn.
+
+        Raises:
+            UserError: there is no such LightningDiT, or it was trained on other latents.
+        """
+        key, url = "train_lightningdit.start_from", self.config.train_lightningdit.start_from
+        return None if url is None else self._lightningdit_on_these_latents(key, url)
+
+    def _lightningdit_on_these_latents(self, key: str, url: str) -> StoredArtifact:
+        """The export of a LightningDiT that a key of the configuration names."""
+        parent, _, name = url.rstrip("/").rpartition("/")
         storage = Storage.of(self.config.storage).at(parent)
         record, kinds = read(storage, name), (JOBS["train_lightningdit"].makes, _AVERAGE)
         if record is None or record.kind not in kinds or not is_intact(storage, name, record):
             raise UserError(
-                f"guidance.weak.model={weak.model}: no whole export of a LightningDiT there; give a folder such as "
+                f"{key}={url}: no whole export of a LightningDiT there; give a folder such as "
                 "runs/NAME/lightningdit/export"
             )
         latents: Job = "precompute_latents"
         ours, theirs = self.require(latents).digest, record.inputs.get(latents, "unknown")
         if theirs != ours:
             raise UserError(
-                f"guidance.weak.model={weak.model} was trained on latents {theirs[:12]}, but this run on {ours[:12]}: "
-                "a model can only guide one on the same latents; train it in a run with the same tokenizer and shards"
+                f"{key}={url} was trained on latents {theirs[:12]}, but this run on {ours[:12]}: both must be on the "
+                "same ones; train it in a run with the same tokenizer and shards"
             )
         return StoredArtifact(storage.child(name), record.digest, tuple(record.files))
 

@@ -9,7 +9,7 @@ from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.errors import CommonError, UserError
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.output import JobOutput
-from vavae.runs.run import Job, Run
+from vavae.runs.run import Job, Run, StoredArtifact
 from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage
 
@@ -87,6 +87,8 @@ class LightningDiTTrainingInputs(TrainingInputs):
     tokenizer: Storage
     """Folder of the tokenizer's export, which decodes previews."""
     tokenizer_digest: str
+    start: StoredArtifact | None
+    """Export whose weights it begins with; None where they are drawn."""
     averages: Mapping[str, JobOutput]
     """Places and drafts of the exports of further averages, by name."""
 
@@ -108,6 +110,7 @@ class LightningDiTTrainingInputs(TrainingInputs):
             latents=run.folder("precompute_latents"),
             tokenizer=run.folder("train_vavae"),
             tokenizer_digest=run.require("train_vavae").digest,
+            start=run.starting_lightningdit(),
             averages={each.name: run.average_output(each.name) for each in run.config.train_lightningdit.averages},
         )
 

@@ -43,6 +43,12 @@ def check_classes(config: RunConfig, classes: Sequence[str]) -> None:
         UserError: a given label names no class, or there is guidance and no class to guide to.
     """
     label_law(config.sample, classes, config.seed)
+    mean_flow = config.objective.mean_flow
+    if not classes and mean_flow is not None and mean_flow.guides:
+        raise UserError(
+            "objective.mean_flow trains guided velocities, but the images have no classes to guide to: leave out its "
+            "scale and mix"
+        )
     if not classes and config.guidance.scale != 1:
         raise UserError(
             f"guidance.scale={config.guidance.scale:g}, but the images have no classes to guide to: "

@@ -11,7 +11,7 @@ from torch import Tensor
 from vavae.data.pixels import pixel_dtype, to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.diffusion.guidance import guide
-from vavae.diffusion.solvers import solve
+from vavae.diffusion.solvers import solve, solve_mean_flow
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import Precision
 from vavae.errors import UserError
@@ -113,6 +113,11 @@ class Sampler(NamedTuple):
                 f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
                 "(lightningdit.intermediate_head): set it to 1"
             )
+        if solver.name == "mean_flow" and model.length_embedder is None:
+            raise UserError(
+                "solver.name=mean_flow takes steps by average velocities, and the LightningDiT was trained without "
+                "objective.mean_flow: set euler or heun"
+            )
         routing, keep = model.config.routing, None
         if guidance.path_drop and (routing is None or routing.fuse is None):
             raise UserError(
@@ -127,15 +132,13 @@ class Sampler(NamedTuple):
             generators = [torch_generator(seed, "sample routing", index) for index in indices]
             keep = partial(_kept_tokens, generators, math.prod(model.tokens), device)
         weak = None if self.weak is None else self.autocast()(self.weak.forward)
-        velocity = guide(self.autocast()(model.predict), model.null_label, guidance, weak, keep)
-        latents = solve(
-            velocity,
-            noise.to(device),
-            torch.tensor(labels, device=device),
-            solver,
-            velocity.jumps,
-            ends_by_euler=any(each.config.predicts_data for each in (model, self.weak) if each is not None),
-        )
+        predict, x, y = self.autocast()(model.predict), noise.to(device), torch.tensor(labels, device=device)
+        if solver.name == "mean_flow":
+            latents = solve_mean_flow(lambda x, t, y, r: predict(x, t, y, end=r).velocity, x, y, solver)
+        else:
+            velocity = guide(predict, model.null_label, guidance, weak, keep)
+            by_euler = any(each.config.predicts_data for each in (model, self.weak) if each is not None)
+            latents = solve(velocity, x, y, solver, velocity.jumps, ends_by_euler=by_euler)
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
         finite = decoded.isfinite().all()

@@ -1,6 +1,7 @@
 """One optimizer step of the LightningDiT. Time runs from noise (t = 0) to data (t = 1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from vavae.data.sample_order import assign_lanes, group_lanes
 from vavae.diffusion.flow_matching import (
     TIMESTEP_BINS,
+    FlowMatchingLosses,
     FlowMatchingObjective,
     LinearPath,
     TimestepBins,
@@ -16,6 +18,7 @@ from vavae.diffusion.flow_matching import (
     sample_timesteps,
 )
 from vavae.diffusion.guidance import drop_labels
+from vavae.diffusion.mean_flow import Intervals, MeanFlowLosses, MeanFlowObjective
 from vavae.diffusion.representation import RepresentationAlignment
 from vavae.distributed.build import build_engine
 from vavae.distributed.compilation import compile_each, compiles_blocks
@@ -32,7 +35,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.training.collapse import OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
-from vavae.training.initialize import initialized, uninitialized
+from vavae.training.initialize import begin_with, initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
 from vavae.training.step import StepResult, StepState, TermSum, variances
 
@@ -52,23 +55,30 @@ class _Inputs(NamedTuple):
     """Tokens that skip no block, int64 [S, K]; None: all."""
     path_dropped: Tensor | None
     """Images as if all their tokens had skipped, bool [S]; None: no image."""
+    intervals: Intervals | None = None
+    """Intervals from the timesteps on, over which velocities are averaged; None: they are not."""
 
     @classmethod
     def joined(cls, parts: "Sequence[_Inputs]") -> "_Inputs":
         """The inputs of several lanes as one."""
+        *tensors, intervals = zip(*parts, strict=True)
         # Type: a field is None in all parts or in none.
-        fields: list[Any] = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
-        return cls(*fields)
+        fields: list[Any] = [None if each[0] is None else torch.cat(each) for each in tensors]
+        return cls(*fields, None if intervals[0] is None else Intervals.joined(intervals))
 
 
 class FlowMatchingModel(nn.Module):
     """The LightningDiT with its losses inside one forward, so that DeepSpeed's hooks see one call."""
 
     def __init__(
-        self, model: LightningDiT, objective: FlowMatchingObjective, alignment: RepresentationAlignment | None = None
+        self,
+        model: LightningDiT,
+        objective: FlowMatchingObjective,
+        alignment: RepresentationAlignment | None = None,
+        mean_flow: MeanFlowObjective | None = None,
     ) -> None:
         super().__init__()
-        self.model, self._objective, self.alignment = model, objective, alignment
+        self.model, self._objective, self.alignment, self._mean_flow = model, objective, alignment, mean_flow
 
     @classmethod
     def of(cls, config: RunConfig, model: LightningDiT) -> "FlowMatchingModel":
@@ -79,7 +89,13 @@ class FlowMatchingModel(nn.Module):
             feature_dim = feature_shape(config.latents.features, config.grid)[1]
             width = model.config.shape.width
             alignment = RepresentationAlignment(representation, width, feature_dim, model.tokens)
-        return cls(model, FlowMatchingObjective(config.objective), alignment)
+        mean_flow = config.objective.mean_flow
+        return cls(
+            model,
+            FlowMatchingObjective(config.objective),
+            alignment,
+            None if mean_flow is None else MeanFlowObjective(mean_flow, model.null_label),
+        )
 
     def forward(
         self,
@@ -89,6 +105,7 @@ class FlowMatchingModel(nn.Module):
         labels: Tensor,
         keep: Tensor | None = None,
         path_dropped: Tensor | None = None,
+        intervals: Intervals | None = None,
         features: Tensor | None = None,
         representation_weight: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
@@ -101,6 +118,7 @@ class FlowMatchingModel(nn.Module):
             labels: int64 [S], the null label where a label was dropped.
             keep: tokens that skip no block, int64 [S, K]; None: all.
             path_dropped: images as if all their tokens had skipped, bool [S]; None: no image.
+            intervals: those from the timesteps on, with an objective of average velocities.
             features: those that tokens are aligned with, [S, N, F]; None aligns nothing.
             representation_weight: weight of that alignment.
 
@@ -109,6 +127,11 @@ class FlowMatchingModel(nn.Module):
             variances of what the network predicts and of what it should be [2].
         """
         point, floor = LinearPath.sample(latents, noise, timesteps), self._objective.data_floor
+        average_velocity, ends = None, None
+        if self._mean_flow is not None:  # before the pass whose activations are kept
+            assert intervals is not None, "drawn where average velocities are trained"
+            ends = intervals.ends
+            average_velocity = self._mean_flow.target(partial(self._average_velocity, keep), point, labels, intervals)
         prediction, intermediate, tokens = self.model.predict(
             point.x_t,
             timesteps,
@@ -117,12 +140,17 @@ class FlowMatchingModel(nn.Module):
             path_dropped,
             floor,
             None if self.alignment is None else self.alignment.after_block,
+            ends,
         )
         velocity, spread = point.velocity, (prediction, point.velocity)
         if self.model.config.predicts_data:
             velocity = velocity_to_data(latents, point.x_t, timesteps, floor)
             spread = (data_of_velocity(prediction, point.x_t, timesteps, floor), latents)
-        losses = self._objective(prediction, velocity, intermediate)
+        losses: FlowMatchingLosses | MeanFlowLosses
+        if self._mean_flow is not None and average_velocity is not None:
+            losses = self._mean_flow(prediction, average_velocity)
+        else:
+            losses = self._objective(prediction, velocity, intermediate)
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
         total = losses.total.mean()
         if self.alignment is not None:
@@ -132,6 +160,12 @@ class FlowMatchingModel(nn.Module):
             if features is not None:
                 terms["loss/representation"] = representation.detach()
         return total, terms, losses.velocity.detach(), variances(*spread)
+
+    def _average_velocity(
+        self, keep: Tensor | None, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """See `TrainedAverageVelocity`; `keep` is that of all images."""
+        return self.model.predict(x, t, y, keep if keep is None or rows is None else keep[rows], end=r).velocity
 
 
 class DiffusionStep:
@@ -144,6 +178,7 @@ class DiffusionStep:
         normalizer: of the latents.
         world: the ranks.
         awaits_checkpoint: initialize nothing, because a checkpoint comes next.
+        start: state dict of a LightningDiT whose weights it begins with; None draws them.
     """
 
     def __init__(
@@ -154,6 +189,7 @@ class DiffusionStep:
         normalizer: LatentNormalizer,
         world: World,
         awaits_checkpoint: bool = False,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         training = config.train_lightningdit
         self.awaits_checkpoint = awaits_checkpoint
@@ -167,7 +203,10 @@ class DiffusionStep:
         dim, grid = config.tokenizer.latent_dim, config.grid
 
         def build() -> FlowMatchingModel:
-            return FlowMatchingModel.of(config, LightningDiT(model, dim, grid))
+            lightningdit = LightningDiT(model, dim, grid)
+            if start is not None:
+                begin_with(lightningdit, start)
+            return FlowMatchingModel.of(config, lightningdit)
 
         self.model = (
             uninitialized(build, world.device)
@@ -256,9 +295,15 @@ class DiffusionStep:
         mean, std, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.std, item.labels))
         latents = mean + std * torch.randn(mean.shape, generator=rng("posterior"), device=device)
         noise = torch.randn(mean.shape, generator=rng("noise"), device=device)
-        timesteps = sample_timesteps(
-            config.timesteps, len(labels), images_seen, rng("timesteps"), dimension=mean[0].numel()
-        )
+        law, count, dimension = config.timesteps, len(labels), mean[0].numel()
+        timesteps = sample_timesteps(law, count, images_seen, rng("timesteps"), dimension)
+        mean_flow, intervals = config.objective.mean_flow, None
+        if mean_flow is not None:
+            others = sample_timesteps(law, count, images_seen, rng("interval_end"), dimension)
+            on_cpu = torch_generator(config.seed, "interval_length", item.lane, item.step)
+            uniform = torch.rand(count, generator=on_cpu)
+            intervals = Intervals.between(timesteps, others, uniform, mean_flow.equal_fraction)
+            timesteps = intervals.starts
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
         routing, keep, path_dropped = self.model.model.config.routing, None, None
@@ -267,4 +312,4 @@ class DiffusionStep:
         if routing is not None and routing.fuse is not None and routing.fuse.path_dropout:
             uniform = torch.rand(len(labels), generator=rng("path_dropout"), device=device)
             path_dropped = uniform < routing.fuse.path_dropout
-        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep, path_dropped)
+        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep, path_dropped, intervals)

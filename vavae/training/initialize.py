@@ -1,11 +1,12 @@
-"""Initial weights as a function of the seed alone."""
+"""Initial weights as a function of the seed alone, or those of another training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vavae.models.dit.model import LightningDiT
 from vavae.randomness import key_seed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -32,3 +33,10 @@ def uninitialized(build: Callable[[], ModuleT], device: torch.device) -> ModuleT
     lost = [name for name, _ in module.named_buffers() if name not in names]
     assert not lost, f"{lost[0]} is in no state dict, so nothing would set it"
     return module.to_empty(device=device)
+
+
+def begin_with(model: LightningDiT, weights: Mapping[str, Tensor]) -> None:
+    """Load a state dict; one of velocities leaves the embedding of lengths as it is, without effect."""
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    assert not unknown, f"{unknown[0]} is no weight of this model"
+    assert all(name.startswith("length_embedder.") for name in missing), f"no {missing[0]} among the weights"

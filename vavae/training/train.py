@@ -52,7 +52,7 @@ from vavae.training.session import Session
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
 from vavae.training.trainer import Trainer
-from vavae.training.warm_start import starting_weights
+from vavae.training.warm_start import starting_lightningdit, starting_weights
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,8 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
 
     def train() -> tuple[DiffusionStep, TrainState]:
         awaits_checkpoint = attempt.checkpoints.images_seen() > 0
-        step = DiffusionStep(config, model, stream, normalizer, world, awaits_checkpoint)
+        start = None if awaits_checkpoint else starting_lightningdit(inputs.start, model)
+        step = DiffusionStep(config, model, stream, normalizer, world, awaits_checkpoint, start)
         return step, attempt.fit(step, range(training.images), callbacks)
 
     step, state = _until_restored(train)

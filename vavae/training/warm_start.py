@@ -1,14 +1,14 @@
-"""Initial weights of a tokenizer, from another run or a released file."""
+"""Initial weights: of a tokenizer, from another run or a released file; of a LightningDiT, from another run."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from vavae.config import differences
+from vavae.config import Config, differences
 from vavae.distributed.sharded_tensors import as_full_shard
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
-from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
+from vavae.interop.export import ALIGNMENT, load_alignment, load_lightningdit, load_tokenizer
 from vavae.interop.released_tokenizer import (
     convert_alignment,
     convert_discriminator,
@@ -16,7 +16,9 @@ from vavae.interop.released_tokenizer import (
     holds_alignment,
     holds_discriminator,
 )
+from vavae.models.dit.config import LightningDiTConfig
 from vavae.runs.config import RunConfig
+from vavae.runs.run import StoredArtifact
 from vavae.storage.storage import Storage
 from vavae.training.step import StepWeights
 
@@ -40,6 +42,39 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
     return StepWeights(shards, average=None)
 
 
+def starting_lightningdit(stored: StoredArtifact | None, config: LightningDiTConfig) -> Mapping[str, Tensor] | None:
+    """Load the weights that `train_lightningdit.start_from` names; None where it names none.
+
+    Those of velocities lack the embedding of lengths that a model of average velocities has.
+
+    Args:
+        stored: the export.
+        config: sizes of the LightningDiT that begins with them, with its number of classes.
+
+    Raises:
+        UserError: the export is damaged, or its model is another one.
+    """
+    if stored is None:
+        return None
+    model, description = load_lightningdit(stored.folder)
+    theirs = description.lightningdit
+    if config.average_velocity:
+        theirs = theirs.model_copy(update={"average_velocity": True})
+    _check_same(stored.folder, theirs, config, "lightningdit")
+    state: Mapping[str, Tensor] = model.state_dict()
+    return state
+
+
+def _check_same(export: Storage, theirs: Config, ours: Config, section: str) -> None:
+    """Refuse an export that was made with another configuration of its model."""
+    found = differences(theirs, ours, section)
+    if found:
+        field, before, now = found[0]
+        raise UserError(
+            f"{export.url()}: made with {field}={before}, which is {now} here: correct it or start elsewhere"
+        )
+
+
 def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[str, Tensor]]:
     weights, losses = read_weights(url), config.losses
     generator = _with_prefix("autoencoder", convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer."))
@@ -56,12 +91,7 @@ def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[s
 
 def _exported(config: RunConfig, export: Storage) -> dict[str, dict[str, Tensor]]:
     autoencoder, description = load_tokenizer(export)
-    found = differences(description.tokenizer, config.tokenizer, "tokenizer")
-    if found:
-        field, theirs, ours = found[0]
-        raise UserError(
-            f"{export.url()}: made with {field}={theirs}, which is {ours} here: correct it or start elsewhere"
-        )
+    _check_same(export, description.tokenizer, config.tokenizer, "tokenizer")
     generator = _with_prefix("autoencoder", autoencoder)
     if export.is_file(ALIGNMENT):
         generator |= _with_prefix("alignment", load_alignment(export))

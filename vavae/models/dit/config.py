@@ -157,6 +157,9 @@ class LightningDiTConfig(Config):
     of many channels asks for width at the end (RAE, arXiv 2510.11690). Null builds none."""
     prediction: Literal["velocity", "data"] = added("velocity")
     """Output of the network: the velocity, or the data, from which the velocity follows (x-prediction)."""
+    average_velocity: bool = added(False)
+    """Predict the average velocity from t to a later time, whose distance is embedded as t is; at no distance it is the
+    velocity. `objective.mean_flow` trains it, `solver.name=mean_flow` takes steps by it (arXiv 2505.13447)."""
     routing: RoutingConfig | None = added(None)
     """Train some blocks on a part of the tokens; null trains all on all."""
     checkpoint_activations: bool = runtime(False)

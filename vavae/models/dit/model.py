@@ -369,6 +369,7 @@ class LightningDiT(nn.Module):
         self.fusion: TokenFusion | None = None
         if config.routing is not None and config.routing.fuse is not None:
             self.fusion = TokenFusion(shape.width)
+        self.length_embedder = TimestepEmbedding(shape.width) if config.average_velocity else None
         initialize(self, rng)
 
     @property
@@ -428,6 +429,7 @@ class LightningDiT(nn.Module):
         path_dropped: Tensor | None = None,
         data_floor: float = 0.0,
         tokens_after: int | None = None,
+        end: Tensor | None = None,
     ) -> Predictions:
         """Velocities of all output layers, for the arguments of `forward`.
 
@@ -440,9 +442,13 @@ class LightningDiT(nn.Module):
             path_dropped: mask bool [B] of images as if there were none, with a fusion; None: no image.
             data_floor: floor of :func:`velocity_to_data`.
             tokens_after: number of blocks after which tokens are returned, too; None returns none.
+            end: times [B], none before t, up to which velocities are averaged, with `config.average_velocity`; None: t.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
         latents, time = x.to(self.pos_embed.dtype), self.t_embedder(t)
+        if self.length_embedder is not None:
+            time = time + self.length_embedder(torch.zeros_like(t) if end is None else end - t)
+        assert end is None or self.length_embedder is not None, "a model of velocities"
         tokens = self.x_embedder(latents) + self.pos_embed  # [B, N, D]
         activated = F.silu(time + self.y_embedder(y))  # [B, D], what every modulation starts with
         if self.head is not None:
@@ -489,16 +495,19 @@ class LightningDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.latent_dim, *self.grid)
 
 
-_OUTPUTS = ("final_layer.linear.weight", "final_layer_xr.linear.weight")
+_OUTPUTS = ("final_layer.linear.weight", "final_layer_xr.linear.weight", "length_embedder.mlp.2.weight")
 
 
 @torch.no_grad()
 def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
-    """Set all parameters as published: Xavier, but zero for the modulations and the output (adaLN-zero)."""
+    """Set all parameters as published: Xavier, but zero for the modulations and the output (adaLN-zero).
+
+    Lengths of intervals count for nothing at first, so that trained weights of velocities remain what they are.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "adaLN_modulation" in name or name in _OUTPUTS:
             nn.init.zeros_(parameter)
-        elif name.startswith(("t_embedder", "y_embedder")):
+        elif name.startswith(("t_embedder", "y_embedder", "length_embedder")):
             nn.init.normal_(parameter, std=0.02, generator=rng)
         elif parameter.ndim == 1:
             nn.init.ones_(parameter)  # the weight of a norm

@@ -42,8 +42,15 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
         config = _without_recomputation(config)
     if job == "train_lightningdit":
         routing = config.lightningdit.routing
-        drop = 0.0 if routing is None else routing.drop_at(images_seen)
-        return over_depth(with_drop(config, drop), lambda shallow: _count(lightningdit_step(shallow, 1)))
+        config = with_drop(config, 0.0 if routing is None else routing.drop_at(images_seen))
+        mean_flow = config.objective.mean_flow
+
+        def count(spanning: int) -> int:
+            return over_depth(config, lambda shallow: _count(lightningdit_step(shallow, 1, spanning)))
+
+        if mean_flow is None:
+            return count(0)
+        return mean_flow.equal_fraction * count(0) + (1 - mean_flow.equal_fraction) * count(1)
     assert job == "train_vavae", f"{job} trains nothing"
     phases = config.tokenizer_phases(images_seen + 1)
     phase = next(phase for phase in phases if images_seen < phase.until_images)

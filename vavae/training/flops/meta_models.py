@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vavae.diffusion.mean_flow import Intervals
 from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import PerceptualLossConfig
@@ -100,8 +101,14 @@ def velocity(config: RunConfig) -> MetaModel:
     return MetaModel(evaluate, (model,))
 
 
-def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
-    """LightningDiT on one micro-batch, forward and backward."""
+def lightningdit_step(config: RunConfig, images: int, spanning: int = 0) -> MetaModel:
+    """LightningDiT on one micro-batch, forward and backward.
+
+    Args:
+        config: configuration of the run.
+        images: images in the micro-batch.
+        spanning: images among them over whose interval of time velocities are averaged, with `objective.mean_flow`.
+    """
     model = on_meta(lambda: FlowMatchingModel.of(config, lightningdit_of(config)))
     stored = config.latents.features
 
@@ -114,7 +121,10 @@ def lightningdit_step(config: RunConfig, images: int) -> MetaModel:
         drops = routing is not None and routing.fuse is not None and routing.fuse.path_dropout
         path_dropped = torch.empty(images, dtype=torch.bool) if drops else None
         kept = kept_of(config, images)
-        loss, *_ = model(latents, latents, torch.empty(images), labels, kept, path_dropped, features, 1.0)
+        times, intervals = torch.empty(images), None
+        if config.objective.mean_flow is not None:
+            intervals = Intervals(times, times, torch.empty(spanning, dtype=torch.int64))
+        loss, *_ = model(latents, latents, times, labels, kept, path_dropped, intervals, features, 1.0)
         loss.backward()
 
     return MetaModel(step, (model,))

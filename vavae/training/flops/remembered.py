@@ -11,7 +11,6 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-_CPU = torch.device("cpu")
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -21,6 +20,8 @@ class _Layout(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
+    """The CPU, or the meta device, to which forward mode moves tensors where it adds to a tangent of zero."""
 
 
 class _Output(NamedTuple):
@@ -85,14 +86,14 @@ class RememberedOperators(TorchDispatchMode):
         return out
 
     def _make(self, output: _Output, base: Tensor | None) -> Tensor:
-        (shape, stride, dtype), offset = output
+        (shape, stride, dtype, device), offset = output
         with no_dispatch():
             if base is None:
                 made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             else:
                 made = torch.empty(0, dtype=dtype, device="meta")
                 made.set_(base.untyped_storage(), base.storage_offset() + offset, shape, stride)
-        return FakeTensor(self.fakes, made, _CPU)
+        return FakeTensor(self.fakes, made, device)
 
 
 @cache
@@ -101,12 +102,13 @@ def _returns_views(operator: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value is a fake tensor whose elements nobody knows."""
-    return isinstance(value, FakeTensor) and value.constant is None
+    """Return whether a value is a fake tensor whose elements nobody knows; those of a tangent of zero are known."""
+    return isinstance(value, FakeTensor) and value.constant is None and not value._is_zerotensor()
 
 
 def _layout(tensor: Tensor) -> _Layout:
-    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, device)
 
 
 def _key(value: Any) -> Any:
