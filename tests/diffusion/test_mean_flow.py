@@ -21,7 +21,7 @@ def toy_network(matrix, labeled):
     """The network of the fixture, which its metadata describes; it embeds the noise level."""
 
     def average_velocity(x, t, y, r, rows=None):
-        level, length = ((each).view(-1, 1, 1, 1) for each in (1 - t, r - t))
+        level, length = (each.to(x).view(-1, 1, 1, 1) for each in (1 - t, r - t))
         mapped = torch.einsum("dc,bchw->bdhw", matrix, x)
         scale = 1 + 0.2 * y.to(x).view(-1, 1, 1, 1) if labeled else 1
         return -(torch.tanh(mapped + 0.5 * level * x) * scale + 0.3 * torch.sin(3 * length) * x)

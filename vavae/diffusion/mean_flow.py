@@ -87,7 +87,7 @@ class MeanFlowObjective:
 
     @torch.no_grad()
     def target(self, model: TrainedAverageVelocity, point: PathSample, y: Tensor, intervals: Intervals) -> Tensor:
-        """What the average velocity is to be, [S, C, H, W], without gradient.
+        """Compute what the average velocity is to be, [S, C, H, W], without gradient.
 
         Args:
             model: the network as it is now.
