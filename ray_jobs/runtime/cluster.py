@@ -27,6 +27,7 @@ from ray_jobs.runtime.actor_pool import NO_RESOURCES, Resources
 from vavae.config.command import interrupted_by_sigterm
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
+from vavae.storage.scratch import SHORT_FOLDER, holds_sockets
 
 TOKEN = Path("~/.ray/auth_token")
 """File of the token that Ray makes by itself."""
@@ -37,8 +38,8 @@ _KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(256 * 1024**2),
 }
 """Settings of glibc: every step on a CPU allocates the same activations again, and fresh pages are slow."""
-_SOCKET_PATH_BYTES, _SOCKET_NAME_BYTES = 103, 24
-"""Longest path of a socket that every system takes, and the longest name that Ray gives to one."""
+_SOCKET_NAME_BYTES = 24
+"""Longest name that Ray gives to a socket."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
 
 
@@ -150,11 +151,10 @@ def session_folder() -> Iterator[str | None]:
     None leaves Ray its own.
     """
     session = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
-    sockets = os.path.join(get_default_ray_temp_dir(), session, "sockets", "")
-    if len(os.fsencode(sockets)) + _SOCKET_NAME_BYTES <= _SOCKET_PATH_BYTES:
+    if holds_sockets(os.path.join(get_default_ray_temp_dir(), session, "sockets"), _SOCKET_NAME_BYTES):
         yield None
         return
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="ray-", dir=SHORT_FOLDER)
     try:
         yield folder
     finally:

@@ -42,7 +42,10 @@ class Training(NamedTuple):
 def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     folder = tmp_path_factory.mktemp("training")
     (folder / "main.py").write_text(MAIN)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    temporary = folder / ("too-long-for-sockets-" * 5)
+    temporary.mkdir()
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(temporary)}
     with subprocess.Popen(
         [sys.executable, "main.py"],
         cwd=folder,

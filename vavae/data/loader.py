@@ -1,9 +1,11 @@
 """Loading of micro-batches into a training process: loader processes, their counters, prefetched shards."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -26,6 +28,10 @@ from vavae.data.prefetch import ShardPrefetcher
 from vavae.data.sample_order import AccumulationStep
 from vavae.errors import UserError
 from vavae.storage.retry import COUNTERS, Counts, StorageUnavailableError
+from vavae.storage.scratch import SHORT_FOLDER, holds_sockets
+
+_SOCKET_NAME_BYTES = 32
+"""Longest name that multiprocessing gives to a socket below the temporary folder: `pymp-xxxxxxxx/listener-xxxxxxxx`."""
 
 
 class _Keys(Sampler[MicroBatchKey]):
@@ -64,6 +70,8 @@ def load_micro_batches(
         UserError: as the source does, in whatever process; more images are unreadable than their stream allows.
         StorageUnavailableError: as the source does.
     """
+    if workers:
+        _keep_sockets_where_they_fit()
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])  # imported once for all loader processes
     loader: DataLoader[_Loaded] = DataLoader(
@@ -86,6 +94,16 @@ def load_micro_batches(
             if prefetcher is not None:
                 prefetcher.reached(step)
             yield [_unwrap(source, next(loaded)) for _ in accumulation_steps]
+
+
+def _keep_sockets_where_they_fit() -> None:
+    """Let multiprocessing put its sockets into a short folder where the temporary one is too long for their paths."""
+    if not holds_sockets(tempfile.gettempdir(), _SOCKET_NAME_BYTES):
+        before, tempfile.tempdir = tempfile.tempdir, SHORT_FOLDER
+        try:
+            multiprocessing.util.get_temp_dir()  # which it makes once, for this process and those that it starts
+        finally:
+            tempfile.tempdir = before
 
 
 @contextmanager

@@ -16,6 +16,10 @@ _NETWORK = re.compile(
     r"fuse\.(?!fuse-overlayfs$).+"  # but for the disk of a container without a root
 )
 """Types of file systems that are reached over the network."""
+SHORT_FOLDER = "/tmp"
+"""Folder for sockets whose paths would be too long in another one."""
+_SOCKET_PATH_BYTES = 103
+"""Longest path of a socket that every system takes."""
 
 
 def scratch_folder() -> Path:
@@ -29,6 +33,11 @@ def scratch_folder() -> Path:
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user: set storage.cache to a folder of yours")
     return folder
+
+
+def holds_sockets(folder: str, name_bytes: int) -> bool:
+    """Return whether the path of a folder is short enough for sockets whose names in it have so many bytes."""
+    return len(os.fsencode(os.path.join(folder, ""))) + name_bytes <= _SOCKET_PATH_BYTES
 
 
 def network_file_system(folder: Path, mounts: str) -> str | None:

@@ -21,7 +21,7 @@ from vavae.diffusion.guidance import drop_labels
 from vavae.diffusion.mean_flow import Intervals, MeanFlowLosses, MeanFlowObjective
 from vavae.diffusion.representation import RepresentationAlignment
 from vavae.distributed.build import build_engine
-from vavae.distributed.compilation import compile_each, compiles_blocks
+from vavae.distributed.compilation import compile_each
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
 from vavae.latents.features import feature_shape
@@ -37,7 +37,7 @@ from vavae.training.collapse import OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.initialize import begin_with, initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepResult, StepState, TermSum, variances
+from vavae.training.step import StepResult, StepState, TermSum, compiles, variances
 
 
 class _Inputs(NamedTuple):
@@ -213,7 +213,7 @@ class DiffusionStep:
             if awaits_checkpoint
             else initialized(config.seed, "lightningdit", build).to(world.device)
         )
-        if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
+        if compiles(training, config.workers, world.device):
             compile_each(self.model.model.all_blocks)
         self._engine = build_engine(
             self.model,

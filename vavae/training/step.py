@@ -9,8 +9,11 @@ from torch import Tensor
 
 from vavae.data.image_stream import MicroBatchSource
 from vavae.data.sample_order import AccumulationStep
+from vavae.distributed.compilation import compiles_blocks
+from vavae.distributed.config import WorkersConfig
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard
+from vavae.runs.config import TrainingConfig
 from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.logging.stopwatch import Stopwatch
 
@@ -35,6 +38,11 @@ def variances(outputs: Tensor, data: Tensor) -> Tensor:
     axes = (0,) if len(data) > 1 else (-2, -1)
     both = [values.detach().float().var(axes, correction=0).mean() for values in (outputs, data)]
     return torch.stack(both).double()
+
+
+def compiles(training: TrainingConfig, workers: WorkersConfig, device: torch.device) -> bool:
+    """Return whether a training compiles the blocks of its networks, see `compiles_blocks`."""
+    return compiles_blocks(training.compile_blocks, workers, device, training.engine.has_whole_weights)
 
 
 class StepWeights(NamedTuple):

@@ -11,7 +11,7 @@ from vavae.data.image_stream import ImageMicroBatch, ImageStream
 from vavae.data.pixels import to_float
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.build import build_engine
-from vavae.distributed.compilation import compile_each, compiles_blocks
+from vavae.distributed.compilation import compile_each
 from vavae.distributed.config import OptimizerConfig
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard, copy_shards
@@ -39,7 +39,7 @@ from vavae.training.collapse import DISCRIMINATOR_ACCURACY, OUTPUT_VARIANCE
 from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.initialize import ModuleT, initialized, uninitialized
 from vavae.training.logging.stopwatch import Stopwatch
-from vavae.training.step import StepResult, StepState, StepWeights, TermSum, variances
+from vavae.training.step import StepResult, StepState, StepWeights, TermSum, compiles, variances
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
@@ -163,7 +163,7 @@ class TokenizerStep:
             given.get("generator", {}),
         )
         self.model.freeze(phase.frozen)
-        if compiles_blocks(training.compile_blocks, config.workers, world.device, training.engine.has_whole_weights):
+        if compiles(training, config.workers, world.device):
             compile_each(self.model.autoencoder.residual_blocks())
             compile_each([*self.teacher.blocks, *([] if self._perceptual is None else [self._perceptual])])
         self._generator = self._engine(self.model, training.optimizer, given.get("generator", {}))

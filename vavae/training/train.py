@@ -11,7 +11,6 @@ from torch import Tensor
 from vavae.config import Config
 from vavae.data.image_stream import ImageStream
 from vavae.data.sample_order import order_of
-from vavae.distributed.compilation import compiles_blocks
 from vavae.distributed.world import World
 from vavae.interop.export import (
     ALIGNMENT,
@@ -49,7 +48,7 @@ from vavae.training.hardware import HARDWARE, Hardware
 from vavae.training.logging.log import MetricsLog
 from vavae.training.logging.utilization import Utilization
 from vavae.training.session import Session
-from vavae.training.step import Step
+from vavae.training.step import Step, compiles
 from vavae.training.tokenizer_step import TokenizerStep
 from vavae.training.trainer import Trainer
 from vavae.training.warm_start import starting_lightningdit, starting_weights
@@ -90,9 +89,7 @@ class _Attempt:
             active=world.is_first,
             show=self.session.row,
         )
-        training, workers = inputs.training, inputs.config.workers
-        compiles = compiles_blocks(training.compile_blocks, workers, world.device, training.engine.has_whole_weights)
-        if world.is_first and compiles:
+        if world.is_first and compiles(inputs.training, inputs.config.workers, world.device):
             doing = "compiling in the first step, which takes a minute or more"
             self.session.progress(Progress(inputs.job, 0, None, doing=doing))
         trainer = Trainer(
