@@ -61,9 +61,9 @@ class _Inputs(NamedTuple):
     @classmethod
     def joined(cls, parts: "Sequence[_Inputs]") -> "_Inputs":
         """The inputs of several lanes as one."""
+        *tensors, intervals = zip(*parts, strict=True)
         # Type: a field is None in all parts or in none.
-        *tensors, intervals = list[Any](zip(*parts, strict=True))
-        fields = [None if each[0] is None else torch.cat(each) for each in tensors]
+        fields: list[Any] = [None if each[0] is None else torch.cat(each) for each in tensors]
         return cls(*fields, None if intervals[0] is None else Intervals.joined(intervals))
 
 
