@@ -64,7 +64,8 @@ class _Inputs(NamedTuple):
         *tensors, intervals = zip(*parts, strict=True)
         # Type: a field is None in all parts or in none.
         fields: list[Any] = [None if each[0] is None else torch.cat(each) for each in tensors]
-        return cls(*fields, None if intervals[0] is None else Intervals.joined(intervals))
+        fields.append(None if intervals[0] is None else Intervals.joined(intervals))
+        return cls(*fields)
 
 
 class FlowMatchingModel(nn.Module):
