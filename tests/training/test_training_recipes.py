@@ -93,8 +93,9 @@ def train_combined(names: Sequence[str]) -> None:
 
 
 def goes_together(names: Iterable[str]) -> bool:
-    """All but both kinds of routing, which are one key."""
-    return not {"routing", "routing with fusion"} <= {*names}
+    """All but both kinds of routing, which are one key, and tokens of time and label with a fusion."""
+    names = {*names}
+    return "routing with fusion" not in names or not names & {"routing", "in-context conditioning"}
 
 
 def test_any_two_go_together() -> None:
