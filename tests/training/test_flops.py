@@ -67,6 +67,13 @@ def test_time_and_label_in_context_take_further_tokens_in_place_of_modulations()
     assert velocity_flops(config) == 2 * (transformer_macs(0, width)[0] + of_blocks)
 
 
+def test_an_alignment_with_features_of_a_transformer_adds_its_projector():
+    alignment = ["objective.representation={projector_width: 100}", "latents.features={teacher: {name: dinov2_base}}"]
+    plain, aligned = (load(RunConfig, JOBS, ["lightningdit.size=S", *more]) for more in ([], alignment))
+    projector = 256 * (SIZES["S"].width * 100 + 100 * 100 + 100 * 768)
+    assert training_flops(aligned, "train_lightningdit") - training_flops(plain, "train_lightningdit") == 6 * projector
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_tokens_that_skip_blocks_cost_nothing_there(first):
     """Routed blocks are counted at half of the tokens, for a step and an evaluation; after the last image all are."""
