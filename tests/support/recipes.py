@@ -20,6 +20,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "timesteps": {"shift": "by_dimension"},
     },
     "wide head": {"lightningdit": {"head": {"depth": 1, "width": 48, "heads": 3}}},
+    "in-context conditioning": {
+        "lightningdit": {"conditioning": "in_context", "time_tokens": 2, "label_tokens": 3},
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
     # All tokens in the last of the four steps.
     "routing": {
         "lightningdit": {"routing": {"first_block": 1, "last_block": 1, "until_images": 3 * LANES}},
@@ -58,6 +62,7 @@ OPTIONS = {
 
 APART = (
     {"routing", "routing with fusion"},
+    {"in-context conditioning", "routing with fusion"},
     *({"average velocities", name} for name in ("internal guidance", "prediction of data", "routing with fusion")),
 )
 """Pairs of options that are refused."""

@@ -98,6 +98,15 @@ def test_a_head_is_an_option_of_a_domain(load_sweep) -> None:
     assert [head and head.width for head in heads] == [None, 64]
 
 
+def test_conditioning_is_a_domain_and_the_number_of_its_tokens_one_within(load_sweep) -> None:
+    sweep = load_sweep(
+        "\n  lightningdit.conditioning: {grid: [adaln, in_context]}"
+        "\n  lightningdit.label_tokens: {grid: [4, 16], when: {lightningdit.conditioning: in_context}}"
+    )
+    models = [sweep.run_config(point, seed=0).lightningdit for point in sweep.points()]
+    assert [(model.in_context, model.label_tokens) for model in models] == [(False, 8), (True, 4), (True, 16)]
+
+
 def test_the_shift_of_trained_timesteps_is_a_domain(load_sweep) -> None:
     sweep = load_sweep("\n  timesteps.shift: {grid: [0.3, by_dimension]}")
     configs = [sweep.run_config(point, seed=0) for point in sweep.points()]

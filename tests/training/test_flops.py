@@ -60,6 +60,20 @@ def test_a_wide_head_adds_its_closed_form():
     assert velocity_flops(wide) - velocity_flops(plain) == 2 * macs
 
 
+def test_time_and_label_in_context_take_further_tokens_in_place_of_modulations():
+    config = load(RunConfig, JOBS, ["lightningdit.size=S", "lightningdit.conditioning=in_context"])
+    (depth, width, _), hidden, tokens, further = SIZES["S"], 8 * SIZES["S"].width // 3, 256, 12
+    of_blocks = depth * ((tokens + further) * (4 * width**2 + 3 * width * hidden) + 2 * (tokens + further) ** 2 * width)
+    assert velocity_flops(config) == 2 * (transformer_macs(0, width)[0] + of_blocks)
+
+
+def test_an_alignment_with_features_of_a_transformer_adds_its_projector():
+    alignment = ["objective.representation={projector_width: 100}", "latents.features={teacher: {name: dinov2_base}}"]
+    plain, aligned = (load(RunConfig, JOBS, ["lightningdit.size=S", *more]) for more in ([], alignment))
+    projector = 256 * (SIZES["S"].width * 100 + 100 * 100 + 100 * 768)
+    assert training_flops(aligned, "train_lightningdit") - training_flops(plain, "train_lightningdit") == 6 * projector
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_tokens_that_skip_blocks_cost_nothing_there(first):
     """Routed blocks are counted at half of the tokens, for a step and an evaluation; after the last image all are."""
@@ -146,6 +160,7 @@ class Counted(TorchDispatchMode):
         ("train_lightningdit", None),
         ("train_lightningdit", "routing"),
         ("train_lightningdit", "routing with fusion"),
+        ("train_lightningdit", "in-context conditioning"),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])

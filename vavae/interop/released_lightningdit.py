@@ -65,6 +65,11 @@ def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT
     """
     if model.config.head is not None:
         raise UserError(f"{os.fspath(path)}: the released layout has no lightningdit.head: take the run's own export")
+    if model.config.in_context:
+        raise UserError(
+            f"{os.fspath(path)}: the released layout has no lightningdit.conditioning=in_context: take the run's own "
+            "export"
+        )
     if model.config.predicts_data:
         raise UserError(
             f"{os.fspath(path)}: the public inference takes outputs for velocities, and lightningdit.prediction=data: "
@@ -108,6 +113,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "intermediate_head": _infer_head(weights, overrides),
         "head": None,
         "average_velocity": False,
+        "conditioning": "adaln",
         "latent_dim": latent_dim,
         "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }

@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 from support.golden import golden
 from support.older_reader import reader_without
-from torch import nn
+from support.public_clock import PublicClock
 from torch.nn import functional as F
 
 from vavae.errors import UserError
@@ -34,19 +34,6 @@ def dit(head=HEAD, **switches):
 def batch():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, 6, 4, 4, generator=generator), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 5])
-
-
-class PublicClock(nn.Module):
-    """The public embedding of the noise level, by frequencies that were drawn."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.W = nn.Parameter(torch.empty(256), requires_grad=False)
-        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, noise_level):
-        angle = noise_level[:, None] * self.W * 2 * torch.pi
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
 def our_name(public, depth):

@@ -162,6 +162,13 @@ class LightningDiTConfig(Config):
     velocity. `objective.mean_flow` trains it, `solver.name=mean_flow` takes steps by it (arXiv 2505.13447)."""
     routing: RoutingConfig | None = added(None)
     """Train some blocks on a part of the tokens; null trains all on all."""
+    conditioning: Literal["adaln", "in_context"] = added("adaln")
+    """Way of time and label into the blocks: adaptive layer norms, or further tokens behind those of the latent, in
+    blocks that have no modulation, nor the sin-cos embedding (RAEv2, arXiv 2605.18324)."""
+    time_tokens: int = added(4, ge=1)
+    """Tokens that tell the time, with `conditioning: in_context`."""
+    label_tokens: int = added(8, ge=1)
+    """Tokens that tell the label, likewise."""
     checkpoint_activations: bool = runtime(False)
     """Recompute each block in the backward pass: less memory for about a third more time."""
 
@@ -176,12 +183,17 @@ class LightningDiTConfig(Config):
         """The configuration of the blocks and the output layer of the head; itself where there is none."""
         if self.head is None:
             return self
-        return self.model_copy(update={"size": None, **self.head.model_dump()})
+        return self.model_copy(update={"size": None, "conditioning": "adaln", **self.head.model_dump()})
 
     @property
     def predicts_data(self) -> bool:
         """True where the network predicts the data; there is no velocity at t = 1 then."""
         return self.prediction == "data"
+
+    @property
+    def in_context(self) -> bool:
+        """True where time and label are tokens."""
+        return self.conditioning == "in_context"
 
     @property
     def shape(self) -> TransformerShape:
@@ -236,3 +248,24 @@ class LightningDiTConfig(Config):
                 f"{routing.first_block} to {routing.last_block}: choose at most {routing.first_block} or more than "
                 f"{routing.last_block}"
             )
+
+    @model_validator(mode="after")
+    def _conditioning_fits(self) -> Self:
+        if not self.in_context:
+            for name in ("time_tokens", "label_tokens"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is of conditioning=in_context, and it is {self.conditioning}: "
+                        "leave it out"
+                    )
+            return self
+        if not self.rope:
+            raise ValueError("rope=false with conditioning=in_context, whose tokens know their places by it: set true")
+        if not self.shift and self.head is None:
+            raise ValueError("shift=false is of adaptive layer norms, and conditioning=in_context: leave it out")
+        if self.routing is not None and self.routing.fuse is not None:
+            raise ValueError(
+                "routing.fuse joins tokens that may all skip, and those of conditioning=in_context never do: leave "
+                "fuse out, or set conditioning to adaln"
+            )
+        return self

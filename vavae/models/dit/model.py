@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.in_context import ContextEmbedding, condition_of_tokens
 from vavae.models.dit.parametrization import velocity_to_data
 from vavae.models.dit.routing import TokenFusion, put_tokens, take_tokens
 
@@ -90,6 +91,11 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     """Negated at the first channel of each pair."""
+
+    def extended(self, count: int) -> "Rotation":
+        """The same, and that of so many further tokens, which have no position: they are not rotated."""
+        padding = (0, 0, 0, 0, 0, count)
+        return Rotation(F.pad(self.cos, padding, value=1.0), F.pad(self.sin, padding))
 
 
 class RotaryEmbedding(nn.Module):
@@ -229,7 +235,10 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + gate · attention(modulated norm(x)), then the same with the feed-forward layer."""
+    """x + gate · attention(modulated norm(x)), then the same with the feed-forward layer.
+
+    With in-context conditioning it is x + attention(norm(x)), and so on.
+    """
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -239,10 +248,13 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = token_norm(config)
         self.mlp = SwiGLU(width) if config.mlp == "swiglu" else GELUPerceptron(width)
-        self.adaLN_modulation = Modulation(width, 6 if config.shift else 4)
+        self.adaLN_modulation = None if config.in_context else Modulation(width, 6 if config.shift else 4)
 
-    def forward(self, x: Tensor, activated: Tensor, rotation: Rotation | None) -> Tensor:
-        """Transform tokens x [B, N, D] under silu(condition) [B, D] or [B, N, D]; same shape."""
+    def forward(self, x: Tensor, activated: Tensor | None, rotation: Rotation | None) -> Tensor:
+        """Transform tokens x [B, N, D] under silu(condition) [B, D] or [B, N, D], None where it is in context."""
+        if self.adaLN_modulation is None:
+            x = x + self.attn(self.norm1(x), rotation)
+            return x + self.mlp(self.norm2(x))
         modulation = self.adaLN_modulation(activated)
         shift1 = shift2 = None
         if self.shift:
@@ -269,7 +281,9 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), scale, shift))
 
 
-def run_block(block: nn.Module, tokens: Tensor, activated: Tensor, rotation: Rotation | None, again: bool) -> Tensor:
+def run_block(
+    block: nn.Module, tokens: Tensor, activated: Tensor | None, rotation: Rotation | None, again: bool
+) -> Tensor:
     """Call a block; `again` computes it once more in the backward pass instead of keeping what it needs."""
     if again and torch.is_grad_enabled():
         return checkpoint(block, tokens, activated, rotation, use_reentrant=False)
@@ -304,7 +318,7 @@ class WideHead(nn.Module):
         Returns:
             Tokens of the head and silu(condition) of each, both [B, N, width of the head].
         """
-        activated = F.silu(self.projector(F.silu(time[:, None] + tokens)))
+        activated = F.silu(self.projector(condition_of_tokens(tokens, time)))
         rotation = None if self.feat_rope is None else self.feat_rope()
         tokens = self.x_embedder(x).to(x.dtype)
         for block in self.blocks:
@@ -340,7 +354,7 @@ class LightningDiT(nn.Module):
         UserError: the patches do not tile the grid.
     """
 
-    pos_embed: Tensor
+    pos_embed: Tensor | None
 
     def __init__(
         self,
@@ -358,6 +372,7 @@ class LightningDiT(nn.Module):
         self.x_embedder = PatchEmbedding(latent_dim, shape.width, patch)
         self.t_embedder = TimestepEmbedding(shape.width)
         self.y_embedder = LabelEmbedding(self.null_label, shape.width)
+        self.context_embedder = ContextEmbedding(config) if config.in_context else None
         self.head = None if config.head is None else WideHead(config, latent_dim)
         self._lay_out(grid)
         self.blocks = nn.ModuleList(Block(config) for _ in range(shape.depth))
@@ -385,7 +400,8 @@ class LightningDiT(nn.Module):
             raise UserError(f"patch_size={patch} does not divide the {height} x {width} latent: choose a divisor")
         self.grid, self.tokens = (height, width), (height // patch, width // patch)
         self.span = span or self.tokens
-        self.register_buffer("pos_embed", sincos_position_embedding(shape.width, self.tokens, span).to(weight))
+        table = None if self.config.in_context else sincos_position_embedding(shape.width, self.tokens, span).to(weight)
+        self.register_buffer("pos_embed", table)
         self.feat_rope: RotaryEmbedding | None = None
         if self.config.rope:
             self.feat_rope = RotaryEmbedding(shape.head_dim, self.tokens, span).to(weight.device, weight.dtype)
@@ -445,15 +461,22 @@ class LightningDiT(nn.Module):
             end: times [B], none before t, up to which velocities are averaged, with `config.average_velocity`; None: t.
         """
         assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
-        latents, time = x.to(self.pos_embed.dtype), self.t_embedder(t)
+        latents, time, label = x.to(self.x_embedder.proj.weight.dtype), self.t_embedder(t), self.y_embedder(y)
         if self.length_embedder is not None:
             time = time + self.length_embedder(torch.zeros_like(t) if end is None else end - t)
         assert end is None or self.length_embedder is not None, "a model of velocities"
-        tokens = self.x_embedder(latents) + self.pos_embed  # [B, N, D]
-        activated = F.silu(time + self.y_embedder(y))  # [B, D], what every modulation starts with
+        tokens = self.x_embedder(latents)  # [B, N, D]
+        tokens = tokens.to(latents.dtype) if self.pos_embed is None else tokens + self.pos_embed
+        activated = F.silu(time + label)  # [B, D], what every modulation starts with
         if self.head is not None:
             activated = F.silu(activated)  # twice, as in the public code with a head
         rotation = None if self.feat_rope is None else self.feat_rope()
+        count, context = tokens.shape[1], self.context_embedder
+        of_blocks = activated if context is None else None
+        if context is not None:
+            assert rotation is not None, "validated by the configuration"
+            tokens, rotation = context(tokens, time, label), rotation.extended(context.count)
+            keep = None if keep is None else context.kept(keep, count)
         intermediate = inner_tokens = None
         routing, rotation_of_all = self.config.routing, rotation
         first, last = (None, None) if routing is None else (routing.first_block, routing.last_block)
@@ -465,7 +488,7 @@ class LightningDiT(nn.Module):
                     tokens = take_tokens(tokens, keep)
                     rotation = None if rotation is None else Rotation(*(table[keep] for table in rotation))
             if tokens.shape[1]:
-                tokens = run_block(block, tokens, activated, rotation, self.config.checkpoint_activations)
+                tokens = run_block(block, tokens, of_blocks, rotation, self.config.checkpoint_activations)
             if finished - 1 == last:
                 rotation = rotation_of_all
                 if self.fusion is not None:
@@ -473,9 +496,14 @@ class LightningDiT(nn.Module):
                 elif keep is not None:
                     tokens = put_tokens(before, keep, tokens)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
-                intermediate = self._velocity(self.final_layer_xr(tokens, activated), x, t, data_floor)
+                inputs = tokens, activated
+                if context is not None:
+                    condition = condition_of_tokens(tokens[:, :count], time)
+                    inputs = condition, F.silu(condition)
+                intermediate = self._velocity(self.final_layer_xr(*inputs), x, t, data_floor)
             if finished == tokens_after:
-                inner_tokens = tokens
+                inner_tokens = tokens[:, :count]
+        tokens = tokens[:, :count]
         if self.head is not None:
             tokens, activated = self.head(latents, tokens, time)
         velocity = self._velocity(self.final_layer(tokens, activated), x, t, data_floor)
@@ -509,6 +537,8 @@ def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
             nn.init.zeros_(parameter)
         elif name.startswith(("t_embedder", "y_embedder", "length_embedder")):
             nn.init.normal_(parameter, std=0.02, generator=rng)
+        elif name.startswith("context_embedder"):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=rng)
         elif parameter.ndim == 1:
             nn.init.ones_(parameter)  # the weight of a norm
         else:

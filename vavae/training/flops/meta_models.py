@@ -111,11 +111,12 @@ def lightningdit_step(config: RunConfig, images: int, spanning: int = 0) -> Meta
     """
     model = on_meta(lambda: FlowMatchingModel.of(config, lightningdit_of(config)))
     stored = config.latents.features
+    # Out here, since timm asks for values, which fake tensors have not, to build a transformer.
+    of_an_image = None if model.alignment is None or stored is None else feature_shape(stored, config.grid)
 
     def step() -> None:
-        latents, features = latents_of(config, images), None
-        if model.alignment is not None and stored is not None:
-            features = torch.empty(images, *feature_shape(stored, config.grid))
+        latents = latents_of(config, images)
+        features = None if of_an_image is None else torch.empty(images, *of_an_image)
         labels = torch.empty(images, dtype=torch.int64)
         routing = config.lightningdit.routing
         drops = routing is not None and routing.fuse is not None and routing.fuse.path_dropout
