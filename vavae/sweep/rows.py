@@ -36,7 +36,7 @@ def restore_rows(sweep: Sweep) -> None:
     for row in new_rows(sweep).values():
         for seed, run in zip(sweep.config.seeds, sweep.runs(row["point"]), strict=True):
             for images, metrics in row["seeds"][str(seed)].items():
-                write_rung(run, int(images), metrics)
+                write_rung(run.config, int(images), metrics)
         write_entry(sweep, Entry(row["point"], "finished"))
 
 

@@ -121,10 +121,10 @@ def metrics_by_rung(run: Run) -> dict[int, dict[str, float]]:
     return {row[IMAGES]: row["measures"] for row in rows if row["key"] == _key(run.config)}
 
 
-def write_rung(run: Run, images: int, metrics: Mapping[str, float]) -> None:
-    """Store the metrics of a run whose LightningDiT has seen so many images."""
-    row = {IMAGES: images, "key": _key(run.config), "measures": dict(metrics)}
-    run.storage.write_json(f"{_RUNGS}/{images:012d}.json", row)
+def write_rung(config: RunConfig, images: int, metrics: Mapping[str, float]) -> None:
+    """Store the metrics of the run of a configuration, whose LightningDiT has seen so many images."""
+    row = {IMAGES: images, "key": _key(config), "measures": dict(metrics)}
+    Run(config).storage.write_json(f"{_RUNGS}/{images:012d}.json", row)
 
 
 def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -156,7 +156,7 @@ def _metrics_at_budget(run: Run, request: TaskRequest, last_shared: Job) -> dict
             request(run.config, job)
         _evaluate(run, request, "evaluate")
         metrics = {metric.name: metric.value for metric in read_metrics(run.storage)}
-        write_rung(run, budget, metrics)
+        write_rung(run.config, budget, metrics)
         known = {budget: metrics}
     return {IMAGES: budget, **known[budget]}
 
