@@ -267,9 +267,11 @@ class _Predicting(nn.Module):
         path_dropped: Tensor | None,
         data_floor: float,
         tokens_after: int | None,
+        end: Tensor | None,
     ) -> Predictions:
         """See `LightningDiT.predict`; the output is a velocity."""
         assert keep is path_dropped is None, "it has no blocks that tokens skip"
+        assert end is None, "it predicts no average velocities"
         return Predictions(self.network(x, t, y), None)
 
 
