@@ -447,6 +447,7 @@ def test_user_error_of_a_worker_is_one_line(
     assert run_pipeline(arguments) == 0
 
 
+@pytest.mark.long
 def test_a_collapse_of_the_training_in_workers_is_one_line(
     arguments: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
