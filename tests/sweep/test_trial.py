@@ -227,7 +227,9 @@ def test_trials_begin_with_different_seeds(root: Path, reports) -> None:
     assert seeds == ["0", "1", "1", "0"] * 2
 
 
-def test_a_sweep_goes_on_elsewhere_from_the_rows_of_its_trials(root: Path, reports, tmp_path: Path) -> None:
+def test_a_sweep_goes_on_elsewhere_from_the_rows_of_its_trials(
+    root: Path, reports, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = tmp_path / "rows.jsonl"
     here = _sweep(root, "seeds=[0, 1]", f"rows={rows}")
     write_rows(here)
@@ -244,6 +246,9 @@ def test_a_sweep_goes_on_elsewhere_from_the_rows_of_its_trials(root: Path, repor
     before = rows.read_text()
     write_rows(_sweep(tmp_path / "there", "seeds=[0, 1]", f"rows={rows}", "rungs=[64]"))
     assert rows.read_text() == before, "rows of other trials stay"
+    nowhere = _sweep(tmp_path / "there", "seeds=[0, 1]", f"rows={tmp_path / 'none' / 'rows.jsonl'}")
+    write_rows(nowhere)
+    assert "no rows are written" in caplog.text
     rows.write_text("{}\n")
     with pytest.raises(UserError, match=r"rows.jsonl:1: no row of a trial; delete the line"):
         new_rows(there)

@@ -105,7 +105,7 @@ def train_combined(names: Sequence[str]) -> None:
 
 
 def goes_together(names: Iterable[str]) -> bool:
-    """Whether none of these are refused together."""
+    """Return whether no two of these options are refused together."""
     return not any(pair <= {*names} for pair in APART)
 
 

@@ -98,7 +98,7 @@ class MeanFlowConfig(Config):
 
     @property
     def guides(self) -> bool:
-        """Whether the velocity that is averaged is a guided one."""
+        """True where the averaged velocity is a guided one."""
         return self.scale != 1 or self.mix != 0
 
     @model_validator(mode="after")

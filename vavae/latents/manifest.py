@@ -90,7 +90,7 @@ class FeatureManifest(BaseModel):
     shape: tuple[int, int]
     """N, F of one image."""
     flip: bool
-    """Whether features of mirror images are stored too."""
+    """True where features of mirror images are stored, too."""
     shards: ShardList
 
     @property

@@ -1,17 +1,19 @@
 """Rows of finished trials in a file beside the sweep, from which it goes on where its storage is not there."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vavae.errors import UserError
+from vavae.errors import UserError, one_line
 from vavae.runs.config import RunConfig
+from vavae.sweep.sharing import SOURCES
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, metrics_by_rung, read_ledger, trial_key, write_entry, write_rung
 
-_SOURCES = ("source", "validation_source", "labels", "validation_labels")
+_log = logging.getLogger(__name__)
 
 
 def new_rows(sweep: Sweep) -> dict[str, Mapping[str, Any]]:
@@ -41,7 +43,7 @@ def restore_rows(sweep: Sweep) -> None:
 
 
 def write_rows(sweep: Sweep) -> None:
-    """Write the finished trials into the file; rows of other points stay."""
+    """Write the finished trials into the file, with a warning where it can't be; rows of other points stay."""
     path = sweep.rows
     if path is None:
         return
@@ -59,8 +61,11 @@ def write_rows(sweep: Sweep) -> None:
             }
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values())
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:  # its folder may be an installed package's; the sweep has its results all the same
+        _log.warning("no rows are written: %s", one_line(error))
 
 
 def _read(sweep: Sweep) -> list[Mapping[str, Any]]:
@@ -88,6 +93,6 @@ def _key(sweep: Sweep, point: Point) -> str:
 
 
 def _with_names_of_sources(config: RunConfig) -> RunConfig:
-    places = {name: place for name in _SOURCES if (place := getattr(config.shards, name)) is not None}
+    places = {name: place for name in (*SOURCES, "labels") if (place := getattr(config.shards, name)) is not None}
     names = {name: place.rstrip("/").rpartition("/")[2] for name, place in places.items()}
     return config.model_copy(update={"shards": config.shards.model_copy(update=names)})

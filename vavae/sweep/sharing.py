@@ -24,7 +24,8 @@ _FOLDERS: dict[Job, tuple[str, ...]] = {
     "precompute_latents": ("latents",),
     "train_lightningdit": ("lightningdit", "tensorboard/train_lightningdit"),
 }
-_SOURCES = ("source", "validation_source", "validation_labels")
+SOURCES = ("source", "validation_source", "validation_labels")
+"""Fields of the shards that say where images and labels lie; `labels`, which came later, is another."""
 _PHASES = "train_vavae.stages."
 
 JobRequest = Callable[[RunConfig, Job], Run]
@@ -33,7 +34,7 @@ JobRequest = Callable[[RunConfig, Job], Run]
 
 @dataclass(frozen=True)
 class Sharing:
-    """Where shared artifacts lie, of which jobs they are, and where tokenizers may branch.
+    """Artifacts that the trials of a sweep share: their folder, their jobs, and the phases at which tokenizers branch.
 
     Args:
         root: `storage.root` of the runs that hold them.
@@ -105,7 +106,7 @@ def content_key(config: RunConfig, job: Job) -> str:
     run = Run(config)
     parts: dict[str, Any] = {"job": job, "identity": run.identity(job), "budget": run.budget(job)}
     if job == "prepare_shards":
-        parts["sources"] = {name: getattr(config.shards, name) for name in _SOURCES}
+        parts["sources"] = {name: getattr(config.shards, name) for name in SOURCES}
         if config.shards.labels is not None:  # which came later than the others
             parts["sources"]["labels"] = config.shards.labels
     return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})

@@ -225,7 +225,7 @@ def _trial_key(sweep: Sweep, point: Point) -> str:
 
 def trial_key(sweep: Sweep, configs: Sequence[RunConfig]) -> str:
     """Digest of all that the result of a trial depends on, given the configurations of its runs."""
-    images = [config.train_lightningdit.images for config in configs]
+    images = [Run(config).budget("train_lightningdit") for config in configs]
     settings = {"images": images, "rungs": sweep.config.rungs, "thresholds": sweep.config.thresholds}
     return digest({"runs": [_key(config) for config in configs], **settings})
 

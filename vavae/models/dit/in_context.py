@@ -31,5 +31,5 @@ class ContextEmbedding(nn.Module):
 
 
 def condition_of_tokens(tokens: Tensor, time: Tensor) -> Tensor:
-    """What tokens [B, N, D] after some block know, with the embedding of the time [B, D]: silu(time + tokens)."""
+    """Condition [B, N, D] of each token: silu(time + tokens), of tokens [B, N, D] after a block and the time [B, D]."""
     return F.silu(time[:, None] + tokens)

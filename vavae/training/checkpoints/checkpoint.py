@@ -164,7 +164,7 @@ class Checkpoints:
             raise error
 
     def _lease_error(self) -> CommonError | None:
-        """What keeps this attempt from writing, the same on every rank, which all call it."""
+        """Read the lease; returns the error where this attempt may not write. Every rank calls it and gets the same."""
         error: CommonError | None = None
         if self._world.is_first:
             try:
