@@ -74,9 +74,10 @@ start s3 bash -c 'bash cluster/local/s3.sh "$0" vavae & trap "kill $!; wait $!" 
 wait_for s3 test -e "$folder/s3/environment"
 
 "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$folder/token"
-ray=$(mktemp -d /tmp/ray-XXXXXX) # its sockets want a short path
-echo "$ray" >"$folder/ray.folder"
-ln -s "$PWD/.venv" "$ray/environment" # Ray starts workers through a shell, and quotes no path
+private=$(mktemp -d /tmp/ray-XXXXXX) # its sockets want a short path
+echo "$private" >"$folder/ray.folder"
+ln -s "$PWD/.venv" "$private/environment" # Ray starts workers through a shell, and quotes no path
+ray=$private/ray                         # Ray opens it to every user of this machine
 cat - "$folder/s3/environment" >"$folder/environment" <<ENVIRONMENT
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH='$folder/token'
@@ -87,7 +88,7 @@ source "$folder/environment"
 export RAY_PROMETHEUS_HOST=http://127.0.0.1:$prometheus RAY_GRAFANA_HOST=http://127.0.0.1:$grafana
 # Nodes that are only ever alone have the address of loopback.
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 PATH="$(dirname "$PYTHON"):$PATH"
-start ray "$ray/environment/bin/python" -m ray.scripts.scripts start --head --block --node-ip-address 127.0.0.1 --port 0 \
+start ray "$private/environment/bin/python" -m ray.scripts.scripts start --head --block --node-ip-address 127.0.0.1 --port 0 \
     --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --metrics-export-port "$metrics" \
     --dashboard-agent-listen-port "$agent" --dashboard-agent-grpc-port "$agent_grpc" \
     --runtime-env-agent-port "$environments" --temp-dir "$ray" --disable-usage-stats

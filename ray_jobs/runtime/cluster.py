@@ -5,7 +5,6 @@ import math
 import os
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._common.utils import get_default_ray_temp_dir
+from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
@@ -145,20 +144,19 @@ def check_cluster(config: RunConfig, evaluation: Resources) -> None:
 
 
 @contextmanager
-def session_folder() -> Iterator[str | None]:
-    """Yield a short folder for the session of a local Ray, deleted afterwards, where its own is too long for sockets.
+def session_folder() -> Iterator[str]:
+    """Yield a folder for the session of a local Ray, deleted afterwards.
 
-    None leaves Ray its own.
+    Ray opens the folder itself to every user of the machine, so it lies in one that is this user's alone: below Ray's
+    temporary folder, or below a short one where the paths of sockets would be too long there.
     """
     session = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
-    if holds_sockets(os.path.join(get_default_ray_temp_dir(), session, "sockets"), _SOCKET_NAME_BYTES):
-        yield None
-        return
-    folder = tempfile.mkdtemp(prefix="ray-", dir=SHORT_FOLDER)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    parent = get_default_system_temp_dir()
+    if not holds_sockets(os.path.join(parent, "ray-12345678", "ray", session, "sockets"), _SOCKET_NAME_BYTES):
+        parent = SHORT_FOLDER
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=parent, ignore_cleanup_errors=True) as private:
+        yield os.path.join(private, "ray")
 
 
 def _stay_on_loopback() -> None:

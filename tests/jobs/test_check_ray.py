@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ray._common.utils import try_to_create_directory
 
 from ray_jobs.prepare_shards import work
 from ray_jobs.runtime import cluster
@@ -88,15 +89,18 @@ def test_without_an_address_ray_is_started_here(monkeypatch, address):
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-def test_sockets_whose_paths_would_be_too_long_get_a_short_folder(tmp_path, monkeypatch, variable):
-    monkeypatch.setenv(variable, "/tmp")
-    with session_folder() as folder:
-        assert folder is None
-    monkeypatch.setenv(variable, str(tmp_path / ("d" * 80)))
-    with session_folder() as folder:
-        assert len(folder) < 20
-        Path(folder, "session").mkdir()
-    assert not Path(folder).exists()
+def test_the_session_folder_is_private_short_enough_for_sockets_and_temporary(tmp_path, monkeypatch, variable):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for place in ("/tmp/.", str(tmp_path / ("d" * 80))):
+        monkeypatch.setenv(variable, place)
+        with session_folder() as folder:
+            private = Path(folder).parent
+            assert folder.startswith(place) == (place == "/tmp/.")
+            assert private.stat().st_mode & 0o777 == 0o700
+            try_to_create_directory(folder)  # as Ray does: open to everybody
+            sockets = Path(folder, "session_2026-01-01_00-00-00_000000_4194304", "sockets", "s" * 24)
+            assert len(os.fsencode(sockets)) <= 103
+        assert not private.exists()
 
 
 @pytest.mark.parametrize("starting", [True, False])

@@ -107,6 +107,7 @@ def test_it_is_not_started_twice(folder: Path, tools: Path) -> None:
 def test_down_ends_what_up_has_started_and_nothing_else(folder: Path) -> None:
     processes = [found for name in NAMES for found in _family(process(folder, name))]
     place = Path((folder / "ray.folder").read_text().strip())
+    assert place.stat().st_mode & 0o777 == 0o700, "Ray starts workers from a link in it"
     stranger = subprocess.Popen(["sleep", "600"])
     try:
         (folder / "grafana.pid").rename(folder / "grafana.kept")
