@@ -61,7 +61,10 @@ class Worker:
 
     def do(self, item: Any) -> Any:
         """Process one item; returns its result."""
-        return self._work(item, self._progress)
+        try:
+            return self._work(item, self._progress)
+        finally:
+            self._progress.finish_item()
 
 
 def work_through(

@@ -1,6 +1,9 @@
 """The progress actor: workers report progress and events to it, and the driver reads them."""
 
+import threading
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
@@ -8,6 +11,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vavae.progress import Progress
 from vavae.runs.events import Event
+
+_ADVANCE_SECONDS = 1.0
+"""Shortest time between two reports of how far a pooled task is: a call for every image would fill Ray's task list."""
 
 
 class ProgressUpdate(NamedTuple):
@@ -69,6 +75,36 @@ class _ProgressActor:
         return self._outage
 
 
+class SpacedSum:
+    """Sums counts from any thread, and sends the sum at most once in so many seconds.
+
+    Args:
+        send: takes what has come together since the last time.
+        seconds: shortest time between two sendings.
+    """
+
+    def __init__(self, send: Callable[[int], Any], seconds: float = _ADVANCE_SECONDS) -> None:
+        self._send, self._seconds = send, seconds
+        self._lock, self._kept, self._sent_at = threading.Lock(), 0, -seconds
+
+    def add(self, count: int) -> None:
+        """Add a count, and send the sum where the time has come."""
+        with self._lock:
+            self._kept += count
+            if time.monotonic() - self._sent_at >= self._seconds:
+                self._flush()
+
+    def flush(self) -> None:
+        """Send what is left."""
+        with self._lock:
+            if self._kept:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._send(self._kept)
+        self._kept, self._sent_at = 0, time.monotonic()
+
+
 class ProgressActor:
     """A handle to a progress actor, for driver and workers; the actor lives as long as the process that made it.
 
@@ -80,6 +116,7 @@ class ProgressActor:
         self._name = name or f"progress-{uuid.uuid4().hex}"
         self._actor: Any = ray.get_actor(self._name) if name else on_this_node(_ProgressActor, name=self._name).remote()
         self._stop_query: Any = None
+        self._advances = SpacedSum(self._actor.advance.remote)
 
     def __reduce__(self) -> tuple[type["ProgressActor"], tuple[str]]:
         # By name: an actor that got a handle as an argument could not be restarted.
@@ -90,8 +127,12 @@ class ProgressActor:
         self._actor.report.remote(progress)
 
     def advance(self, images: int) -> None:
-        """Add images that a pooled task has done."""
-        self._actor.advance.remote(images)
+        """Add images that a pooled task has done; they are reported within a second while it goes on."""
+        self._advances.add(images)
+
+    def finish_item(self) -> None:
+        """Report all images of a pooled task that has ended."""
+        self._advances.flush()
 
     def record(self, event: Event) -> None:
         """Hand an event to the driver, which writes it down."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ray_jobs.runtime import progress_monitor
-from ray_jobs.runtime.progress_actor import ProgressUpdate
+from ray_jobs.runtime.progress_actor import ProgressUpdate, SpacedSum
 from ray_jobs.runtime.progress_monitor import ProgressMonitor, log_job_events, monitor_progress, redirect_progress
 from vavae.errors import UserError
 from vavae.progress import Progress
@@ -124,3 +124,21 @@ def test_begin_and_end_of_a_job_are_events(storage, error, kind, text):
     assert (begun["event"], again["event"], done["event"]) == ("stage_begun", "stage_begun", "stage_done")
     assert (ended["event"], ended["stage"], ended.get("error")) == (kind, "sample", text)
     assert done["seconds"] >= 0
+
+
+def test_images_are_reported_together_and_none_is_lost() -> None:
+    sent: list[int] = []
+    spaced = SpacedSum(sent.append, seconds=3600)
+    threads = [threading.Thread(target=lambda: [spaced.add(1) for _ in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sent == [1], "the first at once, the others later"
+    spaced.flush()
+    spaced.flush()
+    assert sent == [1, 1999]
+    eager = SpacedSum(sent.append, seconds=0)
+    eager.add(2)
+    eager.add(3)
+    assert sent == [1, 1999, 2, 3]
