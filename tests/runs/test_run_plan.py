@@ -16,7 +16,7 @@ from vavae.errors import UserError
 from vavae.runs.config import RunConfig, TokenizerTrainingConfig
 from vavae.runs.run import JOBS, TRAININGS, Run
 from vavae.runs.training_inputs import begin_training
-from vavae.storage.artifact import FileInfo
+from vavae.storage.artifact import FileInfo, commit
 
 JOBS = list(JOBS)
 SHARDS, TOKENIZER, LATENTS, LIGHTNINGDIT, SAMPLES, MEASURES = JOBS
@@ -94,6 +94,18 @@ def test_every_job_makes_the_next_one_possible(make):
             run.require(job)
         do(run, job)
     assert to_do(run) == {}
+
+
+def test_a_training_that_was_stopped_resumes(make):
+    run = make()
+    do(run, SHARDS)
+    checkpoints, record = run.training_folder(TOKENIZER).child("checkpoints"), run.require(SHARDS)
+    checkpoints.write_bytes("lease.json", b"")
+    checkpoints.write_bytes("000000000032/unfinished", b"")
+    assert to_do(run)[TOKENIZER] == "not there yet"
+    for images_seen in ("000000000032", "000000000064"):
+        commit(checkpoints, images_seen, record)
+    assert to_do(run)[TOKENIZER] == "resumes at 64 of 104 images"
 
 
 def test_storage_is_reached_as_the_configuration_says(make):

@@ -17,7 +17,8 @@ def checkpoint_name(images_seen: int) -> str:
 def find_checkpoints(training: Storage) -> list[int]:
     """Images seen at the committed checkpoints of a training, oldest first."""
     checkpoints = training.child(CHECKPOINTS)
-    return [int(name) for name in checkpoints.list() if read(checkpoints, name) is not None]
+    names = [name for name in checkpoints.list() if name.isdecimal()]  # a lease lies beside them
+    return [int(name) for name in names if read(checkpoints, name) is not None]
 
 
 def average_set(name: str | None) -> str:

@@ -378,7 +378,7 @@ class Run:
         self._check_claim(job)
         record = self.artifact(job)
         if record is None:
-            return Plan(False, "not there yet")
+            return Plan(False, self._begun(job))
         if job == "prepare_shards":
             if sources:  # which may take minutes to list
                 shards = self.config.shards
@@ -395,6 +395,11 @@ class Run:
         if job == "sample" and self.config.sample.npz and not self.storage.is_file(NPZ):
             return Plan(False, f"without {NPZ}")
         return Plan(True, record.digest[:12])
+
+    def _begun(self, job: Job) -> str:
+        """How far a job is whose artifact is not there."""
+        checkpoints = find_checkpoints(self.training_folder(job)) if job in TRAININGS else []
+        return f"resumes at {checkpoints[-1]:,} of {self.budget(job):,} images" if checkpoints else "not there yet"
 
     def _differs(self, job: Job, record: Artifact) -> str:
         """Difference between an artifact's configuration or inputs and the present ones; empty where there is none."""
