@@ -53,7 +53,7 @@ wait_for() {
 answers() { (exec 3<>"/dev/tcp/127.0.0.1/$1"); }
 
 # The usual ports where they are free; others as they come, outside those of Ray's workers.
-read -r dashboard prometheus grafana metrics agent agent_grpc environments < <("$PYTHON" - <<'PYTHON'
+read -r dashboard head prometheus grafana metrics agent agent_grpc environments < <("$PYTHON" - <<'PYTHON'
 import socket
 
 
@@ -64,7 +64,7 @@ def free(wanted: int) -> socket.socket:
         return socket.create_server(("127.0.0.1", 0))
 
 
-servers = [free(wanted) for wanted in (8265, 9090, 3000, 0, 0, 0, 0)]
+servers = [free(wanted) for wanted in (8265, 6379, 9090, 3000, 0, 0, 0, 0)]
 print(*(server.getsockname()[1] for server in servers))
 PYTHON
 )
@@ -82,13 +82,15 @@ cat - "$folder/s3/environment" >"$folder/environment" <<ENVIRONMENT
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH='$folder/token'
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard
+export RAY_ADDRESS=127.0.0.1:$head
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 ENVIRONMENT
+# The last is for nodes that are only ever alone: their address is that of loopback.
+printf 'export PATH=%q:"$PATH"\n' "$(dirname "$PYTHON")" >>"$folder/environment"
 # shellcheck disable=SC1091
 source "$folder/environment"
 export RAY_PROMETHEUS_HOST=http://127.0.0.1:$prometheus RAY_GRAFANA_HOST=http://127.0.0.1:$grafana
-# Nodes that are only ever alone have the address of loopback.
-export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 PATH="$(dirname "$PYTHON"):$PATH"
-start ray "$private/environment/bin/python" -m ray.scripts.scripts start --head --block --node-ip-address 127.0.0.1 --port 0 \
+start ray "$private/environment/bin/python" -m ray.scripts.scripts start --head --block --node-ip-address 127.0.0.1 --port "$head" \
     --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --metrics-export-port "$metrics" \
     --dashboard-agent-listen-port "$agent" --dashboard-agent-grpc-port "$agent_grpc" \
     --runtime-env-agent-port "$environments" --temp-dir "$ray" --disable-usage-stats

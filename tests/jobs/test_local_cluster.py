@@ -81,6 +81,15 @@ def test_ray_asks_for_the_token(folder: Path) -> None:
         assert json.load(answer) == []
 
 
+def test_a_job_joins_it_from_a_shell_that_has_the_environment(folder: Path) -> None:
+    job = "python -c 'from ray_jobs.runtime.cluster import check_ray; print(check_ray())' && command -v vavae"
+    shell, bare = f"source '{folder}/environment' && {job}", {"HOME": str(folder), "PATH": "/usr/bin:/bin"}
+    found = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=bare, capture_output=True, text=True, timeout=120)
+    address, vavae = found.stdout.split()
+    assert f"--port {address.removeprefix('127.0.0.1:')} " in " ".join(process(folder, "ray").cmdline())
+    assert Path(vavae) == ROOT / ".venv/bin/vavae"
+
+
 def test_prometheus_finds_the_nodes_and_the_alerts(folder: Path) -> None:
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     (alerts,) = config["rule_files"]
