@@ -21,7 +21,7 @@ from vavae.metrics.reference import read_reference
 from vavae.models.backbones.config import BackboneConfig
 from vavae.models.backbones.inception import check_inception
 from vavae.models.backbones.weights import check_weights, timm_name
-from vavae.models.tokenizer.teacher import check_teacher
+from vavae.models.tokenizer.teacher import check_teacher, teacher_geometry
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.sampling.labels import check_classes
@@ -42,6 +42,13 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
     """
     config = run.config
+    features, token = config.latents.features, config.lightningdit.class_token
+    if features is not None and token is not None and {"precompute_latents", "train_lightningdit"} & {*jobs}:
+        width = teacher_geometry(features.teacher).feature_dim
+        if token.width != width:
+            raise UserError(
+                f"lightningdit.class_token.width={token.width}, but {features.teacher.name} gives {width}: set it so"
+            )
     if "evaluate" in jobs:
         if config.shards.validation_source is None and not config.shards.validation_fraction:
             raise UserError("shards.validation_fraction=0 leaves evaluate no held-out images: raise it")
@@ -66,7 +73,6 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         )
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, config.grid)
-    features = config.latents.features
     if "precompute_latents" in jobs and features is not None:
         check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []
@@ -120,7 +126,7 @@ def check_cache(run: Run, job: Job) -> None:
     infos = manifest.splits[TRAIN]
     order = order_of(infos.counts, config.seed, config.stream)
     shards = OrderedShards(folder, TRAIN, infos, order, micro_batch_size=1)
-    if job == "train_lightningdit" and config.objective.representation is not None:
+    if job == "train_lightningdit" and config.reads_features:
         features = read_features_of(folder, config.latents, config.grid).shards
         shards = ShardsWithFeatures(folder, TRAIN, infos, order, 1, features)
     if shards.are_local:

@@ -103,6 +103,14 @@ def test_features_are_those_of_the_network_for_each_image_and_its_mirror_image(t
             torch.testing.assert_close(found[row, view].float(), expected, rtol=1e-2, atol=1e-3)
 
 
+def test_a_class_token_lies_before_them_and_is_their_mean_where_the_network_has_none(tmp_path, extract):
+    config = CONFIG.model_copy(update={"features": FEATURES.model_copy(update={"class_token": True})})
+    encode_all(extract(config))
+    found = read_all(tmp_path, config).float()
+    assert found.shape[2] == 1 + GRID[0] * GRID[1]
+    torch.testing.assert_close(found[:, :, 0], found[:, :, 1:].mean(2), rtol=1e-2, atol=1e-2)
+
+
 def test_they_change_no_latent_and_are_added_to_latents_that_are_there(tmp_path, extract, computed):
     plain, model = encode_all(extract(PLAIN, "plain")), Counter()
     encode_all(extract(PLAIN), model)

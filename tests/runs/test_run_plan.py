@@ -136,6 +136,13 @@ def test_guidance_by_a_checkpoint_that_would_not_be_kept_is_refused_before_anyth
     assert not make(weak, "train_lightningdit.keep_images=[64]").plans()["sample"].done
 
 
+def test_a_class_token_of_another_width_than_the_teacher_gives_is_refused_before_anything_starts(make):
+    stored = "latents.features={teacher: {name: efficientnet_lite0}, class_token: true}"
+    for jobs in (["precompute_latents"], ["train_lightningdit"]):
+        with pytest.raises(UserError, match=r"class_token\.width=768, but efficientnet_lite0 gives 112: set it so$"):
+            preflight(make(stored, "lightningdit.class_token={}"), jobs)
+
+
 def test_a_reference_that_is_none_is_refused_before_anything_starts(make, tmp_path):
     run = make(f"evaluate.reference={tmp_path / 'some.npz'}", "shards.validation_fraction=0.5")
     mean = np.zeros(1280)

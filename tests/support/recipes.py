@@ -43,6 +43,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "train_lightningdit": {"lanes_at_once": 2},
     },
+    "class token": {
+        "lightningdit": {"class_token": {"width": 112}},
+        "latents": {"features": {"teacher": {"name": "efficientnet_lite0"}, "class_token": True}},
+    },
     "representation alignment": {
         # It falls and stops within the steps that tests take.
         "objective": {
@@ -63,7 +67,11 @@ OPTIONS = {
 APART = (
     {"routing", "routing with fusion"},
     {"in-context conditioning", "routing with fusion"},
-    *({"average velocities", name} for name in ("internal guidance", "prediction of data", "routing with fusion")),
+    *({"class token", name} for name in ("wide head", "routing with fusion")),
+    *(
+        {"average velocities", name}
+        for name in ("internal guidance", "prediction of data", "routing with fusion", "class token")
+    ),
 )
 """Pairs of options that are refused."""
 

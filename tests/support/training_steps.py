@@ -71,11 +71,11 @@ class DrawnLatents:
     """Random posteriors, and features where they are asked for, a function of lane and step.
 
     Args:
-        feature_dim: channels of the features.
+        features: number and channels of the features of an image.
     """
 
-    def __init__(self, feature_dim: int | None = None) -> None:
-        self._feature_dim = feature_dim
+    def __init__(self, features: tuple[int, int] | None = None) -> None:
+        self._features = features
 
     def __getitem__(self, key: MicroBatchKey) -> LatentMicroBatch:
         """See `MicroBatchSource`."""
@@ -83,8 +83,8 @@ class DrawnLatents:
         mean = torch.randn(BATCH // LANES, 4, 8, 8, generator=generator)
         labels = torch.randint(0, CLASSES, (len(mean),), generator=generator)
         features = None
-        if self._feature_dim is not None:
-            features = torch.randn(len(mean), 64, self._feature_dim, generator=generator).bfloat16()
+        if self._features is not None:
+            features = torch.randn(len(mean), *self._features, generator=generator).bfloat16()
         return LatentMicroBatch(*key, mean, torch.full_like(mean, 0.1), labels, features)
 
 
@@ -96,7 +96,7 @@ def build_step(job: Job, config: RunConfig, world: World, awaits_checkpoint: boo
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
     stored = config.latents.features
-    latents = DrawnLatents(None if stored is None else feature_shape(stored, config.grid)[1])
+    latents = DrawnLatents(None if stored is None else feature_shape(stored, config.grid))
     return DiffusionStep(config, model, latents, normalizer, world, awaits_checkpoint)  # type: ignore[arg-type]
 
 

@@ -161,6 +161,7 @@ class Counted(TorchDispatchMode):
         ("train_lightningdit", "routing"),
         ("train_lightningdit", "routing with fusion"),
         ("train_lightningdit", "in-context conditioning"),
+        ("train_lightningdit", "class token"),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])

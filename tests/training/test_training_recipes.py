@@ -115,7 +115,7 @@ def test_any_two_go_together() -> None:
 
 
 def test_what_does_not_go_with_average_velocities_is_one_line() -> None:
-    for pair in APART[2:]:
+    for pair in (pair for pair in APART if "average velocities" in pair):
         with pytest.raises(ValidationError, match=r"objective\.mean_flow does not go together with lightningdit\."):
             recipe_config(*pair, engine=TORCH)
     with pytest.raises(ValidationError, match=r"together with train_lightningdit\.engine\.zero_stage=3"):

@@ -20,6 +20,7 @@ from vavae.errors import UserError
 from vavae.latents.features import feature_shape
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
+from vavae.models.dit.class_token import join_class_token
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import Predictions
 from vavae.models.dit.routing import draw_tokens
@@ -123,7 +124,7 @@ def _micro_batch(config: RunConfig, lane: int, device: torch.device) -> LatentMi
     mean = torch.randn(shape, generator=rng)
     labels = torch.randint(0, config.lightningdit.classes or _CLASSES, (len(mean),), generator=rng)
     tensors = [mean, torch.full_like(mean, 0.1), labels]
-    if config.objective.representation is not None and config.latents.features is not None:
+    if config.reads_features and config.latents.features is not None:
         of_an_image = feature_shape(config.latents.features, config.grid)
         tensors.append(torch.randn(len(mean), *of_an_image, generator=rng).bfloat16())
     return LatentMicroBatch(lane, 0, *(tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors))
@@ -147,8 +148,12 @@ class _Inputs(NamedTuple):
         keep, routing, tokens = None, config.lightningdit.routing, config.lightningdit.tokens_of(config.grid)
         if routing is not None:
             keep = draw_tokens(routing, tokens, len(noise), torch_generator(0, "bench", "routing")).to(device)
-        mean, noise, timesteps, labels = (each.to(device) for each in (item.mean, noise, timesteps, item.labels))
-        return _Inputs(mean, noise, timesteps, labels, keep)
+        latents = item.mean
+        if config.lightningdit.class_token is not None and item.features is not None:
+            token = item.features[:, 0].float()
+            latents, noise = join_class_token(latents, token), join_class_token(noise, token.flip(0))
+        latents, noise, timesteps, labels = (each.to(device) for each in (latents, noise, timesteps, item.labels))
+        return _Inputs(latents, noise, timesteps, labels, keep)
 
 
 class _Product(NamedTuple):
@@ -224,7 +229,7 @@ class _Peer:
                 f"--peer {name}: {unset[0]} is a weight of one network alone; give one with the public names"
             )
         # Type: it has all that is used.
-        predicting = cast(Any, _Predicting(network, config.lightningdit))
+        predicting = cast(Any, _Predicting(network, config.lightningdit, ours.model.latent_dim))
         model = FlowMatchingModel(predicting.to(world.device), FlowMatchingObjective(config.objective))
         self._inputs = _Inputs.drawn(config, world.device)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -254,9 +259,9 @@ class _Peer:
 class _Predicting(nn.Module):
     """Network of other code, with the one output layer that it has."""
 
-    def __init__(self, network: nn.Module, config: LightningDiTConfig) -> None:
+    def __init__(self, network: nn.Module, config: LightningDiTConfig, latent_dim: int) -> None:
         super().__init__()
-        self.network, self.config = network, config
+        self.network, self.config, self.latent_dim = network, config, latent_dim
 
     def predict(
         self,

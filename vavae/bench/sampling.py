@@ -39,6 +39,8 @@ def sampling_benchmark(config: RunConfig, device: torch.device) -> Computation:
     """
     if config.solver.name != "euler":
         raise UserError(f"solver.name={config.solver.name}: the slow side has euler alone; set solver.name=euler")
+    if config.lightningdit.class_token is not None:
+        raise UserError("lightningdit.class_token: the slow side has latents alone; leave it out")
     if config.guidance.routing_scale != 1 or config.guidance.path_drop:
         raise UserError(
             "guidance: the slow side has the classifier-free one alone; leave out routing_scale and path_drop"

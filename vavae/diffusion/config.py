@@ -121,6 +121,8 @@ class ObjectiveConfig(Config):
     """Align the tokens of an inner block with the features that `latents.features` stores. Null aligns nothing."""
     mean_flow: MeanFlowConfig | None = added(None)
     """Train average velocities instead, as `lightningdit.average_velocity` predicts them. Null trains velocities."""
+    class_token_weight: float = added(0.03, gt=0)
+    """Weight of the mean squared difference of the velocity of `lightningdit.class_token`."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that an image is trained without its label, which guidance needs."""
 

@@ -59,6 +59,7 @@ def solve(
     jumps: Sequence[float] = (),
     *,
     ends_by_euler: bool = False,
+    dimension: int | None = None,
 ) -> Tensor:
     """Integrate unit Gaussian noise [B, C, H, W] to data of that shape. Takes no gradient, keeps no trajectory.
 
@@ -69,6 +70,7 @@ def solve(
         config: solver and time grid.
         jumps: times between 0 and 1 at which the velocity is not continuous; a grid takes no notice of them.
         ends_by_euler: take the last step by Euler's method, because the velocity has no value at t = 1.
+        dimension: numbers of a latent, by which the grid may be shifted; None: all that are integrated.
 
     Raises:
         UserError: `dopri5` can't go on (see there), or there is no velocity at t = 1, where it needs one.
@@ -86,7 +88,7 @@ def solve(
         return velocity(x, torch.full((len(x),), t), labels)
 
     x = noise
-    *steps, last = pairwise(time_grid(config, noise[0].numel()).tolist())
+    *steps, last = pairwise(time_grid(config, dimension or noise[0].numel()).tolist())
     for t, t_next in steps:
         x = step(velocity_at, x, t, t_next)
     return (euler_step if ends_by_euler else step)(velocity_at, x, *last)

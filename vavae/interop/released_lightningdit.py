@@ -65,6 +65,8 @@ def save_released_lightningdit(path: str | os.PathLike[str], model: LightningDiT
     """
     if model.config.head is not None:
         raise UserError(f"{os.fspath(path)}: the released layout has no lightningdit.head: take the run's own export")
+    if model.config.class_token is not None:
+        raise UserError(f"{path}: the released layout has no lightningdit.class_token: take the run's own export")
     if model.config.in_context:
         raise UserError(
             f"{os.fspath(path)}: the released layout has no lightningdit.conditioning=in_context: take the run's own "
@@ -114,6 +116,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "head": None,
         "average_velocity": False,
         "conditioning": "adaln",
+        "class_token": None,
         "latent_dim": latent_dim,
         "grid": _infer_grid(patch, tokens, overrides.get("grid")),
     }

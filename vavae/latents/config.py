@@ -18,6 +18,9 @@ class FeaturesConfig(Config):
     """The network, which computes in `latents.precision`. Published: `dinov2_base`."""
     patch_size: int = Field(1, ge=1)
     """Positions of a latent per feature along one side, as many as of a token: `lightningdit.patch_size`."""
+    class_token: bool = added(False)
+    """Store the teacher's class token before its features, for `lightningdit.class_token`; of a network that has none
+    the mean of its features."""
 
 
 class LatentsConfig(Config):

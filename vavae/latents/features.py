@@ -55,9 +55,9 @@ def token_grid(config: FeaturesConfig, grid: tuple[int, int]) -> tuple[int, int]
 
 
 def feature_shape(config: FeaturesConfig, grid: tuple[int, int]) -> tuple[int, int]:
-    """N and F of the features of one image whose latent lies on a grid (h, w)."""
+    """N, or one more with a class token, and F of the features of one image whose latent lies on a grid (h, w)."""
     height, width = token_grid(config, grid)
-    return height * width, teacher_geometry(config.teacher).feature_dim
+    return config.class_token + height * width, teacher_geometry(config.teacher).feature_dim
 
 
 def read_features_of(latents: Storage, config: LatentsConfig, grid: tuple[int, int]) -> FeatureManifest:
@@ -84,7 +84,7 @@ def _read_feature_manifest(latents: Storage) -> FeatureManifest:
     except (FileNotFoundError, ValidationError) as error:
         raise UserError(
             f"{latents.url(_MANIFEST)}: no manifest of features there; run precompute_latents (imported latents have "
-            "none: set objective.representation=null)"
+            "none: set objective.representation and lightningdit.class_token to null)"
         ) from error
 
 
@@ -257,7 +257,7 @@ class FeatureExtraction:
         views = [images, images.flip(-1)] if self._config.flip else [images]
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
         with torch.inference_mode(), autocast:
-            found = [teacher(view, grid)[:count].flatten(2).transpose(1, 2) for view in views]
+            found = [teacher.tokens(view, grid, self._features.class_token)[:count] for view in views]
         return torch.stack(found, dim=1).bfloat16()
 
     def finish(self) -> dict[str, FileInfo]:

@@ -104,7 +104,7 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
             cluster,
             "train_lightningdit",
             lightningdit_flops(config),
-            latent_bytes(config) + (0 if config.objective.representation is None else feature_bytes(config)),
+            latent_bytes(config) + (feature_bytes(config) if config.reads_features else 0),
         ),
         _sample(config, cluster),
     ]

@@ -464,6 +464,39 @@ class RunConfig(Config):
             raise ValueError(f"workers.count={self.workers.count} exceeds stream.lanes={lanes}: a worker needs a lane")
         return self
 
+    @property
+    def reads_features(self) -> bool:
+        """True where the training of the LightningDiT reads features."""
+        return self.objective.representation is not None or self.lightningdit.class_token is not None
+
+    @model_validator(mode="after")
+    def _class_token_fits(self) -> Self:
+        token, features, objective = self.lightningdit.class_token, self.latents.features, self.objective
+        if token is None:
+            if features is not None and features.class_token:
+                raise ValueError(
+                    "latents.features.class_token=true is for lightningdit.class_token, and there is none: give it, "
+                    "such as {width: 768}, or leave the former out"
+                )
+            if objective.class_token_weight != ObjectiveConfig.model_fields["class_token_weight"].default:
+                raise ValueError(
+                    f"objective.class_token_weight={objective.class_token_weight:g} is of lightningdit.class_token, "
+                    "and there is none: leave it out"
+                )
+            return self
+        if features is None or not features.class_token:
+            raise ValueError(
+                "lightningdit.class_token denoises the token that is stored beside the latents: set "
+                "latents.features.class_token=true"
+            )
+        aligned = objective.representation
+        if aligned is not None and (aligned.projector == "conv" or aligned.spatial_norm is not None):
+            raise ValueError(
+                "objective.representation with projector=conv or spatial_norm is of tokens on a grid, and that of "
+                "lightningdit.class_token has no place there: set projector=mlp without spatial_norm"
+            )
+        return self
+
     @model_validator(mode="after")
     def _prediction_fits(self) -> Self:
         floor, solver = self.objective.data_floor, self.solver.name
@@ -505,6 +538,7 @@ class RunConfig(Config):
             "lightningdit.prediction=data": model.predicts_data,
             "lightningdit.intermediate_head": model.intermediate_head is not None,
             "lightningdit.routing.fuse": model.routing is not None and model.routing.fuse is not None,
+            "lightningdit.class_token": model.class_token is not None,
             "train_lightningdit.engine.zero_stage=3": not self.train_lightningdit.engine.has_whole_weights,
         }
         found = next((name for name, is_there in refused.items() if is_there), None)

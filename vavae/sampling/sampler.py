@@ -19,6 +19,7 @@ from vavae.finite import require_finite
 from vavae.interop.averages import load_lightningdit_of_checkpoint
 from vavae.interop.export import load_lightningdit, load_tokenizer
 from vavae.latents.statistics import LatentNormalizer, read_statistics
+from vavae.models.dit.class_token import join_class_token
 from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.routing import kept_tokens
 from vavae.models.tokenizer.autoencoder import VAVAE
@@ -108,6 +109,10 @@ class Sampler(NamedTuple):
         device = self.normalizer.mean.device
         shape = (model.latent_dim, *model.grid)
         noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
+        if model.config.class_token is not None:
+            width = model.config.class_token.width
+            generators = [torch_generator(seed, "sample class token", index) for index in indices]
+            noise = join_class_token(noise, torch.stack([torch.randn(width, generator=each) for each in generators]))
         if guidance.internal_scale != 1 and model.final_layer_xr is None:
             raise UserError(
                 f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
@@ -134,11 +139,12 @@ class Sampler(NamedTuple):
         weak = None if self.weak is None else self.autocast()(self.weak.forward)
         predict, x, y = self.autocast()(model.predict), noise.to(device), torch.tensor(labels, device=device)
         if solver.name == "mean_flow":
-            latents = solve_mean_flow(lambda x, t, y, r: predict(x, t, y, end=r).velocity, x, y, solver)
+            state = solve_mean_flow(lambda x, t, y, r: predict(x, t, y, end=r).velocity, x, y, solver)
         else:
             velocity = guide(predict, model.null_label, guidance, weak, keep)
             by_euler = any(each.config.predicts_data for each in (model, self.weak) if each is not None)
-            latents = solve(velocity, x, y, solver, velocity.jumps, ends_by_euler=by_euler)
+            state = solve(velocity, x, y, solver, velocity.jumps, ends_by_euler=by_euler, dimension=math.prod(shape))
+        latents = state[:, : model.latent_dim]
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
         finite = decoded.isfinite().all()
@@ -194,10 +200,10 @@ def load_weak_model(stored: StoredArtifact | StoredCheckpoint | None, model: Lig
             stored.training, stored.images_seen, model.config, model.latent_dim, model.grid
         )
     weak, _ = load_lightningdit(stored.folder)
-    for name in ("latent_dim", "grid", "null_label"):
+    for name in ("latent_dim", "grid", "null_label", "state_shape"):
         ours, theirs = getattr(model, name), getattr(weak, name)
         if ours != theirs:
-            what = "classes" if name == "null_label" else name
+            what = {"null_label": "classes", "state_shape": "the shape with class tokens"}.get(name, name)
             raise UserError(f"{stored.folder.url()}: {what} is {theirs}, but {ours} in the model that it is to guide")
     return weak
 

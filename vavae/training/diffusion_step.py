@@ -27,6 +27,7 @@ from vavae.distributed.world import World
 from vavae.latents.features import feature_shape
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch, LatentStream
+from vavae.models.dit.class_token import class_token_of, join_class_token
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.parametrization import data_of_velocity, velocity_to_data
@@ -44,9 +45,9 @@ class _Inputs(NamedTuple):
     """Arguments of `FlowMatchingModel.forward`."""
 
     latents: Tensor
-    """Normalized, [S, C, H, W]."""
+    """Normalized, [S, C, H, W], joined with class tokens where there are any."""
     noise: Tensor
-    """[S, C, H, W]."""
+    """Likewise."""
     timesteps: Tensor
     """[S] in [0, 1]."""
     labels: Tensor
@@ -77,9 +78,11 @@ class FlowMatchingModel(nn.Module):
         objective: FlowMatchingObjective,
         alignment: RepresentationAlignment | None = None,
         mean_flow: MeanFlowObjective | None = None,
+        class_token_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.model, self._objective, self.alignment, self._mean_flow = model, objective, alignment, mean_flow
+        self._class_token_weight = class_token_weight
 
     @classmethod
     def of(cls, config: RunConfig, model: LightningDiT) -> "FlowMatchingModel":
@@ -96,6 +99,7 @@ class FlowMatchingModel(nn.Module):
             FlowMatchingObjective(config.objective),
             alignment,
             None if mean_flow is None else MeanFlowObjective(mean_flow, model.null_label),
+            config.objective.class_token_weight,
         )
 
     def forward(
@@ -113,14 +117,14 @@ class FlowMatchingModel(nn.Module):
         """Compute the losses of one micro-batch.
 
         Args:
-            latents: normalized, [S, C, H, W].
+            latents: normalized, [S, C, H, W], joined with class tokens where there are any.
             noise: standard normal, likewise.
             timesteps: [S] in [0, 1].
             labels: int64 [S], the null label where a label was dropped.
             keep: tokens that skip no block, int64 [S, K]; None: all.
             path_dropped: images as if all their tokens had skipped, bool [S]; None: no image.
             intervals: those from the timesteps on, with an objective of average velocities.
-            features: those that tokens are aligned with, [S, N, F]; None aligns nothing.
+            features: those that tokens are aligned with, [S, N, F], that of the class token first; None aligns nothing.
             representation_weight: weight of that alignment.
 
         Returns:
@@ -148,19 +152,30 @@ class FlowMatchingModel(nn.Module):
             velocity = velocity_to_data(latents, point.x_t, timesteps, floor)
             spread = (data_of_velocity(prediction, point.x_t, timesteps, floor), latents)
         losses: FlowMatchingLosses | MeanFlowLosses
+        of_latent = slice(self.model.latent_dim)
         if self._mean_flow is not None and average_velocity is not None:
             losses = self._mean_flow(prediction, average_velocity)
         else:
-            losses = self._objective(prediction, velocity, intermediate)
+            losses = self._objective(
+                prediction[:, of_latent],
+                velocity[:, of_latent],
+                None if intermediate is None else intermediate[:, of_latent],
+            )
         terms = {f"loss/{name}": value.detach().mean() for name, value in losses._asdict().items() if value is not None}
         total = losses.total.mean()
+        if self.model.config.class_token is not None:
+            of_token = self.model.latent_dim, self.model.config.class_token.width
+            predicted, true = (class_token_of(each.float(), *of_token) for each in (prediction, velocity))
+            class_token = (predicted - true).square().mean()
+            total = total + self._class_token_weight * class_token
+            terms |= {"loss/total": total.detach(), "loss/class_token": class_token.detach()}
         if self.alignment is not None:
             representation = self.alignment(tokens, features)
             total = total + representation_weight * representation
             terms["loss/total"] = total.detach()
             if features is not None:
                 terms["loss/representation"] = representation.detach()
-        return total, terms, losses.velocity.detach(), variances(*spread)
+        return total, terms, losses.velocity.detach(), variances(*(each[:, of_latent] for each in spread))
 
     def _average_velocity(
         self, keep: Tensor | None, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None
@@ -313,4 +328,10 @@ class DiffusionStep:
         if routing is not None and routing.fuse is not None and routing.fuse.path_dropout:
             uniform = torch.rand(len(labels), generator=rng("path_dropout"), device=device)
             path_dropped = uniform < routing.fuse.path_dropout
-        return _Inputs(self._normalizer.normalize(latents), noise, timesteps, labels, keep, path_dropped, intervals)
+        latents = self._normalizer.normalize(latents)
+        if self.model.model.config.class_token is not None:
+            assert item.features is not None, "a stream with features"
+            token = item.features[:, 0].to(device, torch.float32)
+            of_token = torch.randn(token.shape, generator=rng("class_token_noise"), device=device)
+            latents, noise = join_class_token(latents, token), join_class_token(noise, of_token)
+        return _Inputs(latents, noise, timesteps, labels, keep, path_dropped, intervals)

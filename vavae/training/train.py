@@ -248,9 +248,10 @@ def _read_latents(
 ) -> tuple[LatentManifest, LatentNormalizer, FeaturesToRead | None]:
     config, features = inputs.config, None
     manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape)
-    representation = config.objective.representation
-    if representation is not None:
-        stop = math.inf if representation.stop_images is None else representation.stop_images
+    if config.reads_features:
+        representation, stop = config.objective.representation, math.inf
+        if config.lightningdit.class_token is None and representation is not None:
+            stop = math.inf if representation.stop_images is None else representation.stop_images
         found = read_features_of(inputs.latents, config.latents, config.grid)
         features = FeaturesToRead(found, stop / inputs.training.batch_size)
     return manifest, LatentNormalizer(*read_statistics(inputs.latents)), features

@@ -77,7 +77,7 @@ def public_model(spec, golden):
         joined.setdefault(ours, {})[part] = tensor
     state = {name: torch.cat([parts[part] for part in sorted(parts)]) for name, parts in joined.items()}
     for name in ("feat_rope.freqs_cos", "feat_rope.freqs_sin"):
-        state[name], rest = state[name].split([16, model.context_embedder.count])
+        state[name], rest = state[name].split([16, sum(spec["tokens"].values())])
         assert rest.eq(float(name.endswith("cos"))).all(), "not rotated"
     model.load_state_dict(state)
     return model, shape["depth"]

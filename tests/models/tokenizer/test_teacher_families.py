@@ -127,6 +127,17 @@ def test_a_256_pixel_image_as_the_released_code_feeds_it(teacher, name, side):
     torch.testing.assert_close(teacher(name, normalize=False)(batch, (16, 16)), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dinov2_small", "dinov2_small_registers", "dinov3_small", "clip_base"])
+@torch.no_grad()
+def test_a_class_token_is_the_one_that_the_network_ends_with(teacher, name):
+    network, grid = teacher(name), (2, 2)
+    batch = images(2, 3, *network.geometry.image_size(grid))
+    found = network.tokens(batch, grid, True)
+    assert torch.equal(found[:, 1:], network(batch, grid).flatten(2).transpose(1, 2))
+    expected = network.model.forward_features(network.normalizer(batch))[:, 0]
+    torch.testing.assert_close(found[:, 0], expected)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_frozen_for_good_and_without_a_gradient(teacher, name):
     frozen = teacher(name).train()

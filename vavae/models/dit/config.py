@@ -58,6 +58,13 @@ class WideHeadConfig(Config):
         return self
 
 
+class ClassTokenConfig(Config):
+    """A teacher's vector of the whole image, which is noised and denoised beside the latent (REG, arXiv 2507.01467)."""
+
+    width: int = Field(768, ge=1)
+    """Its channels: those of the features of `latents.features.teacher`. DINOv2-B has 768."""
+
+
 def count_kept(tokens: int, drop: float) -> int:
     """Tokens of an image that skip no block where such a share does: N - ⌊N · drop⌋."""
     return tokens - int(tokens * drop)
@@ -169,6 +176,8 @@ class LightningDiTConfig(Config):
     """Tokens that tell the time, with `conditioning: in_context`."""
     label_tokens: int = added(8, ge=1)
     """Tokens that tell the label, likewise."""
+    class_token: ClassTokenConfig | None = added(None)
+    """Denoise the class token that `latents.features.class_token` stores, too; null denoises the latent alone."""
     checkpoint_activations: bool = runtime(False)
     """Recompute each block in the backward pass: less memory for about a third more time."""
 
@@ -248,6 +257,16 @@ class LightningDiTConfig(Config):
                 f"{routing.first_block} to {routing.last_block}: choose at most {routing.first_block} or more than "
                 f"{routing.last_block}"
             )
+
+    @model_validator(mode="after")
+    def _class_token_fits(self) -> Self:
+        if self.class_token is None:
+            return self
+        if self.head is not None:
+            raise ValueError("class_token with head, whose tokens are those of the latent alone: leave one of them out")
+        if self.routing is not None and self.routing.fuse is not None:
+            raise ValueError("routing.fuse joins tokens that may all skip, and class_token never does: leave one out")
+        return self
 
     @model_validator(mode="after")
     def _conditioning_fits(self) -> Self:

@@ -15,8 +15,6 @@ class ContextEmbedding(nn.Module):
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
-        self.count = config.time_tokens + config.label_tokens
-        """M."""
         self.time_tokens = nn.Parameter(torch.empty(config.time_tokens, config.shape.width))
         self.label_tokens = nn.Parameter(torch.empty(config.label_tokens, config.shape.width))
 
@@ -24,10 +22,6 @@ class ContextEmbedding(nn.Module):
         """Tokens [B, N + M, D]: those of latents [B, N, D], then those of embeddings of time and label [B, D]."""
         of_time, of_label = self.time_tokens + time[:, None], self.label_tokens + label[:, None]
         return torch.cat([tokens, of_time.to(tokens.dtype), of_label.to(tokens.dtype)], dim=1)
-
-    def kept(self, keep: Tensor, count: int) -> Tensor:
-        """Tokens that skip no block, int64 [B, K + M]: those of `count` of the latent [B, K], and all M others."""
-        return torch.cat([keep, torch.arange(count, count + self.count, device=keep.device).expand(len(keep), -1)], 1)
 
 
 def condition_of_tokens(tokens: Tensor, time: Tensor) -> Tensor:

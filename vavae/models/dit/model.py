@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vavae.errors import UserError
+from vavae.models.dit.class_token import ClassTokenEmbedding, class_token_of, join_class_token, state_channels
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.in_context import ContextEmbedding, condition_of_tokens
 from vavae.models.dit.parametrization import velocity_to_data
@@ -266,19 +267,22 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the linear map to the P · P · C values of each token."""
+    """Modulated norm and the linear map to the P · P · C values of each token; another to those of a class token."""
 
-    def __init__(self, config: LightningDiTConfig, outputs: int) -> None:
+    def __init__(self, config: LightningDiTConfig, outputs: int, class_width: int | None = None) -> None:
         super().__init__()
         width = config.shape.width
         self.norm_final = token_norm(config)
         self.linear = nn.Linear(width, outputs)
+        self.linear_cls = None if class_width is None else nn.Linear(width, class_width)  # the name of the public code
         self.adaLN_modulation = Modulation(width, 2)
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """Map tokens x [B, N, D] under silu(condition) [B, D] or [B, N, D] to [B, N, outputs]."""
+    def forward(self, x: Tensor, activated: Tensor, of_class_token: bool = False) -> Tensor:
+        """Map tokens x [B, N, D] under silu(condition) [B, D] or [B, N, D] to [B, N, outputs], or to [B, N, F]."""
+        linear = self.linear_cls if of_class_token else self.linear
+        assert linear is not None, "a model with a class token"
         shift, scale = self.adaLN_modulation(activated)
-        return self.linear(modulate(self.norm_final(x), scale, shift))
+        return linear(modulate(self.norm_final(x), scale, shift))
 
 
 def run_block(
@@ -373,10 +377,12 @@ class LightningDiT(nn.Module):
         self.t_embedder = TimestepEmbedding(shape.width)
         self.y_embedder = LabelEmbedding(self.null_label, shape.width)
         self.context_embedder = ContextEmbedding(config) if config.in_context else None
+        class_width = None if config.class_token is None else config.class_token.width
+        self.class_embedder = None if class_width is None else ClassTokenEmbedding(class_width, shape.width)
         self.head = None if config.head is None else WideHead(config, latent_dim)
         self._lay_out(grid)
         self.blocks = nn.ModuleList(Block(config) for _ in range(shape.depth))
-        self.final_layer = FinalLayer(config.head_blocks, patch * patch * latent_dim)
+        self.final_layer = FinalLayer(config.head_blocks, patch * patch * latent_dim, class_width)
         self.final_layer_xr: FinalLayer | None = None  # the name of the public code
         if config.intermediate_head is not None:
             self.final_layer_xr = FinalLayer(config, patch * patch * latent_dim)
@@ -386,6 +392,11 @@ class LightningDiT(nn.Module):
             self.fusion = TokenFusion(shape.width)
         self.length_embedder = TimestepEmbedding(shape.width) if config.average_velocity else None
         initialize(self, rng)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape of what is denoised: that of a latent, with further channels where there is a class token."""
+        return state_channels(self.config, self.latent_dim, self.grid), *self.grid
 
     @property
     def all_blocks(self) -> list[nn.Module]:
@@ -430,7 +441,7 @@ class LightningDiT(nn.Module):
         """Velocity [B, C, H, W], in the dtype of x.
 
         Args:
-            x: noisy normalized latents [B, C, H, W].
+            x: noisy normalized latents [B, C, H, W], joined with noisy class tokens where there are any.
             t: timesteps [B] in [0, 1], below 1 for a model that predicts the data.
             y: labels int64 [B] in [0, classes]; `null_label` = classes asks for the unconditional velocity.
         """
@@ -460,8 +471,9 @@ class LightningDiT(nn.Module):
             tokens_after: number of blocks after which tokens are returned, too; None returns none.
             end: times [B], none before t, up to which velocities are averaged, with `config.average_velocity`; None: t.
         """
-        assert x.shape[1:] == (self.latent_dim, *self.grid), f"expected [B, {self.latent_dim}, {self.grid}]: {x.shape}"
-        latents, time, label = x.to(self.x_embedder.proj.weight.dtype), self.t_embedder(t), self.y_embedder(y)
+        assert x.shape[1:] == self.state_shape, f"expected [B, {self.state_shape}]: {x.shape}"
+        state, time, label = x.to(self.x_embedder.proj.weight.dtype), self.t_embedder(t), self.y_embedder(y)
+        latents = state[:, : self.latent_dim]
         if self.length_embedder is not None:
             time = time + self.length_embedder(torch.zeros_like(t) if end is None else end - t)
         assert end is None or self.length_embedder is not None, "a model of velocities"
@@ -473,11 +485,18 @@ class LightningDiT(nn.Module):
         rotation = None if self.feat_rope is None else self.feat_rope()
         count, context = tokens.shape[1], self.context_embedder
         of_blocks = activated if context is None else None
+        if self.class_embedder is not None:
+            token = class_token_of(state, self.latent_dim, self.class_embedder.proj.in_features)
+            tokens = torch.cat([tokens, self.class_embedder(token).to(tokens.dtype)], dim=1)
         if context is not None:
-            assert rotation is not None, "validated by the configuration"
-            tokens, rotation = context(tokens, time, label), rotation.extended(context.count)
-            keep = None if keep is None else context.kept(keep, count)
-        intermediate = inner_tokens = None
+            tokens = context(tokens, time, label)
+        further = tokens.shape[1] - count
+        if further and rotation is not None:
+            rotation = rotation.extended(further)
+        if further and keep is not None:
+            others = torch.arange(count, tokens.shape[1], device=keep.device)  # they skip no block
+            keep = torch.cat([keep, others.expand(len(keep), -1)], dim=1)
+        inner_outputs = inner_tokens = class_outputs = None
         routing, rotation_of_all = self.config.routing, rotation
         first, last = (None, None) if routing is None else (routing.first_block, routing.last_block)
         assert keep is None or routing is not None, "a model whose tokens all take all blocks"
@@ -496,22 +515,34 @@ class LightningDiT(nn.Module):
                 elif keep is not None:
                     tokens = put_tokens(before, keep, tokens)
             if self.final_layer_xr is not None and finished == self.intermediate_after:
-                inputs = tokens, activated
+                inputs = tokens[:, :count], activated
                 if context is not None:
                     condition = condition_of_tokens(tokens[:, :count], time)
                     inputs = condition, F.silu(condition)
-                intermediate = self._velocity(self.final_layer_xr(*inputs), x, t, data_floor)
+                inner_outputs = self.final_layer_xr(*inputs)
             if finished == tokens_after:
                 inner_tokens = tokens[:, :count]
+                if self.class_embedder is not None:
+                    inner_tokens = torch.cat([tokens[:, count : count + 1], inner_tokens], dim=1)
+        if self.class_embedder is not None:
+            class_outputs = self.final_layer(tokens[:, count : count + 1], activated, of_class_token=True)[:, 0]
         tokens = tokens[:, :count]
         if self.head is not None:
             tokens, activated = self.head(latents, tokens, time)
-        velocity = self._velocity(self.final_layer(tokens, activated), x, t, data_floor)
-        return Predictions(velocity, intermediate, inner_tokens)
 
-    def _velocity(self, outputs: Tensor, x: Tensor, t: Tensor, data_floor: float) -> Tensor:
-        """Velocity [B, C, H, W] in the dtype of x from the outputs [B, N, P · P · C] of an output layer."""
+        def velocity(outputs: Tensor) -> Tensor:
+            return self._velocity(outputs, class_outputs, x, t, data_floor)
+
+        intermediate = None if inner_outputs is None else velocity(inner_outputs)
+        return Predictions(velocity(self.final_layer(tokens, activated)), intermediate, inner_tokens)
+
+    def _velocity(
+        self, outputs: Tensor, class_outputs: Tensor | None, x: Tensor, t: Tensor, data_floor: float
+    ) -> Tensor:
+        """Velocity of the state x, in its dtype, from the outputs [B, N, P · P · C] of an output layer, and [B, F]."""
         output = self._unpatchify(outputs)
+        if class_outputs is not None:
+            output = join_class_token(output, class_outputs)
         if self.config.predicts_data:
             output = velocity_to_data(output, x, t, data_floor)
         return output.to(x.dtype)
@@ -523,7 +554,12 @@ class LightningDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.latent_dim, *self.grid)
 
 
-_OUTPUTS = ("final_layer.linear.weight", "final_layer_xr.linear.weight", "length_embedder.mlp.2.weight")
+_OUTPUTS = (
+    "final_layer.linear.weight",
+    "final_layer.linear_cls.weight",
+    "final_layer_xr.linear.weight",
+    "length_embedder.mlp.2.weight",
+)
 
 
 @torch.no_grad()

@@ -118,13 +118,36 @@ class VisionFoundationTeacher(nn.Module):
         and what SAM was trained to give (the paper does not say which it took). Convolutional networks give the output
         of one feature level.
         """
+        (features,) = self._intermediates(self._prepared(images, grid), [self.geometry.level])
+        return self._checked(features, grid)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor:
+        """Features [B, N, feature_dim] row by row, see `forward`; before them the class token, where it is asked for.
+
+        It has passed the final norm, too. Of a network that has none it is the mean of the features.
+        """
+        if not class_token:
+            return self(images, grid).flatten(2).transpose(1, 2)
+        if getattr(self.model, "cls_token", None) is None:
+            features = self(images, grid).flatten(2).transpose(1, 2)
+            return torch.cat([features.mean(1, keepdim=True), features], dim=1)
+        ((features, prefix),) = self._intermediates(
+            self._prepared(images, grid), [self.geometry.level], return_prefix_tokens=True
+        )
+        features, token = self._checked(features, grid).flatten(2).transpose(1, 2), prefix[:, :1]
+        return torch.cat([self.model.head(token) if self.config.project else token, features], dim=1)
+
+    def _prepared(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Images as the network takes them."""
         size, images = self.geometry.image_size(grid), as_color(images)
         if images.shape[2:] != size:
             # Bilinear without antialiasing, as the released code feeds a 256 px image to a patch-14 teacher.
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        if self.config.normalize:
-            images = self.normalizer(images)
-        (features,) = self._intermediates(images, [self.geometry.level])
+        return self.normalizer(images) if self.config.normalize else images
+
+    def _checked(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features of the network as they are given, [B, feature_dim, h, w]."""
         if self.config.project:
             features = self.model.head(features.movedim(1, -1)).movedim(-1, 1)
         assert features.shape[1:] == (self.feature_dim, *grid), f"teacher gave {tuple(features.shape)} for grid {grid}"
@@ -145,7 +168,7 @@ class VisionFoundationTeacher(nn.Module):
             )
         return self._intermediates(self.normalizer(as_color(images)), list(range(self.geometry.level)))
 
-    def _intermediates(self, images: Tensor, levels: list[int]) -> list[Tensor]:
+    def _intermediates(self, images: Tensor, levels: list[int], **more: bool) -> list[Any]:
         return self.model.forward_intermediates(
-            images, indices=levels, norm=self.geometry.isotropic, stop_early=True, intermediates_only=True
+            images, indices=levels, norm=self.geometry.isotropic, stop_early=True, intermediates_only=True, **more
         )

@@ -17,6 +17,7 @@ from vavae.losses.config import PerceptualLossConfig
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual
 from vavae.models.backbones.load import meta_backbone
+from vavae.models.dit.class_token import state_channels
 from vavae.models.dit.config import count_kept
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.config import TeacherConfig
@@ -75,6 +76,11 @@ def latents_of(config: RunConfig, count: int) -> Tensor:
     return torch.empty(count, *config.latent_shape)
 
 
+def states_of(config: RunConfig, count: int) -> Tensor:
+    """Empty states of the LightningDiT, latents joined with class tokens where there are any, to be made likewise."""
+    return torch.empty(count, state_channels(config.lightningdit, config.latent_shape[0], config.grid), *config.grid)
+
+
 def kept_of(config: RunConfig, count: int) -> Tensor | None:
     """Empty indices of the tokens that skip no block, where some do, to be made when the work is called."""
     routing = config.lightningdit.routing
@@ -96,7 +102,7 @@ def velocity(config: RunConfig) -> MetaModel:
     model = on_meta(lambda: lightningdit_of(config))
 
     def evaluate() -> None:
-        model.predict(latents_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64), kept_of(config, 1))
+        model.predict(states_of(config, 1), torch.empty(1), torch.empty(1, dtype=torch.int64), kept_of(config, 1))
 
     return MetaModel(evaluate, (model,))
 
@@ -115,7 +121,7 @@ def lightningdit_step(config: RunConfig, images: int, spanning: int = 0) -> Meta
     of_an_image = None if model.alignment is None or stored is None else feature_shape(stored, config.grid)
 
     def step() -> None:
-        latents = latents_of(config, images)
+        latents = states_of(config, images)
         features = None if of_an_image is None else torch.empty(images, *of_an_image)
         labels = torch.empty(images, dtype=torch.int64)
         routing = config.lightningdit.routing

@@ -33,6 +33,7 @@ METRICS: dict[str, MetricInfo] = {
     "loss/velocity": MetricInfo("squared error of the velocity"),
     "loss/intermediate": MetricInfo("mean squared error of the velocity of the intermediate head"),
     "loss/representation": MetricInfo("minus the cosine of projected tokens and the teacher's features"),
+    "loss/class_token": MetricInfo("mean squared error of the velocity of the class token"),
     "loss/direction": MetricInfo("one less cosine of predicted and true velocity"),
     **{
         f"loss_at_timestep/{low / TIMESTEP_BINS:.1f}": MetricInfo(
