@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vavae.config import Config, runtime
+from vavae.config import Config, added, runtime
 from vavae.models.backbones.config import BackboneConfig, WeightsPath
 
 NORM_GROUPS = 32
@@ -108,6 +108,19 @@ class AdaptiveWeightConfig(Config):
     """Upper bound for the adversarial loss, measured at the decoder's last convolution."""
 
 
+class LatentNoiseConfig(Config):
+    """Noise on the latents that the decoder gets in training, and nowhere else: arXiv 2507.15856 and 2510.11690.
+
+    The level l of an image is uniform on [0, 1], its noise e standard normal.
+    """
+
+    kind: Literal["interpolate", "add"] = "interpolate"
+    """`interpolate` decodes (1 - l) z + l scale e, as l-DeTok does; `add` z + l scale e, as RAE does with 0.8."""
+
+    scale: float = Field(3.0, ge=0)
+    """Standard deviation of the noise at level 1, in units of the latents; 0 switches it off."""
+
+
 class TokenizerLossConfig(Config):
     """All losses of the tokenizer and their weights."""
 
@@ -125,3 +138,6 @@ class TokenizerLossConfig(Config):
 
     kl_weight: float = Field(1e-6, ge=0)
     """Weight of the KL divergence, in nats per image."""
+
+    latent_noise: LatentNoiseConfig | None = added(None)
+    """Noise on the latents that are decoded; null leaves them as they are."""

@@ -19,6 +19,7 @@ from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import TokenizerLossConfig
+from vavae.losses.latents import LatentNoise
 from vavae.losses.objective import (
     UNMEASURED,
     AdaptiveWeights,
@@ -80,8 +81,9 @@ class TokenizerModel(nn.Module):
         perceptual: Perceptual | None,
         discriminator: Discriminator | None,
         known: AdaptiveWeights,
+        latent_noise: LatentNoise | None = None,
     ) -> TokenizerLosses:
-        """Compute the losses of one micro-batch.
+        """Compute the losses of one micro-batch; alignment and KL are those of latents without `latent_noise`.
 
         Args:
             images: [S, 3, H, W] in [-1, 1].
@@ -90,10 +92,12 @@ class TokenizerModel(nn.Module):
             perceptual: distance of two batches of images; None where it is off.
             discriminator: frozen, images → logits; None before its start.
             known: adaptive weights that need not be measured.
+            latent_noise: on what is decoded; None where it is off.
         """
         posterior = self.autoencoder.encode(images)
         z = posterior.at(noise)
-        reconstruction = self.autoencoder.decode(z)
+        decoded = z if latent_noise is None else latent_noise.apply(z)
+        reconstruction = self.autoencoder.decode(decoded)
         alignment = None if teacher is None else self.alignment(z, teacher(images))
         objective = tokenizer_objective(
             self.losses,
@@ -102,7 +106,7 @@ class TokenizerModel(nn.Module):
             perceptual,
             discriminator,
             known,
-            DecoderGraph(z, self._decoder_parameters()) if self._whole_weights else None,
+            DecoderGraph(decoded, self._decoder_parameters()) if self._whole_weights else None,
         )
         return TokenizerLosses(objective.objective, reconstruction.detach(), objective.terms, objective.adaptive)
 
@@ -270,8 +274,12 @@ class TokenizerStep:
         """Run one micro-batch, images [S, 3, H, W] in [-1, 1], through the generator and all losses."""
         config = self._config
         shape = (len(images), *config.latent_shape)
-        rng = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
-        noise = torch.randn(shape, generator=rng, device=self._world.device)
+
+        def rng(purpose: str) -> torch.Generator:
+            return torch_generator(config.seed, purpose, item.lane, item.step, device=self._world.device)
+
+        noise = torch.randn(shape, generator=rng("posterior"), device=self._world.device)
+        latent_noise = LatentNoise.draw(self._losses.latent_noise, shape, rng("latent_noise"))
         wanted = self._losses.vision_foundation.weight > 0
         teacher = partial(self.teacher, grid=config.grid) if wanted else None
         measure = item.step % self._losses.adaptive.every == 0
@@ -280,7 +288,9 @@ class TokenizerStep:
         judge = None if adversary is None else adversary.module.discriminator
         if judge is not None:
             judge.requires_grad_(False)
-        losses: TokenizerLosses = self._generator.forward(images, noise, teacher, self._perceptual, judge, known)
+        losses: TokenizerLosses = self._generator.forward(
+            images, noise, teacher, self._perceptual, judge, known, latent_noise
+        )
         if judge is not None:
             judge.requires_grad_(True)
         self._adaptive_weights[item.lane] = losses.adaptive

@@ -14,6 +14,7 @@ from vavae.diffusion.mean_flow import Intervals
 from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import PerceptualLossConfig
+from vavae.losses.latents import LatentNoise
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual
 from vavae.models.backbones.load import meta_backbone
@@ -176,6 +177,7 @@ def tokenizer_step(
             None if perceptual is None else lambda real, leaf: perceptual(real, leaf * 1),
             (lambda leaf: judge.discriminator(leaf * 1)) if adversary else None,
             known,
+            LatentNoise.draw(losses.latent_noise, (images, *config.latent_shape), torch.Generator()),
         )
         out.objective.backward()
         if adversary:
