@@ -66,6 +66,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         )
     if "train_vavae" in jobs or "evaluate" in jobs:
         check_teacher(config.teacher, config.grid)
+        check_teacher(config.teacher, config.smallest_grid)
     features = config.latents.features
     if "precompute_latents" in jobs and features is not None:
         check_teacher(features.teacher, token_grid(features, config.grid))

@@ -1,5 +1,6 @@
 """FLOPs per image against closed forms, published numbers, and the steps of a training."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -161,12 +162,16 @@ class Counted(TorchDispatchMode):
         ("train_lightningdit", "routing"),
         ("train_lightningdit", "routing with fusion"),
         ("train_lightningdit", "in-context conditioning"),
+        # All micro-batches of one size.
+        ("train_vavae", {"equivariance": {"probability": 1, "min_scale": 0.8}}),
+        ("train_vavae", {"equivariance": {"probability": 0, "small_images": 1, "min_scale": 0.8}}),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_steps_take_what_is_counted(job, recipe, recompute):
     engine = {"backend": "torch"}
-    config = recipe_config(recipe, engine=engine) if recipe else tiny_config(engine=engine)
+    recipes, losses = ((), recipe) if isinstance(recipe, dict) else ((recipe,) if recipe else (), None)
+    config = recipe_config(*recipes, engine=engine) if recipes else tiny_config(losses=losses, engine=engine)
     update = {"checkpoint_activations": recompute}
     sections = {name: getattr(config, name).model_copy(update=update) for name in ("tokenizer", "lightningdit")}
     config = config.model_copy(update=sections)
@@ -187,6 +192,19 @@ def test_a_measurement_that_serves_several_steps_is_shared_by_them(monkeypatch):
         training_flops(load(RunConfig, TINY, [f"losses.adaptive.every={every}"]), "train_vavae") for every in (1, 4)
     ]
     assert counts == [8, 5]
+
+
+def test_sizes_have_their_shares(monkeypatch):
+    """Whole images count 64, resized ones or their latents the product of their sides."""
+
+    def count(config, phase, adversary, transforms, *, measure_weights):
+        transform = transforms.images or transforms.latents
+        return 64 if transform is None else math.prod(transform.grid)
+
+    monkeypatch.setattr(flops, "_count_tokenizer_step", count)
+    config = tiny_config(losses={"equivariance": {"min_scale": 0.5}})
+    resized = (16 + 25 + 36 + 49) / 4
+    assert training_flops(config, "train_vavae") == pytest.approx(0.625 * resized + 0.375 * 64)
 
 
 def test_phases_differ():

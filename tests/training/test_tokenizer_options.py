@@ -1,18 +1,24 @@
 """Options of the tokenizer's training beyond the paper: every engine, exact resume, and what they leave alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
-from support.training_steps import LANES, build_step, figures_of, tiny_config
+from support.training_steps import LANES, DrawnImages, build_step, figures_of, tiny_config
 from torch import Tensor
 
+from vavae.data.image_stream import MicroBatchKey
 from vavae.data.loader import load_micro_batches
+from vavae.data.pixels import to_float
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
+from vavae.losses.latents import MicroBatchTransforms
+from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
@@ -23,10 +29,16 @@ from vavae.training.step import Step
 STEPS = 3
 ENGINES = [TORCH, *ZERO]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "interpolated noise": {"latent_noise": {}},
-    "added noise": {"latent_noise": {"kind": "add", "scale": 0.8}, "adaptive": {"every": 2}},
+    "added noise": {"latent_noise": {"kind": "add", "scale": 0.8}},
+    "interpolated noise and equivariance": {
+        "latent_noise": {},
+        "equivariance": {"small_images": 0.5, "min_scale": 0.5},
+        "adaptive": {"every": 2},
+    },
 }
 """By name: what each writes into the losses."""
+TURNED = {"equivariance": {"probability": 1, "min_scale": 0.5}}
+SMALL = {"equivariance": {"probability": 0, "small_images": 1, "min_scale": 0.5}}
 
 
 def option_config(name: str, engine: dict[str, Any]) -> RunConfig:
@@ -79,13 +91,72 @@ def test_every_engine_takes_the_same_steps_and_resumes_to_the_same_bits(gloo: Gl
                 assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), (name, engine, step)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_changes_what_is_decoded_alone(name: str) -> None:
+@pytest.mark.parametrize("losses", [{"latent_noise": {}}, OPTIONS["added noise"], TURNED])
+def test_an_option_changes_what_is_decoded_alone(losses: dict[str, Any]) -> None:
     """Alignment and KL are those of the posterior sample, whatever is decoded."""
-    plain = take(build_step("train_vavae", tiny_config(engine=TORCH), World()), World(), range(1))[0]
-    ours = take(build_step("train_vavae", option_config(name, TORCH), World()), World(), range(1))[0]
+    plain, ours = (
+        take(build_step("train_vavae", tiny_config(losses=each, engine=TORCH), World()), World(), range(1))[0]
+        for each in ({}, losses)
+    )
     assert ours.keys() == plain.keys()
     same = ("loss/kl", "loss/cosine", "loss/distance", "alignment")
     assert [ours[each] for each in same] == [plain[each] for each in same]
     assert ours["loss/l1"] != plain["loss/l1"]
-    assert all(torch.tensor(value).isfinite() for value in ours.values())
+    assert all(map(math.isfinite, ours.values()))
+
+
+@pytest.mark.parametrize("losses", [TURNED, SMALL])
+def test_the_discriminator_compares_what_the_generator_was_trained_on(
+    losses: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(losses=losses, engine=TORCH)
+    step = build_step("train_vavae", config, World())
+    adversary, seen = step.engines["discriminator"], []
+    forward = adversary.forward
+    monkeypatch.setattr(adversary, "forward", lambda *inputs: seen.append(inputs) or forward(*inputs))
+    take(step, World(), range(1))
+    for lane, (target, reconstruction) in enumerate(seen):
+        rng = torch_generator(config.seed, "equivariance", lane, 0)
+        drawn = MicroBatchTransforms.draw(config.losses.equivariance, config.grid, rng)
+        transform = drawn.images or drawn.latents
+        assert transform is not None
+        assert (drawn.latents is None) == (losses is SMALL)
+        images = to_float(DrawnImages()[MicroBatchKey(lane, 0)].images)
+        assert torch.equal(target, transform.apply(images, config.tokenizer.downsample))
+        assert target.shape == reconstruction.shape
+    assert len({target.shape for target, _ in seen}) > 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "training", "message"),
+    [
+        ({"equivariance": {"min_scale": 0.9}}, {}, "min_scale=0.9 leaves no smaller size to a 8 x 8 latent"),
+        (
+            {"equivariance": {"min_scale": 0.3}},
+            {},
+            "min_scale=0.3 makes images of 6 x 6 pixels, of which losses.adversarial needs 12 along each side",
+        ),
+        (
+            {"equivariance": {"min_scale": 0.8}, "perceptual": {"kind": "lpips"}},
+            {},
+            "of 14 x 14 pixels, of which losses.perceptual needs 16",
+        ),
+        (
+            {"equivariance": {"min_scale": 0.5}},
+            {"compile_blocks": True},
+            "compile_blocks=true with losses.equivariance",
+        ),
+    ],
+)
+def test_what_cannot_go_together_is_refused(losses: dict[str, Any], training: dict[str, Any], message: str) -> None:
+    adversarial = {"start_images": 0, "channels": 32, "layers": 2}
+    with pytest.raises(ValidationError, match=message):
+        tiny_config(losses={"adversarial": adversarial, **losses}, train_vavae=training)
+
+
+def test_teachers_see_the_smallest_latent_too() -> None:
+    plain = tiny_config(losses={"equivariance": {"min_scale": 0.5, "small_images": 0}})
+    assert plain.smallest_grid == plain.grid == (8, 8)
+    assert tiny_config(losses={"equivariance": {"min_scale": 0.5}}).smallest_grid == (4, 4)
+    stage = {"from_images": 8, "losses": {"equivariance": {"small_images": 0.2}}}
+    assert tiny_config({"stages": [stage]}, losses=plain.losses.model_dump()).smallest_grid == (4, 4)

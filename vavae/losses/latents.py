@@ -1,13 +1,14 @@
-"""Changes of the latents between encoder and decoder, with which the tokenizer is trained and never measured."""
+"""Changes of latents and images with which the tokenizer is trained, and never measured: noise, sizes, orientations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from vavae.losses.config import LatentNoiseConfig
+from vavae.losses.config import EquivarianceConfig, LatentNoiseConfig
 
 
 class LatentNoise(NamedTuple):
@@ -31,3 +32,66 @@ class LatentNoise(NamedTuple):
         """Latents [S, C, h, w] with the noise; gradients flow through."""
         kept = z if self.config.kind == "add" else (1 - self.level) * z
         return kept + self.level * self.config.scale * self.noise
+
+
+class Transform(NamedTuple):
+    """Change of size and orientation, which latents and images can undergo alike."""
+
+    grid: tuple[int, int]
+    """Height and width of a latent that is resized, before it is turned."""
+    quarter_turns: int = 0
+    """Clockwise."""
+
+    @property
+    def turned_grid(self) -> tuple[int, int]:
+        """Height and width of a latent afterwards."""
+        height, width = self.grid
+        return (width, height) if self.quarter_turns % 2 else (height, width)
+
+    def apply(self, x: Tensor, cell: int = 1) -> Tensor:
+        """Resize bilinearly, without antialiasing, and turn; gradients flow through.
+
+        Args:
+            x: latents [S, C, h, w], or images [S, C, cell h, cell w].
+            cell: pixels of a latent position along one side; 1 for latents.
+        """
+        size = [side * cell for side in self.grid]
+        resized = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return torch.rot90(resized, self.quarter_turns, dims=(-1, -2))
+
+
+class MicroBatchTransforms(NamedTuple):
+    """Transforms of a micro-batch, at most one of both."""
+
+    images: Transform | None = None
+    """Before the encoder."""
+    latents: Transform | None = None
+    """Between encoder and decoder, and of the images that the reconstructions are compared with."""
+
+    @classmethod
+    def draw(cls, config: EquivarianceConfig | None, grid: tuple[int, int], rng: torch.Generator) -> Self:
+        """Draw transforms for latents of height and width `grid`; both None where there are none."""
+        if config is None:
+            return cls()
+        of_latents, of_images, size, turns = torch.rand(4, generator=rng, device=rng.device).tolist()
+        grids = config.grids(grid)
+        chosen = grids[int(size * len(grids))]
+        if of_latents < config.probability:
+            return cls(latents=Transform(chosen, 1 + int(3 * turns) if config.turns else 0))
+        return cls(images=Transform(chosen)) if of_images < config.small_images else cls()
+
+
+UNTRANSFORMED = MicroBatchTransforms()
+"""No transform of either."""
+
+
+def transforms_of(config: EquivarianceConfig | None, grid: tuple[int, int]) -> dict[MicroBatchTransforms, float]:
+    """Transforms that latents of height and width `grid` can have, turns left out, and the shares of micro-batches."""
+    if config is None:
+        return {UNTRANSFORMED: 1.0}
+    transforms = [Transform(size) for size in config.grids(grid)]
+    of_images = (1 - config.probability) * config.small_images
+    shares = {MicroBatchTransforms(latents=each): config.probability / len(transforms) for each in transforms}
+    shares |= {MicroBatchTransforms(images=each): of_images / len(transforms) for each in transforms}
+    shares[UNTRANSFORMED] = 1 - config.probability - of_images
+    return {outcome: share for outcome, share in shares.items() if share > 0}

@@ -40,6 +40,13 @@ class LatentNoiseChange(Config):
     scale: float | None = Field(None, ge=0)
 
 
+class EquivarianceChange(Config):
+    """Fields of `losses.equivariance` that a phase may set."""
+
+    probability: float | None = Field(None, ge=0, le=1)
+    small_images: float | None = Field(None, ge=0, le=1)
+
+
 class LossChange(Config):
     """Fields of `losses` that a phase may set; a section that is null in `losses` has none."""
 
@@ -48,6 +55,7 @@ class LossChange(Config):
     adversarial: AdversarialChange = AdversarialChange()
     kl_weight: float | None = Field(None, ge=0)
     latent_noise: LatentNoiseChange = added(LatentNoiseChange())
+    equivariance: EquivarianceChange = added(EquivarianceChange())
 
 
 class TokenizerPhaseConfig(Config):

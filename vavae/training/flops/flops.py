@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vavae.config import Config
 from vavae.latents.features import token_grid
+from vavae.losses.latents import MicroBatchTransforms, transforms_of
 from vavae.models.backbones.load import meta_backbone
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
@@ -56,11 +57,15 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     phase = next(phase for phase in phases if images_seen < phase.until_images)
     adversarial, every = phase.losses.adversarial, phase.losses.adaptive.every
     adversary = adversarial.weight > 0 and images_seen >= adversarial.start_images
-    measured = _count_tokenizer_step(config, _without_magnitudes(phase), adversary, measure_weights=True)
-    if every == 1:
-        return measured
-    known = _count_tokenizer_step(config, _without_magnitudes(phase), adversary, measure_weights=False)
-    return (measured + known * (every - 1)) / every
+    plain, outcomes = _without_magnitudes(phase), transforms_of(phase.losses.equivariance, config.grid)
+
+    def mean(measure_weights: bool) -> float:
+        return sum(
+            share * _count_tokenizer_step(config, plain, adversary, transforms, measure_weights=measure_weights)
+            for transforms, share in outcomes.items()
+        )
+
+    return mean(True) if every == 1 else (mean(True) + mean(False) * (every - 1)) / every
 
 
 def encoding_flops(config: RunConfig) -> float:
@@ -136,17 +141,32 @@ def _with_depth(config: RunConfig, depth: int, routed: int = 0) -> RunConfig:
 
 
 @cache
-def _count_tokenizer_step(config: RunConfig, phase: TokenizerPhase, adversary: bool, *, measure_weights: bool) -> float:
+def _count_tokenizer_step(
+    config: RunConfig,
+    phase: TokenizerPhase,
+    adversary: bool,
+    transforms: MicroBatchTransforms,
+    *,
+    measure_weights: bool,
+) -> float:
     # With as many images as `activation_bytes` takes, so that operators are asked once for both.
     images = config.train_vavae.batch_size // config.stream.lanes
-    return _count(tokenizer_step(config, phase, images, adversary=adversary, measure_weights=measure_weights)) / images
+    step = tokenizer_step(
+        config, phase, images, adversary=adversary, measure_weights=measure_weights, transforms=transforms
+    )
+    return _count(step) / images
 
 
 def _without_magnitudes(phase: TokenizerPhase) -> TokenizerPhase:
-    """Give phases that differ in nothing but times, margins and weights above zero, which cost alike, one form."""
+    """Give phases that differ in nothing but times, margins and weights above zero, which cost alike, one form.
+
+    How often images are transformed is left out, too.
+    """
     alignment = phase.losses.vision_foundation
     plain = {"weight": float(alignment.weight > 0), "cos_margin": 0.0, "distmat_margin": 0.0}
-    losses = phase.losses.model_copy(update={"vision_foundation": alignment.model_copy(update=plain)})
+    losses = phase.losses.model_copy(
+        update={"vision_foundation": alignment.model_copy(update=plain), "equivariance": None}
+    )
     return TokenizerPhase(0, 0, losses, phase.frozen)
 
 
