@@ -194,6 +194,34 @@ def test_a_measurement_that_serves_several_steps_is_shared_by_them(monkeypatch):
     assert counts == [8, 5]
 
 
+@pytest.mark.parametrize("frozen", [(), ("encoder",), ("decoder",)])
+def test_gradients_of_frozen_parts_are_not_computed(frozen):
+    """Twice a forward for weights and inputs; once for inputs alone, but for both factors of attention's products."""
+    losses = {
+        "perceptual": {"kind": "none"},
+        "adversarial": {"weight": 0},
+        "vision_foundation": {"weight": 0},
+        # Neither of which takes a product.
+        "latent_noise": {},
+        "equivariance": {"probability": 0, "small_images": 0, "min_scale": 0.5},
+    }
+    config = tiny_config({"frozen": frozen}, losses, engine={"backend": "torch"})
+    encoder, decoder = encoding_flops(config), decoding_flops(config)
+    first, latent = 2 * conv_macs(16, 3, 32), 2 * conv_macs(8, 4, 4, kernel=1)
+    products = 3 * 2 * 2 * 64**2 * 32  # attention in the middle and twice at the last level
+    expected = {
+        (): 3 * (encoder + decoder) - first,
+        ("encoder",): encoder + 3 * decoder - latent,
+        ("decoder",): 3 * encoder - first + 2 * decoder + products,
+    }[frozen]
+    assert training_flops(config, "train_vavae") == expected
+    step = build_step("train_vavae", config, World())
+    micro_batches = [step.source()[MicroBatchKey(turn.lane, 0)] for turn in assign_lanes(config.stream.lanes, 0, 1)]
+    with Counted() as counted, sdpa_kernel(SDPBackend.MATH):
+        step.run(micro_batches, 0, 1e-3)
+    assert counted.total == BATCH * expected
+
+
 def test_sizes_have_their_shares(monkeypatch):
     """Whole images count 64, resized ones or their latents the product of their sides."""
 

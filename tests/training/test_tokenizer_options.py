@@ -25,6 +25,7 @@ from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.step import Step
+from vavae.training.tokenizer_step import TokenizerStep
 
 STEPS = 3
 ENGINES = [TORCH, *ZERO]
@@ -125,6 +126,32 @@ def test_the_discriminator_compares_what_the_generator_was_trained_on(
         assert torch.equal(target, transform.apply(images, config.tokenizer.downsample))
         assert target.shape == reconstruction.shape
     assert len({target.shape for target, _ in seen}) > 1
+
+
+def test_a_decoder_tuned_alone_leaves_the_encoder_its_bits() -> None:
+    """In the weights, in their average, which is exported, and in what the encoder makes of an image."""
+    alone = {"frozen": ["encoder", "projection"]}
+    config = tiny_config(alone, {"vision_foundation": {"weight": 0}}, engine=TORCH)
+    step = build_step("train_vavae", config, World())
+    assert isinstance(step, TokenizerStep)
+    assert step.ema is not None
+    images = to_float(DrawnImages()[MicroBatchKey(0, 0)].images)
+    with torch.no_grad():
+        before, latents = weights_of(step), step.model.autoencoder.encode(images)
+    for number in range(2):
+        take(step, World(), range(number, number + 1))
+        step.ema.update()
+    frozen = ("autoencoder.encoder.", "autoencoder.quant_conv.", "alignment.")
+    for after in (weights_of(step), {f"generator.{name}": tensor for name, tensor in step.ema.weights().items()}):
+        same = {name for name in after if torch.equal(after[name], before[name])}
+        assert {name for name in after if name.removeprefix("generator.").startswith(frozen)} <= same
+        assert not {name for name in after if ".decoder." in name and name.endswith("weight")} & same
+    with torch.no_grad():
+        again = step.model.autoencoder.encode(images)
+    assert torch.equal(again.mean, latents.mean)
+    assert torch.equal(again.logvar, latents.logvar)
+    for name, parameter in step.model.named_parameters():
+        assert name.startswith(frozen) == (parameter.grad is None and not parameter.requires_grad), name
 
 
 @pytest.mark.parametrize(
