@@ -8,7 +8,7 @@ from support.golden import golden, golden_state
 from torch import Tensor, nn
 
 from vavae.losses.config import EquivarianceConfig, LatentNoiseConfig
-from vavae.losses.latents import LatentNoise, MicroBatchTransforms, Transform, transforms_of
+from vavae.losses.latents import UNTRANSFORMED, LatentNoise, MicroBatchTransforms, Transform
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.randomness import torch_generator
@@ -145,14 +145,16 @@ def test_draws_have_their_shares_and_follow_the_key():
 
     drawn = [draw(index) for index in range(count)]
     assert drawn == [draw(index) for index in range(count)]
-    shares = transforms_of(config, (8, 8))
-    assert sum(shares.values()) == pytest.approx(1)
+    sizes = [Transform((side, side)) for side in (4, 5, 6, 7)]
+    shares = {MicroBatchTransforms(latents=each): 0.5 / 4 for each in sizes}
+    shares |= {MicroBatchTransforms(images=each): 0.5 * 0.25 / 4 for each in sizes}
+    shares[UNTRANSFORMED] = 0.5 * 0.75
     found = Counter(each._replace(latents=each.latents and each.latents._replace(quarter_turns=0)) for each in drawn)
     assert found.keys() == shares.keys()
     for outcome, share in shares.items():
         assert found[outcome] / count == pytest.approx(share, abs=5 * (share / count) ** 0.5)
     turns = Counter(each.latents.quarter_turns for each in drawn if each.latents is not None)
     assert turns.keys() == {1, 2, 3}
-    assert draw(0, None) == draw(0, EquivarianceConfig(probability=0, small_images=0)) == MicroBatchTransforms()
+    assert draw(0, None) == draw(0, EquivarianceConfig(probability=0, small_images=0)) == UNTRANSFORMED
     plain = EquivarianceConfig(probability=1, turns=False)
     assert {draw(index, plain).latents.quarter_turns for index in range(9)} == {0}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL.Image import Image
 from pydantic import ValidationError
 from support.engine_parity import TORCH, ZERO
 from support.gloo import GlooLauncher
@@ -21,13 +22,14 @@ from vavae.losses.latents import MicroBatchTransforms
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.storage.storage import Storage
+from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
 from vavae.training.step import Step
 from vavae.training.tokenizer_step import TokenizerStep
 
-STEPS = 3
+STEPS = 2
 ENGINES = [TORCH, *ZERO]
 OPTIONS: dict[str, dict[str, Any]] = {
     "added noise": {"latent_noise": {"kind": "add", "scale": 0.8}},
@@ -104,6 +106,34 @@ def test_an_option_changes_what_is_decoded_alone(losses: dict[str, Any]) -> None
     assert [ours[each] for each in same] == [plain[each] for each in same]
     assert ours["loss/l1"] != plain["loss/l1"]
     assert all(map(math.isfinite, ours.values()))
+
+
+class Recorded:
+    """What a callback logs."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.pixels = b""
+
+    def add(self, images_seen: int, values: dict[str, float]) -> None:
+        self.values |= values
+
+    def picture(self, images_seen: int, name: str, picture: Image, folder: Storage) -> None:
+        self.pixels = picture.tobytes()
+
+
+def test_probes_and_previews_are_made_without_any_option(tmp_path: Path) -> None:
+    images, recorded = DrawnImages()[MicroBatchKey(0, 0)].images, []
+    for losses in ({}, {"latent_noise": {}, **TURNED}):
+        config, record = tiny_config(losses=losses, engine=TORCH), Recorded()
+        step = build_step("train_vavae", config, World())
+        LatentProbe(config, images, 1, World()).on_interval(step, 0, record)
+        ReconstructionPreview(config, images, 1, Storage(str(tmp_path)), World()).on_interval(step, 0, record)
+        recorded.append(record)
+    plain, ours = recorded
+    assert ours.values == plain.values
+    assert plain.values.keys() >= {"latent/channel_std_max"}
+    assert ours.pixels == plain.pixels != b""
 
 
 @pytest.mark.parametrize("losses", [TURNED, SMALL])

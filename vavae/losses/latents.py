@@ -83,15 +83,3 @@ class MicroBatchTransforms(NamedTuple):
 
 UNTRANSFORMED = MicroBatchTransforms()
 """No transform of either."""
-
-
-def transforms_of(config: EquivarianceConfig | None, grid: tuple[int, int]) -> dict[MicroBatchTransforms, float]:
-    """Transforms that latents of height and width `grid` can have, turns left out, and the shares of micro-batches."""
-    if config is None:
-        return {UNTRANSFORMED: 1.0}
-    transforms = [Transform(size) for size in config.grids(grid)]
-    of_images = (1 - config.probability) * config.small_images
-    shares = {MicroBatchTransforms(latents=each): config.probability / len(transforms) for each in transforms}
-    shares |= {MicroBatchTransforms(images=each): of_images / len(transforms) for each in transforms}
-    shares[UNTRANSFORMED] = 1 - config.probability - of_images
-    return {outcome: share for outcome, share in shares.items() if share > 0}

@@ -430,7 +430,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _sizes_can_be_trained_on(self) -> Self:
-        equivariance, (height, width) = self.losses.equivariance, self.grid
+        equivariance = self.losses.equivariance
         if equivariance is None:
             return self
         if self.train_vavae.compile_blocks:
@@ -438,12 +438,9 @@ class RunConfig(Config):
                 "train_vavae.compile_blocks=true with losses.equivariance, each of whose sizes would be compiled by "
                 "itself: leave it out"
             )
-        grids = equivariance.grids(self.grid)
+        grids, key = equivariance.grids(self.grid), f"losses.equivariance.min_scale={equivariance.min_scale:g}"
         if not grids:
-            raise ValueError(
-                f"losses.equivariance.min_scale={equivariance.min_scale:g} leaves no smaller size to a {height} x "
-                f"{width} latent: lower it"
-            )
+            raise ValueError(f"{key} leaves no smaller size to a {self.grid[0]} x {self.grid[1]} latent: lower it")
         height, width = (side * self.tokenizer.downsample for side in grids[0])
         needs = {"perceptual": self.losses.perceptual.smallest_side}
         if self.adversarial:
@@ -451,8 +448,8 @@ class RunConfig(Config):
         for name, needed in needs.items():
             if min(height, width) < needed:
                 raise ValueError(
-                    f"losses.equivariance.min_scale={equivariance.min_scale:g} makes images of {height} x {width} "
-                    f"pixels, of which losses.{name} needs {needed} along each side: raise it"
+                    f"{key} makes images of {height} x {width} pixels, of which losses.{name} needs {needed} along "
+                    f"each side: raise it"
                 )
         return self
 
