@@ -72,7 +72,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             f"train_vavae.start_from={written_path(start)}: nothing there; name a tokenizer/export or a released file"
         )
     if "train_vavae" in jobs or "evaluate" in jobs:
-        check_teacher(config.teacher, config.grid)
+        for grid in {config.grid, config.smallest_grid}:
+            check_teacher(config.teacher, grid)
     if "precompute_latents" in jobs and features is not None:
         check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []

@@ -35,6 +35,15 @@ def test_each_phase_keeps_what_it_does_not_change():
     assert {phase.losses.kl_weight for phase in phases} == {3.0}
 
 
+def test_noise_on_latents_is_switched_off_and_on_by_its_scale():
+    losses = TokenizerLossConfig.model_validate({"latent_noise": {"kind": "add"}})
+    changes = [{"from_images": 1, "losses": {"latent_noise": {"scale": 0}}}, {"from_images": 2}]
+    phases = resolve_phases(tuple(map(TokenizerPhaseConfig.model_validate, changes)), losses, (), 3)
+    assert [(noise.kind, noise.scale) for noise in (phase.losses.latent_noise for phase in phases) if noise] == [
+        ("add", 3.0), ("add", 0.0), ("add", 0.0),
+    ]  # fmt: skip
+
+
 def test_frozen_parts_stay_so_until_a_phase_changes_them():
     phases = _resolve(
         [{"from_images": 1, "frozen": ["projection"]}, {"from_images": 2}, {"from_images": 3, "frozen": []}], 4
@@ -59,6 +68,10 @@ def test_phases_tile_the_budget(starts: list[int], images: int):
         ({"frozen": ["encoder"]}, "losses.vision_foundation.weight=0"),
         ({"stages": [{"from_images": BATCH, "frozen": ["decoder"]}]}, f"from image {BATCH} on the decoder is frozen"),
         ({"stages": [{"losses": {"vision_foundation": {"projection": "teacher_to_latent"}}}]}, "projection"),
+        (
+            {"stages": [{"from_images": BATCH, "losses": {"latent_noise": {"scale": 0}}}]},
+            "train_vavae.stages changes losses.latent_noise, which is null",
+        ),
     ],
 )
 def test_impossible_phases_are_refused(training: dict[str, Any], message: str):

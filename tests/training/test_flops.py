@@ -1,5 +1,6 @@
 """FLOPs per image against closed forms, published numbers, and the steps of a training."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from vavae.data.sample_order import assign_lanes
 from vavae.diffusion.flow_matching import TIMESTEP_BINS
 from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.losses.latents import MicroBatchTransforms, Transform
 from vavae.models.dit.config import SIZES
 from vavae.planning.jobs import lightningdit_flops
 from vavae.runs.config import RunConfig
@@ -162,12 +164,18 @@ class Counted(TorchDispatchMode):
         ("train_lightningdit", "routing with fusion"),
         ("train_lightningdit", "in-context conditioning"),
         ("train_lightningdit", "class token"),
+        # All micro-batches of one size.
+        ("train_vavae", {"probability": 1, "min_scale": 0.8}),
+        ("train_vavae", {"probability": 0, "small_images": 1, "min_scale": 0.8}),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_steps_take_what_is_counted(job, recipe, recompute):
     engine = {"backend": "torch"}
-    config = recipe_config(recipe, engine=engine) if recipe else tiny_config(engine=engine)
+    if job == "train_vavae":
+        config = tiny_config(losses={"equivariance": recipe}, engine=engine)
+    else:
+        config = recipe_config(*([] if recipe is None else [recipe]), engine=engine)
     update = {"checkpoint_activations": recompute}
     sections = {name: getattr(config, name).model_copy(update=update) for name in ("tokenizer", "lightningdit")}
     config = config.model_copy(update=sections)
@@ -177,7 +185,7 @@ def test_steps_take_what_is_counted(job, recipe, recompute):
         step.run(micro_batches, 0, 1e-3)
     reported = {"train_vavae": 0, "train_lightningdit": 2 * TIMESTEP_BINS}[job]  # the losses by timestep, for the log
     counts = {again: training_flops(config, job, recompute=again) for again in (False, True)}
-    assert counted.total == BATCH * (counts[recompute] + reported)
+    assert counted.total == pytest.approx(BATCH * (counts[recompute] + reported), rel=1e-12)
     assert (counts[False] < counts[True]) == recompute
 
 
@@ -188,6 +196,61 @@ def test_a_measurement_that_serves_several_steps_is_shared_by_them(monkeypatch):
         training_flops(load(RunConfig, TINY, [f"losses.adaptive.every={every}"]), "train_vavae") for every in (1, 4)
     ]
     assert counts == [8, 5]
+
+
+@pytest.mark.parametrize("frozen", [(), ("encoder",), ("decoder",)])
+def test_gradients_of_frozen_parts_are_not_computed(frozen):
+    """Twice a forward for weights and inputs; once for inputs alone, but for both factors of attention's products."""
+    losses = {
+        "perceptual": {"kind": "none"},
+        "adversarial": {"weight": 0},
+        "vision_foundation": {"weight": 0},
+        # Neither of which takes a product.
+        "latent_noise": {},
+        "equivariance": {"probability": 0, "small_images": 0, "min_scale": 0.5},
+    }
+    config = tiny_config({"frozen": frozen}, losses, engine={"backend": "torch"})
+    encoder, decoder = encoding_flops(config), decoding_flops(config)
+    first, latent = 2 * conv_macs(16, 3, 32), 2 * conv_macs(8, 4, 4, kernel=1)
+    products = 3 * 2 * 2 * 64**2 * 32  # attention in the middle and twice at the last level
+    expected = {
+        (): 3 * (encoder + decoder) - first,
+        ("encoder",): encoder + 3 * decoder - latent,
+        ("decoder",): 3 * encoder - first + 2 * decoder + products,
+    }[frozen]
+    assert training_flops(config, "train_vavae") == expected
+    step = build_step("train_vavae", config, World())
+    micro_batches = [step.source()[MicroBatchKey(turn.lane, 0)] for turn in assign_lanes(config.stream.lanes, 0, 1)]
+    with Counted() as counted, sdpa_kernel(SDPBackend.MATH):
+        step.run(micro_batches, 0, 1e-3)
+    assert counted.total == BATCH * expected
+
+
+def test_sizes_have_their_shares(monkeypatch):
+    """Whole images count 64, resized ones or their latents the product of their sides."""
+
+    def count(config, phase, adversary, transforms, *, measure_weights):
+        transform = transforms.images or transforms.latents
+        return 64 if transform is None else math.prod(transform.grid)
+
+    monkeypatch.setattr(flops, "_count_tokenizer_step", count)
+    config = tiny_config(losses={"equivariance": {"min_scale": 0.5}})
+    resized = (16 + 25 + 36 + 49) / 4
+    assert training_flops(config, "train_vavae") == pytest.approx(0.625 * resized + 0.375 * 64)
+
+
+def test_sizes_that_are_not_counted_lie_between():
+    equivariance = {"probability": 0.5, "small_images": 1, "min_scale": 0.6}
+    config = tiny_config(losses={"equivariance": equivariance}, engine={"backend": "torch"})
+    phase = flops._without_magnitudes(config.tokenizer_phases()[0])
+    each = [
+        flops._count_tokenizer_step(
+            config, phase, True, MicroBatchTransforms(**{kind: Transform(grid)}), measure_weights=True
+        )
+        for grid in config.losses.equivariance.grids(config.grid)
+        for kind in ("latents", "images")
+    ]
+    assert training_flops(config, "train_vavae") == pytest.approx(sum(each) / len(each), rel=1e-3)
 
 
 def test_phases_differ():

@@ -1,10 +1,11 @@
 """Configuration of the losses; the defaults are those of the paper unless a line says otherwise."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vavae.config import Config, runtime
+from vavae.config import Config, added, runtime
 from vavae.models.backbones.config import BackboneConfig, WeightsPath
 
 NORM_GROUPS = 32
@@ -57,6 +58,11 @@ class PerceptualLossConfig(Config):
         """The network of LPIPS."""
         return BackboneConfig(name="vgg16.tv_in1k", weights=self.weights)
 
+    @property
+    def smallest_side(self) -> int:
+        """Least side in pixels of images that can be compared: VGG16 halves them four times."""
+        return 16 if self.kind == "lpips" else 1
+
     @model_validator(mode="after")
     def _weights_are_used(self) -> "PerceptualLossConfig":
         if self.weights is not None and self.kind != "lpips":
@@ -87,6 +93,11 @@ class AdversarialLossConfig(Config):
     all ranks, whose number is that of the workers, on which results then depend; or within each image. The last two
     suit very small micro-batches."""
 
+    @property
+    def smallest_side(self) -> int:
+        """Least side in pixels of images that the discriminator takes."""
+        return 3 * 2**self.layers  # the convolutions of stride 1 take one position each
+
     @model_validator(mode="after")
     def _groups_divide(self) -> "AdversarialLossConfig":
         if self.norm == "group" and 2 * self.channels % NORM_GROUPS:
@@ -108,6 +119,44 @@ class AdaptiveWeightConfig(Config):
     """Upper bound for the adversarial loss, measured at the decoder's last convolution."""
 
 
+class LatentNoiseConfig(Config):
+    """Noise on the latents that the decoder gets in training, and nowhere else: arXiv 2507.15856 and 2510.11690.
+
+    The level l of an image is uniform on [0, 1], its noise e standard normal.
+    """
+
+    kind: Literal["interpolate", "add"] = "interpolate"
+    """`interpolate` decodes (1 - l) z + l scale e, as l-DeTok does; `add` z + l scale e, as RAE does with 0.8."""
+
+    scale: float = Field(3.0, ge=0)
+    """Standard deviation of the noise at level 1, in units of the latents; 0 switches it off."""
+
+
+class EquivarianceConfig(Config):
+    """Latents that are resized and turned, decoded to images resized and turned alike: EQ-VAE, arXiv 2502.09509.
+
+    Each micro-batch has one transform or none. The scales are those that leave whole latent positions.
+    """
+
+    probability: float = Field(0.5, ge=0, le=1)
+    """Share of the micro-batches whose latents are resized and turned; 0 switches that off."""
+
+    min_scale: float = Field(0.25, gt=0, lt=1)
+    """Smallest scale, of a side; the largest is a position less than the whole side."""
+
+    turns: bool = True
+    """Turn by one to three quarters, too."""
+
+    small_images: float = Field(0.25, ge=0, le=1)
+    """Share of all other micro-batches whose images are resized before they are encoded, and not turned."""
+
+    def grids(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
+        """Heights and widths that a latent of height and width `grid` is resized to, from the smallest on."""
+        parts = math.gcd(*grid)
+        height, width = grid[0] // parts, grid[1] // parts
+        return [(height * part, width * part) for part in range(1, parts) if part >= self.min_scale * parts]
+
+
 class TokenizerLossConfig(Config):
     """All losses of the tokenizer and their weights."""
 
@@ -125,3 +174,9 @@ class TokenizerLossConfig(Config):
 
     kl_weight: float = Field(1e-6, ge=0)
     """Weight of the KL divergence, in nats per image."""
+
+    latent_noise: LatentNoiseConfig | None = added(None)
+    """Noise on the latents that are decoded; null leaves them as they are."""
+
+    equivariance: EquivarianceConfig | None = added(None)
+    """Transforms of latents and images alike; null transforms none."""

@@ -45,7 +45,7 @@ class TokenizerOutputs(NamedTuple):
     images: Tensor
     """Images [B, 3, H, W] in [-1, 1]."""
     reconstruction: Tensor
-    """Reconstructions [B, 3, H, W], decoded from the posterior sample."""
+    """Reconstructions [B, 3, H, W], decoded from the posterior sample, or from what became of it."""
     kl: Tensor
     """KL divergence of each posterior, [B], in nats."""
     alignment: VisionFoundationTerms | None
@@ -63,7 +63,7 @@ class DecoderGraph(NamedTuple):
     """Inputs of the decoder, its latent and its parameters, with respect to which it is differentiated by itself."""
 
     latent: Tensor
-    """The posterior sample that was decoded, [B, C, h, w], with its graph."""
+    """What was decoded, [B, C, h, w], with its graph from the posterior sample on."""
     parameters: Sequence[Tensor]
     """Parameters of the decoder to train, whole."""
 

@@ -419,6 +419,40 @@ class RunConfig(Config):
                 raise ValueError(f"train_vavae: from image {phase.from_images:,} on nothing is left to train")
         return self
 
+    @property
+    def smallest_grid(self) -> tuple[int, int]:
+        """Height and width of the smallest latent that an image is encoded to in the tokenizer's training."""
+        equivariance = self.losses.equivariance
+        changes = [phase.losses.equivariance.small_images for phase in self.train_vavae.stages]
+        if equivariance is None or not any([equivariance.small_images, *changes]):
+            return self.grid
+        return equivariance.grids(self.grid)[0]
+
+    @model_validator(mode="after")
+    def _sizes_can_be_trained_on(self) -> Self:
+        equivariance = self.losses.equivariance
+        if equivariance is None:
+            return self
+        if self.train_vavae.compile_blocks:
+            raise ValueError(
+                "train_vavae.compile_blocks=true with losses.equivariance, each of whose sizes would be compiled by "
+                "itself: leave it out"
+            )
+        grids, key = equivariance.grids(self.grid), f"losses.equivariance.min_scale={equivariance.min_scale:g}"
+        if not grids:
+            raise ValueError(f"{key} leaves no smaller size to a {self.grid[0]} x {self.grid[1]} latent: lower it")
+        height, width = (side * self.tokenizer.downsample for side in grids[0])
+        needs = {"perceptual": self.losses.perceptual.smallest_side}
+        if self.adversarial:
+            needs["adversarial"] = self.losses.adversarial.smallest_side
+        for name, needed in needs.items():
+            if min(height, width) < needed:
+                raise ValueError(
+                    f"{key} makes images of {height} x {width} pixels, of which losses.{name} needs {needed} along "
+                    f"each side: raise it"
+                )
+        return self
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         factor, lanes = self.tokenizer.downsample, self.stream.lanes

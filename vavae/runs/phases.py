@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
-from vavae.config import Config
+from vavae.config import Config, added
 from vavae.losses.config import TokenizerLossConfig
 
 Part = Literal["encoder", "decoder", "projection"]
@@ -34,13 +34,28 @@ class AdversarialChange(Config):
     start_images: int | None = Field(None, ge=0)
 
 
+class LatentNoiseChange(Config):
+    """Fields of `losses.latent_noise` that a phase may set."""
+
+    scale: float | None = Field(None, ge=0)
+
+
+class EquivarianceChange(Config):
+    """Fields of `losses.equivariance` that a phase may set."""
+
+    probability: float | None = Field(None, ge=0, le=1)
+    small_images: float | None = Field(None, ge=0, le=1)
+
+
 class LossChange(Config):
-    """Fields of `losses` that a phase may set."""
+    """Fields of `losses` that a phase may set; a section that is null in `losses` has none."""
 
     vision_foundation: VisionFoundationChange = VisionFoundationChange()
     perceptual: PerceptualChange = PerceptualChange()
     adversarial: AdversarialChange = AdversarialChange()
     kl_weight: float | None = Field(None, ge=0)
+    latent_noise: LatentNoiseChange = added(LatentNoiseChange())
+    equivariance: EquivarianceChange = added(EquivarianceChange())
 
 
 class TokenizerPhaseConfig(Config):
@@ -74,6 +89,9 @@ def resolve_phases(
         losses: before the first of them.
         frozen: likewise.
         images: the budget.
+
+    Raises:
+        ValueError: one changes a section of the losses that is null.
     """
     ends = [*(phase.from_images for phase in phases), images]
     resolved = [TokenizerPhase(0, min(ends[0], images), losses, frozen)]
@@ -92,8 +110,11 @@ def _with_changes(section: ConfigT, change: Config) -> ConfigT:
     update = {}
     for name in type(change).model_fields:
         value = getattr(change, name)
-        if isinstance(value, Config):
+        if isinstance(value, Config) and getattr(section, name) is not None:
             update[name] = _with_changes(getattr(section, name), value)
+        elif isinstance(value, Config):
+            if value != type(value)():
+                raise ValueError(f"train_vavae.stages changes losses.{name}, which is null: give it, on or off")
         elif value is not None:
             update[name] = value
     return section.model_copy(update=update)

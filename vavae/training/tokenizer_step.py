@@ -19,6 +19,7 @@ from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import TokenizerLossConfig
+from vavae.losses.latents import LatentNoise, MicroBatchTransforms, Transform
 from vavae.losses.objective import (
     UNMEASURED,
     AdaptiveWeights,
@@ -50,6 +51,8 @@ class TokenizerLosses(NamedTuple):
 
     objective: Tensor
     """The scalar [] to differentiate."""
+    target: Tensor
+    """Images [S, 3, H, W] that the reconstructions should be."""
     reconstruction: Tensor
     """[S, 3, H, W], detached."""
     terms: dict[str, Tensor]
@@ -80,8 +83,10 @@ class TokenizerModel(nn.Module):
         perceptual: Perceptual | None,
         discriminator: Discriminator | None,
         known: AdaptiveWeights,
+        transform: Transform | None = None,
+        latent_noise: LatentNoise | None = None,
     ) -> TokenizerLosses:
-        """Compute the losses of one micro-batch.
+        """Compute the losses of one micro-batch; alignment and KL are those of latents as they are encoded.
 
         Args:
             images: [S, 3, H, W] in [-1, 1].
@@ -90,21 +95,30 @@ class TokenizerModel(nn.Module):
             perceptual: distance of two batches of images; None where it is off.
             discriminator: frozen, images → logits; None before its start.
             known: adaptive weights that need not be measured.
+            transform: of the latents, and of the images that the reconstructions are compared with; None: none.
+            latent_noise: on what is decoded; None where it is off.
         """
         posterior = self.autoencoder.encode(images)
         z = posterior.at(noise)
-        reconstruction = self.autoencoder.decode(z)
+        decoded, target = z, images
+        if transform is not None:
+            decoded, target = transform.apply(z), transform.apply(images, self.autoencoder.config.downsample)
+        if latent_noise is not None:
+            decoded = latent_noise.apply(decoded)
+        reconstruction = self.autoencoder.decode(decoded)
         alignment = None if teacher is None else self.alignment(z, teacher(images))
         objective = tokenizer_objective(
             self.losses,
-            TokenizerOutputs(images, reconstruction, posterior.kl(), alignment),
+            TokenizerOutputs(target, reconstruction, posterior.kl(), alignment),
             LastLayers(self.autoencoder.encoder.conv_out.weight, self.autoencoder.decoder.conv_out.weight),
             perceptual,
             discriminator,
             known,
-            DecoderGraph(z, self._decoder_parameters()) if self._whole_weights else None,
+            DecoderGraph(decoded, self._decoder_parameters()) if self._whole_weights else None,
         )
-        return TokenizerLosses(objective.objective, reconstruction.detach(), objective.terms, objective.adaptive)
+        return TokenizerLosses(
+            objective.objective, target, reconstruction.detach(), objective.terms, objective.adaptive
+        )
 
     def _decoder_parameters(self) -> list[Tensor]:
         layers = (self.autoencoder.post_quant_conv, self.autoencoder.decoder)
@@ -163,7 +177,8 @@ class TokenizerStep:
             given.get("generator", {}),
         )
         self.model.freeze(phase.frozen)
-        if compiles(training, config.workers, world.device):
+        # Not with images of many sizes, each of which would be compiled by itself.
+        if losses.equivariance is None and compiles(training, config.workers, world.device):
             compile_each(self.model.autoencoder.residual_blocks())
             compile_each([*self.teacher.blocks, *([] if self._perceptual is None else [self._perceptual])])
         self._generator = self._engine(self.model, training.optimizer, given.get("generator", {}))
@@ -237,8 +252,8 @@ class TokenizerStep:
                 self._generator.backward(losses.objective * accumulation_step.weight)
             terms.add(accumulation_step.weight, {_log_name(name): value for name, value in losses.terms.items()})
             if accumulation_step.weight > 0:
-                spread += variances(losses.reconstruction, images)
-            pairs.append((accumulation_step, images, losses.reconstruction))
+                spread += variances(losses.reconstruction, losses.target)
+            pairs.append((accumulation_step, losses.target, losses.reconstruction))
         before_update()
         with self.stopwatch("optimizer"):
             norm = self._generator.update(learning_rate)
@@ -269,18 +284,29 @@ class TokenizerStep:
     def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
         """Run one micro-batch, images [S, 3, H, W] in [-1, 1], through the generator and all losses."""
         config = self._config
-        shape = (len(images), *config.latent_shape)
-        rng = torch_generator(config.seed, "posterior", item.lane, item.step, device=self._world.device)
-        noise = torch.randn(shape, generator=rng, device=self._world.device)
+
+        def rng(purpose: str) -> torch.Generator:
+            return torch_generator(config.seed, purpose, item.lane, item.step, device=self._world.device)
+
+        on_host = torch_generator(config.seed, "equivariance", item.lane, item.step)  # which must know sizes
+        transforms, grid = MicroBatchTransforms.draw(self._losses.equivariance, config.grid, on_host), config.grid
+        if transforms.images is not None:
+            images, grid = transforms.images.apply(images, config.tokenizer.downsample), transforms.images.grid
+        shape = (len(images), config.tokenizer.latent_dim, *grid)
+        noise = torch.randn(shape, generator=rng("posterior"), device=self._world.device)
+        decoded_grid = grid if transforms.latents is None else transforms.latents.turned_grid
+        latent_noise = LatentNoise.draw(self._losses.latent_noise, (*shape[:2], *decoded_grid), rng("latent_noise"))
         wanted = self._losses.vision_foundation.weight > 0
-        teacher = partial(self.teacher, grid=config.grid) if wanted else None
+        teacher = partial(self.teacher, grid=grid) if wanted else None
         measure = item.step % self._losses.adaptive.every == 0
         known = UNMEASURED if measure else self._adaptive_weights.get(item.lane, UNMEASURED)
         # The module itself, not the engine: a generator's gradient must not pass the discriminator's hooks.
         judge = None if adversary is None else adversary.module.discriminator
         if judge is not None:
             judge.requires_grad_(False)
-        losses: TokenizerLosses = self._generator.forward(images, noise, teacher, self._perceptual, judge, known)
+        losses: TokenizerLosses = self._generator.forward(
+            images, noise, teacher, self._perceptual, judge, known, transforms.latents, latent_noise
+        )
         if judge is not None:
             judge.requires_grad_(True)
         self._adaptive_weights[item.lane] = losses.adaptive

@@ -4,13 +4,18 @@ What is counted are multiplications and additions of convolutions and matrix pro
 arXiv 2001.08361, count likewise); norms, activations and optimizers are left out, as in published utilizations.
 """
 
+import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from statistics import fmean
 
+from numpy.polynomial import Polynomial
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vavae.config import Config
 from vavae.latents.features import token_grid
+from vavae.losses.config import EquivarianceConfig
+from vavae.losses.latents import UNTRANSFORMED, MicroBatchTransforms, Transform
 from vavae.models.backbones.load import meta_backbone
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
@@ -56,11 +61,14 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     phase = next(phase for phase in phases if images_seen < phase.until_images)
     adversarial, every = phase.losses.adversarial, phase.losses.adaptive.every
     adversary = adversarial.weight > 0 and images_seen >= adversarial.start_images
-    measured = _count_tokenizer_step(config, _without_magnitudes(phase), adversary, measure_weights=True)
-    if every == 1:
-        return measured
-    known = _count_tokenizer_step(config, _without_magnitudes(phase), adversary, measure_weights=False)
-    return (measured + known * (every - 1)) / every
+
+    def mean(measure_weights: bool) -> float:
+        count = partial(
+            _count_tokenizer_step, config, _without_magnitudes(phase), adversary, measure_weights=measure_weights
+        )
+        return _mean_over_transforms(phase.losses.equivariance, config.grid, count)
+
+    return mean(True) if every == 1 else (mean(True) + mean(False) * (every - 1)) / every
 
 
 def encoding_flops(config: RunConfig) -> float:
@@ -136,17 +144,63 @@ def _with_depth(config: RunConfig, depth: int, routed: int = 0) -> RunConfig:
 
 
 @cache
-def _count_tokenizer_step(config: RunConfig, phase: TokenizerPhase, adversary: bool, *, measure_weights: bool) -> float:
+def _count_tokenizer_step(
+    config: RunConfig,
+    phase: TokenizerPhase,
+    adversary: bool,
+    transforms: MicroBatchTransforms,
+    *,
+    measure_weights: bool,
+) -> float:
     # With as many images as `activation_bytes` takes, so that operators are asked once for both.
     images = config.train_vavae.batch_size // config.stream.lanes
-    return _count(tokenizer_step(config, phase, images, adversary=adversary, measure_weights=measure_weights)) / images
+    step = tokenizer_step(
+        config, phase, images, adversary=adversary, measure_weights=measure_weights, transforms=transforms
+    )
+    return _count(step) / images
+
+
+def _mean_over_transforms(
+    equivariance: EquivarianceConfig | None, grid: tuple[int, int], count: Callable[[MicroBatchTransforms], float]
+) -> float:
+    """Mean FLOPs of an image over all transforms.
+
+    Of many sizes the smallest, one in the middle and the whole are counted, and a parabola in the area laid through
+    them: convolutions grow with the area, attention with its square. Edges without padding, which have their own share
+    in a patch discriminator, make less than a thousandth of a difference.
+    """
+    whole = count(UNTRANSFORMED)
+    if equivariance is None:
+        return whole
+    grids = equivariance.grids(grid)
+    counted = sorted({0, len(grids) // 2})
+    areas = [math.prod(each) / math.prod(grid) for each in grids]
+
+    def resized(transforms: Callable[[Transform], MicroBatchTransforms]) -> float:
+        flops = [*(count(transforms(Transform(grids[index]))) for index in counted), whole]
+        parabola = Polynomial.fit([*(areas[index] for index in counted), 1.0], flops, deg=len(counted))
+        return fmean(map(parabola, areas))
+
+    of_latents = equivariance.probability
+    of_images = (1 - of_latents) * equivariance.small_images
+    mean = (1 - of_latents - of_images) * whole
+    if of_latents:
+        mean += of_latents * resized(lambda transform: MicroBatchTransforms(latents=transform))
+    if of_images:
+        mean += of_images * resized(lambda transform: MicroBatchTransforms(images=transform))
+    return mean
 
 
 def _without_magnitudes(phase: TokenizerPhase) -> TokenizerPhase:
-    """Give phases that differ in nothing but times, margins and weights above zero, which cost alike, one form."""
+    """Give phases that differ in nothing but times, margins and weights above zero, which cost alike, one form.
+
+    How often images are transformed is left out, too.
+    """
     alignment = phase.losses.vision_foundation
     plain = {"weight": float(alignment.weight > 0), "cos_margin": 0.0, "distmat_margin": 0.0}
-    losses = phase.losses.model_copy(update={"vision_foundation": alignment.model_copy(update=plain)})
+    losses = phase.losses.model_copy(
+        update={"vision_foundation": alignment.model_copy(update=plain), "equivariance": None}
+    )
     return TokenizerPhase(0, 0, losses, phase.frozen)
 
 

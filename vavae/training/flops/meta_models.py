@@ -14,6 +14,7 @@ from vavae.diffusion.mean_flow import Intervals
 from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import DiscriminatorObjective
 from vavae.losses.config import PerceptualLossConfig
+from vavae.losses.latents import UNTRANSFORMED, LatentNoise, MicroBatchTransforms
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual
 from vavae.models.backbones.load import meta_backbone
@@ -152,7 +153,13 @@ def frozen_networks(teacher: TeacherConfig, perceptual: PerceptualLossConfig) ->
 
 
 def tokenizer_step(
-    config: RunConfig, phase: TokenizerPhase, images: int, *, adversary: bool, measure_weights: bool
+    config: RunConfig,
+    phase: TokenizerPhase,
+    images: int,
+    *,
+    adversary: bool,
+    measure_weights: bool,
+    transforms: MicroBatchTransforms = UNTRANSFORMED,
 ) -> MetaModel:
     """Tokenizer on one micro-batch: the generator with all its losses, then the discriminator.
 
@@ -162,30 +169,36 @@ def tokenizer_step(
         images: images in the micro-batch.
         adversary: the discriminator has started.
         measure_weights: the adaptive weights are measured in this step.
+        transforms: of the micro-batch.
     """
-    losses, grid, whole_weights = phase.losses, config.grid, config.train_vavae.engine.has_whole_weights
+    losses, whole_weights = phase.losses, config.train_vavae.engine.has_whole_weights
+    grid = config.grid if transforms.images is None else transforms.images.grid
+    decoded_grid = grid if transforms.latents is None else transforms.latents.turned_grid
+    channels, factor = config.tokenizer.latent_dim, config.tokenizer.downsample
     teacher, perceptual = frozen_networks(config.teacher, losses.perceptual)
     model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights))
     model.freeze(phase.frozen)
     judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial, config.shards.channels))
 
     def step() -> None:
-        batch = images_of(config, images)
+        batch = torch.empty(images, config.shards.channels, *(side * factor for side in grid))
         features = partial(teacher, grid=grid) if losses.vision_foundation.weight > 0 else None
         known = UNMEASURED if measure_weights else AdaptiveWeights(torch.ones(()), torch.ones(()))
         judge.requires_grad_(False)
         out = model(
             batch,
-            latents_of(config, images),
+            torch.empty(images, channels, *grid),
             features,
             # Copied, for the counter of FLOPs takes no leaf that enters a module and is differentiated for itself.
             None if perceptual is None else lambda real, leaf: perceptual(real, leaf * 1),
             (lambda leaf: judge.discriminator(leaf * 1)) if adversary else None,
             known,
+            transforms.latents,
+            LatentNoise.draw(losses.latent_noise, (images, channels, *decoded_grid), torch.Generator()),
         )
         out.objective.backward()
         if adversary:
             judge.requires_grad_(True)
-            judge(batch, out.reconstruction).objective.backward()
+            judge(out.target, out.reconstruction).objective.backward()
 
     return MetaModel(step, tuple(module for module in (teacher, perceptual, model, judge) if module is not None))
