@@ -36,7 +36,8 @@ loss/distance loss/velocity loss/intermediate loss/representation loss/class_tok
 loss_at_timestep/0.0 loss_at_timestep/0.1 loss_at_timestep/0.2
 loss_at_timestep/0.3 loss_at_timestep/0.4 loss_at_timestep/0.5 loss_at_timestep/0.6 loss_at_timestep/0.7
 loss_at_timestep/0.8 loss_at_timestep/0.9 alignment adaptive_weight/vf adaptive_weight/adversarial latent/spectrum_slope
-latent/effective_rank latent/channel_std_min latent/channel_std_max latent/local_to_global logits_real logits_fake
+latent/effective_rank latent/channel_std_min latent/channel_std_max latent/local_to_global latent/high_frequency_share
+latent/velocity_variance equivariance_error/quarter_turn equivariance_error/half_size logits_real logits_fake
 discriminator_accuracy output_variance gradient_norm/generator gradient_norm/discriminator gradient_norm/lightningdit
 learning_rate skipped_steps loss_spikes unreadable_images images_per_second flops_per_second model_flop_utilisation
 data_wait forward backward optimizer observe_wait checkpoint_wait checkpoint/stall_seconds checkpoint/bytes

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vavae.metrics.latent_space import effective_rank, local_to_global, probe_latents, spectrum_slope
+from vavae.metrics.latent_space import (
+    effective_rank,
+    high_frequency_share,
+    local_to_global,
+    probe_latents,
+    spectrum_slope,
+)
 from vavae.randomness import torch_generator
 
 
@@ -65,6 +71,20 @@ def test_halves_that_are_opposite_are_structure_and_noise_is_none():
     assert abs(local_to_global(noise(200, 8, 4, 4))) < 0.02
 
 
+def test_white_noise_has_the_share_of_high_frequencies_and_a_constant_none():
+    high = sum(u + v > 9 for u, v in itertools.product(range(12), range(8))) / 96  # (12 + 8 - 2) / 2
+    assert high_frequency_share(noise(500, 4, 12, 8)) == pytest.approx(high, rel=0.01)
+    assert high_frequency_share(torch.full((2, 3, 8, 8), 4.0)) == pytest.approx(0, abs=1e-12)
+    assert high_frequency_share(torch.zeros(2, 3, 8, 8)) == 0
+
+
+@pytest.mark.parametrize(("frequencies", "share"), [((3, 4), 0), ((4, 4), 1), ((7, 7), 1), ((0, 7), 0)])
+def test_a_wave_of_the_cosine_transform_is_high_or_not(frequencies, share):
+    row, column = (torch.cos(math.pi * (torch.arange(8) + 0.5) * each / 8) for each in frequencies)
+    wave = (row[:, None] * column).double().expand(2, 3, 8, 8)
+    assert high_frequency_share(wave) == pytest.approx(share, abs=1e-9)
+
+
 def test_standard_deviations_are_those_of_the_channels():
     latents = noise(50, 3, 4, 4) * torch.tensor([0.1, 1.0, 5.0])[:, None, None] + 7
     found = probe_latents(latents)
@@ -78,7 +98,7 @@ def test_neither_order_nor_offset_matters_and_scale_only_where_it_is_measured(im
     latents = noise(5, 3, 6, 6)
     before, after = probe_latents(latents), probe_latents(latents[images][:, channels] * scale + offset)
     assert after.channel_std_max == pytest.approx(before.channel_std_max * scale)
-    same = ("spectrum_slope", "effective_rank", "local_to_global")
+    same = [name for name in before._fields if not name.startswith("channel_std")]
     assert [getattr(after, name) for name in same] == pytest.approx([getattr(before, name) for name in same], abs=1e-6)
 
 
@@ -99,3 +119,17 @@ def test_what_cannot_be_told_is_not_a_number():
     assert math.isnan(tiny.spectrum_slope)
     assert math.isnan(tiny.local_to_global)
     assert math.isfinite(tiny.effective_rank)
+    assert math.isnan(probe_latents(noise(4, 2, 4, 4), [torch.tensor([2])]).velocity_variance)
+
+
+def test_the_variance_of_the_velocity_is_a_mean_over_classes():
+    """Classes apart from each other: each alone varies less, and where none does there is nothing to predict."""
+    latents = noise(60, 2, 4, 4)
+    latents[:30] = latents[:1] + 1  # all equal
+    classes = [torch.arange(30), torch.arange(30, 60)]
+    each = [probe_latents(latents, [found]).velocity_variance for found in classes]
+    assert each[0] == pytest.approx(0, abs=1e-6)
+    assert probe_latents(latents, classes).velocity_variance == pytest.approx(sum(each) / 2)
+    shifted = latents.clone()
+    shifted[30:] += 10
+    assert probe_latents(shifted, classes).velocity_variance < probe_latents(latents, classes).velocity_variance

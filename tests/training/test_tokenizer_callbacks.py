@@ -1,6 +1,7 @@
 """Probes and previews of a tokenizer, without an effect on its training."""
 
 import io
+import math
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.training_steps import Notes, build_step, tiny_config
 
 from vavae.data.pixels import enlargement, to_float, to_pixels
 from vavae.distributed.world import World
+from vavae.metrics.equivariance import EquivarianceErrors
 from vavae.metrics.latent_space import LatentProbes
 from vavae.randomness import torch_generator
 from vavae.storage.storage import Storage
@@ -66,13 +68,28 @@ def test_a_black_picture_is_none_and_ends_no_training(storage, caplog):
 def test_a_probe_follows_the_present_weights_and_is_reproducible():
     step = build_step("train_vavae", CONFIG, World())
     row = probe(step)
-    assert [*row] == [f"latent/{name}" for name in LatentProbes._fields]
+    expected = [f"latent/{name}" for name in LatentProbes._fields]
+    assert [*row] == [*expected, *(f"equivariance_error/{name}" for name in EquivarianceErrors._fields)]
+    assert all(map(math.isfinite, row.values()))
     assert probe(step) == row
     posterior = autoencoder(step).encode(to_float(images()))
     total = (posterior.mean.var((0, 2, 3)) + posterior.std.square().mean((0, 2, 3))).sqrt()
     assert row["latent/channel_std_max"] == pytest.approx(total.max().item(), rel=0.1)
     spoil(step)
     assert probe(step)["latent/channel_std_max"] != row["latent/channel_std_max"]
+
+
+def test_the_equivariance_of_the_first_images_is_logged():
+    step = build_step("train_vavae", CONFIG, World())
+    row, model = probe(step), autoencoder(step)
+    with torch.no_grad():
+        posterior = model.encode(to_float(images(16)))
+        noise = torch.randn(posterior.mean.shape, generator=torch_generator(CONFIG.seed, "observed posterior"))
+        z = posterior.at(noise)
+        decoded = model.decode(z)
+        turned = model.decode(z.flip(2).mT)  # a quarter clockwise, as rows become columns from the right
+        difference = (turned - decoded.flip(2).mT).square().mean() / (decoded - to_float(images(16))).square().mean()
+    assert row["equivariance_error/quarter_turn"] == pytest.approx(difference.item(), rel=1e-4)
 
 
 def test_a_preview_shows_images_reconstructions_and_their_difference(storage):

@@ -8,12 +8,16 @@ The probes show a latent space going wrong from a handful of latents, in millise
 Shapes: N images, C channels, a grid of H x W positions (tokens).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.fft import dctn
 from scipy.stats import gaussian_kde
 from torch import Tensor
+
+from vavae.metrics.velocity_variance import velocity_variance
 
 PERPLEXITY = 30
 """Perplexity of the published map."""
@@ -21,6 +25,8 @@ FEWEST_TOKENS = 3 * PERPLEXITY + 2
 """Fewest tokens that can be mapped: t-SNE uses three times the perplexity of neighbors."""
 _SEED = 42
 """Seed of the published map; with its start from principal components nothing is drawn from it."""
+_HIGH = 0.5
+"""Share of the highest frequency, along a row and a column together, from which on one is high."""
 _TINY = 1e-10
 """Offset that keeps the logarithm finite, as published."""
 
@@ -79,7 +85,8 @@ def map_latents(tokens: np.ndarray) -> LatentMap:
 
 
 class LatentProbes(NamedTuple):
-    """Probes of a latent space from a few of its latents. Slope and similarity are of latents whitened per channel."""
+    """Probes of a latent space from a few of its latents: all but rank and deviations are of latents whitened per
+    channel."""
 
     spectrum_slope: float
     """Exponent of the power spectrum over spatial frequency: 0 is white noise, -2 what photographs have. A slope that
@@ -95,10 +102,21 @@ class LatentProbes(NamedTuple):
     local_to_global: float
     """Cosine similarity of tokens that are near each other, minus that of distant ones of the same image, -2 to 2: how
     much spatial structure there is (LDS in arXiv 2512.10794). NaN on a grid without distant tokens."""
+    high_frequency_share: float
+    """Share of the energy at high frequencies, 0 to 1 (SEC in arXiv 2606.03578): of the coefficients (u, v) of the
+    cosine transform of a channel with u + v > (H + W - 2) / 2. White noise has the share of such coefficients."""
+    velocity_variance: float
+    """Variance of the velocity that no network can predict, see `vavae.metrics.velocity_variance`: mean over classes.
+    NaN where there is no class of two latents."""
 
 
-def probe_latents(latents: Tensor) -> LatentProbes:
-    """Probe latents [N, C, H, W]; NaN where one is not finite."""
+def probe_latents(latents: Tensor, classes: Sequence[Tensor] | None = None) -> LatentProbes:
+    """Probe latents; all is NaN where one is not finite.
+
+    Args:
+        latents: [N, C, H, W].
+        classes: indices of the latents of each class, int64 [n]; None takes all latents for one class.
+    """
     latents = latents.double().cpu()
     if not latents.isfinite().all():
         return LatentProbes(*[float("nan")] * len(LatentProbes._fields))
@@ -111,7 +129,14 @@ def probe_latents(latents: Tensor) -> LatentProbes:
         std.min().item(),
         std.max().item(),
         local_to_global(whitened),
+        high_frequency_share(whitened),
+        _mean_velocity_variance([whitened] if classes is None else [whitened[found] for found in classes]),
     )
+
+
+def _mean_velocity_variance(classes: Sequence[Tensor]) -> float:
+    found = [velocity_variance(latents) for latents in classes if len(latents) > 1]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def spectrum_slope(latents: Tensor) -> float:
@@ -155,3 +180,12 @@ def local_to_global(latents: Tensor) -> float:
     tokens = torch.nn.functional.normalize(latents.flatten(2).mT, dim=-1)  # [N, H · W, C]
     similarity = torch.stack([image @ image.T for image in tokens]).mean(0)
     return (similarity[near].mean() - similarity[distant].mean()).item()
+
+
+def high_frequency_share(latents: Tensor) -> float:
+    """Share of the energy at high frequencies of latents [N, C, H, W], see `LatentProbes`; 0 where there is none."""
+    height, width = latents.shape[2:]
+    energy = torch.from_numpy(dctn(latents.numpy(), axes=(2, 3), norm="ortho")).square().sum((0, 1))  # [H, W]
+    frequency = torch.arange(height)[:, None] + torch.arange(width)
+    high = energy[frequency > _HIGH * (height + width - 2)]
+    return (high.sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).item()

@@ -46,7 +46,7 @@ _GROUPS = {
     "generation": r"generation_|inception_score",
     "adaptive weights": r".*weight",
     "optimization": r"learning_rate|gradient_norm",
-    "latent space": r"latent/",
+    "latent space": r"latent/|equivariance_error/",
     "throughput": r"images_per_second|.*_wait|forward|backward|optimizer|checkpoint|gpu_memory|flops|model_flop",
     "storage": r"storage/|unreadable_images",
     "others": r"",

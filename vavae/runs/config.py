@@ -238,7 +238,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""
     probe_images: int | None = runtime(100_000, ge=1)
-    """Images between two probes of the latents of a few held-out images, logged as `latent/...`; null disables them."""
+    """Images between two probes of the latents of a few held-out images, logged as `latent/...` and
+    `equivariance_error/...`; null disables them."""
     stages: tuple[TokenizerPhaseConfig, ...] = ()
     """Phases of the training; each begins with the weights of the one before and fresh moments."""
 

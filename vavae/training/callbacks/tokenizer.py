@@ -10,6 +10,7 @@ from vavae.data.pixels import enlargement, image_grid, to_float, to_pixels, to_r
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import Manifest
 from vavae.distributed.world import World
+from vavae.metrics.equivariance import equivariance_errors, squared_errors
 from vavae.metrics.latent_space import probe_latents
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.randomness import torch_generator
@@ -28,7 +29,9 @@ _DIFFERENCE_SCALE = 4
 
 
 class LatentProbe:
-    """Encodes images at intervals, and logs statistics of their latents.
+    """Encodes images at intervals, decodes the first of them, and logs statistics of their latents and equivariance.
+
+    The variance of the velocity is that of all images as one class: of the few there are, classes have too few each.
 
     Args:
         config: configuration of the run.
@@ -41,13 +44,17 @@ class LatentProbe:
         self.every_images = every_images
         self._config, self._images, self._world = config, images[:PROBED], world
 
+    @torch.inference_mode()
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         """See `Callback.on_interval`."""
         model = _autoencoder(step, self._config, self._world)
         if model is None:
             return
         latents = torch.cat([z.cpu() for z in _latents(model, self._images, self._config.seed, self._world)])
-        log.add(images_seen, {f"latent/{name}": value for name, value in probe_latents(latents)._asdict().items()})
+        z, images = latents[:_BATCH].to(self._world.device), to_float(self._images[:_BATCH].to(self._world.device))
+        errors = equivariance_errors(squared_errors(model.decode, z, images, model.decode(z)))
+        probes = {f"latent/{name}": value for name, value in probe_latents(latents)._asdict().items()}
+        log.add(images_seen, probes | {f"equivariance_error/{name}": value for name, value in errors._asdict().items()})
 
 
 class ReconstructionPreview:

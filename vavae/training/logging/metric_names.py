@@ -49,6 +49,16 @@ METRICS: dict[str, MetricInfo] = {
     "latent/channel_std_min": MetricInfo("standard deviation of the channel that varies least"),
     "latent/channel_std_max": MetricInfo("standard deviation of the channel that varies most"),
     "latent/local_to_global": MetricInfo("cosine of latent vectors near each other, less that of distant ones"),
+    "latent/high_frequency_share": MetricInfo("share of the latents' energy at high spatial frequencies"),
+    "latent/velocity_variance": MetricInfo(
+        "variance of the velocity that no network can predict, of latents as one class"
+    ),
+    "equivariance_error/quarter_turn": MetricInfo(
+        "turned decodings against decoded turns, over the reconstruction error"
+    ),
+    "equivariance_error/half_size": MetricInfo(
+        "halved decodings against decoded halves, over the reconstruction error"
+    ),
     "logits_real": MetricInfo("mean of the discriminator on images"),
     "logits_fake": MetricInfo("mean of the discriminator on reconstructions"),
     "discriminator_accuracy": MetricInfo("share of the discriminator's logits of the right sign"),
