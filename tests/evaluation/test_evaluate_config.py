@@ -58,9 +58,10 @@ def test_divisors_that_are_given_are_not_measured():
 
 
 def test_what_is_new_and_off_leaves_the_identity_as_it_was():
-    new = {"frechet_ratio", "frechet_thresholds", "mind"}
+    new = {"frechet_ratio", "frechet_thresholds", "mind", "latent_probes"}
     assert not new & identity(EvaluateConfig()).keys()
     assert identity(EvaluateConfig())["class_agreement"] is False
-    on = EvaluateConfig(frechet_ratio={}, frechet_thresholds=(50,), mind={}, class_agreement="efficientnet_lite0")
+    asked = {"frechet_ratio": {}, "mind": {}, "latent_probes": {}}
+    on = EvaluateConfig(frechet_thresholds=(50,), class_agreement="efficientnet_lite0", **asked)
     assert new <= identity(on).keys()
     assert EvaluateConfig.restore(identity(on)) == on

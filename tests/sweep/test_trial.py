@@ -151,6 +151,16 @@ def test_a_distance_that_a_trial_does_not_reach_is_said_and_not_left_out(
     assert page.count("not reached with every seed") == 2, "images and epochs"
 
 
+def test_a_probe_of_too_few_trials_is_left_out_with_a_word(root: Path, reports, monkeypatch) -> None:
+    sweep = _sweep(root, "seeds=[0, 1]")
+    monkeypatch.setattr("vavae.sweep.results.collect", lambda sweep: collect(sweep)[:3])
+    write_sweep(sweep)
+    page, table = ((root / "toy" / name).read_text() for name in ("frontier.html", "probes.csv"))
+    assert "<td>too few trials (3 of 4)</td>" in page
+    expected = "reconstruction_frechet_distance,generation_frechet_distance,3,"
+    assert table.splitlines() == ["probe,distance,trials,rank_correlation", expected]
+
+
 def test_best_configurations_run_as_they_are(root: Path, reports) -> None:
     write_sweep(_sweep(root, "seeds=[0, 1]"))
     files = sorted((root / "toy" / "best").iterdir())
@@ -165,10 +175,13 @@ def test_best_configurations_run_as_they_are(root: Path, reports) -> None:
 def test_the_page_shows_trials_pictures_and_the_sweep_file(root: Path, reports) -> None:
     write_sweep(_sweep(root, "seeds=[0, 1]"))
     page = (root / "toy" / "frontier.html").read_text()
-    assert page.count("<img") == 5, "frontier, ranking, curves, and a picture for each of two keys"
+    assert page.count("<img") == 6, "frontier, ranking, curves, probes, and a picture for each of two keys"
     assert "4 finished" in page
     assert "tokenizer.latent_dim=8, lightningdit.depth=3" in page
-    for name in ("frontier.png", "ranking.png"):
+    assert "<td>-0.89 (4 trials)</td>" in page, (
+        "ranks 3.5, 3.5, 1.5, 1.5 of reconstruction and 2, 1, 4, 3 of generation"
+    )
+    for name in ("frontier.png", "ranking.png", "probes.png"):
         assert (root / "toy" / name).read_bytes().startswith(b"\x89PNG")
 
 

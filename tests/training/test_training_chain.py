@@ -25,7 +25,7 @@ from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import Evaluator
 from vavae.evaluation.generation import Reference, evaluate_generation
 from vavae.evaluation.parts import Part
-from vavae.metrics.config import MetricsConfig
+from vavae.metrics.config import LATENT_PROBES, MetricsConfig
 from vavae.report.run_report import log_rows
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs, EvaluationInputs, ReportInputs
 from vavae.runs.run import JOBS, Run
@@ -149,6 +149,7 @@ def test_further_metrics_of_a_finished_run(run: Run, tmp_path: Path, monkeypatch
         "frechet_ratio": {},
         "frechet_thresholds": [between, never],
         "mind": {"directions": 50},
+        "latent_probes": {"images_per_class": 4},
     }
     evaluate = EvaluateConfig.model_validate({**run.config.evaluate.model_dump(), **asked})
     storage = run.config.storage.model_copy(update={"root": str(tmp_path)})
@@ -170,6 +171,9 @@ def test_further_metrics_of_a_finished_run(run: Run, tmp_path: Path, monkeypatch
         images = after[f"images_to_frechet/{between:g}"]
         assert images["value"] == pytest.approx(192), "the middle, for the threshold is the geometric mean"
     report = again.storage.read_bytes("report.html").decode()
+    assert LATENT_PROBES.keys() == {name for name in after if name.startswith(("latent_", "equivariance_"))}
+    assert all(name in report for name in LATENT_PROBES)
+    assert 0 < after["latent_velocity_variance"]["value"] < math.pi / 2
     assert f"images_to_frechet/{never:g}" in report
     assert "not reached in 256 images; lowest" in report
     assert again.plan("evaluate").done

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from vavae.config import Config, LocalPath, added, runtime
-from vavae.metrics.config import ExtractorName, LatentSpaceConfig, MetricsConfig, MindConfig
+from vavae.metrics.config import ExtractorName, LatentProbesConfig, LatentSpaceConfig, MetricsConfig, MindConfig
 
 GENERATION_PROTOCOLS = {"adm-50k": 50_000, "fid-10k": 10_000}
 """Generated images of a protocol, which are compared through Inception with ADM's reference, an npz file, or with what
@@ -52,6 +52,8 @@ class EvaluateConfig(Config):
     `train_lightningdit.measure` evaluates first fall to each (EP_FD@K)."""
     mind: MindConfig | None = added(None)
     """Measure the distance MIND of generated images, through the main extractor; null does not."""
+    latent_probes: LatentProbesConfig | None = added(None)
+    """Probe latents and decodings of some held-out images while they are reconstructed; null does not."""
     latent_space: LatentSpaceConfig | None = None
     """Measure how evenly the latents fill their space, as in Table 6; null does not."""
     batch_size: int = runtime(64, ge=1)

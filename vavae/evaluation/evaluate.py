@@ -13,6 +13,7 @@ from vavae.evaluation.metrics import (
     classifier_metrics,
     frechet_ratio_metrics,
     generation_metrics,
+    latent_probe_metrics,
     latent_space_metrics,
     reconstruction_metrics,
     small_set_warning,
@@ -60,7 +61,7 @@ def evaluate(
                 "Fréchet distances through %s are biased upwards, for their covariances are singular: %s", name, warning
             )
     begin("comparing features")
-    metrics = reconstruction_metrics(reconstruction, config)
+    metrics = reconstruction_metrics(reconstruction, config) + latent_probe_metrics(evaluator.latent_probes())
     classes, references = evaluator.classes, evaluator.references()
     generated = generation_metrics(evaluator.generated(), references, classes, config, evaluator.device)
     metrics += generated + frechet_ratio_metrics(generated, evaluator.divisors(references), classes, config)
@@ -94,5 +95,6 @@ def evaluate_tokenizer(inputs: EvaluationInputs, advance: Callable[[int], None])
     for part in evaluator.missing(("held_out", "reconstructions")):
         evaluator.evaluate(part, advance)
     metrics = reconstruction_metrics(evaluator.reconstruction(), inputs.config)
+    metrics += latent_probe_metrics(evaluator.latent_probes())
     require_results(metrics)
     return metrics

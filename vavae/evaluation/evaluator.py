@@ -17,6 +17,7 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation.config import HELD_OUT, RECONSTRUCTION_PROTOCOLS, TRAIN, EvaluateConfig
 from vavae.evaluation.generation import Divisor, LabeledFeatures, Reference, sample_batches
+from vavae.evaluation.latent_probes import ProbedBatch, ProbedImages, ProbeResults, is_probed, probe_results
 from vavae.evaluation.latent_space import LatentSpace, evaluate_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct
@@ -119,9 +120,17 @@ class Evaluator:
     def reconstruction(self) -> Reconstruction:
         """The metrics of the tokenizer, once all parts are there."""
         whole = self._files("reconstructions").join(_join_reconstructions)
-        metrics = {name: tensor for name, tensor in whole.items() if "/" not in name}
+        metrics = {name: tensor for name, tensor in whole.items() if "/" not in name and not is_probed(name)}
         pairs = (metrics.pop("originals"), metrics.pop("reconstructions"))
         return Reconstruction.of(metrics, self._held_out, unpack(whole), pairs)
+
+    def latent_probes(self) -> ProbeResults | None:
+        """Probes of the tokenizer, once all parts are there; None where they are not asked for, or of no image."""
+        config = self._config.latent_probes
+        if config is None:
+            return None
+        found = ProbedBatch.from_tensors(self._files("reconstructions").join(_join_reconstructions))
+        return None if found is None else probe_results(found, config, self.classes)
 
     def latent_space(self, mapped: Callable[[int, int], None] = lambda done, total: None) -> LatentSpace | None:
         """Uniformity of the latents, computed once for equal latents; None where it is not asked for.
@@ -285,10 +294,13 @@ class Evaluator:
         word = _IMAGE_WORDS["reconstructions"]
         summarizer = Summarizer(self.extractors, 0, self.device, word, span.start)
         parts, finite, shown = [], [], max(0, self._config.pictures - span.start)
-        for batch in reconstruct(batches, self._reconstructor, self.inputs.config.seed, span.start, self.device):
+        probes, seed = self._config.latent_probes, self.inputs.config.seed
+        probed = None if probes is None else ProbedImages(probes, self.classes)
+        for batch in reconstruct(batches, self._reconstructor, seed, span.start, self.device, probed):
             summarizer.update(to_rgb(batch.reconstructions))
             pictures = {"originals": batch.originals[:shown], "reconstructions": batch.reconstructions[:shown]}
-            parts.append(batch.metrics | pictures)
+            probed_tensors = {} if batch.probed is None else batch.probed.tensors()
+            parts.append(batch.metrics | pictures | probed_tensors)
             finite.append(batch.finite)
             shown -= len(pictures["originals"])
             advance(len(batch.originals))
@@ -358,6 +370,7 @@ class Evaluator:
                 "images": self._counts["reconstructions"],
                 "lpips": [config.lpips, inputs.config.losses.perceptual.weights],
                 "pictures": config.pictures,
+                **({} if config.latent_probes is None else {"latent_probes": identity(config.latent_probes)}),
             },
         }
         if inputs.samples is not None:

@@ -1,6 +1,7 @@
 """The metrics of a run, each with its protocol."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,10 +14,11 @@ from vavae.evaluation.generation import (
     evaluate_generation,
     further_distances,
 )
+from vavae.evaluation.latent_probes import ProbeResults
 from vavae.evaluation.latent_space import LatentSpace
 from vavae.evaluation.metric import Metric
 from vavae.evaluation.reconstruction import Reconstruction
-from vavae.metrics.config import ExtractorName
+from vavae.metrics.config import LATENT_PROBES, ExtractorName
 from vavae.metrics.features import Description, Summaries, describe
 from vavae.metrics.frechet_ratio import frechet_ratios
 from vavae.metrics.generation import PROBE_STRENGTH, SUBSETS
@@ -175,6 +177,25 @@ def classifier_metrics(
         variety = f"{protocol}; mean pixel distance within a class, over that of {train:,} training images"
         variety = _joined(variety, seen)
         metrics.append(Metric("within_class_variety", verdict.within_class_variety, "", variety, "higher"))
+    return metrics
+
+
+def latent_probe_metrics(found: ProbeResults | None) -> list[Metric]:
+    """Cheap probes of a tokenizer; those that its latents or images do not allow are left out with a warning."""
+    if found is None:
+        return []
+    images = f"custom: {found.images:,} held-out images, the first of each class"
+    by_name = {f"latent_{name}": value for name, value in found.latents._asdict().items()}
+    by_name |= {f"equivariance_error_{name}": value for name, value in found.equivariance._asdict().items()}
+    metrics = []
+    for name, better in LATENT_PROBES.items():
+        protocol = images
+        if name == "latent_velocity_variance":
+            protocol += f"; mean over {found.classes:,} of the classes, per dimension; white noise has 1.571"
+        if math.isfinite(by_name[name]):
+            metrics.append(Metric(name, by_name[name], "", protocol, better))
+        else:
+            _log.warning("no %s: it can't be told of these images", name)
     return metrics
 
 

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from vavae.data.pixels import to_float, to_pixels
 from vavae.data.shard_reader import LabeledImages
+from vavae.evaluation.latent_probes import ProbedBatch, ProbedImages
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.metrics.equivariance import squared_errors
 from vavae.metrics.features import Summaries, without_tf32
 from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
@@ -48,11 +50,18 @@ class ReconstructedBatch(NamedTuple):
     `alignment`, the mean cosine of projected latents and teacher features over positions and batch."""
     finite: Tensor
     """True where the decoder's output was finite, bool [B]; a reconstruction that was not is black."""
+    probed: ProbedBatch | None = None
+    """Those of the images that are probed; None where none is."""
 
 
 @torch.inference_mode()
 def reconstruct(
-    batches: Iterable[LabeledImages], reconstructor: Reconstructor, seed: int, first: int, device: torch.device
+    batches: Iterable[LabeledImages],
+    reconstructor: Reconstructor,
+    seed: int,
+    first: int,
+    device: torch.device,
+    probed_images: ProbedImages | None = None,
 ) -> Iterator[ReconstructedBatch]:
     """Reconstruct images from one posterior sample each (the released protocol).
 
@@ -64,6 +73,7 @@ def reconstruct(
         seed: keys the posterior noise, together with the index of the image.
         first: index of the first image.
         device: where to reconstruct.
+        probed_images: chooses those that are probed; None probes none.
     """
     tokenizer, alignment, teacher, lpips = reconstructor
     for batch in batches:
@@ -80,8 +90,12 @@ def reconstruct(
             if alignment is not None and teacher is not None:
                 features = teacher(pixels, (z.shape[2], z.shape[3]))
                 metrics["alignment"] = alignment(z, features).alignment.expand(len(z))
+            probed, chosen = None, [] if probed_images is None else probed_images.take(batch.labels)
+            if len(chosen):
+                errors = squared_errors(tokenizer.decode, z[chosen], pixels[chosen], decoded[chosen])
+                probed = ProbedBatch(z[chosen], batch.labels[chosen], errors)
         first += len(z)
-        yield ReconstructedBatch(images, restored, metrics, decoded.isfinite().flatten(1).all(1))
+        yield ReconstructedBatch(images, restored, metrics, decoded.isfinite().flatten(1).all(1), probed)
 
 
 class Reconstruction(NamedTuple):

@@ -1,5 +1,6 @@
 """Configuration of the metrics: feature extractors and latent-space densities."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -57,6 +58,28 @@ class MindConfig(Config):
     """Random directions."""
     samples: int = Field(5_000, ge=2)
     """Images of each set, generated and real; fewer where there are fewer of either."""
+
+
+LATENT_PROBES: Mapping[str, Literal["higher", "lower"]] = {
+    "latent_spectrum_slope": "lower",
+    "latent_effective_rank": "higher",
+    "latent_local_to_global": "higher",
+    "latent_high_frequency_share": "lower",
+    "latent_velocity_variance": "lower",
+    "equivariance_error_quarter_turn": "lower",
+    "equivariance_error_half_size": "lower",
+}
+"""Names of the cheap probes of a tokenizer, and which way is said to be better for what is trained on its latents."""
+
+
+class LatentProbesConfig(Config):
+    """Settings of the cheap probes of a tokenizer, which are of the first held-out images of some classes."""
+
+    images_per_class: int = Field(50, ge=2)
+    """Images of each class. The variance of the velocity is a mean over the classes that have so many: it rises with
+    their number, so equal ones compare. Images without classes are one class."""
+    classes: int = Field(20, ge=1)
+    """Classes, evenly among all; all where there are fewer."""
 
 
 class LatentSpaceConfig(Config):

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from vavae.config import Config, runtime
 from vavae.config.explain import show
+from vavae.metrics.config import LATENT_PROBES
 
 Better = Literal["higher", "lower"]
 
@@ -24,6 +25,7 @@ TOKENIZER_METRICS: dict[str, Better] = {
     "lpips": "lower",
     "reconstruction_frechet_distance": "lower",
     "alignment_cosine": "higher",
+    **LATENT_PROBES,
 }
 """Metrics of a tokenizer alone, known before its latents are made, and which way is better."""
 

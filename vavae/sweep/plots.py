@@ -1,6 +1,7 @@
 """Pictures of a sweep, as PNG: the frontier, generation against images seen, and objectives against each key."""
 
 import io
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -14,13 +15,23 @@ from matplotlib.figure import Figure
 from vavae.sweep.config import DomainConfig, ObjectiveConfig
 from vavae.sweep.pareto import pareto_front
 from vavae.sweep.sweep import Sweep
-from vavae.sweep.trial_results import GENERATION, RECONSTRUCTION, TrialResult, is_aligned, metric_curve, twins
+from vavae.sweep.trial_results import (
+    GENERATION,
+    RECONSTRUCTION,
+    RankCorrelation,
+    TrialResult,
+    is_aligned,
+    metric_curve,
+    ranked,
+    twins,
+)
 
 _DPI = 130
 _ALIGNED, _UNALIGNED, _FRONT = "#3f87d9", "#d9733f", "#7a7a7a"
 _LABEL_CHARACTERS = 40
 _RANKED = 30
 """Trials that a ranking shows at most."""
+_PROBE_COLUMNS = 4
 _LEVEL_NAMES = 3
 """Names of more options than this are rotated, or they would overlap."""
 
@@ -111,6 +122,26 @@ def sensitivity_png(
         _draw_values(axes, domain, points)
         axes.set_xlabel(path, fontsize=8)
         axes.set_ylabel(f"{objective.measure}\n({objective.better} is better)", fontsize=8)
+    return _png(figure)
+
+
+def probes_png(results: Sequence[TrialResult], correlations: Sequence[RankCorrelation]) -> bytes | None:
+    """Plot the distance of generated images against each probe of the tokenizer whose ranks are correlated with it."""
+    shown = [one for one in correlations if one.distance == GENERATION and one.value is not None]
+    if not shown:
+        return None
+    columns = min(_PROBE_COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(2.6 * columns, 2.2 * rows), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, one in zip(panels.flat, shown, strict=False):
+        axes.plot(*zip(*ranked(results, one.probe, one.distance), strict=True), "o", color=_ALIGNED, markersize=4)
+        axes.set_title(f"{one.value:+.2f} ({one.trials} trials)", fontsize=7)
+        axes.set_xlabel(one.probe, fontsize=7)
+        axes.tick_params(labelsize=6)
+    for axes in panels.flat[len(shown) :]:
+        axes.remove()
+    figure.supylabel("generation: Fréchet distance (lower is better)", fontsize=7)
     return _png(figure)
 
 

@@ -10,33 +10,38 @@ from vavae.config.yaml_source import to_text
 from vavae.evaluation.convergence import convergence_names
 from vavae.report.figures import Picture
 from vavae.report.html import number, page
-from vavae.sweep.plots import curves_png, frontier_png, ranking_png, sensitivity_png
+from vavae.sweep.plots import curves_png, frontier_png, probes_png, ranking_png, sensitivity_png
 from vavae.sweep.sweep import Sweep, as_written, describe
 from vavae.sweep.trial_results import (
+    FEWEST_RANKED,
     GENERATION,
     RECONSTRUCTION,
+    RankCorrelation,
     TrialResult,
     collect,
     front,
+    rank_correlations,
     speed_ups,
 )
 
-FRONTIER, _TABLE, _BEST = "frontier.html", "trials.csv", "best"
-_FRONTIER_PICTURE, _RANKING_PICTURE = "frontier.png", "ranking.png"
+FRONTIER, _TABLE, _PROBES, _BEST = "frontier.html", "trials.csv", "probes.csv", "best"
+_FRONTIER_PICTURE, _RANKING_PICTURE, _PROBES_PICTURE = "frontier.png", "ranking.png", "probes.png"
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Write the results of a sweep so far: table, best configurations, pictures and page."""
+    """Write the results of a sweep so far: tables, best configurations, pictures and page."""
     results = collect(sweep)
-    files = {_TABLE: table_csv(sweep, results).encode()}
+    correlations = rank_correlations(results)
+    files = {_TABLE: table_csv(sweep, results).encode(), _PROBES: probes_csv(correlations).encode()}
     best = _write_best(sweep, results)
     drawn = {
         _FRONTIER_PICTURE: frontier_png(sweep, results),
         _RANKING_PICTURE: ranking_png(results, sweep.config.objectives),
+        _PROBES_PICTURE: probes_png(results, correlations),
     }
     pictures = {name: png or b"" for name, png in drawn.items()}
     files |= {name: png for name, png in pictures.items() if png}
-    files[FRONTIER] = _page(sweep, results, pictures, best).encode()
+    files[FRONTIER] = _page(sweep, results, correlations, pictures, best).encode()
     for name, data in files.items():
         sweep.storage.write_bytes(name, data)
 
@@ -63,6 +68,15 @@ def table_csv(sweep: Sweep, results: Sequence[TrialResult]) -> str:
             }
             missed = dict.fromkeys(asked[one.name] if row else (), _not_reached(sweep))
             writer.writerow({**known, "images_seen": images, "on_front": ends and one.name in best, **missed, **values})
+    return text.getvalue()
+
+
+def probes_csv(correlations: Sequence[RankCorrelation]) -> str:
+    """Rank correlations as CSV: a row for each probe and distance; the value is empty where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["probe", "distance", "trials", "rank_correlation"])
+    writer.writerows([one.probe, one.distance, one.trials, one.value] for one in correlations)
     return text.getvalue()
 
 
@@ -97,7 +111,13 @@ def _write_best(sweep: Sweep, results: Sequence[TrialResult]) -> list[str]:
     return list(chosen)
 
 
-def _page(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[str, bytes], best: Sequence[str]) -> str:
+def _page(
+    sweep: Sweep,
+    results: Sequence[TrialResult],
+    correlations: Sequence[RankCorrelation],
+    pictures: Mapping[str, bytes],
+    best: Sequence[str],
+) -> str:
     """Page of a sweep, as HTML."""
     states = [one.state for one in results]
     summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -122,6 +142,8 @@ def _page(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[str, b
         ],
         generation=GENERATION,
         speed_ups=_speed_ups(sweep, results),
+        distances=list(dict.fromkeys(one.distance for one in correlations)),
+        correlations=_correlations(correlations),
         facts={
             "storage": sweep.storage.url(),
             "seeds": ", ".join(map(str, sweep.config.seeds)),
@@ -139,6 +161,20 @@ def _speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[list[str]]:
         ratio = "never arrives" if found is None else f"{'at least ' if found.at_least else ''}{found.ratio:.2f} times"
         rows.append([describe(before.point), describe(after.point), ratio])
     return rows
+
+
+def _correlations(correlations: Sequence[RankCorrelation]) -> list[list[str]]:
+    """A row for each probe: its name, and its correlation with each distance in words."""
+    rows: dict[str, list[str]] = {}
+    for one in correlations:
+        if one.value is not None:
+            words = f"{one.value:+.2f} ({one.trials} trials)"
+        elif one.trials < FEWEST_RANKED:
+            words = f"too few trials ({one.trials} of {FEWEST_RANKED})"
+        else:
+            words = f"all {one.trials} trials are equal"
+        rows.setdefault(one.probe, [one.probe]).append(words)
+    return list(rows.values())
 
 
 def _pictures(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[str, bytes]) -> list[Picture]:
@@ -161,6 +197,12 @@ def _pictures(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[st
             "Dashed: not aligned. Bars are deviations between seeds.",
             curves_png(sweep, results) or b"",
             f"{GENERATION} of each trial over the images that its LightningDiT has seen",
+        ),
+        Picture(
+            "Cheap probes",
+            "Finished trials, by what is known before a LightningDiT is trained; Spearman's correlation of the ranks.",
+            pictures[_PROBES_PICTURE],
+            f"{GENERATION} over each probe of the tokenizer",
         ),
     ]
     for path, domain in sweep.config.sweep.items():

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from scipy.stats import spearmanr
+
 from vavae.config import differences
 from vavae.runs.config import RunConfig
-from vavae.sweep.config import ObjectiveConfig
+from vavae.sweep.config import TOKENIZER_METRICS, ObjectiveConfig
 from vavae.sweep.pareto import SpeedUp, pareto_front, speed_up
 from vavae.sweep.space import Point
 from vavae.sweep.sweep import Sweep
@@ -14,6 +16,8 @@ from vavae.sweep.trial import State, metrics_by_rung, read_ledger
 
 RECONSTRUCTION, GENERATION = "reconstruction_frechet_distance", "generation_frechet_distance"
 ALIGNMENT = "losses.vision_foundation.weight"
+FEWEST_RANKED = 4
+"""Fewest trials whose ranks are correlated."""
 
 
 class SeedMean(NamedTuple):
@@ -112,6 +116,40 @@ def speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[tuple[TrialR
         if len(slow) > 1 and len(fast) > 1:
             found.append((before, after, speed_up(slow, fast)))
     return found
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's correlation of a probe of the tokenizer with a distance of generated images."""
+
+    probe: str
+    distance: str
+    trials: int
+    """Finished trials that have both; several seeds are one, by their mean."""
+    value: float | None
+    """-1 to 1; None of fewer than `FEWEST_RANKED` trials, or where all have one value of either."""
+
+
+def rank_correlations(results: Sequence[TrialResult]) -> list[RankCorrelation]:
+    """Correlate all that is known of tokenizers with the Fréchet distances of generated images, at the end."""
+    names = dict.fromkeys(name for one in results for name in one.last)
+    found = []
+    for probe in filter(_is_probe, names):
+        for distance in (name for name in names if name.startswith(GENERATION)):
+            pairs = ranked(results, probe, distance)
+            varied = len(pairs) >= FEWEST_RANKED and all(len(set(values)) > 1 for values in zip(*pairs, strict=True))
+            value = float(spearmanr(pairs).statistic) if varied else None
+            found.append(RankCorrelation(probe, distance, len(pairs), value))
+    return found
+
+
+def ranked(results: Sequence[TrialResult], probe: str, distance: str) -> list[tuple[float, float]]:
+    """Means of a probe and a distance, of the finished trials that have both."""
+    return [(one.last[probe].mean, one.last[distance].mean) for one in results if {probe, distance} <= one.last.keys()]
+
+
+def _is_probe(name: str) -> bool:
+    """Return whether a metric is known before a diffusion model is trained."""
+    return name in TOKENIZER_METRICS or name.startswith((f"{RECONSTRUCTION}_", "density_"))
 
 
 def _config(sweep: Sweep, one: TrialResult) -> RunConfig:
