@@ -24,6 +24,7 @@ _RELATIVE = {
     "train_vavae.start_from": "mine/tokenizer/export",
     "evaluate.reference": "reference.npz",
     "evaluate.metrics.dinov2_weights": "dino.pth",
+    "evaluate.metrics.weights.mae_large": "mae.safetensors",
     "evaluate.metrics.inception.weights": "inception.pth",
 }
 _STAY = {

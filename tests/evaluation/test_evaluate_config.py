@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from vavae.config import identity
 from vavae.evaluation.config import EvaluateConfig
+from vavae.metrics.config import PUBLISHED_DIVISORS
 
 INCEPTION = {"extractor": "inception"}
 
@@ -27,6 +28,11 @@ def test_the_default_promises_nothing():
         ({"class_agreement": "pixels"}, "class_agreement"),
         ({"frechet_ratio": {"divisors": {"inception": 1.68}}}, r"frechet_ratio.divisors.inception is of no extractor"),
         ({"frechet_ratio": {"divisors": {"efficientnet_lite0": 0}}}, "greater than 0"),
+        (
+            {"frechet_ratio": {"divisors": "published"}, "reference": "train"},
+            "none for efficientnet_lite0: take incepti",
+        ),
+        ({"frechet_ratio": {"divisors": "published"}, "metrics": INCEPTION}, "to training images: set reference to"),
         ({"frechet_ratio": {}, "reference": "x.npz"}, "no divisor for efficientnet_lite0, and cannot measure it"),
         ({"frechet_thresholds": [0]}, "greater than 0"),
     ],
@@ -55,6 +61,15 @@ def test_divisors_that_are_given_are_not_measured():
     assert EvaluateConfig(metrics=both).measured_divisors == ()
     assert EvaluateConfig(metrics=both, frechet_ratio=given).measured_divisors == ("efficientnet_lite2",)
     assert EvaluateConfig(frechet_ratio=given, reference="x.npz").measured_divisors == ()
+
+
+def test_published_divisors_are_of_the_networks_of_fdr():
+    six = {"extractor": "inception", "further_extractors": [*PUBLISHED_DIVISORS][1:]}
+    config = EvaluateConfig(metrics=six, reference="train", frechet_ratio={"divisors": "published"})
+    assert config.measured_divisors == ()
+    assert config.frechet_ratio.given == PUBLISHED_DIVISORS
+    assert len(config.metrics.extractors) == 6
+    assert identity(config)["frechet_ratio"] == {"divisors": "published"}
 
 
 def test_what_is_new_and_off_leaves_the_identity_as_it_was():

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,9 @@ import timm
 from vavae.errors import UserError
 from vavae.metrics import features
 from vavae.metrics.config import MetricsConfig
-from vavae.metrics.features import TimmExtractor, load_extractor, preprocess
+from vavae.metrics.features import TimmExtractor, describe, load_extractor, preprocess
 from vavae.models.backbones.config import InceptionConfig
-from vavae.models.backbones.weights import timm_name
+from vavae.models.backbones.weights import check_weights, timm_name
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,76 @@ def test_dinov2_gives_the_class_token_of_timm(tmp_path, monkeypatch):
     # Pillow rounds, and clamps where bicubic weights overshoot.
     torch.testing.assert_close(extractor(image[None]), token, rtol=0, atol=0.2)
     assert torch.nn.functional.cosine_similarity(extractor(image[None]), token).item() > 0.999
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+NARROW = {"embed_dim": 64, "depth": 1, "num_heads": 2}
+FDR: dict[str, tuple[Any, ...]] = {
+    # name: (side of images, side seen, statistics, features, output, sizes of a small network)
+    "dinov2_large_256": (256, 266, IMAGENET, 1024, "class token", NARROW),
+    "convnextv2_base": (224, 224, IMAGENET, 1024, "pooled features", {"depths": (1,) * 4, "dims": (8, 8, 8, 8)}),
+    "mae_large": (224, 224, IMAGENET, 1024, "class token", NARROW),
+    "siglip2_so400m": (224, 224, ((0.5,) * 3, (0.5,) * 3), 1152, "attention-pooled features", NARROW),
+    "clip_large": (256, 266, CLIP, 1024, "class token", NARROW),
+}
+"""The networks of FDr6 besides Inception, as they are published."""
+
+
+@pytest.mark.parametrize("name", FDR)
+def test_the_networks_of_fdr_see_images_as_published(name, monkeypatch):
+    side, seen_side, (mean, std), _, _, sizes = FDR[name]
+    loaded: list[Any] = []
+
+    def small(backbone, **kwargs):
+        loaded.append(timm.create_model(timm_name(backbone), **sizes, **kwargs).eval())
+        return loaded[0]
+
+    monkeypatch.setattr(features, "load_backbone", small)
+    extractor = load_extractor(name, MetricsConfig())
+    (model,), (image,), seen = loaded, images(1, 300), []
+    embedding = model.patch_embed.proj if "dims" not in sizes else model.stem[0]
+    embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = extractor(image[None])
+    expected = (preprocess(image[None], side, "bicubic") + 1) / 2
+    expected = (expected - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    padded = torch.nn.functional.pad(expected, (0, seen_side - side) * 2)
+    torch.testing.assert_close(seen[0], padded, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        whole = model.forward_features(expected)
+        if name == "convnextv2_base":
+            taken = model.head.norm(whole.mean((2, 3), keepdim=True)).flatten(1)
+        elif name == "siglip2_so400m":
+            assert model.num_prefix_tokens == 0
+            taken = model.attn_pool(whole)
+        else:
+            assert whole.shape[1] == 1 + (seen_side // model.patch_embed.patch_size[0]) ** 2
+            taken = whole[:, 0]
+    torch.testing.assert_close(found, taken)
+
+
+@pytest.mark.parametrize("name", FDR)
+def test_the_networks_of_fdr_are_described_without_their_weights(name):
+    side, seen_side, _, num_features, output, _ = FDR[name]
+    config = MetricsConfig(further_extractors=(name,), weights={name: "x.safetensors"})
+    found, backbone = describe(name, config), config.backbone(name)
+    assert found.num_features == num_features
+    padded = " and padded to whole patches" if seen_side > side else ""
+    assert found.protocol == f"{name}, {output}, images resized to {side} px (bicubic, antialiased){padded}"
+    assert backbone is not None
+    assert backbone.weights == "x.safetensors"
+    assert config.fingerprint() != MetricsConfig(further_extractors=(name,)).fingerprint()
+
+
+def test_weights_that_cannot_be_had_are_named_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    backbone = MetricsConfig().backbone("siglip2_so400m")
+    assert backbone is not None
+    with pytest.raises(
+        UserError, match=r"^the weights of vit_so400m_patch14_siglip_224\.v2_webli are neither in .* and"
+    ):
+        check_weights(backbone)
 
 
 def test_the_network_of_each_extractor_is_named_for_those_who_fetch_it():

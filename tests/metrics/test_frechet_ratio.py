@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vavae.errors import UserError
+from vavae.metrics.config import PUBLISHED_DIVISORS
 from vavae.metrics.frechet import FeatureStatistics, frechet_distance
 from vavae.metrics.frechet_ratio import frechet_ratios
 
@@ -42,8 +43,9 @@ def test_the_order_of_the_networks_changes_no_bit() -> None:
 
 
 def test_published_divisors_give_one_for_themselves() -> None:
-    published = {"inception": 1.68, "convnext": 56.87, "dinov2": 14.19, "mae": 0.04, "siglip2": 0.60, "clip": 5.60}
-    assert frechet_ratios(published, published).mean == 1
+    published = {"inception": 1.68, "convnextv2_base": 56.87, "dinov2_large_256": 14.19}
+    assert {**published, "mae_large": 0.04, "siglip2_so400m": 0.60, "clip_large": 5.60} == PUBLISHED_DIVISORS
+    assert frechet_ratios(PUBLISHED_DIVISORS, PUBLISHED_DIVISORS).mean == 1
 
 
 def test_nothing_is_divided_by_zero() -> None:

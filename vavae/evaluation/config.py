@@ -1,12 +1,20 @@
 """Configuration of evaluation: metrics, numbers of images, and accepted protocols."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from vavae.config import Config, LocalPath, added, runtime
-from vavae.metrics.config import ExtractorName, LatentProbesConfig, LatentSpaceConfig, MetricsConfig, MindConfig
+from vavae.metrics.config import (
+    PUBLISHED_DIVISORS,
+    ExtractorName,
+    LatentProbesConfig,
+    LatentSpaceConfig,
+    MetricsConfig,
+    MindConfig,
+)
 
 GENERATION_PROTOCOLS = {"adm-50k": 50_000, "fid-10k": 10_000}
 """Generated images of a protocol, which are compared through Inception with ADM's reference, an npz file, or with what
@@ -21,9 +29,14 @@ HELD_OUT, TRAIN = "validation", "train"
 class FrechetRatioConfig(Config):
     """Fréchet distances over that of real images, through every extractor, and the mean of these ratios (FDr)."""
 
-    divisors: dict[ExtractorName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Distance of real images to the reference by extractor. One that is not given is measured: of as many images as
-    are generated, or as there are, of the split that is not the reference."""
+    divisors: Literal["published"] | dict[ExtractorName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Distance of real images to the reference by extractor, or `published` for those of FDr6. One that is not given
+    is measured: of as many images as are generated, or as there are, of the split that is not the reference."""
+
+    @property
+    def given(self) -> Mapping[ExtractorName, float]:
+        """Divisors that are not measured, by extractor."""
+        return PUBLISHED_DIVISORS if self.divisors == "published" else self.divisors
 
 
 class EvaluateConfig(Config):
@@ -72,7 +85,7 @@ class EvaluateConfig(Config):
     def measured_divisors(self) -> tuple[ExtractorName, ...]:
         """Extractors through which the distance of real images is measured, to divide by it."""
         ratio = self.frechet_ratio
-        return () if ratio is None else tuple(name for name in self.metrics.extractors if name not in ratio.divisors)
+        return () if ratio is None else tuple(name for name in self.metrics.extractors if name not in ratio.given)
 
     def check_samples(self, images: int, labels: str | tuple[int | str, ...]) -> None:
         """Check the number and the labels of the generated images.
@@ -95,14 +108,24 @@ class EvaluateConfig(Config):
     @model_validator(mode="after")
     def _extractors_are_there(self) -> Self:
         classifier, there = self.class_agreement, self.metrics.extractors
-        divisors = () if self.frechet_ratio is None else self.frechet_ratio.divisors
-        missing = [name for name in divisors if name not in there]
+        divisors = {} if self.frechet_ratio is None else self.frechet_ratio.divisors
+        missing = [] if divisors == "published" else [name for name in divisors if name not in there]
         if not isinstance(classifier, bool) and classifier not in there:
             raise ValueError(f"class_agreement={classifier} is no extractor: add it to metrics.further_extractors")
         if missing:
             raise ValueError(
                 f"frechet_ratio.divisors.{missing[0]} is of no extractor: leave it out, or add it to "
                 "metrics.further_extractors"
+            )
+        if divisors == "published" and self.measured_divisors:
+            raise ValueError(
+                f"frechet_ratio.divisors=published has none for {self.measured_divisors[0]}: take "
+                f"{', '.join(PUBLISHED_DIVISORS)}, or give divisors"
+            )
+        if divisors == "published" and self.reference == HELD_OUT:
+            raise ValueError(
+                "frechet_ratio.divisors=published are distances to training images: set reference to train, or to a "
+                "file of them"
             )
         if self.reference_file is not None and self.measured_divisors:
             raise ValueError(

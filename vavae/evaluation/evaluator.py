@@ -182,7 +182,10 @@ class Evaluator:
         ratio = self._config.frechet_ratio
         if ratio is None:
             return {}
-        found = {name: Divisor(distance, "given") for name, distance in ratio.divisors.items()}
+        words = "published" if ratio.divisors == "published" else "given"
+        found = {
+            name: Divisor(ratio.given[name], words) for name in self._config.metrics.extractors if name in ratio.given
+        }
         if self._config.measured_divisors:
             real = self._joined("real")
             words = {TRAIN: "training images", HELD_OUT: "held-out images"}[self._splits["real"]]

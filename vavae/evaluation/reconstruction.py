@@ -90,8 +90,8 @@ def reconstruct(
             if alignment is not None and teacher is not None:
                 features = teacher(pixels, (z.shape[2], z.shape[3]))
                 metrics["alignment"] = alignment(z, features).alignment.expand(len(z))
-            probed, chosen = None, [] if probed_images is None else probed_images.take(batch.labels)
-            if len(chosen):
+            probed = None
+            if probed_images is not None and len(chosen := probed_images.take(batch.labels)):
                 errors = squared_errors(tokenizer.decode, z[chosen], pixels[chosen], decoded[chosen])
                 probed = ProbedBatch(z[chosen], batch.labels[chosen], errors)
         first += len(z)

@@ -5,13 +5,58 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vavae.config import Config, identity, runtime
+from vavae.config import Config, added, identity, runtime
 from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig, InceptionConfig, WeightsPath
 
 ExtractorName = Literal[
-    "efficientnet_lite0", "efficientnet_lite2", "inception", "dinov2_small", "dinov2_base", "dinov2_large"
+    "efficientnet_lite0",
+    "efficientnet_lite2",
+    "inception",
+    "dinov2_small",
+    "dinov2_base",
+    "dinov2_large",
+    "dinov2_large_256",
+    "convnextv2_base",
+    "mae_large",
+    "siglip2_so400m",
+    "clip_large",
 ]
-"""Name of an extractor: an embedded network, that of FID, or a DINOv2 (published with the large one)."""
+"""Name of an extractor: an embedded network, that of FID, a DINOv2 at 224 px (published with the large one), or one of
+the five others of FDr6."""
+
+PUBLISHED_DIVISORS: Mapping[ExtractorName, float] = {
+    "inception": 1.68,
+    "convnextv2_base": 56.87,
+    "dinov2_large_256": 14.19,
+    "mae_large": 0.04,
+    "siglip2_so400m": 0.60,
+    "clip_large": 5.60,
+}
+"""Fréchet distances of ImageNet's validation images to its training images at 256 px (FDr6, arXiv 2604.28190)."""
+
+_FDR_NETWORKS: Mapping[str, str] = {
+    "dinov2_large_256": "vit_large_patch14_dinov2.lvd142m",
+    "convnextv2_base": "convnextv2_base.fcmae_ft_in22k_in1k",
+    "mae_large": "vit_large_patch16_224.mae",
+    "siglip2_so400m": "vit_so400m_patch14_siglip_224.v2_webli",
+    "clip_large": "vit_large_patch14_clip_224.openai",
+}
+"""Networks of FDr6 in timm, by the name of the extractor."""
+
+
+class ExtractorWeights(Config):
+    """Weights of extractors, as `teacher.weights`; none means timm's repository on the hub."""
+
+    dinov2_large_256: WeightsPath | None = None
+    """Weights of DINOv2-L at 256 px."""
+    convnextv2_base: WeightsPath | None = None
+    """Weights of ConvNeXt V2."""
+    mae_large: WeightsPath | None = None
+    """Weights of MAE."""
+    siglip2_so400m: WeightsPath | None = None
+    """Weights of SigLIP 2."""
+    clip_large: WeightsPath | None = None
+    """Weights of CLIP."""
 
 
 class MetricsConfig(Config):
@@ -24,7 +69,10 @@ class MetricsConfig(Config):
     inception: InceptionConfig = InceptionConfig()
     """Weights of the extractor `inception`."""
     dinov2_weights: WeightsPath | None = None
-    """Weights of the DINOv2 among the extractors, as `teacher.weights`; none means timm's repository on the hub."""
+    """Weights of the DINOv2 at 224 px among the extractors, as `teacher.weights`; none means timm's repository on the
+    hub."""
+    weights: ExtractorWeights = added(ExtractorWeights())
+    """Weights of the networks of FDr6 among the extractors."""
     batch_size: int = runtime(64, ge=1)
     """Images per forward pass of the extractor."""
 
@@ -39,6 +87,8 @@ class MetricsConfig(Config):
             return None
         if name in EMBEDDED_WEIGHTS:
             return BackboneConfig(name=name)
+        if name in _FDR_NETWORKS:
+            return BackboneConfig(name=_FDR_NETWORKS[name], weights=getattr(self.weights, name))
         size = name.removeprefix("dinov2_")
         return BackboneConfig(name=f"vit_{size}_patch14_dinov2.lvd142m", weights=self.dinov2_weights)
 

@@ -60,6 +60,8 @@ def describe(name: ExtractorName, config: MetricsConfig) -> Description:
     preprocessing = _preprocessing(name)
     model: Any = meta_backbone(backbone)
     resize = f"images resized to {preprocessing.size} px ({preprocessing.mode}, antialiased)"
+    if preprocessing.timm_kwargs == _PADDED:
+        resize += " and padded to whole patches"
     return Description(name, model.num_features, f"{name}, {preprocessing.output}, {resize}")
 
 
@@ -97,14 +99,21 @@ class _Preprocessing(NamedTuple):
 
 
 def _preprocessing(name: ExtractorName) -> _Preprocessing:
-    return _EMBEDDED.get(name, _DINOV2)
+    return _PREPROCESSING.get(name, _DINOV2)
 
 
-_EMBEDDED: dict[str, _Preprocessing] = {
+# FDr6: a patch of 14 does not divide 256 px, so zeros are appended on the right and below.
+_PADDED = {"dynamic_img_size": True, "dynamic_img_pad": True}
+_PREPROCESSING: dict[str, _Preprocessing] = {
     # Smaller than in its training, for small images on a CPU.
     "efficientnet_lite0": _Preprocessing(96, "bilinear", "pooled features", {}),
     # As in its training.
     "efficientnet_lite2": _Preprocessing(260, "bicubic", "pooled features", {}),
+    "dinov2_large_256": _Preprocessing(256, "bicubic", "class token", _PADDED),
+    "convnextv2_base": _Preprocessing(224, "bicubic", "pooled features", {}),
+    "mae_large": _Preprocessing(224, "bicubic", "class token", {}),
+    "siglip2_so400m": _Preprocessing(224, "bicubic", "attention-pooled features", {}),
+    "clip_large": _Preprocessing(256, "bicubic", "class token", _PADDED),
 }
 # Stein et al. 2023, with the scaling of EDM2; position embeddings are resampled by timm.
 _DINOV2 = _Preprocessing(224, "bicubic", "class token", {"dynamic_img_size": True})
