@@ -4,6 +4,7 @@ Shapes: B images, c channels of an image, C of a latent, a grid of h x w positio
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,11 +45,14 @@ def squared_errors(decode: Callable[[Tensor], Tensor], z: Tensor, images: Tensor
     """
     half = [(side + 1) // 2 for side in z.shape[2:]]
     pixels = [side * size // of_grid for side, size, of_grid in zip(half, images.shape[2:], z.shape[2:], strict=True)]
-    return SquaredErrors(
-        _difference(decoded, images),
-        _difference(decode(_turn(z)), _turn(decoded)),
-        _difference(decode(_resize(z, half)), _resize(decoded, pixels)),
-    )
+    turn = partial(torch.rot90, dims=(-1, -2))
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+    compared = [
+        (decoded, images),
+        (decode(turn(z)), turn(decoded)),
+        (decode(resize(z, half)), resize(decoded, pixels)),
+    ]
+    return SquaredErrors(*((ours - theirs).square().flatten(1).mean(1) for ours, theirs in compared))
 
 
 def equivariance_errors(errors: SquaredErrors) -> EquivarianceErrors:
@@ -61,15 +65,3 @@ def _ratio(error: float, reconstruction: float) -> float:
     if error == 0:
         return 0.0
     return error / reconstruction if reconstruction else float("inf")
-
-
-def _turn(x: Tensor) -> Tensor:
-    return torch.rot90(x, dims=(-1, -2))
-
-
-def _resize(x: Tensor, size: list[int]) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().flatten(1).mean(1)

@@ -123,6 +123,8 @@ def probe_latents(latents: Tensor, classes: Sequence[Tensor] | None = None) -> L
     std = latents.std((0, 2, 3), correction=0)
     centered = latents - latents.mean((0, 2, 3), keepdim=True)
     whitened = centered / std.clamp_min(torch.finfo(std.dtype).tiny)[:, None, None]
+    of_classes = [whitened] if classes is None else [whitened[each] for each in classes]
+    variances = [velocity_variance(each) for each in of_classes if len(each) > 1]
     return LatentProbes(
         spectrum_slope(whitened),
         effective_rank(centered),
@@ -130,13 +132,8 @@ def probe_latents(latents: Tensor, classes: Sequence[Tensor] | None = None) -> L
         std.max().item(),
         local_to_global(whitened),
         high_frequency_share(whitened),
-        _mean_velocity_variance([whitened] if classes is None else [whitened[found] for found in classes]),
+        float(np.mean(variances)) if variances else float("nan"),
     )
-
-
-def _mean_velocity_variance(classes: Sequence[Tensor]) -> float:
-    found = [velocity_variance(latents) for latents in classes if len(latents) > 1]
-    return float(np.mean(found)) if found else float("nan")
 
 
 def spectrum_slope(latents: Tensor) -> float:

@@ -130,10 +130,11 @@ class RankCorrelation(NamedTuple):
 
 
 def rank_correlations(results: Sequence[TrialResult]) -> list[RankCorrelation]:
-    """Correlate all that is known of tokenizers with the Fréchet distances of generated images, at the end."""
+    """Correlate all that is known before a diffusion model is trained with the final distances of generated images."""
     names = dict.fromkeys(name for one in results for name in one.last)
+    further = (f"{RECONSTRUCTION}_", "density_")
     found = []
-    for probe in filter(_is_probe, names):
+    for probe in (name for name in names if name in TOKENIZER_METRICS or name.startswith(further)):
         for distance in (name for name in names if name.startswith(GENERATION)):
             pairs = ranked(results, probe, distance)
             varied = len(pairs) >= FEWEST_RANKED and all(len(set(values)) > 1 for values in zip(*pairs, strict=True))
@@ -145,11 +146,6 @@ def rank_correlations(results: Sequence[TrialResult]) -> list[RankCorrelation]:
 def ranked(results: Sequence[TrialResult], probe: str, distance: str) -> list[tuple[float, float]]:
     """Means of a probe and a distance, of the finished trials that have both."""
     return [(one.last[probe].mean, one.last[distance].mean) for one in results if {probe, distance} <= one.last.keys()]
-
-
-def _is_probe(name: str) -> bool:
-    """Return whether a metric is known before a diffusion model is trained."""
-    return name in TOKENIZER_METRICS or name.startswith((f"{RECONSTRUCTION}_", "density_"))
 
 
 def _config(sweep: Sweep, one: TrialResult) -> RunConfig:
