@@ -50,6 +50,20 @@ def test_a_covariance_is_recovered_from_draws():
     assert found.sqrt().sum().item() == pytest.approx(known.sqrt().sum().item(), rel=3e-3)
 
 
+def test_few_latents_have_the_most_likely_covariance():
+    """A loop over latents, until nothing changes; few enough that one whitened by half gives another."""
+    latents = (noise(3, 3, key="mix") @ noise(12, 3, 4)) * torch.tensor([0.1, 1, 3, 9]).double()
+    centered = [each - latents.mean(0) for each in latents]
+    channels, positions = torch.eye(3).double(), torch.eye(4).double()
+    for _ in range(200):
+        positions = sum(each.T @ channels.inverse() @ each for each in centered) / (12 * 3)
+        channels = sum(each @ positions.inverse() @ each.T for each in centered) / (12 * 4)
+    expected = torch.linalg.eigvalsh(torch.kron(channels, positions))
+    expected *= latents.var(0).sum() / expected.sum()
+    found = kronecker_eigenvalues(latents[:, :, None]).sort().values
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("eigenvalue", [0.05, 1.0, 30.0])
 def test_it_is_the_integral_over_time_of_the_variance_of_the_velocity_given_the_point(eigenvalue):
     def given_the_point(t):
