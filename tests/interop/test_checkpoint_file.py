@@ -127,8 +127,10 @@ def test_a_file_without_a_state_dict_is_refused_in_one_line(tmp_path, stored, me
 
 def test_other_suffixes_are_refused_before_anything_is_done(tmp_path):
     for act in (read_weights, lambda path: write_weights(path, STATE, nest="ema")):
-        with pytest.raises(UserError, match=r"model.bin: a file of weights ends in .pt, .pth, .ckpt, .safetensors"):
-            act(tmp_path / "model.bin")
+        with pytest.raises(
+            UserError, match=r"model.zip: a file of weights ends in .pt, .pth, .ckpt, .bin, .safetensors"
+        ):
+            act(tmp_path / "model.zip")
     assert not list(tmp_path.iterdir())
 
 

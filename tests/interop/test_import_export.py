@@ -13,17 +13,21 @@ from support import in_process, small_models
 from vavae.cli.main import main
 from vavae.config import load
 from vavae.data.shards.write import write_shards
+from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.interop.export import ALIGNMENT, load_alignment, load_lightningdit, load_tokenizer
 from vavae.interop.released_lightningdit import save_released_lightningdit
 from vavae.interop.released_tokenizer import load_released_tokenizer, save_released_tokenizer
-from vavae.latents.manifest import read_latent_manifest
+from vavae.latents.manifest import read_latent_manifest, read_latents_of
 from vavae.latents.statistics import read_statistics
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
+from vavae.runs.training_inputs import begin_training
+from vavae.training.session import LocalSession
+from vavae.training.train import train
 
 FEATURES = 112
 """Channels of the embedded teacher."""
@@ -61,9 +65,9 @@ class Exchange:
     def run(self, *overrides):
         return Run(load(RunConfig, self.folder / "run.yaml", overrides))
 
-    def command(self, verb, model, name, *words):
-        """Exit status of ``vavae VERB MODEL FILE --config ... WORDS``."""
-        return main([verb, model, str(self.folder / name), "--config", str(self.folder / "run.yaml"), *words])
+    def command(self, verb, model, name, *words, address=None):
+        """Exit status of ``vavae VERB MODEL FILE --config ... WORDS``, FILE an address or a name in the folder."""
+        return main([verb, model, address or str(self.folder / name), "--config", f"{self.folder}/run.yaml", *words])
 
     def write_tokenizer(self, name="epoch=1.ckpt", features=FEATURES, **sizes):
         model = small_models.randomized(VAVAE(small_models.TOKENIZER.model_copy(update=sizes)))
@@ -93,6 +97,15 @@ class Exchange:
 @pytest.fixture
 def exchange(tmp_path):
     return Exchange(tmp_path)
+
+
+def write_autoencoder_kl(folder, **settings):
+    """An AutoencoderKL of diffusers with the sizes of the exchange's tokenizer."""
+    down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=(32, 32), **settings)
+    small_models.randomized(model).save_pretrained(folder)
+    return model
 
 
 def same(left, right):
@@ -298,6 +311,7 @@ def test_weights_that_are_not_finite_are_refused_and_leave_what_was_there(exchan
     [
         ([], r"latents is [2, 3, 8, 8], expected [2, 4, 8, 8]"),
         (["latents.flip=false"], "the public layout holds mirror images too, so set latents.flip=true"),
+        (["latents.normalization=tokenizer"], "have their own statistics, so set latents.normalization=measured"),
         (["name=empty"], "no tokenizer yet"),
     ],
 )
@@ -308,3 +322,116 @@ def test_latents_of_another_configuration_are_refused(exchange, capsys, words, m
     save_file({"latents": torch.zeros(2, 3, 8, 8)}, exchange.folder / "public" / "latents_rank00_shard000.safetensors")
     assert exchange.command("import", "latents", "public", *words) == 2
     assert message in capsys.readouterr().err
+
+
+FOREIGN = ("tokenizer.quant_conv=false", "tokenizer.post_quant_conv=false")
+
+
+def test_a_foreign_autoencoder_goes_the_whole_way(exchange, caplog):
+    """Like FLUX's, which has a shift and no convolutions around the latent, and normalized as it is published."""
+    theirs = write_autoencoder_kl(
+        exchange.folder / "flux",
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.25,
+        shift_factor=0.125,
+    )
+    words = (*FOREIGN, "latents.normalization=tokenizer", "train_lightningdit.images=16")
+    assert exchange.command("import", "tokenizer", "flux", *words) == 0
+    assert "scaling_factor" not in caplog.text, "nothing of it is left unused"
+    run = exchange.run(*words)
+    assert run.require("train_vavae").details["imported"] == "flux"
+    in_process.precompute_latents(run)
+    latents = run.folder("precompute_latents")
+    for statistic, value in zip(read_statistics(latents), (0.125, 4.0), strict=True):
+        assert statistic.tolist() == [value] * 4
+    assert read_latent_manifest(latents).tokenizer == run.require("train_vavae").digest
+    train(begin_training(run, "train_lightningdit", World()), LocalSession(), World())
+    in_process.sample(run)
+    in_process.evaluate_and_report(run)
+    assert all(plan.done for plan in run.plans().values())
+    metrics = json.loads(run.storage.read_bytes("metrics.json"))
+    assert metrics.keys() >= {"psnr", "reconstruction_frechet_distance", "generation_frechet_distance"}
+    assert "alignment_cosine" not in metrics
+    measured = exchange.run(*FOREIGN, "train_lightningdit.images=16")
+    assert measured.plan("train_vavae").done
+    assert measured.plans()["precompute_latents"].why == "made with another configuration"
+
+    assert exchange.command("export", "tokenizer", "again", *words, "--format", "diffusers") == 0
+    settings = json.loads((exchange.folder / "again" / "config.json").read_text())
+    assert (settings["latents_mean"], settings["latents_std"]) == ([0.125] * 4, [4.0] * 4)
+    written = load_file(exchange.folder / "again" / "diffusion_pytorch_model.safetensors")
+    assert same(written, theirs.state_dict())
+    assert exchange.command("export", "tokenizer", "again.ckpt", *words) == 0
+    assert "again.ckpt: statistics of the latents, which came with the tokenizer, have no place" in caplog.text
+
+    write_autoencoder_kl(exchange.folder / "other", scaling_factor=1.0)
+    assert exchange.command("import", "tokenizer", "other") == 0
+    other = exchange.run()
+    assert other.plans()["precompute_latents"].why == "not there yet"
+    with pytest.raises(UserError, match=r"latents of the tokenizer \w+, but the run's is \w+; run precompute_latents"):
+        read_latents_of(latents, other.require("train_vavae").digest, other.config.latent_shape)
+
+
+def test_statistics_that_are_not_taken_are_named(exchange, caplog, capsys):
+    with pytest.raises(UserError, match="this run is about to train its own: run vavae import tokenizer first"):
+        exchange.run("latents.normalization=tokenizer").claim("train_vavae")
+    write_autoencoder_kl(exchange.folder / "sdxl", scaling_factor=0.13025)
+    assert exchange.command("import", "tokenizer", "sdxl") == 0
+    message = "its statistics of latents (scaling_factor) are kept, but the diffusion takes {}; latents.normalization="
+    assert message.format("the images' own") in caplog.text
+    assert exchange.command("import", "tokenizer", "sdxl", "latents.scale=0.5") == 0
+    assert message.format("latents.scale=0.5") in caplog.text
+    exchange.write_tokenizer()
+    assert exchange.command("import", "tokenizer", "epoch=1.ckpt", "latents.normalization=tokenizer") == 2
+    assert "epoch=1.ckpt: no statistics of its latents: set latents.normalization=measured" in capsys.readouterr().err
+    assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 0
+    with pytest.raises(UserError, match="the tokenizer came without statistics of latents: take measured"):
+        in_process.precompute_latents(exchange.run("latents.normalization=tokenizer"))
+    assert exchange.command("import", "tokenizer", "sdxl", "latents={normalization: tokenizer, scale: 1}") == 2
+    assert "scale=1 and normalization=tokenizer are two ways: leave one out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"use_quant_conv": False, "norm_num_groups": 16},
+            "its norm_groups is 16, but tokenizer.norm_groups=32 is configured: set tokenizer.norm_groups=16 "
+            "tokenizer.quant_conv=false\n",
+        ),
+        ({"layers_per_block": 2}, "its res_blocks is 2, but tokenizer.res_blocks=1 is configured: set tokenizer.res"),
+    ],
+)
+def test_a_foreign_autoencoder_of_another_architecture_is_refused_with_the_remedy(exchange, capsys, settings, message):
+    write_autoencoder_kl(exchange.folder / "foreign", **settings)
+    assert exchange.command("import", "tokenizer", "foreign") == 2
+    error = capsys.readouterr().err.splitlines()[-1] + "\n"
+    assert message in error
+    assert exchange.run().artifact("train_vavae") is None
+    words = [word for word in error.split("set ")[1].split() if "=" in word]
+    assert exchange.command("import", "tokenizer", "foreign", *words) == 0
+
+
+def test_an_autoencoder_on_the_hub(exchange, capsys, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns[0]))
+        if repository == "owner/offline":
+            raise LocalEntryNotFoundError("no connection\nand no cache")
+        return str(exchange.folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    write_autoencoder_kl(exchange.folder / "vae", scaling_factor=1.0)
+    assert exchange.command("import", "tokenizer", "", address="hf-hub:owner/name/vae@v1.0") == 0
+    assert exchange.run().require("train_vavae").details["imported"] == "vae@v1.0"
+    assert exchange.command("import", "tokenizer", "", address="hf-hub:owner/offline") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "hf-hub:owner/offline is neither in the cache" in error
+    assert asked == [("owner/name", "v1.0", "vae/config.json"), ("owner/offline", None, "config.json")]
+    assert exchange.command("import", "tokenizer", "", address="hf-hub:name") == 2
+    assert "hf-hub:name: write hf-hub:owner/name, or hf-hub:owner/name/folder@revision" in capsys.readouterr().err

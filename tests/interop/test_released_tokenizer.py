@@ -13,6 +13,7 @@ from vavae.interop.released_tokenizer import (
     load_released_alignment,
     load_released_discriminator,
     load_released_tokenizer,
+    read_released_tokenizer,
     save_released_tokenizer,
 )
 from vavae.losses.adversarial import DiscriminatorObjective, PatchDiscriminator
@@ -141,6 +142,13 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, saved, released, suffi
         TokenizerConfig(channels=32),  # f16d32 but for its width
         TokenizerConfig(latent_dim=64, channels=32, channel_multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4, 5)),
         TokenizerConfig(latent_dim=3, channels=64, channel_multipliers=(2, 1), res_blocks=1, attention_levels=(0,)),
+        TokenizerConfig(
+            latent_dim=3, channels=64, channel_multipliers=(1, 1.5), attention_levels=(), middle_attention=False
+        ),
+        TokenizerConfig(latent_dim=3, channels=32, channel_multipliers=(1,), attention_levels=(), quant_conv=False),
+        TokenizerConfig(
+            latent_dim=3, channels=32, channel_multipliers=(1,), attention_levels=(), post_quant_conv=False
+        ),
     ],
 )
 def test_every_size_is_told_by_the_tensors(saved, config):
@@ -178,6 +186,64 @@ def test_every_discriminator(tmp_path, config):
     loaded = load_released_discriminator(path, **overrides).eval()
     images = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(images), discriminator.eval()(images))
+
+
+def test_the_original_checkpoint_of_the_sd_vae(saved, released, caplog):
+    """It has the names of LDM's training: a loss with its logvar, and an average under names without dots."""
+    own = {name: tensor for name, tensor in released.items() if not name.startswith(("loss.", "linear_proj."))}
+    average = {f"model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in own.items()}
+    training = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(64, 3, 4, 4)}
+    counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
+    stored = {"state_dict": own | training | average | counters, "global_step": 840_000, "callbacks": {}}
+    loaded = load_released_tokenizer(saved(stored)).state_dict()
+    assert loaded.keys() == own.keys()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
+    counts = f"2 under loss, {len(own) + 2} under model_ema"
+    assert caplog.records[0].getMessage().endswith(f"dropped {len(own) + 4} tensors besides the autoencoder: {counts}")
+
+
+STATISTICS = {"mean": torch.arange(8.0), "std": torch.arange(1.0, 9)}
+NORM = {"bn.running_mean": STATISTICS["mean"], "bn.running_var": STATISTICS["std"] ** 2}
+
+
+def test_statistics_of_an_end_to_end_training(tmp_path, saved, released):
+    """REPA-E keeps them in the transformer of its checkpoint, and publishes them beside the autoencoder."""
+    own = {name: tensor for name, tensor in released.items() if not name.startswith(("loss.", "linear_proj."))}
+    transformer = {"x_embedder.proj.weight": torch.ones(1), **NORM, "bn.num_batches_tracked": torch.tensor(7)}
+    whole = read_released_tokenizer(saved({"model": {}, "ema": transformer, "vae": own, "steps": 4, "opt": {}}))
+    flat = read_released_tokenizer(saved({**own, **NORM}))
+    assert read_released_tokenizer(saved(own)).statistics is None
+    beside = {"latents_bias": STATISTICS["mean"], "latents_scale": NORM["bn.running_var"].rsqrt()}
+    torch.save({name: tensor.view(1, 8, 1, 1) for name, tensor in beside.items()}, tmp_path / "model-latents-stats.pt")
+    pair = read_released_tokenizer(saved(own))
+    for found in (whole, flat, pair):
+        assert found.weights.tensors.keys() == own.keys()
+        for name, expected in STATISTICS.items():
+            torch.testing.assert_close(found.statistics[name], expected.double(), rtol=1e-6, atol=0)
+    assert pair.statistics_source == "model-latents-stats.pt"
+    loaded = load_released_tokenizer(saved({**own, **NORM})).state_dict()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bn.running_var": torch.zeros(8)}, r"bn\.: std\[0\] is 0, expected more than 0"),
+        ({"bn.running_var": -torch.ones(8)}, r"bn\.: std\[0\] is nan"),
+        ({"bn.running_mean": torch.ones(32)}, r"bn\.running_mean is \[32\], expected \[8\]"),
+        ({"bn.bias": torch.ones(8)}, r"bn\.bias, expected a batch normalization without weights"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(saved, released, change, message):
+    with pytest.raises(UserError, match=message):
+        load_released_tokenizer(saved({**released, **NORM, **change}))
+
+
+def test_a_transformer_without_its_autoencoder_is_no_tokenizer(saved):
+    with pytest.raises(
+        UserError, match="holds a mapping of ema, expected tensors by name, or such a mapping under vae"
+    ):
+        load_released_tokenizer(saved({"ema": NORM}))
 
 
 TOKENIZER, ALIGNMENT, DISCRIMINATOR = load_released_tokenizer, load_released_alignment, load_released_discriminator

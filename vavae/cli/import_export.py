@@ -24,9 +24,10 @@ def add_commands(commands: Any) -> None:
         "--weights", metavar="NAME", help="average of the LightningDiT's weights; default: the one of its export"
     )
     exporter.set_defaults(act=_export)
+    address = "path or storage URL; a folder for latents and for diffusers; hf-hub:owner/name of a tokenizer to import"
     for command in (importer, exporter):
         command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
-        command.add_argument("file", metavar="FILE", help="path or storage URL; a folder for latents and for diffusers")
+        command.add_argument("file", metavar="FILE", help=address)
         add_config(command)
 
 

@@ -6,7 +6,7 @@ import pickle
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ from vavae.errors import UserError
 from vavae.storage.storage import Storage
 
 _SAFETENSORS = ".safetensors"
-_PICKLED = (".pt", ".pth", ".ckpt")
+_PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 _NESTS = ("ema", "model", "state_dict")
 """Keys under which training scripts keep a state dict beside other things, the one to prefer first."""
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -47,6 +47,8 @@ class WeightsFile:
     url: str
     tensors: Mapping[str, Tensor]
     """Tensors by name; mapped into memory where the format allows it, so what nobody copies is never read."""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """Names in the file, by name here, of tensors that were renamed; for messages."""
 
     def shape(self, kind: str, name: str, dims: int) -> tuple[int, ...]:
         """Shape of a tensor that every file of a kind has.
@@ -84,12 +86,12 @@ class WeightsFile:
 
     def part(self, *prefixes: str) -> "WeightsFile":
         """The tensors whose names begin with one of the prefixes."""
-        return WeightsFile(self.url, {name: self.tensors[name] for name in self.tensors if name.startswith(prefixes)})
+        return replace(self, tensors={name: self.tensors[name] for name in self.tensors if name.startswith(prefixes)})
 
     def without(self, *prefixes: str) -> "WeightsFile":
         """The tensors whose names begin with none of the prefixes."""
         dropped = self.part(*prefixes).tensors
-        return WeightsFile(self.url, {name: self.tensors[name] for name in self.tensors if name not in dropped})
+        return replace(self, tensors={name: self.tensors[name] for name in self.tensors if name not in dropped})
 
     def _likeness(self) -> str:
         """Kind of model that the names suggest, in words."""
@@ -112,11 +114,12 @@ _MARKS = {
 """A tensor of each kind of model that somebody might take for another."""
 
 
-def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
+def read_weights(path: str | os.PathLike[str], nests: Sequence[str] = _NESTS) -> WeightsFile:
     """Read a checkpoint: a state dict, or one under `ema`, `model` or `state_dict`, the first of these that exists.
 
     Args:
-        path: local path or storage URL of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
+        path: local path or storage URL of a `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` file.
+        nests: keys to look under in place of those.
 
     Raises:
         UserError: no such file, it is damaged, holds no state dict, or can't be read without running code from it.
@@ -128,7 +131,7 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
     stored = _read_safetensors(url, local) if suffix == _SAFETENSORS else _read_pickled(url, local)
-    return WeightsFile(url, _unwrapped(_state_dict(url, stored)))
+    return WeightsFile(url, _unwrapped(_state_dict(url, stored, nests)))
 
 
 def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], nest: str) -> None:
@@ -187,16 +190,16 @@ def _read_pickled(url: str, local: Path) -> Any:
         ) from error
 
 
-def _state_dict(url: str, stored: Any) -> Mapping[str, Tensor]:
+def _state_dict(url: str, stored: Any, nests: Sequence[str]) -> Mapping[str, Tensor]:
     if isinstance(stored, Mapping):
-        nested = (stored[nest] for nest in _NESTS if isinstance(stored.get(nest), Mapping) and stored[nest])
+        nested = (stored[nest] for nest in nests if isinstance(stored.get(nest), Mapping) and stored[nest])
         found = next(nested, stored)
         if found and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             return found
         held = f"a mapping of {', '.join(map(str, list(found)[:5]))}" if found else "nothing"
     else:
         held = f"a {type(stored).__name__}"
-    raise UserError(f"{url}: holds {held}, expected tensors by name, or such a mapping under {', '.join(_NESTS)}")
+    raise UserError(f"{url}: holds {held}, expected tensors by name, or such a mapping under {', '.join(nests)}")
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -53,7 +53,7 @@ class Conversion(Generic[ConfigT, ModuleT]):
             module = self.build(config, **sizes)
         released = weights.part(self.released).tensors
         found = {self.ours + name.removeprefix(self.released): tensor for name, tensor in released.items()}
-        problems = list(self._problems(found, module.state_dict()))
+        problems = list(self._problems(found, module.state_dict(), weights.stored_names))
         if problems:
             asked = [
                 f"{'' if name in sizes else section}{name}={overrides[name]}"
@@ -63,7 +63,8 @@ class Conversion(Generic[ConfigT, ModuleT]):
             demand = f"with {', '.join(asked)}: correct that or take another file" if asked else "by the other tensors"
             count = f" (the first of {len(problems)} such tensors)" if len(problems) > 1 else ""
             raise UserError(f"{weights.url}: {problems[0]} {demand}{count}")
-        require_finite(released, weights.url, "take another file or checkpoint")
+        stored = {weights.stored_names.get(name, name): tensor for name, tensor in released.items()}
+        require_finite(stored, weights.url, "take another file or checkpoint")
         # Tensors that are mapped from a file would change with the file.
         owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
         module.load_state_dict(owned, assign=True)
@@ -87,16 +88,20 @@ class Conversion(Generic[ConfigT, ModuleT]):
     def _released(self, name: str) -> str:
         return self.released + name.removeprefix(self.ours)
 
-    def _problems(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    def _problems(
+        self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], stored_names: Mapping[str, str]
+    ) -> Iterator[str]:
         """One message for each tensor that is not as expected."""
-        for name, tensor in expected.items():
-            shape = list(tensor.shape)
-            if name not in found:
-                yield f"no tensor {self._released(name)}, expected {shape}"
-            elif list(found[name].shape) != shape:
-                yield f"{self._released(name)} is {list(found[name].shape)}, expected {shape}"
-            elif found[name].is_floating_point() != tensor.is_floating_point():
-                yield f"{self._released(name)} holds {found[name].dtype}, expected {tensor.dtype}"
-        for name in found:
-            if name not in expected:
-                yield f"{self._released(name)} is {list(found[name].shape)}, expected no such tensor"
+        names = {own: self._released(own) for own in [*expected, *found]}
+        names = {own: stored_names.get(released, released) for own, released in names.items()}
+        for own, tensor in expected.items():
+            name, shape = names[own], list(tensor.shape)
+            if own not in found:
+                yield f"no tensor {name}, expected {shape}"
+            elif list(found[own].shape) != shape:
+                yield f"{name} is {list(found[own].shape)}, expected {shape}"
+            elif found[own].is_floating_point() != tensor.is_floating_point():
+                yield f"{name} holds {found[own].dtype}, expected {tensor.dtype}"
+        for own in found:
+            if own not in expected:
+                yield f"{names[own]} is {list(found[own].shape)}, expected no such tensor"

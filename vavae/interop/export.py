@@ -29,6 +29,7 @@ from vavae.storage.artifact import Artifact, FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
 WEIGHTS, ALIGNMENT, DESCRIPTION = "model.safetensors", "alignment.safetensors", "model.yaml"
+"""Files of an export; that of a tokenizer which came with statistics of its latents has those of latents besides."""
 
 DescriptionT = TypeVar("DescriptionT", bound=Config)
 

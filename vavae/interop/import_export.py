@@ -1,5 +1,6 @@
 """Import of released weights and latents into a run, and export out of it: ``vavae import``, ``vavae export``."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -7,11 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from vavae.config import Config, digest
+from vavae.config import Config, differences, digest, identity
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights
-from vavae.interop.diffusers_tokenizer import save_diffusers_tokenizer
+from vavae.interop.diffusers_tokenizer import (
+    is_diffusers_weights,
+    read_diffusers_tokenizer,
+    save_diffusers_tokenizer,
+)
 from vavae.interop.export import (
     ALIGNMENT,
     WEIGHTS,
@@ -22,6 +27,7 @@ from vavae.interop.export import (
     load_tokenizer,
     save_export,
 )
+from vavae.interop.hub import fetch_diffusers_folder
 from vavae.interop.released_latents import (
     check_released_latents,
     export_released_latents,
@@ -29,13 +35,17 @@ from vavae.interop.released_latents import (
 )
 from vavae.interop.released_lightningdit import convert_lightningdit, save_released_lightningdit
 from vavae.interop.released_tokenizer import (
+    PublishedTokenizer,
     convert_alignment,
     convert_tokenizer,
     holds_alignment,
+    read_released_tokenizer,
     save_released_tokenizer,
 )
 from vavae.latents.manifest import read_latent_manifest
+from vavae.latents.statistics import STATISTICS, read_statistics
 from vavae.losses.vision_foundation import VisionFoundationLoss
+from vavae.models.backbones.config import HUB_PREFIX
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.runs.config import RunConfig
 from vavae.runs.output import JobOutput
@@ -55,14 +65,31 @@ def import_tokenizer(config: RunConfig, output: JobOutput, path: str) -> None:
     Args:
         config: configuration of the run.
         output: place of the tokenizer's export.
-        path: local path or storage URL of the file.
+        path: local path or storage URL of a released file or of a folder of diffusers, or `hf-hub:owner/name` of one.
 
     Raises:
-        UserError: the file can't be used (see :mod:`vavae.interop.released_tokenizer`) or has other sizes than the
-            configuration.
+        UserError: the file can't be used (see :mod:`vavae.interop.released_tokenizer` and
+            :mod:`vavae.interop.diffusers_tokenizer`), has other sizes than the configuration, or lacks the statistics
+            that `latents.normalization` asks for.
     """
-    weights = read_weights(path)
+    tokenizer = _read_tokenizer(path)
+    weights, statistics = tokenizer.weights, tokenizer.statistics
+    _check_architecture(config, tokenizer)
     states = {WEIGHTS: convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer.").state_dict()}
+    takes_given = config.latents.normalization == "tokenizer"
+    if statistics is not None:
+        states[STATISTICS] = dict(statistics)
+        if not takes_given:
+            instead = "the images' own" if config.latents.scale is None else f"latents.scale={config.latents.scale:g}"
+            _log.warning(
+                "%s: its statistics of latents (%s) are kept, but the diffusion takes %s; "
+                "latents.normalization=tokenizer takes these",
+                weights.url,
+                tokenizer.statistics_source,
+                instead,
+            )
+    elif takes_given:
+        raise UserError(f"{weights.url}: no statistics of its latents: set latents.normalization=measured")
     feature_dim = teacher_geometry(config.teacher).feature_dim
     if holds_alignment(weights):
         states[ALIGNMENT] = _alignment(config, weights, feature_dim).state_dict()
@@ -74,7 +101,7 @@ def import_tokenizer(config: RunConfig, output: JobOutput, path: str) -> None:
         vision_foundation=config.losses.vision_foundation,
         feature_dim=feature_dim,
     )
-    _write_export(output, weights, description, states)
+    _write_export(output, path if path.startswith(HUB_PREFIX) else Storage(path).url(), description, states)
 
 
 def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, path: str) -> None:
@@ -102,7 +129,7 @@ def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, 
     description = LightningDiTDescription(
         lightningdit=model, latent_dim=latent_dim, grid=(height, width), tokenizer=manifest.tokenizer
     )
-    _write_export(output, weights, description, states)
+    _write_export(output, weights.url, description, states)
 
 
 def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder: str) -> None:
@@ -122,6 +149,8 @@ def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder
     """
     if not config.latents.flip:
         raise UserError(f"{folder}: the public layout holds mirror images too, so set latents.flip=true")
+    if config.latents.normalization != "measured":
+        raise UserError(f"{folder}: these latents have their own statistics, so set latents.normalization=measured")
     tokenizer, classes = output.draft.inputs["train_vavae"], read_manifest(shards).classes
     source, target = output.run.at(folder), output.folder
     shape, shard_images = config.latent_shape, config.shards.shard_images
@@ -145,8 +174,17 @@ def export_tokenizer(tokenizer: StoredArtifact, path: str) -> None:
         UserError: the file can't be written.
     """
     autoencoder, _ = load_tokenizer(tokenizer.folder)
+    if _given_statistics(tokenizer) is not None:
+        _log.warning("%s: statistics of the latents, which came with the tokenizer, have no place in this format", path)
     alignment = load_alignment(tokenizer.folder) if ALIGNMENT in tokenizer.files else None
     save_released_tokenizer(path, autoencoder, alignment)
+
+
+def _given_statistics(tokenizer: StoredArtifact) -> dict[str, Tensor] | None:
+    """`mean` and `std` of the latents that came with an imported tokenizer, float64 [C]; None for none."""
+    if STATISTICS not in tokenizer.files:
+        return None
+    return dict(zip(("mean", "std"), read_statistics(tokenizer.folder), strict=True))
 
 
 def export_diffusers_tokenizer(tokenizer: StoredArtifact, image_size: int | tuple[int, int], folder: str) -> None:
@@ -161,7 +199,7 @@ def export_diffusers_tokenizer(tokenizer: StoredArtifact, image_size: int | tupl
         UserError: diffusers has no such architecture.
     """
     autoencoder, _ = load_tokenizer(tokenizer.folder)
-    save_diffusers_tokenizer(folder, autoencoder, image_size)
+    save_diffusers_tokenizer(folder, autoencoder, image_size, _given_statistics(tokenizer))
 
 
 def export_lightningdit(lightningdit: StoredArtifact, path: str) -> None:
@@ -192,6 +230,30 @@ def export_latents(latents: StoredArtifact, target: Storage, seed: int) -> None:
     export_released_latents(latents.folder, SPLIT, target, seed)
 
 
+def _read_tokenizer(path: str) -> PublishedTokenizer:
+    """Read a tokenizer by its address."""
+    if path.startswith(HUB_PREFIX):
+        return read_diffusers_tokenizer(fetch_diffusers_folder(path))
+    storage = Storage(path)
+    if is_diffusers_weights(PurePosixPath(path).name) or (storage.exists() and not storage.is_file()):
+        return read_diffusers_tokenizer(path)
+    return read_released_tokenizer(path)
+
+
+def _check_architecture(config: RunConfig, tokenizer: PublishedTokenizer) -> None:
+    """Refuse a tokenizer that describes itself as another than the configured one: tensors do not tell all of it."""
+    found = [] if tokenizer.config is None else differences(tokenizer.config, config.tokenizer)
+    if found:
+        field, theirs, ours = found[0]
+        keys = " ".join(
+            f"tokenizer.{name}={json.dumps(identity(value))}".replace(", ", ",") for name, value, _ in found
+        )
+        raise UserError(
+            f"{tokenizer.weights.url}: its {field} is {json.dumps(identity(theirs))}, but tokenizer.{field}="
+            f"{json.dumps(identity(ours))} is configured: set {keys}"
+        )
+
+
 def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> VisionFoundationLoss:
     """The projection of a file; UserError unless it leads to the features of the configured teacher."""
     settings = {**config.losses.vision_foundation.model_dump(), "latent_dim": config.tokenizer.latent_dim}
@@ -208,11 +270,11 @@ def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> Vis
 
 
 def _write_export(
-    output: JobOutput, weights: WeightsFile, description: Config, states: Mapping[str, Mapping[str, Tensor]]
+    output: JobOutput, address: str, description: Config, states: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Write and commit the export of a training that took place elsewhere."""
     output.discard()
-    _commit(output, save_export(output.folder, description, states), weights.url)
+    _commit(output, save_export(output.folder, description, states), address)
 
 
 def _commit(output: JobOutput, files: Mapping[str, FileInfo], url: str) -> None:

@@ -7,21 +7,94 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights, write_weights
 from vavae.interop.conversion import Conversion
+from vavae.latents.statistics import check_statistics
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.losses.config import AdversarialLossConfig, VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
+from vavae.storage.storage import Storage
 
 _ALIGNMENT, _DISCRIMINATOR = "linear_proj.", "loss.discriminator."
 _TRAINING_PREFIXES = (_ALIGNMENT, "loss.", "foundation_model.", "model_ema.")
 """Prefixes of what checkpoints of training hold besides the autoencoder; those of SD-VAE have the last."""
+_MEAN, _VARIANCE, _BATCH_NORM = "bn.running_mean", "bn.running_var", "bn."
+"""Statistics of the latents in the batch normalization that REPA-E puts between autoencoder and transformer."""
+_FIRST_OF_DECODER = "decoder.conv_in.weight"
+_STATISTICS = "-latents-stats.pt"
+"""End of the name of a file of such statistics, beside that of the autoencoder."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PublishedTokenizer:
+    """A tokenizer as somebody published it."""
+
+    weights: WeightsFile
+    """Tensors by released name."""
+    config: TokenizerConfig | None = None
+    """The architecture, where a file describes it."""
+    statistics: Mapping[str, Tensor] | None = None
+    """`mean` and `std` of its latents per channel, float64 [C], where there are any."""
+    statistics_source: str = ""
+    """Where the statistics were found, for messages."""
+
+
+def read_released_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer:
+    """Read a released autoencoder, and the statistics of the latents of one that REPA-E tuned end to end.
+
+    These are a mean and a variance under `bn.`, with the autoencoder itself under `vae` in a checkpoint of such a
+    training, or a file `NAME-latents-stats.pt` beside `NAME.pt`.
+
+    Args:
+        path: as of :func:`load_released_tokenizer`.
+
+    Raises:
+        UserError: no such file, a damaged or foreign one, or statistics that are not of its latents.
+    """
+    stored = weights = read_weights(path)
+    if _MEAN in stored.tensors and _FIRST_OF_DECODER not in stored.tensors:
+        weights = read_weights(path, nests=("vae",))
+    url = os.path.splitext(weights.url)[0] + _STATISTICS
+    if _MEAN in stored.tensors:
+        statistics, source = batch_norm_statistics(stored, _latent_dim(weights)), f"{_MEAN} and {_VARIANCE}"
+    elif Storage(url).is_file():
+        file, shape = read_weights(url), (1, _latent_dim(weights), 1, 1)
+        scale, bias = (file.expect("file of statistics", f"latents_{name}", shape) for name in ("scale", "bias"))
+        statistics = {"mean": bias.double().flatten(), "std": 1 / scale.double().flatten()}
+        check_statistics(**statistics, place=url)
+        source = os.path.basename(url)
+    else:
+        return PublishedTokenizer(weights)
+    return PublishedTokenizer(weights.without(_BATCH_NORM), statistics=statistics, statistics_source=source)
+
+
+def batch_norm_statistics(weights: WeightsFile, latent_dim: int) -> dict[str, Tensor]:
+    """Read `mean` and `std`, float64 [C], of a batch normalization of the latents.
+
+    The deviation is the root of the running variance alone, as REPA-E samples and trains with it.
+
+    Raises:
+        UserError: they are not of this number of channels, not finite, or the normalization scales and shifts besides.
+    """
+    mean, variance = (weights.expect("batch normalization", name, (latent_dim,)) for name in (_MEAN, _VARIANCE))
+    learned = [name for name in (f"{_BATCH_NORM}weight", f"{_BATCH_NORM}bias") if name in weights.tensors]
+    if learned:
+        raise UserError(
+            f"{weights.url}: {learned[0]}, expected a batch normalization without weights; it can't be used"
+        )
+    statistics = {"mean": mean.double(), "std": variance.double().sqrt()}
+    check_statistics(**statistics, place=f"{weights.url}: {_BATCH_NORM}")
+    return statistics
 
 
 def load_released_tokenizer(path: str | os.PathLike[str], **overrides: Any) -> VAVAE:
@@ -38,7 +111,7 @@ def load_released_tokenizer(path: str | os.PathLike[str], **overrides: Any) -> V
         UserError: no such file, a damaged or foreign one, or one that contradicts an override; the line names the
             tensor, its shape and the shape expected.
     """
-    return convert_tokenizer(read_weights(path), overrides)
+    return convert_tokenizer(read_released_tokenizer(path).weights, overrides)
 
 
 def load_released_alignment(path: str | os.PathLike[str], **overrides: Any) -> VisionFoundationLoss:
@@ -109,21 +182,27 @@ def save_released_tokenizer(
     write_weights(path, tensors, nest="state_dict")
 
 
+def _latent_dim(weights: WeightsFile) -> int:
+    return weights.shape("tokenizer", _FIRST_OF_DECODER, 4)[1]
+
+
 def _infer_autoencoder(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
     channels, image_channels, *_ = weights.shape("tokenizer", "encoder.conv_in.weight", 4)
-    _, latent_dim, *_ = weights.shape("tokenizer", "post_quant_conv.weight", 4)
     levels = range(_count(weights, r"encoder\.down\.(\d+)\."))
     first_convolutions = [f"encoder.down.{level}.block.0.conv1.weight" for level in levels]
     widths = [weights.shape("tokenizer", name, 4)[0] for name in first_convolutions]
     return {
-        "latent_dim": latent_dim,
+        "latent_dim": _latent_dim(weights),
         "image_channels": image_channels,
         "channels": channels,
-        "channel_multipliers": tuple(width // channels for width in widths),
+        "channel_multipliers": tuple(width / channels if width % channels else width // channels for width in widths),
         "res_blocks": _count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
         "attention_levels": tuple(
             level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in weights.tensors
         ),
+        "middle_attention": bool(weights.part("encoder.mid.attn_1.").tensors),
+        "quant_conv": bool(weights.part("quant_conv.").tensors),
+        "post_quant_conv": bool(weights.part("post_quant_conv.").tensors),
     }
 
 

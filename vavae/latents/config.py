@@ -1,6 +1,9 @@
 """Configuration of latents: their computation and storage."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from vavae.config import Config, added, runtime
 from vavae.distributed.config import Precision
@@ -39,6 +42,10 @@ class LatentsConfig(Config):
     scale: float | None = Field(None, gt=0)
     """Train the diffusion on latents times this number instead of whitened ones (SD-VAE's is 0.18215); it changes the
     statistics alone, no latent."""
+    normalization: Literal["measured", "tokenizer"] = added("measured")
+    """Mean and deviation per channel by which the diffusion's latents are whitened: `measured` on the run's training
+    images, or those that came with an imported `tokenizer` (its batch normalization, `latents_mean` and `latents_std`,
+    `shift_factor` and `scaling_factor`)."""
     features: FeaturesConfig | None = added(None)
     """Store the features of a teacher, too: with `dinov2_base` and 16 x 16 latents 393 kB of every image, and as much
     of its mirror image. Null stores none."""
@@ -49,3 +56,9 @@ class LatentsConfig(Config):
     gpus: float = runtime(1.0, gt=0, le=1)
     """Share of a GPU for an actor, where `workers.use_gpu`: two actors of 0.5 take turns on one, which pays where a
     single one does not keep it busy."""
+
+    @model_validator(mode="after")
+    def _normalized_once(self) -> Self:
+        if self.scale is not None and self.normalization != "measured":
+            raise ValueError(f"scale={self.scale:g} and normalization={self.normalization} are two ways: leave one out")
+        return self

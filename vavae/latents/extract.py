@@ -28,7 +28,7 @@ from vavae.latents.config import LatentsConfig
 from vavae.latents.features import SPLIT, FeatureExtraction
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import latent_members
-from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics
+from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics, read_statistics
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig
 from vavae.runs.extraction_inputs import ExtractionInputs
@@ -82,6 +82,7 @@ class Extraction:
         config: batch size, flips, precision and scale.
         threads: threads that decode images; their number changes nothing.
         features: those to be stored beside the latents; None for none.
+        given: folder with the statistics that take the place of measured ones; None for measured ones.
     """
 
     def __init__(
@@ -93,19 +94,29 @@ class Extraction:
         config: LatentsConfig,
         threads: int = 1,
         features: FeatureExtraction | None = None,
+        given: Storage | None = None,
     ) -> None:
-        self._features = features
+        self._features, self._given = features, given
         self._images, self._manifest, self._latents = images, manifest, latents
         self._tokenizer, self._config, self._threads = tokenizer, config, threads
         self._turn = Lock()
 
     @classmethod
     def of(cls, inputs: ExtractionInputs) -> "Extraction":
-        """The latents of a run."""
+        """The latents of a run.
+
+        Raises:
+            UserError: the tokenizer came without the statistics that the configuration asks for.
+        """
         tokenizer, config = inputs.tokenizer.digest, inputs.config.latents
+        given = inputs.tokenizer.folder if config.normalization == "tokenizer" else None
+        if given is not None and STATISTICS not in inputs.tokenizer.files:
+            raise UserError(
+                "latents.normalization=tokenizer, but the tokenizer came without statistics of latents: take measured"
+            )
         threads = threads_of(config.cpus or inputs.config.workers.cpus)
         features = FeatureExtraction.of(inputs)
-        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config, threads, features)
+        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config, threads, features, given)
 
     @property
     def images(self) -> int:
@@ -138,8 +149,9 @@ class Extraction:
         return size == record.shard.bytes and record.origin == self._origin(task)
 
     def _origin(self, task: ShardTask) -> str:
-        # The scale changes no latent, nor do features.
-        config = {key: value for key, value in identity(self._config).items() if key not in ("scale", "features")}
+        # The normalization changes no latent, nor do features.
+        beside = ("scale", "normalization", "features")
+        config = {key: value for key, value in identity(self._config).items() if key not in beside}
         return digest(
             {
                 "source": self._manifest.splits[task.split][task.number].sha256,
@@ -305,6 +317,8 @@ class Extraction:
         mean, std, scale = torch.from_numpy(total.mean), torch.from_numpy(total.std), self._config.scale
         if scale is not None:
             mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / scale)
+        elif self._given is not None:
+            mean, std = read_statistics(self._given)
         return {"mean": mean, "std": std}
 
 

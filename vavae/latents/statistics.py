@@ -13,6 +13,7 @@ from vavae.finite import require_finite
 from vavae.storage.storage import Storage
 
 STATISTICS = "statistics.safetensors"
+"""File of the statistics in a folder of latents, and in the export of a tokenizer that came with some."""
 
 
 class LatentStatistics:
@@ -63,7 +64,9 @@ class LatentStatistics:
 
 
 def read_statistics(storage: Storage) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation, float64 [C] each, of the training split from a folder of latents.
+    """Read mean and standard deviation, float64 [C] each, from a folder of latents: those of its training split.
+
+    The export of a tokenizer that was imported with statistics of its latents holds them in the same form.
 
     Raises:
         UserError: they are not there, or none that latents can be normalized by.

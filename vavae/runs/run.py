@@ -420,7 +420,7 @@ class Run:
         """Store the configuration under which a training begins, before its first checkpoint.
 
         Raises:
-            UserError: it was started under another one, or its weights were imported.
+            UserError: it was started under another one, its weights were imported, or they should have been.
         """
         run = self.snapshot()
         run._check_claim(job)
@@ -429,6 +429,11 @@ class Run:
             raise UserError(
                 f"{self.storage.url()}: the {JOBS[job].makes} is imported from {record.details[IMPORTED]}; "
                 "give the run another name to train one"
+            )
+        if job == "train_vavae" and self.config.latents.normalization == "tokenizer":
+            raise UserError(
+                "latents.normalization=tokenizer takes statistics that come with an imported tokenizer, and this run "
+                "is about to train its own: run vavae import tokenizer first, or take measured"
             )
         self.storage.write_json(run._claim_path(job), self.identity(job))
 

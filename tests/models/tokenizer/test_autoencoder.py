@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
+from support import small_models
 
+from vavae.config import digest
+from vavae.interop.export import DESCRIPTION, WEIGHTS, TokenizerDescription, load_tokenizer, save_export
+from vavae.losses.config import VisionFoundationLossConfig
 from vavae.models.tokenizer.autoencoder import VAVAE
-from vavae.models.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
+from vavae.randomness import torch_generator
 
 
 def test_published_parameter_counts():
@@ -35,6 +41,49 @@ def test_groups_of_all_norms_are_those_of_the_configuration():
     assert groups == {12}
 
 
+PARTS = {
+    "quant_conv": {"quant_conv.weight", "quant_conv.bias"},
+    "post_quant_conv": {"post_quant_conv.weight", "post_quant_conv.bias"},
+    "middle_attention": {
+        f"{half}.mid.attn_1.{layer}.{kind}"
+        for half in ("encoder", "decoder")
+        for layer in ("norm", "q", "k", "v", "proj_out")
+        for kind in ("weight", "bias")
+    },
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_left_out_is_as_if_it_did_nothing(part, storage):
+    sizes = {"latent_dim": 4, "channels": 32, "channel_multipliers": (1, 2), "res_blocks": 1, "attention_levels": ()}
+    whole = small_models.randomized(VAVAE(TokenizerConfig(**sizes)))
+    less = VAVAE(TokenizerConfig(**sizes, **{part: False}))
+    state = whole.state_dict()
+    assert state.keys() - less.state_dict().keys() == PARTS[part]
+    less.load_state_dict({name: tensor for name, tensor in state.items() if name not in PARTS[part]})
+    images = torch.rand(2, 3, 8, 8, generator=torch_generator(0, "images"))
+    assert not torch.equal(whole.encode(images).mean, less.encode(images).mean) or part == "post_quant_conv"
+    for name in PARTS[part]:
+        if part == "middle_attention":
+            state[name].zero_()
+        else:
+            state[name].copy_(torch.eye(len(state[name]))[:, :, None, None] if name.endswith("weight") else 0)
+    expected, posterior = whole.encode(images), less.encode(images)
+    assert torch.equal(posterior.mean, expected.mean)
+    assert torch.equal(posterior.logvar, expected.logvar)
+    decoded = less.decode(posterior.mode)
+    assert torch.equal(decoded, whole.decode(expected.mode))
+    (decoded.sum() + less.encode(images).kl().sum()).backward()
+    assert all(parameter.grad is not None for parameter in less.parameters())
+    assert digest(whole.config) != digest(less.config)
+    description = TokenizerDescription(
+        tokenizer=less.config, teacher=TeacherConfig(), vision_foundation=VisionFoundationLossConfig(), feature_dim=6
+    )
+    save_export(storage, description, {WEIGHTS: less.state_dict()})
+    assert load_tokenizer(storage)[1] == description
+    assert yaml.safe_load(storage.read_bytes(DESCRIPTION))["tokenizer"][part] is False, "which older readers refuse"
+
+
 def test_half_precision_parameters_keep_float32_moments():
     config = TokenizerConfig(latent_dim=4, channels=32, channel_multipliers=(1,), res_blocks=1, attention_levels=())
     vavae = VAVAE(config).bfloat16()
@@ -48,7 +97,9 @@ def test_half_precision_parameters_keep_float32_moments():
     [
         ({"channels": 48}, "48 is not a multiple of norm_groups 32"),
         ({"channel_multipliers": (1, 2)}, "levels 0 to 1"),
-        ({"channel_multipliers": ()}, "one positive integer per level"),
+        ({"channel_multipliers": ()}, "one positive number per level"),
+        ({"channel_multipliers": (1, 1.3), "attention_levels": ()}, "1.3 times 128 channels is no integer"),
+        ({"channel_multipliers": (1, 1.125), "attention_levels": ()}, r"\[128, 144\] channels are not all multiples"),
         ({"latent_dim": 0}, "greater than 0"),
     ],
 )

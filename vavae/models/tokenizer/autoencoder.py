@@ -94,16 +94,16 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention or none, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the three blocks: [B, C, H, W] -> same."""
+        """Apply the blocks: [B, C, H, W] -> same."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -182,7 +182,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        widths = config.widths
         self.conv_in = nn.Conv2d(config.image_channels, config.channels, kernel_size=3, padding=1)
         self.down = nn.ModuleList(
             Level(
@@ -197,7 +197,7 @@ class Encoder(nn.Module):
         )
         for level, width in zip(self.down[:-1], widths[:-1], strict=True):
             level.downsample = Downsample(width)
-        self.mid = Middle(widths[-1], config.norm_groups)
+        self.mid = Middle(widths[-1], config.norm_groups, config.middle_attention)
         self.norm_out = group_norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_dim, kernel_size=3, padding=1)
 
@@ -218,9 +218,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_dim, widths[-1], kernel_size=3, padding=1)
-        self.mid = Middle(widths[-1], config.norm_groups)
+        self.mid = Middle(widths[-1], config.norm_groups, config.middle_attention)
         self.up = nn.ModuleList(
             Level(
                 width_in,
@@ -257,8 +257,9 @@ class VAVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_dim, 2 * config.latent_dim, kernel_size=1)
-        self.post_quant_conv = nn.Conv2d(config.latent_dim, config.latent_dim, kernel_size=1)
+        moments, latent = 2 * config.latent_dim, config.latent_dim
+        self.quant_conv = nn.Conv2d(moments, moments, kernel_size=1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent, latent, kernel_size=1) if config.post_quant_conv else nn.Identity()
 
     def residual_blocks(self) -> list[ResnetBlock]:
         """All residual blocks of encoder and decoder, which do most of the work."""
@@ -270,10 +271,10 @@ class VAVAE(nn.Module):
         Returns:
             Moments of shape [B, latent_dim, H/f, W/f], float32.
         """
-        moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        moments = self.quant_conv(self.encoder(images.to(self.encoder.conv_in.weight.dtype)))
         mean, logvar = moments.float().chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, f·h, f·w], about [-1, 1] and not clamped, from latents [B, latent_dim, h, w]."""
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.post_quant_conv(z.to(self.decoder.conv_in.weight.dtype)))

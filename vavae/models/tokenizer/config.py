@@ -1,7 +1,7 @@
 """Configuration of the autoencoder and of its teacher."""
 
 import difflib
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,8 +42,9 @@ class TokenizerConfig(Config):
     channels: int = Field(128, gt=0)
     """Channels of the first level; each level has this times its multiplier."""
 
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Multiplier of each level's channels, from the image inwards; every level but the last halves the resolution."""
+    channel_multipliers: tuple[Annotated[int | float, Field(union_mode="left_to_right")], ...] = (1, 1, 2, 2, 4)
+    """Multiplier of each level's channels, from the image inwards; every level but the last halves the resolution. One
+    that is no integer gives integer channels all the same."""
 
     res_blocks: int = Field(2, gt=0)
     """Residual blocks per level of the encoder; the decoder has one more."""
@@ -55,8 +56,22 @@ class TokenizerConfig(Config):
     """Groups of every group normalization (32 in the released code); they divide `channels`. A group of one channel
     hides from the next layer how bright that channel is: a tokenizer of 32 channels learns faster with 4 groups."""
 
+    middle_attention: bool = added(True)
+    """Self-attention between the two residual blocks at the lowest resolution, of encoder and decoder."""
+
+    quant_conv: bool = added(True)
+    """A 1x1 convolution from the encoder's output to the moments; the autoencoders of FLUX and SD3 have none."""
+
+    post_quant_conv: bool = added(True)
+    """A 1x1 convolution from the latent to the decoder's input; the autoencoders of FLUX and SD3 have none."""
+
     checkpoint_activations: bool = runtime(False)
     """Recompute each block of every level in each backward pass: less memory for more time."""
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the image inwards."""
+        return [round(self.channels * multiplier) for multiplier in self.channel_multipliers]
 
     @property
     def downsample(self) -> int:
@@ -66,12 +81,22 @@ class TokenizerConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> "TokenizerConfig":
         levels = len(self.channel_multipliers)
-        if not levels or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers {self.channel_multipliers}: give one positive integer per level")
+        if not levels or min(self.channel_multipliers) <= 0:
+            raise ValueError(f"channel_multipliers {self.channel_multipliers}: give one positive number per level")
+        for width, multiplier in zip(self.widths, self.channel_multipliers, strict=True):
+            if not width or abs(width - self.channels * multiplier) > 1e-3:
+                raise ValueError(
+                    f"channel_multipliers {self.channel_multipliers}: {multiplier} times {self.channels} channels is "
+                    "no integer"
+                )
         if any(not 0 <= level < levels for level in self.attention_levels):
             raise ValueError(f"attention_levels {self.attention_levels}: there are levels 0 to {levels - 1}")
         if self.channels % self.norm_groups:
             raise ValueError(f"channels {self.channels} is not a multiple of norm_groups {self.norm_groups}")
+        if any(width % self.norm_groups for width in self.widths):
+            raise ValueError(
+                f"levels of {self.widths} channels are not all multiples of norm_groups {self.norm_groups}"
+            )
         return self
 
 
