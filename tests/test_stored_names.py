@@ -25,14 +25,14 @@ from vavae.training.logging.metric_names import JOB_METRICS, METRICS, metric_nam
 
 ROOT = Path(__file__).parents[1]
 PURPOSES = """
-agreement|augment|bench|block|class_token_noise|discriminator|equivariance|interval_end|interval_length|
-kernel distance|label_dropout|latent tokens|latent_noise|lightningdit|mind|mirror|noise|observed posterior|optuna|
-path_dropout|posterior|reconstruction|released latents|routing|sample|sample class token|sample label|sample routing|
-shards|sweep|timesteps|tokenizer|variety|weights
+agreement|augment|bench|block|class_token_noise|discriminator|equivariance|guidance_input|interval_end|
+interval_length|kernel distance|label_dropout|latent tokens|latent_noise|lightningdit|mind|mirror|noise|
+observed posterior|optuna|path_dropout|posterior|reconstruction|released latents|routing|sample|sample class token|
+sample label|sample routing|shards|sweep|timesteps|tokenizer|variety|weights
 """
 COLUMN_NAMES = """
 loss/total loss/reconstruction loss/l1 loss/perceptual loss/kl loss/adversarial loss/discriminator loss/cosine
-loss/distance loss/velocity loss/intermediate loss/representation loss/class_token loss/direction
+loss/distance loss/velocity loss/intermediate loss/instantaneous loss/representation loss/class_token loss/direction
 loss_at_timestep/0.0 loss_at_timestep/0.1 loss_at_timestep/0.2
 loss_at_timestep/0.3 loss_at_timestep/0.4 loss_at_timestep/0.5 loss_at_timestep/0.6 loss_at_timestep/0.7
 loss_at_timestep/0.8 loss_at_timestep/0.9 alignment adaptive_weight/vf adaptive_weight/adversarial latent/spectrum_slope

@@ -7,7 +7,7 @@ from support.small_dit import dit_inputs, random_dit
 
 from vavae.diffusion.config import MeanFlowConfig, ObjectiveConfig, SolverConfig
 from vavae.diffusion.flow_matching import FlowMatchingObjective, LinearPath, PathSample
-from vavae.diffusion.mean_flow import Intervals, MeanFlowObjective, total_derivative
+from vavae.diffusion.mean_flow import Intervals, MeanFlowObjective, draw_guidance, total_derivative
 from vavae.diffusion.solvers import solve_mean_flow
 
 SPEC, TENSORS = golden("beyond_meanflow")
@@ -56,6 +56,73 @@ def test_targets_losses_and_gradients_equal_the_public_implementation(case):
     torch.testing.assert_close(loss, TENSORS[f"{case}.out.loss"], **EXACT)
     loss.backward()
     torch.testing.assert_close(matrix.grad, TENSORS[f"{case}.out.grad_A"], **EXACT)
+
+
+def improved_networks(first, second):
+    """Both outputs of the network of the fixture, of times towards the data."""
+    plain = toy_network(first, labeled=True)
+
+    def average(x, t, y, r, rows=None, guidance=None):
+        scale, low, high = (each.to(x).view(-1, 1, 1, 1) for each in guidance.unbind(1))
+        return plain(x, t, y, r) - 0.1 * scale.log() - 0.05 * (high - low)
+
+    def instantaneous(x, t, y, guidance):
+        level, label, scale = (each.to(x).view(-1, 1, 1, 1) for each in (1 - t, y, guidance[:, 0]))
+        mapped = torch.tanh(torch.einsum("dc,bchw->bdhw", second, x)) * (1 + 0.1 * label)
+        return -(mapped + 0.2 * torch.cos(2 * level) + 0.05 * scale)
+
+    return average, instantaneous
+
+
+def test_improved_targets_losses_and_gradients_equal_the_public_implementation():
+    config = MeanFlowConfig(power=SPEC["norm_p"], epsilon=SPEC["norm_eps"], max_scale=8)
+    matrices = [TENSORS[f"in.{name}"].clone().requires_grad_() for name in "AB"]
+    average, instantaneous = improved_networks(*matrices)
+    end, low, high = (TENSORS[f"improved.in.{name}"] for name in ("r", "noise_level_high", "noise_level_low"))
+    intervals = Intervals(START, end, (end > START).nonzero().flatten())
+    guidance = torch.stack([TENSORS["improved.in.scale"], 1 - low, 1 - high], dim=1)
+    objective = MeanFlowObjective(config, SPEC["null_label"])
+    with_labels = objective.improved_target(average, instantaneous, POINT, LABELS, intervals, guidance)
+    torch.testing.assert_close(with_labels.velocity, TENSORS["improved.out.guided_velocity"], **EXACT)
+    labels = TENSORS["guided.out.labels"]  # of which one is dropped, where the interval has no length
+    target = objective.improved_target(average, instantaneous, POINT, labels, intervals, guidance)
+    found = average(POINT.x_t, START, labels, end, None, guidance), instantaneous(POINT.x_t, START, labels, guidance)
+    losses = objective.improved(*found, target)
+    torch.testing.assert_close(losses.velocity.mean(), TENSORS["improved.out.u_mse"], **EXACT)
+    torch.testing.assert_close(losses.instantaneous.mean(), TENSORS["improved.out.v_mse"], **EXACT)
+    torch.testing.assert_close(losses.total.mean(), TENSORS["improved.out.loss"], **EXACT)
+    losses.total.mean().backward()
+    for name, matrix in zip("AB", matrices, strict=True):
+        torch.testing.assert_close(matrix.grad, TENSORS[f"improved.out.grad_{name}"], **EXACT)
+
+
+def test_guidance_as_an_input_is_drawn_log_uniformly_with_ends_in_both_halves_and_is_whole_without_a_length():
+    generator = torch.Generator().manual_seed(0)
+    times, uniform = torch.rand(2, 4000, generator=generator), torch.rand(3, 4000, generator=generator)
+    intervals = Intervals.between(*times, torch.rand(4000, generator=generator), equal_fraction=0.5)
+    scale, low, high = draw_guidance(8, uniform, intervals).unbind(1)
+    assert (scale.log() / torch.tensor(8.0).log()).mean().item() == pytest.approx(0.5, abs=0.02)
+    assert scale.min() >= 1
+    assert scale.max() <= 8
+    spans = torch.zeros(4000, dtype=torch.bool).index_fill(0, intervals.rows, True)
+    assert low[~spans].eq(0).all()
+    assert high[~spans].eq(1).all()
+    assert low[spans].mean().item() == pytest.approx(0.25, abs=0.02)
+    assert high[spans].mean().item() == pytest.approx(0.75, abs=0.02)
+    assert low[spans].max() <= 0.5 <= high[spans].min()
+
+
+def test_an_input_guides_labeled_images_whose_interval_holds_the_start():
+    y, t = torch.tensor([1, 2, 3, 5]), torch.tensor([0.2, 0.4, 0.6, 0.4])
+    x, intervals = torch.zeros(4, 1, 1, 1), Intervals(t, t, torch.empty(0, dtype=torch.int64))
+    guidance = torch.tensor([[4, 0.3, 0.5]]).expand(4, 3)
+    labels_as_velocities = lambda x, t, y, guidance: (y * guidance[:, 0]).to(x).view(-1, 1, 1, 1)  # noqa: E731
+    objective = MeanFlowObjective(MeanFlowConfig(max_scale=8), 5)
+    target = objective.improved_target(
+        lambda *_: pytest.fail("not asked for"), labels_as_velocities, PathSample(x, x + 10), y, intervals, guidance
+    )
+    assert target.velocity.flatten().tolist() == pytest.approx([10, 10 + 0.75 * (2 * 4 - 5), 10, 10])
+    assert torch.equal(target.average, target.velocity)
 
 
 def test_one_step_and_the_labels_that_are_dropped_equal_the_public_implementation():

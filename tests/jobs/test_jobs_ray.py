@@ -61,7 +61,7 @@ WITHOUT = frozenset(
     for name in METRICS
     if name.startswith(("gpu_memory/", "storage/"))
     or name in ("model_flop_utilisation", "skipped_steps", "loss_spikes", "unreadable_images")
-    or name in ("loss/intermediate", "loss/representation", "loss/class_token")
+    or name in ("loss/intermediate", "loss/representation", "loss/class_token", "loss/instantaneous")
 )
 """Figures that it has no cause to show: on a CPU, on local storage, with whole images, finite gradients, no recipe."""
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} ", re.MULTILINE)

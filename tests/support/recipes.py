@@ -14,6 +14,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objective": {"direction_weight": 0, "mean_flow": {"equal_fraction": 0.5, "mix": 0.5}},
         "train_lightningdit": {"lanes_at_once": 2},
     },
+    "improved average velocities": {
+        "lightningdit": {"average_velocity": True, "guidance_inputs": True},
+        "objective": {"direction_weight": 0, "mean_flow": {"equal_fraction": 0.5, "max_scale": 4}},
+        "train_lightningdit": {"lanes_at_once": 2},
+    },
     "internal guidance": {"lightningdit": {"intermediate_head": {"after_block": 1}}},
     "prediction of data": {
         "lightningdit": {"prediction": "data", "intermediate_head": {"after_block": 1}},
@@ -68,8 +73,10 @@ APART = (
     {"routing", "routing with fusion"},
     {"in-context conditioning", "routing with fusion"},
     *({"class token", name} for name in ("wide head", "routing with fusion")),
+    {"average velocities", "improved average velocities"},
     *(
-        {"average velocities", name}
+        {kind, name}
+        for kind in ("average velocities", "improved average velocities")
         for name in ("internal guidance", "prediction of data", "routing with fusion", "class token")
     ),
 )

@@ -273,10 +273,11 @@ class _Predicting(nn.Module):
         data_floor: float,
         tokens_after: int | None,
         end: Tensor | None,
+        guidance: Tensor | None,
     ) -> Predictions:
         """See `LightningDiT.predict`; the output is a velocity."""
         assert keep is path_dropped is None, "it has no blocks that tokens skip"
-        assert end is None, "it predicts no average velocities"
+        assert end is guidance is None, "it predicts no average velocities"
         return Predictions(self.network(x, t, y), None)
 
 

@@ -95,15 +95,23 @@ class MeanFlowConfig(Config):
     """Share κ there; with ω = 1 and κ = 0 nothing is guided."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Starts low <= t <= high of the intervals that are guided."""
+    max_scale: float | None = added(None, gt=1)
+    """Largest scale of guidance, which is drawn for each image and with its interval an input of the network, in place
+    of `scale`, `mix` and `interval` (improved MeanFlow, arXiv 2512.02012); published: 8. Null: MeanFlow as it was."""
 
     @property
     def guides(self) -> bool:
         """True where the averaged velocity is a guided one."""
-        return self.scale != 1 or self.mix != 0
+        return self.scale != 1 or self.mix != 0 or self.max_scale is not None
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:
         _check_interval("interval", self.interval, "scale=1 with mix=0")
+        if self.max_scale is not None and (self.scale, self.mix, self.interval) != (1, 0, (0, 1)):
+            raise ValueError(
+                f"max_scale={self.max_scale:g} draws the scale and the interval of each image: leave scale, mix and "
+                "interval out"
+            )
         return self
 
 
@@ -137,7 +145,8 @@ class ObjectiveConfig(Config):
             )
         if self.mean_flow.guides and not self.label_dropout:
             raise ValueError(
-                "mean_flow.scale and mix guide away from the null label, which label_dropout=0 never trains: raise it"
+                "mean_flow.scale, mix and max_scale guide away from the null label, which label_dropout=0 never "
+                "trains: raise it"
             )
         return self
 

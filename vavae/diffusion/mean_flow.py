@@ -26,10 +26,13 @@ AverageVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class TrainedAverageVelocity(Protocol):
     """A network that predicts average velocities, for the images of a micro-batch or some of them."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
         """Average velocity [B, C, H, W] from x [B, C, H, W] at t [B] to r [B], with labels y int64 [B].
 
-        `rows`, int64 [B], tells which images of the micro-batch these are; None: all of them.
+        `rows`, int64 [B], tells which images of the micro-batch these are; None: all of them. `guidance` [B, 3] is that
+        of :func:`draw_guidance`, for a network that takes it.
         """
 
 
@@ -65,13 +68,39 @@ class Intervals(NamedTuple):
         return cls(torch.cat(starts), torch.cat(ends), torch.cat(rows))
 
 
+def draw_guidance(max_scale: float, uniform: Tensor, intervals: Intervals) -> Tensor:
+    """Draw the guidance of each image: its scale, log-uniform from 1, and the times low <= t <= high with it, [S, 3].
+
+    Both ends are uniform, in the first and in the second half of the time; without a length all times are guided.
+
+    Args:
+        max_scale: largest scale.
+        uniform: uniform numbers [3, S].
+        intervals: the intervals over which velocities are averaged.
+    """
+    of_scale, low, high = uniform
+    spans = torch.zeros_like(of_scale, dtype=torch.bool).index_fill(0, intervals.rows, True)
+    low, high = torch.where(spans, low / 2, 0.0), torch.where(spans, (1 + high) / 2, 1.0)
+    return torch.stack([max_scale**of_scale, low, high], dim=1)
+
+
+class MeanFlowTarget(NamedTuple):
+    """What improved MeanFlow compares the outputs of a network with, both [S, C, H, W]."""
+
+    average: Tensor
+    velocity: Tensor
+    """Guided velocity at the start of each interval."""
+
+
 class MeanFlowLosses(NamedTuple):
-    """Losses per sample, both float32 or float64 [B]."""
+    """Losses per sample, all float32 or float64 [B]."""
 
     velocity: Tensor
     """Mean squared error of the average velocity over channels and positions."""
     total: Tensor
-    """Summed squared error, with the weight of its size."""
+    """Summed squared errors, each with the weight of its size."""
+    instantaneous: Tensor | None = None
+    """Mean squared error of the velocity at the start of the interval; None where it is not predicted by itself."""
 
 
 class MeanFlowObjective:
@@ -117,6 +146,49 @@ class MeanFlowObjective:
             guided = guided + config.mix * model(x, t, y, t)
         active = within(t, config.interval) & (y != self._null_label)
         return torch.where(active.view(-1, 1, 1, 1), guided, velocity)
+
+    @torch.no_grad()
+    def improved_target(
+        self,
+        average: TrainedAverageVelocity,
+        instantaneous: AverageVelocity,
+        point: PathSample,
+        y: Tensor,
+        intervals: Intervals,
+        guidance: Tensor,
+    ) -> MeanFlowTarget:
+        """Compute what improved MeanFlow wants of both outputs, without gradient.
+
+        The average velocity is differentiated along the network's own velocity, so its error depends on nothing that
+        the network does not know.
+
+        Args:
+            average: the network as it is now.
+            instantaneous: its velocity at t itself, of (x, t, y, guidance).
+            point: point on the path at the start of each interval, and the velocity there.
+            y: labels int64 [S], the null label where a label was dropped.
+            intervals: where the average is taken.
+            guidance: see :func:`draw_guidance`.
+        """
+        starts, ends, rows = intervals
+        of_label = instantaneous(point.x_t, starts, y, guidance)
+        none = guidance.new_tensor([1, 0, 1]).expand_as(guidance)
+        of_null = instantaneous(point.x_t, starts, torch.full_like(y, self._null_label), none)
+        scale, low, high = guidance.unbind(1)
+        active = (low <= starts) & (starts <= high) & (y != self._null_label)
+        share = torch.where(active, 1 - 1 / scale, 0.0).to(point.velocity).view(-1, 1, 1, 1)
+        velocity = point.velocity + share * (of_label - of_null)
+        target = velocity.clone()
+        if len(rows):
+            x, t, labels, r, v, inputs = (each[rows] for each in (point.x_t, starts, y, ends, of_label, guidance))
+            derivative = total_derivative(lambda x, t: average(x, t, labels, r, rows, inputs), x, t, v)
+            target[rows] += (r - t).to(target).view(-1, 1, 1, 1) * derivative
+        return MeanFlowTarget(target, velocity)
+
+    def improved(self, prediction: Tensor, instantaneous: Tensor, target: MeanFlowTarget) -> MeanFlowLosses:
+        """Compare both outputs [B, C, H, W] with what they are to be; each error has a weight of its own."""
+        average, velocity = self(prediction, target.average), self(instantaneous, target.velocity)
+        return MeanFlowLosses(average.velocity, average.total + velocity.total, velocity.velocity)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> MeanFlowLosses:
         """Compare predicted and wanted average velocities [B, C, H, W]; the weight of a sample takes no gradient."""

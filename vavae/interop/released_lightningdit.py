@@ -115,6 +115,7 @@ def _infer(weights: WeightsFile, overrides: Mapping[str, Any]) -> dict[str, Any]
         "intermediate_head": _infer_head(weights, overrides),
         "head": None,
         "average_velocity": False,
+        "guidance_inputs": False,
         "conditioning": "adaln",
         "class_token": None,
         "latent_dim": latent_dim,

@@ -556,13 +556,26 @@ class RunConfig(Config):
                 "lightningdit.average_velocity=true is trained by objective.mean_flow alone: give it, such as {}, or "
                 "leave the former out"
             )
+        if model.guidance_inputs != (mean_flow is not None and mean_flow.max_scale is not None):
+            raise ValueError(
+                "lightningdit.guidance_inputs=true and objective.mean_flow.max_scale, such as 8, are improved MeanFlow "
+                "together: give both or none"
+            )
         if self.solver.name == "mean_flow":
             if not model.average_velocity:
                 raise ValueError(
                     "solver.name=mean_flow takes steps by average velocities: give lightningdit.average_velocity=true "
                     "and objective.mean_flow, or set another solver"
                 )
-            if self.guidance.intervals:
+            by_input = GuidanceConfig(scale=self.guidance.scale, interval=self.guidance.interval)
+            scales = model.guidance_inputs and mean_flow is not None and mean_flow.max_scale
+            if scales and self.guidance == by_input:
+                if not 1 <= self.guidance.scale <= scales:
+                    raise ValueError(
+                        f"guidance.scale={self.guidance.scale:g} is not between 1 and "
+                        f"objective.mean_flow.max_scale={scales:g}, where it is trained: correct it"
+                    )
+            elif self.guidance.intervals:
                 raise ValueError(
                     f"solver.name=mean_flow takes no guidance, and there is {self.guidance.summary}: give its scale to "
                     "objective.mean_flow, which trains guided velocities, and leave guidance out"

@@ -47,7 +47,7 @@ def check_classes(config: RunConfig, classes: Sequence[str]) -> None:
     if not classes and mean_flow is not None and mean_flow.guides:
         raise UserError(
             "objective.mean_flow trains guided velocities, but the images have no classes to guide to: leave out its "
-            "scale and mix"
+            "scale and mix, or max_scale"
         )
     if not classes and config.guidance.scale != 1:
         raise UserError(

@@ -139,7 +139,11 @@ class Sampler(NamedTuple):
         weak = None if self.weak is None else self.autocast()(self.weak.forward)
         predict, x, y = self.autocast()(model.predict), noise.to(device), torch.tensor(labels, device=device)
         if solver.name == "mean_flow":
-            state = solve_mean_flow(lambda x, t, y, r: predict(x, t, y, end=r).velocity, x, y, solver)
+            inputs = None
+            if model.guidance_embedder is not None:
+                inputs = torch.tensor([[guidance.scale, *guidance.interval]], device=device)
+            average = partial(predict, guidance=inputs)
+            state = solve_mean_flow(lambda x, t, y, r: average(x, t, y, end=r).velocity, x, y, solver)
         else:
             velocity = guide(predict, model.null_label, guidance, weak, keep)
             by_euler = any(each.config.predicts_data for each in (model, self.weak) if each is not None)

@@ -18,7 +18,7 @@ from vavae.diffusion.flow_matching import (
     sample_timesteps,
 )
 from vavae.diffusion.guidance import drop_labels
-from vavae.diffusion.mean_flow import Intervals, MeanFlowLosses, MeanFlowObjective
+from vavae.diffusion.mean_flow import Intervals, MeanFlowLosses, MeanFlowObjective, draw_guidance
 from vavae.diffusion.representation import RepresentationAlignment
 from vavae.distributed.build import build_engine
 from vavae.distributed.compilation import compile_each
@@ -56,6 +56,8 @@ class _Inputs(NamedTuple):
     """Tokens that skip no block, int64 [S, K]; None: all."""
     path_dropped: Tensor | None
     """Images as if all their tokens had skipped, bool [S]; None: no image."""
+    guidance: Tensor | None = None
+    """Guidance as an input, [S, 3], see `draw_guidance`; None: it is none."""
     intervals: Intervals | None = None
     """Intervals from the timesteps on, over which velocities are averaged; None: they are not."""
 
@@ -110,6 +112,7 @@ class FlowMatchingModel(nn.Module):
         labels: Tensor,
         keep: Tensor | None = None,
         path_dropped: Tensor | None = None,
+        guidance: Tensor | None = None,
         intervals: Intervals | None = None,
         features: Tensor | None = None,
         representation_weight: float = 0.0,
@@ -123,6 +126,7 @@ class FlowMatchingModel(nn.Module):
             labels: int64 [S], the null label where a label was dropped.
             keep: tokens that skip no block, int64 [S, K]; None: all.
             path_dropped: images as if all their tokens had skipped, bool [S]; None: no image.
+            guidance: that of each image, [S, 3], where it is an input.
             intervals: those from the timesteps on, with an objective of average velocities.
             features: those that tokens are aligned with, [S, N, F], that of the class token first; None aligns nothing.
             representation_weight: weight of that alignment.
@@ -132,12 +136,16 @@ class FlowMatchingModel(nn.Module):
             variances of what the network predicts and of what it should be [2].
         """
         point, floor = LinearPath.sample(latents, noise, timesteps), self._objective.data_floor
-        average_velocity, ends = None, None
+        average_velocity = improved = ends = None
         if self._mean_flow is not None:  # before the pass whose activations are kept
             assert intervals is not None, "drawn where average velocities are trained"
-            ends = intervals.ends
-            average_velocity = self._mean_flow.target(partial(self._average_velocity, keep), point, labels, intervals)
-        prediction, intermediate, tokens = self.model.predict(
+            ends, network = intervals.ends, partial(self._average_velocity, keep)
+            if guidance is None:
+                average_velocity = self._mean_flow.target(network, point, labels, intervals)
+            else:
+                velocity_of = partial(self._instantaneous_velocity, keep)
+                improved = self._mean_flow.improved_target(network, velocity_of, point, labels, intervals, guidance)
+        prediction, intermediate, tokens, instantaneous = self.model.predict(
             point.x_t,
             timesteps,
             labels,
@@ -146,6 +154,7 @@ class FlowMatchingModel(nn.Module):
             floor,
             None if self.alignment is None else self.alignment.after_block,
             ends,
+            guidance,
         )
         velocity, spread = point.velocity, (prediction, point.velocity)
         if self.model.config.predicts_data:
@@ -155,6 +164,9 @@ class FlowMatchingModel(nn.Module):
         of_latent = slice(self.model.latent_dim)
         if self._mean_flow is not None and average_velocity is not None:
             losses = self._mean_flow(prediction, average_velocity)
+        elif self._mean_flow is not None and improved is not None:
+            assert instantaneous is not None, "predicted where guidance is an input"
+            losses = self._mean_flow.improved(prediction, instantaneous, improved)
         else:
             losses = self._objective(
                 prediction[:, of_latent],
@@ -178,10 +190,24 @@ class FlowMatchingModel(nn.Module):
         return total, terms, losses.velocity.detach(), variances(*(each[:, of_latent] for each in spread))
 
     def _average_velocity(
-        self, keep: Tensor | None, x: Tensor, t: Tensor, y: Tensor, r: Tensor, rows: Tensor | None = None
+        self,
+        keep: Tensor | None,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        r: Tensor,
+        rows: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """See `TrainedAverageVelocity`; `keep` is that of all images."""
-        return self.model.predict(x, t, y, keep if keep is None or rows is None else keep[rows], end=r).velocity
+        of_rows = keep if keep is None or rows is None else keep[rows]
+        return self.model.predict(x, t, y, of_rows, end=r, guidance=guidance).velocity
+
+    def _instantaneous_velocity(self, keep: Tensor | None, x: Tensor, t: Tensor, y: Tensor, guidance: Tensor) -> Tensor:
+        """Velocity [S, C, H, W] at t itself, see `MeanFlowObjective.improved_target`."""
+        found = self.model.predict(x, t, y, keep, end=t, guidance=guidance).instantaneous
+        assert found is not None, "predicted where guidance is an input"
+        return found
 
 
 class DiffusionStep:
@@ -313,13 +339,16 @@ class DiffusionStep:
         noise = torch.randn(mean.shape, generator=rng("noise"), device=device)
         law, count, dimension = config.timesteps, len(labels), mean[0].numel()
         timesteps = sample_timesteps(law, count, images_seen, rng("timesteps"), dimension)
-        mean_flow, intervals = config.objective.mean_flow, None
+        mean_flow, intervals, guidance = config.objective.mean_flow, None, None
         if mean_flow is not None:
             others = sample_timesteps(law, count, images_seen, rng("interval_end"), dimension)
             on_cpu = torch_generator(config.seed, "interval_length", item.lane, item.step)
             uniform = torch.rand(count, generator=on_cpu)
             intervals = Intervals.between(timesteps, others, uniform, mean_flow.equal_fraction)
             timesteps = intervals.starts
+            if mean_flow.max_scale is not None:
+                uniform = torch.rand(3, count, generator=rng("guidance_input"), device=device)
+                guidance = draw_guidance(mean_flow.max_scale, uniform, intervals)
         null_label = self.model.model.null_label
         labels = drop_labels(labels, null_label, config.objective.label_dropout, rng("label_dropout"))
         routing, keep, path_dropped = self.model.model.config.routing, None, None
@@ -334,4 +363,4 @@ class DiffusionStep:
             token = item.features[:, 0].to(device, torch.float32)
             of_token = torch.randn(token.shape, generator=rng("class_token_noise"), device=device)
             latents, noise = join_class_token(latents, token), join_class_token(noise, of_token)
-        return _Inputs(latents, noise, timesteps, labels, keep, path_dropped, intervals)
+        return _Inputs(latents, noise, timesteps, labels, keep, path_dropped, guidance, intervals)

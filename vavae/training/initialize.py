@@ -36,7 +36,9 @@ def uninitialized(build: Callable[[], ModuleT], device: torch.device) -> ModuleT
 
 
 def begin_with(model: LightningDiT, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dict; one of velocities leaves the embedding of lengths as it is, without effect."""
+    """Load a state dict; one of velocities leaves what average ones have beside it: without effect, or zero."""
     missing, unknown = model.load_state_dict(weights, strict=False)
     assert not unknown, f"{unknown[0]} is no weight of this model"
-    assert all(name.startswith("length_embedder.") for name in missing), f"no {missing[0]} among the weights"
+    assert all(name.startswith(("length_embedder.", "guidance_embedder.", "final_layer_v.")) for name in missing), (
+        f"no {missing[0]} among the weights"
+    )

@@ -45,7 +45,7 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
 def starting_lightningdit(stored: StoredArtifact | None, config: LightningDiTConfig) -> Mapping[str, Tensor] | None:
     """Load the weights that `train_lightningdit.start_from` names; None where it names none.
 
-    Those of velocities lack the embedding of lengths that a model of average velocities has.
+    Those of velocities lack the embeddings and the output layer that a model of average velocities has beside theirs.
 
     Args:
         stored: the export.
@@ -58,8 +58,8 @@ def starting_lightningdit(stored: StoredArtifact | None, config: LightningDiTCon
         return None
     model, description = load_lightningdit(stored.folder)
     theirs = description.lightningdit
-    if config.average_velocity:
-        theirs = theirs.model_copy(update={"average_velocity": True})
+    later = {name: True for name in ("average_velocity", "guidance_inputs") if getattr(config, name)}
+    theirs = theirs.model_copy(update=later)
     _check_same(stored.folder, theirs, config, "lightningdit")
     state: Mapping[str, Tensor] = model.state_dict()
     return state

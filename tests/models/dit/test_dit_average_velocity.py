@@ -24,8 +24,13 @@ from vavae.sampling.labels import check_classes
 from vavae.sampling.sampler import Sampler
 from vavae.training.diffusion_step import DiffusionStep
 from vavae.training.flops.flops import training_flops, velocity_flops
+from vavae.training.initialize import begin_with
 from vavae.training.warm_start import starting_lightningdit
 
+BY_INPUT = [
+    "lightningdit={average_velocity: true, guidance_inputs: true}",
+    "objective={direction_weight: 0, mean_flow: {max_scale: 8}}",
+]
 TRAINED = ["lightningdit.average_velocity=true", "objective={direction_weight: 0, mean_flow: {}}"]
 
 
@@ -53,9 +58,51 @@ def test_without_it_no_module_is_there_and_with_it_all_others_begin_alike():
         assert torch.equal(with_lengths.state_dict()[name], tensor), name
 
 
-def sampler(average_velocity):
+IMPROVED = {"average_velocity": True, "guidance_inputs": True}
+
+
+def test_guidance_as_an_input_counts_for_nothing_until_it_is_trained_and_a_second_output_begins_at_zero(storage):
+    plain, (x, t, y) = random_dit(), dit_inputs()
+    model = LightningDiT(plain.config.model_copy(update=IMPROVED), 3, 4)
+    begin_with(model, plain.state_dict())
+    guidance = torch.tensor([[4, 0.1, 0.9]]).expand(4, 3)
+    found = model.predict(x, t, y, end=t + 0.2, guidance=guidance)
+    assert torch.equal(found.velocity, plain(x, t, y))
+    assert found.instantaneous.eq(0).all()
+    model = random_dit(**IMPROVED)
+    outputs = [
+        model.predict(x, t, y, end=t + 0.2, guidance=torch.tensor([inputs])).velocity
+        for inputs in ((1, 0, 1), (4, 0, 1), (1, 0.2, 1), (1, 0, 0.8))
+    ]
+    assert torch.equal(outputs[0], model.predict(x, t, y, end=t + 0.2).velocity)
+    assert not any(torch.equal(outputs[0], other) for other in outputs[1:])
+    assert not torch.equal(outputs[0], model.predict(x, t, y, end=t + 0.2).instantaneous)
+    description = LightningDiTDescription(lightningdit=model.config, latent_dim=3, grid=4, tokenizer="t")
+    save_export(storage, description, {WEIGHTS: model.state_dict()})
+    loaded, _ = load_lightningdit(storage)
+    assert torch.equal(
+        loaded.predict(x, t, y, guidance=guidance).velocity, model.predict(x, t, y, guidance=guidance)[0]
+    )
+    with pytest.raises(ValueError, match=r"lightningdit\.guidance_inputs\s+Extra inputs are not permitted"):
+        reader_without("guidance_inputs").restore(yaml.safe_load(storage.read_bytes(DESCRIPTION)))
+
+
+def test_samples_take_scale_and_interval_of_the_guidance_as_inputs():
+    improved, seen = sampler(True, guidance_inputs=True), []
+    embedder = improved.lightningdit.guidance_embedder
+    embedder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
+    images = [
+        improved.images([0, 1], [0, 1], 7, guidance, SolverConfig(name="mean_flow", num_steps=1))
+        for guidance in (GuidanceConfig(), GuidanceConfig(scale=4), GuidanceConfig(scale=4, interval=(0.25, 0.5)))
+    ]
+    assert seen == [[[1, 0, 1]], [[4, 0, 1]], [[4, 0.25, 0.5]]]
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
+
+
+def sampler(average_velocity, **switches):
     dim = small_models.TOKENIZER.latent_dim
-    config = small_models.LIGHTNINGDIT.model_copy(update={"average_velocity": average_velocity})
+    config = small_models.LIGHTNINGDIT.model_copy(update={"average_velocity": average_velocity, **switches})
     model = small_models.randomized(LightningDiT(config, dim, small_models.GRID), scale=0.3)
     return Sampler(small_models.tokenizer(), model, LatentNormalizer(torch.zeros(dim), torch.ones(dim)))
 
@@ -149,6 +196,17 @@ def test_weights_of_other_latents_are_no_beginning(tmp_path):
             [*TRAINED, "objective={direction_weight: 0, label_dropout: 0, mean_flow: {mix: 0.5}}"],
             r"which label_dropout=0 never trains: raise",
         ),
+        (
+            [*TRAINED, "objective.mean_flow.max_scale=8"],
+            r"guidance_inputs=true and objective\.mean_flow\.max_scale.*both",
+        ),
+        (
+            [*BY_INPUT, "objective.mean_flow.mix=0.5"],
+            r"max_scale=8 draws the scale .*: leave scale, mix and interval out",
+        ),
+        ([*BY_INPUT, "objective.label_dropout=0"], r"max_scale guide away .* label_dropout=0 never trains: raise"),
+        ([*BY_INPUT, "solver.name=mean_flow", "guidance.scale=9"], r"guidance\.scale=9 is not between 1 and .*=8"),
+        ([*BY_INPUT, "solver.name=mean_flow", "guidance={scale: 2, channels: 3}"], r"takes no guidance"),
         ([*TRAINED, "objective.mean_flow.interval=[0.5, 0.2]"], r"interval=\[0\.5, 0\.2\] must satisfy"),
     ],
 )
@@ -172,14 +230,16 @@ def test_the_plan_counts_tangents_guidance_and_the_steps_of_samples():
         return training_flops(load(RunConfig, "configs/tiny.yaml", [*sizes, *overrides]), "train_lightningdit")
 
     plain, forward = step(), velocity_flops(load(RunConfig, "configs/tiny.yaml", sizes))
-    mean_flow = [*TRAINED[:1], "objective.direction_weight=0"]
+    mean_flow = [*TRAINED[:1], "lightningdit.guidance_inputs=false", "objective.direction_weight=0"]
     for settings, passes in (
         ("{equal_fraction: 1}", 0),
         ("{equal_fraction: 0}", 2),
         ("{}", 0.5),
         ("{mix: 0.5}", 2.5),
         ("{scale: 0.5, mix: 0.5}", 1.5),
+        ("{max_scale: 8}", 2.5),
     ):
+        mean_flow[1] = f"lightningdit.guidance_inputs={'max_scale' in settings}"
         found = step(*mean_flow, f"objective.mean_flow={settings}")
         assert found - plain == pytest.approx(passes * forward, rel=0.02, abs=0.01 * forward), settings
     solver = "solver={name: mean_flow, num_steps: 2}"

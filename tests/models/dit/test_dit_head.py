@@ -99,7 +99,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     gradients = []
     for again in (False, True):
         model = dit(checkpoint_activations=again, intermediate_head={"after_block": 1})
-        velocity, intermediate, _ = model.predict(*batch())
+        velocity, intermediate, *_ = model.predict(*batch())
         (velocity.square().mean() + intermediate.square().mean()).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():

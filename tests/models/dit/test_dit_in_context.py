@@ -111,7 +111,7 @@ def test_outputs_inner_tensors_and_gradients_equal_the_public_implementation():
 def test_it_begins_at_zero_with_tokens_as_long_as_they_are_wide():
     config = LightningDiTConfig(**{**SIZES, "width": 128, "conditioning": "in_context", **HEADS})
     model = LightningDiT(config, 3, 4, torch.Generator().manual_seed(0))
-    velocity, intermediate, _ = model.predict(*dit_inputs())
+    velocity, intermediate, *_ = model.predict(*dit_inputs())
     assert velocity.eq(0).all()
     assert intermediate.eq(0).all()
     drawn = torch.cat([*model.context_embedder.parameters()])
@@ -135,7 +135,7 @@ def test_every_weight_learns_and_recomputed_blocks_give_the_same_gradients(switc
     for again in (False, True):
         model = tiny(checkpoint_activations=again, routing=ROUTING, **switches)
         keep = torch.arange(8).flip(0).expand(4, -1)
-        velocity, intermediate, _ = model.predict(*dit_inputs(), keep)
+        velocity, intermediate, *_ = model.predict(*dit_inputs(), keep)
         (velocity.square().mean() + (0 if intermediate is None else intermediate.square().mean())).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():

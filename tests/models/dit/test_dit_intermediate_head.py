@@ -89,7 +89,7 @@ def test_scale_one_and_times_outside_the_interval_change_no_bit():
 def test_a_head_after_the_last_block_with_the_same_weights_predicts_the_same():
     model = tiny(intermediate_head={"after_block": 3})
     model.final_layer_xr.load_state_dict(model.final_layer.state_dict())
-    velocity, intermediate, _ = model.predict(*dit_inputs())
+    velocity, intermediate, *_ = model.predict(*dit_inputs())
     assert torch.equal(velocity, intermediate)
 
 

@@ -167,6 +167,9 @@ class LightningDiTConfig(Config):
     average_velocity: bool = added(False)
     """Predict the average velocity from t to a later time, whose distance is embedded as t is; at no distance it is the
     velocity. `objective.mean_flow` trains it, `solver.name=mean_flow` takes steps by it (arXiv 2505.13447)."""
+    guidance_inputs: bool = added(False)
+    """Take the scale and the interval of a guidance as inputs, and predict the velocity by a second output layer, too:
+    `objective.mean_flow.max_scale` trains both (improved MeanFlow, arXiv 2512.02012)."""
     routing: RoutingConfig | None = added(None)
     """Train some blocks on a part of the tokens; null trains all on all."""
     conditioning: Literal["adaln", "in_context"] = added("adaln")

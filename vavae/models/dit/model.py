@@ -51,6 +51,19 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
+class GuidanceEmbedding(nn.Module):
+    """Embeddings of the scale of a guidance and of both ends of its interval, summed, [B, 3] -> [B, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.low, self.high = (TimestepEmbedding(width) for _ in range(3))
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """Embeddings of scales w >= 1, as 1 - 1 / w, and of intervals low <= t <= high."""
+        scale, low, high = guidance.unbind(1)
+        return self.scale(1 - 1 / scale) + self.low(low) + self.high(high)
+
+
 class LabelEmbedding(nn.Module):
     """A vector per class and, last, one for the null label, [B] -> [B, D]."""
 
@@ -338,6 +351,8 @@ class Predictions(NamedTuple):
     """Velocity of the head after an inner block; None where the model has none."""
     tokens: Tensor | None = None
     """Tokens [B, N, D] after the block that was asked for."""
+    instantaneous: Tensor | None = None
+    """Velocity at t itself beside the average one, where guidance is an input; else None."""
 
 
 class LightningDiT(nn.Module):
@@ -391,6 +406,11 @@ class LightningDiT(nn.Module):
         if config.routing is not None and config.routing.fuse is not None:
             self.fusion = TokenFusion(shape.width)
         self.length_embedder = TimestepEmbedding(shape.width) if config.average_velocity else None
+        self.guidance_embedder: GuidanceEmbedding | None = None
+        self.final_layer_v: FinalLayer | None = None
+        if config.guidance_inputs:
+            self.guidance_embedder = GuidanceEmbedding(shape.width)
+            self.final_layer_v = FinalLayer(config.head_blocks, patch * patch * latent_dim)
         initialize(self, rng)
 
     @property
@@ -457,6 +477,7 @@ class LightningDiT(nn.Module):
         data_floor: float = 0.0,
         tokens_after: int | None = None,
         end: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Predictions:
         """Velocities of all output layers, for the arguments of `forward`.
 
@@ -470,6 +491,8 @@ class LightningDiT(nn.Module):
             data_floor: floor of :func:`velocity_to_data`.
             tokens_after: number of blocks after which tokens are returned, too; None returns none.
             end: times [B], none before t, up to which velocities are averaged, with `config.average_velocity`; None: t.
+            guidance: scale and both ends of the interval of the guidance within the velocities, float32 [B, 3], with
+                `config.guidance_inputs`; None: a scale of 1 at all times.
         """
         assert x.shape[1:] == self.state_shape, f"expected [B, {self.state_shape}]: {x.shape}"
         state, time, label = x.to(self.x_embedder.proj.weight.dtype), self.t_embedder(t), self.y_embedder(y)
@@ -477,6 +500,9 @@ class LightningDiT(nn.Module):
         if self.length_embedder is not None:
             time = time + self.length_embedder(torch.zeros_like(t) if end is None else end - t)
         assert end is None or self.length_embedder is not None, "a model of velocities"
+        if self.guidance_embedder is not None:
+            time = time + self.guidance_embedder(t.new_tensor([[1, 0, 1]]) if guidance is None else guidance)
+        assert guidance is None or self.guidance_embedder is not None, "a model without guidance as an input"
         tokens = self.x_embedder(latents)  # [B, N, D]
         tokens = tokens.to(latents.dtype) if self.pos_embed is None else tokens + self.pos_embed
         activated = F.silu(time + label)  # [B, D], what every modulation starts with
@@ -534,7 +560,9 @@ class LightningDiT(nn.Module):
             return self._velocity(outputs, class_outputs, x, t, data_floor)
 
         intermediate = None if inner_outputs is None else velocity(inner_outputs)
-        return Predictions(velocity(self.final_layer(tokens, activated)), intermediate, inner_tokens)
+        instantaneous = None if self.final_layer_v is None else velocity(self.final_layer_v(tokens, activated))
+        average = velocity(self.final_layer(tokens, activated))
+        return Predictions(average, intermediate, inner_tokens, instantaneous)
 
     def _velocity(
         self, outputs: Tensor, class_outputs: Tensor | None, x: Tensor, t: Tensor, data_floor: float
@@ -557,8 +585,10 @@ class LightningDiT(nn.Module):
 _OUTPUTS = (
     "final_layer.linear.weight",
     "final_layer.linear_cls.weight",
+    "final_layer_v.linear.weight",
     "final_layer_xr.linear.weight",
     "length_embedder.mlp.2.weight",
+    *(f"guidance_embedder.{name}.mlp.2.weight" for name in ("scale", "low", "high")),
 )
 
 
@@ -566,12 +596,13 @@ _OUTPUTS = (
 def initialize(model: LightningDiT, rng: torch.Generator | None = None) -> None:
     """Set all parameters as published: Xavier, but zero for the modulations and the output (adaLN-zero).
 
-    Lengths of intervals count for nothing at first, so that trained weights of velocities remain what they are.
+    Lengths of intervals and guidance count for nothing at first, so that trained weights of velocities remain what they
+    are.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "adaLN_modulation" in name or name in _OUTPUTS:
             nn.init.zeros_(parameter)
-        elif name.startswith(("t_embedder", "y_embedder", "length_embedder")):
+        elif name.startswith(("t_embedder", "y_embedder", "length_embedder", "guidance_embedder")):
             nn.init.normal_(parameter, std=0.02, generator=rng)
         elif name.startswith("context_embedder"):
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=rng)

@@ -129,10 +129,12 @@ def lightningdit_step(config: RunConfig, images: int, spanning: int = 0) -> Meta
         drops = routing is not None and routing.fuse is not None and routing.fuse.path_dropout
         path_dropped = torch.empty(images, dtype=torch.bool) if drops else None
         kept = kept_of(config, images)
-        times, intervals = torch.empty(images), None
+        times, intervals, guidance = torch.empty(images), None, None
         if config.objective.mean_flow is not None:
             intervals = Intervals(times, times, torch.empty(spanning, dtype=torch.int64))
-        loss, *_ = model(latents, latents, times, labels, kept, path_dropped, intervals, features, 1.0)
+        if config.lightningdit.guidance_inputs:
+            guidance = torch.empty(images, 3)
+        loss, *_ = model(latents, latents, times, labels, kept, path_dropped, guidance, intervals, features, 1.0)
         loss.backward()
 
     return MetaModel(step, (model,))

@@ -32,6 +32,7 @@ METRICS: dict[str, MetricInfo] = {
     "loss/distance": MetricInfo("marginal distance matrix loss"),
     "loss/velocity": MetricInfo("squared error of the velocity"),
     "loss/intermediate": MetricInfo("mean squared error of the velocity of the intermediate head"),
+    "loss/instantaneous": MetricInfo("squared error of the velocity beside average ones"),
     "loss/representation": MetricInfo("minus the cosine of projected tokens and the teacher's features"),
     "loss/class_token": MetricInfo("mean squared error of the velocity of the class token"),
     "loss/direction": MetricInfo("one less cosine of predicted and true velocity"),
