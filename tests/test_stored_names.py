@@ -25,10 +25,10 @@ from vavae.training.logging.metric_names import JOB_METRICS, METRICS, metric_nam
 
 ROOT = Path(__file__).parents[1]
 PURPOSES = """
-agreement|augment|bench|block|class_token_noise|discriminator|equivariance|interval_end|interval_length|
-kernel distance|label_dropout|latent tokens|latent_noise|lightningdit|mind|mirror|noise|observed posterior|optuna|
-path_dropout|posterior|reconstruction|released latents|routing|sample|sample class token|sample label|sample routing|
-shards|sweep|timesteps|tokenizer|variety|weights
+agreement|augment|bench|block|class_token_noise|discriminator|discriminator_augment|equivariance|interval_end|
+interval_length|kernel distance|label_dropout|latent tokens|latent_noise|lightningdit|mind|mirror|noise|
+observed posterior|optuna|path_dropout|posterior|reconstruction|released latents|routing|sample|sample class token|
+sample label|sample routing|shards|sweep|timesteps|tokenizer|variety|weights
 """
 COLUMN_NAMES = """
 loss/total loss/reconstruction loss/l1 loss/perceptual loss/kl loss/adversarial loss/discriminator loss/cosine
