@@ -25,8 +25,8 @@ from vavae.training.logging.metric_names import JOB_METRICS, METRICS, metric_nam
 
 ROOT = Path(__file__).parents[1]
 PURPOSES = """
-agreement|augment|bench|block|class_token_noise|discriminator|equivariance|guidance_input|interval_end|
-interval_length|kernel distance|label_dropout|latent tokens|latent_noise|lightningdit|mind|mirror|noise|
+agreement|augment|bench|block|class_token_noise|discriminator|discriminator_augment|equivariance|guidance_input|
+interval_end|interval_length|kernel distance|label_dropout|latent tokens|latent_noise|lightningdit|mind|mirror|noise|
 observed posterior|optuna|path_dropout|posterior|reconstruction|released latents|routing|sample|sample class token|
 sample label|sample routing|shards|sweep|timesteps|tokenizer|variety|weights
 """

@@ -16,6 +16,7 @@ from vavae.evaluation.evaluator import check_data, find_reference
 from vavae.latents.features import read_features_of, token_grid
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.stream import ShardsWithFeatures
+from vavae.losses.feature_discriminator import feature_dims
 from vavae.metrics.features import describe
 from vavae.metrics.reference import read_reference
 from vavae.models.backbones.config import BackboneConfig
@@ -74,6 +75,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
     if "train_vavae" in jobs or "evaluate" in jobs:
         for grid in {config.grid, config.smallest_grid}:
             check_teacher(config.teacher, grid)
+    if "train_vavae" in jobs and config.adversarial and config.losses.adversarial.kind == "features":
+        feature_dims(config.losses.adversarial.features)
     if "precompute_latents" in jobs and features is not None:
         check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []
@@ -168,6 +171,8 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
         backbones["latents.features.teacher"] = config.latents.features.teacher.backbone
     if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
         backbones["losses.perceptual"] = config.losses.perceptual.backbone
+    if "train_vavae" in jobs and config.adversarial and config.losses.adversarial.kind == "features":
+        backbones["losses.adversarial.features"] = config.losses.adversarial.features.backbone
     if "evaluate" in jobs:
         if config.evaluate.lpips:
             backbones["losses.perceptual"] = config.losses.perceptual.backbone

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vavae.cli.main import main
 from vavae.config.load import load
 from vavae.distributed.world import World
+from vavae.models.backbones.load import meta_backbone
 from vavae.models.dit.config import RoutingConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.planning import jobs
@@ -306,6 +307,19 @@ def test_checkpoints_hold_all_engines():
     assert checkpoint_bytes(averaged, "train_vavae") == 4 * (4 * generator + 3 * discriminator)
     alone = load(RunConfig, TINY, ["losses.adversarial.weight=0"])
     assert checkpoint_bytes(alone, "train_vavae") == 4 * 3 * generator
+
+
+def test_a_discriminator_on_features_has_heads_in_checkpoints_and_a_frozen_network_in_memory():
+    """Heads of 384 channels, each of a convolution of one position, one of nine and one to a logit."""
+    on_patches, on_features = (
+        tiny_config(losses={"adversarial": {"kind": kind, "start_images": 0}}) for kind in ("patch", "features")
+    )
+    generator, heads = trained_parameters(on_features, "train_vavae").values()
+    assert heads == 5 * (384**2 + 9 * 384**2 + 384 + 2 * 3 * 384 + 1)
+    assert checkpoint_bytes(on_features, "train_vavae") == 4 * (4 * generator + 3 * heads)
+    network = meta_backbone(on_features.losses.adversarial.features.backbone)
+    frozen = [training_estimate.frozen_bytes(each, "train_vavae") for each in (on_patches, on_features)]
+    assert frozen[1] - frozen[0] == 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_further_averages_take_memory_checkpoints_and_snapshots():

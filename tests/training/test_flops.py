@@ -165,15 +165,26 @@ class Counted(TorchDispatchMode):
         ("train_lightningdit", "in-context conditioning"),
         ("train_lightningdit", "class token"),
         # All micro-batches of one size.
-        ("train_vavae", {"probability": 1, "min_scale": 0.8}),
-        ("train_vavae", {"probability": 0, "small_images": 1, "min_scale": 0.8}),
+        ("train_vavae", {"equivariance": {"probability": 1, "min_scale": 0.8}}),
+        ("train_vavae", {"equivariance": {"probability": 0, "small_images": 1, "min_scale": 0.8}}),
+        (
+            "train_vavae",
+            {
+                "adversarial": {
+                    "kind": "features",
+                    "start_images": 0,
+                    "features": {"name": "efficientnet_lite0", "image_size": 64, "layers": [4, 2], "kernel": 3},
+                    "augment": {},
+                }
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
 def test_steps_take_what_is_counted(job, recipe, recompute):
     engine = {"backend": "torch"}
     if job == "train_vavae":
-        config = tiny_config(losses={"equivariance": recipe}, engine=engine)
+        config = tiny_config(losses=recipe, engine=engine)
     else:
         config = recipe_config(*([] if recipe is None else [recipe]), engine=engine)
     update = {"checkpoint_activations": recompute}

@@ -31,8 +31,15 @@ from vavae.training.tokenizer_step import TokenizerStep
 
 STEPS = 2
 ENGINES = [TORCH, *ZERO]
+ON_FEATURES: dict[str, Any] = {
+    "kind": "features",
+    "start_images": 0,
+    "features": {"name": "efficientnet_lite0", "image_size": 64, "layers": [4, 2, 3, 4], "kernel": 3},
+    "augment": {"cutout": 0.2},
+}
+"""An adversary on the features of a network that is there."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "added noise": {"latent_noise": {"kind": "add", "scale": 0.8}},
+    "added noise and features": {"latent_noise": {"kind": "add", "scale": 0.8}, "adversarial": ON_FEATURES},
     "interpolated noise and equivariance": {
         "latent_noise": {},
         "equivariance": {"small_images": 0.5, "min_scale": 0.5},
@@ -45,7 +52,7 @@ SMALL = {"equivariance": {"probability": 0, "small_images": 1, "min_scale": 0.5}
 
 
 def option_config(name: str, engine: dict[str, Any]) -> RunConfig:
-    """The tiny configuration with an option."""
+    """The tiny configuration with options."""
     return tiny_config(losses=OPTIONS[name], engine=engine)
 
 
@@ -94,7 +101,7 @@ def test_every_engine_takes_the_same_steps_and_resumes_to_the_same_bits(gloo: Gl
                 assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), (name, engine, step)
 
 
-@pytest.mark.parametrize("losses", [{"latent_noise": {}}, OPTIONS["added noise"], TURNED])
+@pytest.mark.parametrize("losses", [{"latent_noise": {}}, {"latent_noise": {"kind": "add"}}, TURNED])
 def test_an_option_changes_what_is_decoded_alone(losses: dict[str, Any]) -> None:
     """Alignment and KL are those of the posterior sample, whatever is decoded."""
     plain, ours = (
@@ -146,7 +153,7 @@ def test_the_discriminator_compares_what_the_generator_was_trained_on(
     forward = adversary.forward
     monkeypatch.setattr(adversary, "forward", lambda *inputs: seen.append(inputs) or forward(*inputs))
     take(step, World(), range(1))
-    for lane, (target, reconstruction) in enumerate(seen):
+    for lane, (target, reconstruction, _) in enumerate(seen):
         rng = torch_generator(config.seed, "equivariance", lane, 0)
         drawn = MicroBatchTransforms.draw(config.losses.equivariance, config.grid, rng)
         transform = drawn.images or drawn.latents
@@ -155,7 +162,7 @@ def test_the_discriminator_compares_what_the_generator_was_trained_on(
         images = to_float(DrawnImages()[MicroBatchKey(lane, 0)].images)
         assert torch.equal(target, transform.apply(images, config.tokenizer.downsample))
         assert target.shape == reconstruction.shape
-    assert len({target.shape for target, _ in seen}) > 1
+    assert len({target.shape for target, *_ in seen}) > 1
 
 
 def test_a_decoder_tuned_alone_leaves_the_encoder_its_bits() -> None:
@@ -182,6 +189,31 @@ def test_a_decoder_tuned_alone_leaves_the_encoder_its_bits() -> None:
     assert torch.equal(again.logvar, latents.logvar)
     for name, parameter in step.model.named_parameters():
         assert name.startswith(frozen) == (parameter.grad is None and not parameter.requires_grad), name
+
+
+def test_a_discriminator_on_features_trains_its_heads_alone() -> None:
+    """Augmentations are draws of lane and step, three of a micro-batch; the network is in no engine, nor changed."""
+    step = build_step("train_vavae", tiny_config(losses={"adversarial": ON_FEATURES}, engine=TORCH), World())
+    assert isinstance(step, TokenizerStep)
+    network = step._frozen_features
+    assert network is not None
+    before, frozen = weights_of(step), {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    figures = take(step, World(), range(2))
+    assert all(map(math.isfinite, figures[1].values()))
+    assert figures[1]["adaptive_weight/adversarial"] > 0
+    after = {name: tensor for name, tensor in weights_of(step).items() if name.startswith("discriminator.")}
+    assert {name.split(".")[2] for name in after} == {"heads"}
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert {name for name in after if name.endswith(("weight_orig", "weight_v"))} <= moved
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in network.state_dict().items())
+
+    def draws(lane: int, number: int) -> list[Tensor]:
+        views = step._views(DrawnImages()[MicroBatchKey(lane, number)])
+        return [view.keywords["augmentation"].uniform for view in views]
+
+    three = draws(1, 2)
+    assert all(one.equal(two) for one, two in zip(three, draws(1, 2), strict=True))
+    assert len({tuple(each.flatten().tolist()) for each in (*three, *draws(0, 2), *draws(1, 3))}) == 9
 
 
 @pytest.mark.parametrize(

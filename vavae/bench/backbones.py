@@ -15,7 +15,7 @@ from vavae.training.initialize import initialized
 
 
 def with_random_backbones(config: RunConfig, folder: Path) -> RunConfig:
-    """Configuration whose teacher and LPIPS have random weights.
+    """Configuration whose teacher, LPIPS and discriminator's network have random weights.
 
     Args:
         config: configuration of a run.
@@ -25,7 +25,12 @@ def with_random_backbones(config: RunConfig, folder: Path) -> RunConfig:
     perceptual = config.losses.perceptual
     if perceptual.kind == "lpips":
         perceptual = perceptual.model_copy(update={"weights": _write_random(perceptual.backbone, folder)})
-    losses = config.losses.model_copy(update={"perceptual": perceptual})
+    adversarial = config.losses.adversarial
+    if adversarial.kind == "features":
+        weights = _write_random(adversarial.features.backbone, folder)
+        features = adversarial.features.model_copy(update={"weights": weights})
+        adversarial = adversarial.model_copy(update={"features": features})
+    losses = config.losses.model_copy(update={"perceptual": perceptual, "adversarial": adversarial})
     return config.model_copy(update={"teacher": teacher, "losses": losses})
 
 

@@ -1,13 +1,14 @@
-"""The patch discriminator of VQGAN and the losses on both sides of it."""
+"""The discriminators, and the losses on both sides of them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae.losses.config import NORM_GROUPS, AdversarialLossConfig
+from vavae.losses.feature_discriminator import FeatureDiscriminator
 
 _MAX_MULTIPLIER = 8
 _INIT_STD = 0.02
@@ -90,20 +91,46 @@ class DiscriminatorTerms(NamedTuple):
     """Logits of the right sign, above zero for real images and below for reconstructions, and all logits: [2]."""
 
 
+def build_discriminator(config: AdversarialLossConfig, image_channels: int = 3) -> nn.Module:
+    """Build what is trained of a discriminator: a map to logits, of images or of the features of the frozen network.
+
+    Raises:
+        UserError: timm does not know the network, or it has no such layer.
+    """
+    if config.kind == "features":
+        return FeatureDiscriminator(config.features)
+    return PatchDiscriminator(config, image_channels)
+
+
+View = Callable[[Tensor], Any]
+"""Function of images [B, C, H, W] in [-1, 1] -> what the discriminator takes of them."""
+
+
 class DiscriminatorObjective(nn.Module):
     """The discriminator's step in one forward, so that an engine can wrap it whole."""
 
     def __init__(self, config: AdversarialLossConfig, image_channels: int = 3) -> None:
         super().__init__()
-        self.discriminator = PatchDiscriminator(config, image_channels)
-        self._loss = DISCRIMINATOR_LOSSES[config.loss]
+        self.discriminator = build_discriminator(config, image_channels)
+        self._loss, self._rounds = DISCRIMINATOR_LOSSES[config.loss], config.kind == "features"
 
-    def forward(self, images: Tensor, reconstruction: Tensor) -> DiscriminatorTerms:
+    def forward(
+        self, images: Tensor, reconstruction: Tensor, views: tuple[View, View] | None = None
+    ) -> DiscriminatorTerms:
         """Compare images and reconstructions, both [B, C, H, W] in [-1, 1]; the reconstructions are detached.
 
-        Each of the two has batch statistics of its own.
+        Each of the two has batch statistics of its own. On frozen features reconstructions are seen in 8 bits (RAE).
+
+        Args:
+            images: real images.
+            reconstruction: what the generator made of them.
+            views: of images and of reconstructions; None shows both as they are.
         """
-        real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
+        reconstruction = reconstruction.detach()
+        if self._rounds:
+            reconstruction = ((reconstruction.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        seen = (images, reconstruction) if views is None else (views[0](images), views[1](reconstruction))
+        real, fake = (self.discriminator(each) for each in seen)
         signs = torch.stack([real > 0, fake < 0])
         right = torch.stack([signs, torch.ones_like(signs)]).flatten(1).sum(1)
         return DiscriminatorTerms(self._loss(real, fake), real.mean().detach(), fake.mean().detach(), right)

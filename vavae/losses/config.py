@@ -1,12 +1,13 @@
 """Configuration of the losses; the defaults are those of the paper unless a line says otherwise."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vavae.config import Config, added, runtime
 from vavae.models.backbones.config import BackboneConfig, WeightsPath
+from vavae.models.tokenizer.config import TEACHERS
 
 NORM_GROUPS = 32
 """Groups of the discriminator's group normalization."""
@@ -70,8 +71,53 @@ class PerceptualLossConfig(Config):
         return self
 
 
+class FeatureDiscriminatorConfig(Config):
+    """A discriminator's frozen network and trained heads; the defaults are those of RAE, arXiv 2510.11690."""
+
+    name: str = "vit_small_patch8_224.dino"
+    """A short name of a teacher, an embedded network (`efficientnet_lite0`, `efficientnet_lite2`), or any timm model
+    with its tag."""
+
+    weights: WeightsPath | None = None
+    """Its weights, as a path or a storage URL; none means the package's own or the Hugging Face hub's."""
+
+    image_size: int = Field(224, gt=0)
+    """Side in pixels of the images that it sees, to which all are resized."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((11, 2, 5, 8, 11), min_length=1)
+    """Blocks of a transformer, or feature levels, counted from 0: a head looks at the output of each."""
+
+    kernel: int = Field(9, gt=0)
+    """Positions, along a line through all, that the second convolution of a head takes in; odd."""
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The network under its full name."""
+        return BackboneConfig(name=TEACHERS.get(self.name, self.name), weights=self.weights)
+
+    @field_validator("kernel")
+    @classmethod
+    def _is_odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel {kernel}: take an odd number")
+        return kernel
+
+
+class AugmentConfig(Config):
+    """Differentiable augmentation of all that a discriminator sees: translation, color, and a cut."""
+
+    probability: float = Field(1.0, gt=0, le=1)
+    """Probability of each of the three, for a micro-batch."""
+
+    cutout: float = Field(0.0, ge=0, lt=1)
+    """Side of the rectangle that is cut, as a share of the image's; 0 cuts nothing, as RAE does."""
+
+
 class AdversarialLossConfig(Config):
-    """A patch discriminator, its loss and the adversarial loss of the tokenizer."""
+    """A discriminator, its loss and the adversarial loss of the tokenizer."""
+
+    kind: Literal["patch", "features"] = added("patch")
+    """A patch discriminator, trained whole; or heads on the features of a frozen network, which alone are trained."""
 
     weight: float = Field(0.5, ge=0)
     """Weight of the generator's loss, times the adaptive weight; 0 switches discriminator and term off."""
@@ -93,10 +139,24 @@ class AdversarialLossConfig(Config):
     all ranks, whose number is that of the workers, on which results then depend; or within each image. The last two
     suit very small micro-batches."""
 
+    features: FeatureDiscriminatorConfig = added(FeatureDiscriminatorConfig())
+    """The network and heads of the kind `features`; `channels`, `layers` and `norm` are of the kind `patch`."""
+
+    augment: AugmentConfig | None = added(None)
+    """Augmentation of images and reconstructions before the discriminator; null augments nothing."""
+
     @property
     def smallest_side(self) -> int:
         """Least side in pixels of images that the discriminator takes."""
-        return 3 * 2**self.layers  # the convolutions of stride 1 take one position each
+        # The patch discriminator's convolutions of stride 1 take one position each.
+        return 3 * 2**self.layers if self.kind == "patch" else 1
+
+    @model_validator(mode="after")
+    def _fields_are_of_its_kind(self) -> "AdversarialLossConfig":
+        for name in ("features",) if self.kind == "patch" else ("channels", "layers", "norm"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"adversarial kind {self.kind!r} reads no {name}: leave it out or at its default")
+        return self
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "AdversarialLossConfig":

@@ -11,7 +11,7 @@ from vavae.data.shards.manifest import Manifest
 from vavae.distributed.config import MuonConfig
 from vavae.distributed.muon import MatrixShape, assign_by_cost, matrix_shapes
 from vavae.latents.features import feature_shape
-from vavae.losses.adversarial import PatchDiscriminator
+from vavae.losses.adversarial import build_discriminator
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
 from vavae.runs.run import Job
@@ -87,7 +87,7 @@ def _trained_modules(config: RunConfig, job: Job) -> Mapping[str, nn.Module]:
         "generator": nn.ModuleDict({"autoencoder": on_meta(lambda: VAVAE(config.tokenizer))})
     }
     if config.adversarial:
-        judge = on_meta(lambda: PatchDiscriminator(config.losses.adversarial, config.shards.channels))
+        judge = on_meta(lambda: build_discriminator(config.losses.adversarial, config.shards.channels))
         found["discriminator"] = nn.ModuleDict({"discriminator": judge})
     return found
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard, copy_shards
 from vavae.distributed.sync_batch_norm import sync_batch_norm
 from vavae.distributed.world import World
-from vavae.losses.adversarial import DiscriminatorObjective
+from vavae.losses.adversarial import DiscriminatorObjective, View
+from vavae.losses.augmentation import Augmentation
 from vavae.losses.config import TokenizerLossConfig
+from vavae.losses.feature_discriminator import FrozenFeatures, advance_power_iterations
 from vavae.losses.latents import LatentNoise, MicroBatchTransforms, Transform
 from vavae.losses.objective import (
     UNMEASURED,
@@ -44,6 +46,17 @@ from vavae.training.step import StepResult, StepState, StepWeights, TermSum, com
 
 Teacher = Callable[[Tensor], Tensor]
 Discriminator = Callable[[Tensor], Tensor]
+
+
+class _Views(NamedTuple):
+    """What the discriminator sees of one micro-batch."""
+
+    of_generator: View
+    """Of reconstructions, for the generator."""
+    of_images: View
+    """Of images, for the discriminator."""
+    of_reconstruction: View
+    """Of reconstructions, for the discriminator."""
 
 
 class TokenizerLosses(NamedTuple):
@@ -184,7 +197,10 @@ class TokenizerStep:
         self._generator = self._engine(self.model, training.optimizer, given.get("generator", {}))
         self.engines: dict[str, Engine] = {"generator": self._generator}
         self._adversary: Engine | None = None
+        self._frozen_features: FrozenFeatures | None = None
         if config.adversarial:
+            if losses.adversarial.kind == "features":
+                self._frozen_features = FrozenFeatures(losses.adversarial.features).to(world.device)
             judged = given.get("discriminator", {})
             objective: nn.Module = self._build(
                 "discriminator", lambda: DiscriminatorObjective(losses.adversarial, config.shards.channels), judged
@@ -246,14 +262,14 @@ class TokenizerStep:
         pairs = []
         for accumulation_step, item in zip(self.accumulation_steps, micro_batches, strict=True):
             with self.stopwatch("forward"):
-                images = to_float(item.images.to(self._world.device, non_blocking=True))
-                losses = self._generate(images, item, adversary)
+                images, views = to_float(item.images.to(self._world.device, non_blocking=True)), self._views(item)
+                losses = self._generate(images, item, adversary, views)
             with self.stopwatch("backward"):
                 self._generator.backward(losses.objective * accumulation_step.weight)
             terms.add(accumulation_step.weight, {_log_name(name): value for name, value in losses.terms.items()})
             if accumulation_step.weight > 0:
                 spread += variances(losses.reconstruction, losses.target)
-            pairs.append((accumulation_step, losses.target, losses.reconstruction))
+            pairs.append((accumulation_step, losses.target, losses.reconstruction, views))
         before_update()
         with self.stopwatch("optimizer"):
             norm = self._generator.update(learning_rate)
@@ -261,15 +277,16 @@ class TokenizerStep:
         if adversary is not None:
             # A loss that is not finite, so that the discriminator is not updated where the generator was not.
             guard = torch.where(norm.isfinite(), 1.0, torch.nan).to(self._world.device, non_blocking=True)
-            for accumulation_step, images, reconstruction in pairs:
+            for accumulation_step, images, reconstruction, views in pairs:
                 with self.stopwatch("forward"):
-                    judged = adversary.forward(images, reconstruction)
+                    judged = adversary.forward(images, reconstruction, (views.of_images, views.of_reconstruction))
                 with self.stopwatch("backward"):
                     adversary.backward(judged.objective * accumulation_step.weight * guard)
                 scores = {"discriminator": judged.objective, "logits_real": judged.real, "logits_fake": judged.fake}
                 terms.add(accumulation_step.weight, {_log_name(name): value for name, value in scores.items()})
                 if accumulation_step.weight > 0:
                     right += judged.right.double()
+            advance_power_iterations(adversary.module)
             for buffer, before in zip(adversary.module.buffers(), statistics, strict=True):
                 buffer.copy_(torch.where(guard.isfinite(), buffer, before))
             training = self._config.train_vavae
@@ -281,7 +298,22 @@ class TokenizerStep:
             ratios[DISCRIMINATOR_ACCURACY] = (right[0], right[1])
         return StepResult(terms.terms, norms, ratios)
 
-    def _generate(self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None) -> TokenizerLosses:
+    def _views(self, item: ImageMicroBatch) -> _Views:
+        """Draw the augmentations of one micro-batch, and show it with them."""
+        config = self._losses.adversarial.augment
+        rng = torch_generator(self._config.seed, "discriminator_augment", item.lane, item.step)
+
+        def view(images: Tensor, augmentation: Augmentation | None) -> Tensor | list[Tensor]:
+            shown = images if augmentation is None else augmentation.apply(images)
+            return shown if self._frozen_features is None else self._frozen_features(shown)
+
+        return _Views(
+            *(partial(view, augmentation=Augmentation.draw(config, len(item.images), rng)) for _ in _Views._fields)
+        )
+
+    def _generate(
+        self, images: Tensor, item: ImageMicroBatch, adversary: Engine | None, views: _Views
+    ) -> TokenizerLosses:
         """Run one micro-batch, images [S, 3, H, W] in [-1, 1], through the generator and all losses."""
         config = self._config
 
@@ -301,14 +333,15 @@ class TokenizerStep:
         measure = item.step % self._losses.adaptive.every == 0
         known = UNMEASURED if measure else self._adaptive_weights.get(item.lane, UNMEASURED)
         # The module itself, not the engine: a generator's gradient must not pass the discriminator's hooks.
-        judge = None if adversary is None else adversary.module.discriminator
-        if judge is not None:
-            judge.requires_grad_(False)
+        discriminator: Any = None if adversary is None else adversary.module.discriminator
+        judge = None if discriminator is None else lambda image: discriminator(views.of_generator(image))
+        if discriminator is not None:
+            discriminator.requires_grad_(False)
         losses: TokenizerLosses = self._generator.forward(
             images, noise, teacher, self._perceptual, judge, known, transforms.latents, latent_noise
         )
-        if judge is not None:
-            judge.requires_grad_(True)
+        if discriminator is not None:
+            discriminator.requires_grad_(True)
         self._adaptive_weights[item.lane] = losses.adaptive
         return losses
 

@@ -83,7 +83,7 @@ def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[s
         settings = losses.vision_foundation.model_dump() | sizes
         generator |= _with_prefix("alignment", convert_alignment(weights, settings, "losses.vision_foundation."))
     engines = {"generator": generator}
-    if config.adversarial and holds_discriminator(weights):
+    if config.adversarial and losses.adversarial.kind == "patch" and holds_discriminator(weights):
         discriminator = convert_discriminator(weights, losses.adversarial.model_dump(), "losses.adversarial.")
         engines["discriminator"] = _with_prefix("discriminator", discriminator)
     return engines

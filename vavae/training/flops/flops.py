@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from statistics import fmean
 
+import torch
 from numpy.polynomial import Polynomial
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,7 +26,6 @@ from vavae.runs.run import Job
 from vavae.training.flops.meta_models import (
     MetaModel,
     images_of,
-    latents_of,
     lightningdit_step,
     on_meta,
     tokenizer_step,
@@ -90,7 +90,7 @@ def features_flops(config: RunConfig) -> float:
 def decoding_flops(config: RunConfig) -> float:
     """FLOPs of decoding one latent, without gradients."""
     model = on_meta(lambda: VAVAE(config.tokenizer))
-    return _count(MetaModel(lambda: model.decode(latents_of(config, 1)), (model,)))
+    return _count(MetaModel(lambda: model.decode(torch.empty(1, *config.latent_shape)), (model,)))
 
 
 def velocity_flops(config: RunConfig, drop: float = 0.0) -> float:

@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vavae.diffusion.mean_flow import Intervals
 from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import DiscriminatorObjective
-from vavae.losses.config import PerceptualLossConfig
+from vavae.losses.augmentation import Augmentation
+from vavae.losses.config import AdversarialLossConfig, PerceptualLossConfig
+from vavae.losses.feature_discriminator import FrozenFeatures
 from vavae.losses.latents import UNTRANSFORMED, LatentNoise, MicroBatchTransforms
 from vavae.losses.objective import UNMEASURED, AdaptiveWeights
 from vavae.losses.perceptual import build_perceptual
@@ -70,11 +72,6 @@ def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
 def images_of(config: RunConfig, count: int) -> Tensor:
     """Empty images [count, C, H, W], to be made when the work is called."""
     return torch.empty(count, config.shards.channels, *config.shards.height_and_width)
-
-
-def latents_of(config: RunConfig, count: int) -> Tensor:
-    """Empty latents [count, C, h, w], to be made when the work is called."""
-    return torch.empty(count, *config.latent_shape)
 
 
 def states_of(config: RunConfig, count: int) -> Tensor:
@@ -154,6 +151,12 @@ def frozen_networks(teacher: TeacherConfig, perceptual: PerceptualLossConfig) ->
     return FrozenNetworks(built, on_meta(lambda: build_perceptual(perceptual, built.early_features, meta_backbone)))
 
 
+@cache
+def discriminator_network(config: AdversarialLossConfig) -> FrozenFeatures | None:
+    """Build the frozen network of a discriminator, once for all steps that share it; None where it has none."""
+    return on_meta(lambda: FrozenFeatures(config.features, meta_backbone)) if config.kind == "features" else None
+
+
 def tokenizer_step(
     config: RunConfig,
     phase: TokenizerPhase,
@@ -181,6 +184,13 @@ def tokenizer_step(
     model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights))
     model.freeze(phase.frozen)
     judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial, config.shards.channels))
+    network, augment = discriminator_network(losses.adversarial) if adversary else None, losses.adversarial.augment
+
+    def view(seen: Tensor) -> Tensor | list[Tensor]:
+        if augment is not None:
+            uniform = torch.empty(7, images, 1, 1)
+            seen = Augmentation(True, True, augment.cutout > 0, uniform, augment.cutout).apply(seen)
+        return seen if network is None else network(seen)
 
     def step() -> None:
         batch = torch.empty(images, config.shards.channels, *(side * factor for side in grid))
@@ -193,7 +203,7 @@ def tokenizer_step(
             features,
             # Copied, for the counter of FLOPs takes no leaf that enters a module and is differentiated for itself.
             None if perceptual is None else lambda real, leaf: perceptual(real, leaf * 1),
-            (lambda leaf: judge.discriminator(leaf * 1)) if adversary else None,
+            (lambda leaf: judge.discriminator(view(leaf * 1))) if adversary else None,
             known,
             transforms.latents,
             LatentNoise.draw(losses.latent_noise, (images, channels, *decoded_grid), torch.Generator()),
@@ -201,6 +211,7 @@ def tokenizer_step(
         out.objective.backward()
         if adversary:
             judge.requires_grad_(True)
-            judge(out.target, out.reconstruction).objective.backward()
+            judge(out.target, out.reconstruction, (view, view)).objective.backward()
 
-    return MetaModel(step, tuple(module for module in (teacher, perceptual, model, judge) if module is not None))
+    modules = (teacher, perceptual, model, judge, network)
+    return MetaModel(step, tuple(module for module in modules if module is not None))
