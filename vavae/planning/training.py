@@ -20,7 +20,7 @@ from vavae.planning.formulas import (
 from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, muon_matrices, trained_parameters
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
-from vavae.training.flops.meta_models import frozen_networks
+from vavae.training.flops.meta_models import frozen_encoder, frozen_networks
 
 _COPY_BYTES_PER_SECOND = 25e9
 """Rate from a GPU to the memory of its machine."""
@@ -154,11 +154,14 @@ def resolve_lanes_at_once(config: RunConfig, world: World) -> RunConfig:
 
 
 def frozen_bytes(config: RunConfig, job: Job) -> int:
-    """Bytes of the frozen networks on a GPU: the teacher, and VGG16 for LPIPS."""
+    """Bytes of the frozen networks on a GPU: the teacher, a frozen encoder, and VGG16 for LPIPS."""
     if job != "train_vavae":
         return 0
     teacher, perceptual = frozen_networks(config.teacher, config.losses.perceptual)
     networks: list[nn.Module] = [teacher.model]
+    encoder = frozen_encoder(config.tokenizer)
+    if encoder is not None:
+        networks.append(encoder)
     if isinstance(perceptual, LPIPS):
         networks.append(perceptual.layers)
     return FLOAT_BYTES * sum(parameter.numel() for network in networks for parameter in network.parameters())
