@@ -66,9 +66,9 @@ KINDS = {
 RECORDS = {
     Artifact: "kind digest config inputs images_seen files details",
     FileInfo: "bytes sha256",
-    LatentShardRecord: "origin shard statistics keys captions skipped",
+    LatentShardRecord: "origin shard statistics keys captions sums skipped",
     TrainState: "images_seen config data excluded",
-    LatentManifest: "tokenizer shape flip classes splits",
+    LatentManifest: "tokenizer shape flip classes splits kind statistics",
     ShardRecord: "plan shard skipped",
     ShardInfo: "name count bytes sha256 url dropped",
     Manifest: "splits classes image_size sources skipped skipped_count excluded image_key label_key by_name channels "

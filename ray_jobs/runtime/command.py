@@ -168,9 +168,10 @@ def _effort(config: RunConfig, job: Job) -> str:
     if isinstance(training, TrainingConfig):
         steps, batch_size = training.steps, training.batch_size
         return f"{steps * batch_size:,} images, {steps:,} steps of {batch_size}, {config.workers.count} workers"
+    moments = "mean and std" if config.tokenizer.kind == "kl" else "points"
     return {
         "prepare_shards": f"{written_path(config.shards.source)} at {describe_size(config.shards.image_size)} px",
-        "precompute_latents": f"{' x '.join(map(str, config.latent_shape))} float16 mean and std",
+        "precompute_latents": f"{' x '.join(map(str, config.latent_shape))} float16 {moments}",
         "sample": f"{config.sample.images:,} images, {config.solver.summary}",
         "evaluate": f"up to {config.evaluate.images:,} held-out images",
     }[job]

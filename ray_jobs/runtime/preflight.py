@@ -22,6 +22,7 @@ from vavae.metrics.reference import read_reference
 from vavae.models.backbones.config import BackboneConfig
 from vavae.models.backbones.inception import check_inception
 from vavae.models.backbones.weights import check_weights, timm_name
+from vavae.models.tokenizer.representation import check_encoder
 from vavae.models.tokenizer.teacher import check_teacher, teacher_geometry
 from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run
@@ -77,6 +78,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
             check_teacher(config.teacher, grid)
     if "train_vavae" in jobs and config.adversarial and config.losses.adversarial.kind == "features":
         feature_dims(config.losses.adversarial.features)
+    for grid in {config.grid, config.smallest_grid}:
+        check_encoder(config.tokenizer, grid)
     if "precompute_latents" in jobs and features is not None:
         check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []
@@ -167,6 +170,8 @@ def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConf
     backbones: dict[str, BackboneConfig] = {}
     if "train_vavae" in jobs or "evaluate" in jobs:
         backbones["teacher"] = config.teacher.backbone
+    if config.tokenizer.encoder is not None and {"train_vavae", "precompute_latents", "evaluate"} & {*jobs}:
+        backbones["tokenizer.encoder"] = config.tokenizer.encoder.backbone
     if "precompute_latents" in jobs and config.latents.features is not None:
         backbones["latents.features.teacher"] = config.latents.features.teacher.backbone
     if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:

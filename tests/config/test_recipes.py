@@ -313,7 +313,8 @@ def test_each_recipe_can_be_planned_offline_and_says_what_to_fetch(path, offline
     inception, reference = needed[-2:]
     assert re.match(r"evaluate.metrics: the weights of Inception .* download https://\S+-6726825d.pth where", inception)
     assert re.match(r"evaluate.reference=imagenet/VIRTUAL\S+: no file there; ADM's .* is https://\S+.npz$", reference)
-    assert len(needed) == 4 + len(networks) + (config.latents.features is not None)
+    stored, frozen = config.latents.features is not None, config.tokenizer.encoder is not None
+    assert len(needed) == 4 + len(networks) + stored + frozen
 
 
 def test_without_images_a_run_refuses_in_one_line(offline, capfd):

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import image_shards, small_models
 from support.image_shards import write_image_shards
+from support.representation import DIM, tokenizer_config
 
 from vavae.data import shard_reader
 from vavae.data.image import center_crop_resize, prepare_image
@@ -24,6 +25,7 @@ from vavae.latents.extract import Extraction
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.shards import MappedLatents
 from vavae.latents.statistics import LatentNormalizer, LatentStatistics, read_statistics
+from vavae.models.tokenizer.representation import build_autoencoder, load_encoder
 from vavae.storage.storage import Storage
 
 COUNTS = {"train": (5, 3), "validation": (2,)}
@@ -545,3 +547,83 @@ def test_there_are_no_other_writes(extract, tokenizer, monkeypatch):
     killer = Killer(monkeypatch, 100, after=False)
     encode_all(extract(), tokenizer)
     assert killer.left == 100 - CHANGES
+
+
+@pytest.fixture(scope="module")
+def representation():
+    """A representation autoencoder whose latents of `image_shards` have the grid of the other tokenizer's."""
+    config = tokenizer_config(decoder={"size": None, "width": 8, "depth": 1, "heads": 1, "patch_size": 2})
+    return build_autoencoder(config, load_encoder(config))
+
+
+POINTS = CONFIG.model_copy(update={"statistics": "position"})
+POINT_SHAPE = (DIM, small_models.GRID, small_models.GRID)
+
+
+@pytest.fixture
+def extract_points(tmp_path, images, manifest):
+    """Make an extraction of points with statistics of positions into a folder."""
+
+    def make(folder="latents", config=POINTS):
+        return Extraction(images, manifest, Storage(str(tmp_path / folder)), "t", config, kind="representation")
+
+    return make
+
+
+def finish_points(extraction, model):
+    tasks = extraction.tasks()
+    return extraction.finish(POINT_SHAPE, [extraction.encode(task, model, CPU, ignore) for task in tasks])
+
+
+def test_points_are_stored_alone_and_normalized_at_each_position(tmp_path, extract_points, representation):
+    finish_points(extract_points(), representation)
+    latents = Storage(str(tmp_path / "latents"))
+    manifest = read_latent_manifest(latents)
+    assert (manifest.kind, manifest.statistics, manifest.record_shape) == (
+        "representation",
+        "position",
+        (2, *POINT_SHAPE),
+    )
+    arrays, _ = read_all(tmp_path, manifest, "train")
+    pixels = to_float(torch.from_numpy(image_shards.image("train", 6)).permute(2, 0, 1)[None])
+    for view, image in enumerate((pixels, pixels.flip(-1))):  # encoded anew: latents are never mirrored
+        np.testing.assert_allclose(arrays[6, view], representation.encode(image).mean[0], rtol=2e-3, atol=2e-3)
+    normalizer = LatentNormalizer(*read_statistics(latents))
+    assert (normalizer.statistics, normalizer.mean.shape) == ("position", POINT_SHAPE)
+    both = torch.from_numpy(arrays).float().flatten(0, 1)
+    whitened = normalizer.normalize(both).double()
+    torch.testing.assert_close(whitened.mean(0), torch.zeros(POINT_SHAPE).double(), rtol=0, atol=1e-5)
+    variance = both.double().var(0, correction=0)
+    expected = variance / (variance + 1e-5)  # 1, but where hardly anything varies
+    torch.testing.assert_close(whitened.var(0, correction=0), expected, rtol=1e-3, atol=1e-3)
+    assert (expected > 0.999).float().mean() > 0.9
+    torch.testing.assert_close(normalizer.denormalize(normalizer.normalize(both)), both, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_summed_equally_by_any_actors_and_after_a_kill(
+    tmp_path, extract_points, representation, monkeypatch
+):
+    result = finish_points(extract_points("whole"), representation)
+    whole = contents(tmp_path, "whole")
+    for survived in range(1, 4 * 3 + 2, 3):  # per shard its record goes, and shard, sums and record come
+        folder = f"killed {survived}"
+        with monkeypatch.context() as patch:
+            Killer(patch, survived, after=False)
+            with pytest.raises(Killed):
+                finish_points(extract_points(folder), representation)
+        other = extract_points(folder)
+        for task in reversed(other.tasks()):
+            other.encode(task, representation, CPU, ignore)
+        assert finish_points(other, representation) == result
+        assert contents(tmp_path, folder) == whole
+    Storage(str(tmp_path / "whole")).delete("train/000000.sums.safetensors")
+    assert finish_points(extract_points("whole"), representation) == result
+    assert contents(tmp_path, "whole") == whole
+
+
+def test_sums_that_are_damaged_are_named(tmp_path, extract_points, representation):
+    extraction = extract_points()
+    records = [extraction.encode(task, representation, CPU, ignore) for task in extraction.tasks()]
+    Storage(str(tmp_path / "latents")).write_bytes("train/000001.sums.safetensors", b"x")
+    with pytest.raises(UserError, match=r"train/000001\.sums\.safetensors: damaged; delete it, and run"):
+        extraction.finish(POINT_SHAPE, records)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tempfile
 from uuid import uuid4
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
+from support.golden import golden
 
 from vavae.data.config import StreamConfig
 from vavae.data.image_stream import MicroBatchKey
@@ -21,7 +23,7 @@ from vavae.data.shards.tar import write_tar
 from vavae.errors import UserError
 from vavae.latents.manifest import MANIFEST, FeatureManifest, LatentManifest, read_latent_manifest, read_latents_of
 from vavae.latents.shards import MappedLatents, feature_members, write_latents
-from vavae.latents.statistics import STATISTICS, LatentStatistics, read_statistics
+from vavae.latents.statistics import STATISTICS, LatentNormalizer, LatentStatistics, read_statistics
 from vavae.latents.stream import FeaturesToRead, LatentStream
 from vavae.randomness import numpy_generator
 from vavae.storage.storage import Storage, sha256_of
@@ -141,15 +143,17 @@ def test_a_file_that_is_no_shard_is_refused(tmp_path, content):
         MappedLatents(tmp_path / "foreign.tar", 3, (4, *SHAPE))
 
 
-def write_set(storage, flip):
-    infos = []
+def write_set(storage, flip, kind="kl"):
+    infos, moments = [], 2 if kind == "kl" else 1
     for number, count in enumerate(COUNTS):
         with storage.create(f"train/{number:06d}.tar") as path:
-            write_latents(path, arrays_of(count, 1 + flip), labels_of(count), first_index=0)
+            arrays = arrays_of(count, 1 + flip)[:, : moments * (1 + flip)]
+            write_latents(path, arrays, labels_of(count), first_index=0)
             infos.append(
                 ShardInfo(name=f"{number:06d}.tar", count=count, bytes=path.stat().st_size, sha256=sha256_of(path))
             )
-    return LatentManifest(tokenizer="t", shape=SHAPE, flip=flip, classes=("a",) * 1000, splits={"train": tuple(infos)})
+    splits = {"train": tuple(infos)}
+    return LatentManifest(tokenizer="t", shape=SHAPE, flip=flip, classes=("a",) * 1000, splits=splits, kind=kind)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -218,6 +222,43 @@ def test_statistics_agree_with_drawn_samples():
     np.testing.assert_allclose(statistics.std, samples.std((0, 1, 3, 4)), rtol=0.01)
 
 
+@settings(deadline=None, max_examples=20)
+@given(posteriors, st.integers(0, 6))
+def test_statistics_of_positions_are_those_of_each(mean, cut):
+    statistics, rest = LatentStatistics(mean.shape[1:]), LatentStatistics(mean.shape[1:])
+    statistics.update(mean[:cut], None)
+    rest.update(mean[cut:], None)
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Storage(folder)
+        statistics.merge(LatentStatistics.read(storage, "sums", rest.write(storage, "sums")))
+    assert statistics.count == len(mean)
+    np.testing.assert_allclose(statistics.mean, mean.astype(np.float64).mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(statistics.std**2, mean.astype(np.float64).var(0) + 1e-5, rtol=1e-9, atol=1e-9)
+
+
+def test_positions_are_normalized_as_in_the_public_code():
+    _, tensors = golden("beyond_rae")
+    latents = tensors["layers.out"].transpose(1, 2).unflatten(2, (4, 4))
+    normalizer = LatentNormalizer(tensors["stats.mean"], (tensors["stats.var"] + 1e-5).sqrt()).double()
+    torch.testing.assert_close(normalizer.normalize(latents), tensors["stats.out.latent"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_slice_of_points_has_no_deviation(storage, flip):
+    manifest = write_set(storage, flip, "representation")
+    order = order_of(COUNTS, SEED, StreamConfig(lanes=2, block=3))
+    stream = LatentStream(storage, manifest, "train", order, 4, SEED, open_shards=1)
+    mirrored = []
+    for key in (MicroBatchKey(lane, step) for step in range(4) for lane in (0, 1)):
+        found = stream[key]
+        assert found.std is None
+        for row, location in enumerate(order.micro_batch(*key, 4)):
+            array = torch.from_numpy(arrays_of(COUNTS[location.shard], 1 + flip)[location.record]).float()
+            (view,) = (view for view in range(1 + flip) if torch.equal(found.mean[row], array[view]))
+            mirrored.append(view)
+    assert {*mirrored} == {*range(1 + flip)}
+
+
 def test_manifest_and_statistics_are_read_back(storage):
     manifest = write_set(storage, flip=True)
     storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
@@ -226,6 +267,9 @@ def test_manifest_and_statistics_are_read_back(storage):
         save_file(tensors, local)
     assert read_latent_manifest(storage) == manifest
     assert manifest.record_shape == (4, *SHAPE)
+    assert not {"kind", "statistics"} & manifest.to_json().keys(), (
+        "a manifest is what it was before there were other kinds"
+    )
     mean, std = read_statistics(storage)
     assert torch.equal(mean, tensors["mean"])
     assert torch.equal(std, tensors["std"])

@@ -14,6 +14,7 @@ from vavae.distributed.world import World
 from vavae.latents.features import feature_shape
 from vavae.latents.statistics import LatentNormalizer
 from vavae.latents.stream import LatentMicroBatch
+from vavae.models.tokenizer.representation import load_encoder
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import TRAININGS, Job
@@ -92,7 +93,8 @@ def build_step(job: Job, config: RunConfig, world: World, awaits_checkpoint: boo
     """The step object of a training."""
     if job == "train_vavae":
         phase = config.tokenizer_phases()[0]
-        return TokenizerStep(config, phase, None, DrawnImages(), world, awaits_checkpoint)  # type: ignore[arg-type]
+        images, encoder = DrawnImages(), load_encoder(config.tokenizer)
+        return TokenizerStep(config, phase, None, images, world, awaits_checkpoint, encoder)  # type: ignore[arg-type]
     model = config.lightningdit.with_classes(CLASSES)
     normalizer = LatentNormalizer(torch.zeros(4), torch.ones(4))
     stored = config.latents.features

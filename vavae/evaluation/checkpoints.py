@@ -91,7 +91,7 @@ def _load_sampler(
         config.grid,
         config.sample.weights,
     )
-    tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder)
+    tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder, encodes=False)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     weak = load_weak_model(inputs.weak, model)
     return Sampler.of(tokenizer, model, normalizer, config, device, weak)

@@ -122,16 +122,18 @@ def draw_tokens(latents: Storage, config: LatentSpaceConfig, seed: int, sampling
     images = rng.choice(bounds[-1], count, replace=False)
     views = rng.integers(1 + manifest.flip, size=count)
     rows, columns = rng.integers(height, size=count), rng.integers(width, size=count)
-    posteriors = np.empty((count, 2, channels), np.float32)
+    posteriors = np.zeros((count, 2, channels), np.float32)
     for number, info in enumerate(infos):
         mine = np.flatnonzero((images >= bounds[number]) & (images < bounds[number + 1]))
         arrays = _open(latents, manifest, info).arrays
-        found = arrays[images[mine] - bounds[number], :, :, rows[mine], columns[mine]]  # [n, 2 · (1 + flip), C]
-        pairs = found.reshape(len(mine), 1 + manifest.flip, 2, channels)
-        posteriors[mine] = pairs[np.arange(len(mine)), views[mine]]
+        found = arrays[images[mine] - bounds[number], :, :, rows[mine], columns[mine]]  # [n, moments · (1 + flip), C]
+        of_views = found.reshape(len(mine), 1 + manifest.flip, manifest.moments, channels)
+        posteriors[mine, : manifest.moments] = of_views[np.arange(len(mine)), views[mine]]
     z = posteriors[:, 0] + posteriors[:, 1] * rng.standard_normal((count, channels), np.float32)
     require_finite({"latents": torch.from_numpy(z)}, latents.url(), "compute the latents again")
     mean, std = (statistic.float().numpy() for statistic in read_statistics(latents))
+    if mean.ndim == 3:
+        mean, std = mean[:, rows, columns].T, std[:, rows, columns].T
     return (z - mean) / std
 
 

@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 def reconstruction_metrics(reconstruction: Reconstruction, config: RunConfig) -> list[Metric]:
     """Metrics of the tokenizer on held-out images."""
     protocol = config.evaluate.reconstruction_protocol
-    images = f"{protocol}: {reconstruction.images:,} held-out images, one posterior sample each"
+    images = f"{protocol}: {reconstruction.images:,} held-out images"
+    if config.tokenizer.kind == "kl":
+        images += ", one posterior sample each"
     form, means = config.shards.pixel_format, reconstruction.means
     own = images if form == RGB else f"{images}; {form.in_words}"
     seen = _joined(images, form.as_color(form.depth))

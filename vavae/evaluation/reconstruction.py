@@ -15,7 +15,7 @@ from vavae.metrics.equivariance import squared_errors
 from vavae.metrics.features import Summaries, without_tf32
 from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import Autoencoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
 
@@ -23,7 +23,7 @@ from vavae.randomness import torch_generator
 class Reconstructor(NamedTuple):
     """A tokenizer and the networks of the metrics of each image; metrics whose network is None are left out."""
 
-    tokenizer: VAVAE
+    tokenizer: Autoencoder
     alignment: VisionFoundationLoss | None
     """The projection of its latents."""
     teacher: VisionFoundationTeacher | None

@@ -7,7 +7,7 @@ an export can run code.
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, JsonValue, ValidationError
@@ -15,15 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vavae.config import Config, as_one_number, digest, identity
+from vavae.config import Config, added, as_one_number, digest, identity
 from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
+from vavae.models.tokenizer.representation import Autoencoder, build_autoencoder, load_encoder
 from vavae.runs.output import JobOutput
 from vavae.storage.artifact import Artifact, FileInfo
 from vavae.storage.storage import Storage, sha256_of
@@ -35,13 +35,15 @@ DescriptionT = TypeVar("DescriptionT", bound=Config)
 
 
 class TokenizerDescription(Config):
-    """Description of a tokenizer and of the projection that it was aligned through."""
+    """Description of a tokenizer and of the projection that it was aligned through, if it was."""
 
     tokenizer: TokenizerConfig
     teacher: TeacherConfig
     vision_foundation: VisionFoundationLossConfig
     feature_dim: int
     """Channels of the teacher's features."""
+    encoder_weights: str | None = added(None)
+    """Digest of the weights of the frozen encoder, which the export does not hold; null where it holds an encoder."""
 
 
 class LightningDiTDescription(Config):
@@ -53,6 +55,8 @@ class LightningDiTDescription(Config):
     """Side, or height and width, of a latent."""
     tokenizer: str
     """Digest of the tokenizer whose latents it was trained on."""
+    statistics: Literal["channel", "position"] = added("channel")
+    """Statistics that these latents were normalized by, see `latents.statistics`."""
 
 
 def save_export(
@@ -102,10 +106,25 @@ def commit_export(
     return output.commit(content, files, images_seen=images_seen, **details)
 
 
-def load_tokenizer(storage: Storage) -> tuple[VAVAE, TokenizerDescription]:
-    """Load the tokenizer of an export, in evaluation mode on the CPU."""
+def load_tokenizer(storage: Storage, encodes: bool = True) -> tuple[Autoencoder, TokenizerDescription]:
+    """Load the tokenizer of an export, in evaluation mode on the CPU.
+
+    Args:
+        storage: folder of the export.
+        encodes: load a frozen encoder, too, which the export only names; without it the tokenizer decodes alone.
+
+    Raises:
+        UserError: there is no such export, or the encoder's weights are not those that it was made with.
+    """
     description = _describe(storage, TokenizerDescription)
-    return _load(VAVAE(description.tokenizer), storage, WEIGHTS), description
+    encoder = load_encoder(description.tokenizer) if encodes else None
+    if encoder is not None and encoder.weights_digest() != description.encoder_weights:
+        raise UserError(
+            f"{storage.url()}: made with weights {description.encoder_weights} of the encoder "
+            f"{encoder.config.name}, but those here are {encoder.weights_digest()}: put the former where "
+            "tokenizer.encoder.weights says"
+        )
+    return _load(build_autoencoder(description.tokenizer, encoder), storage, WEIGHTS), description
 
 
 def load_alignment(storage: Storage) -> VisionFoundationLoss:

@@ -46,6 +46,7 @@ from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import STATISTICS, read_statistics
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.backbones.config import HUB_PREFIX
+from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.runs.config import RunConfig
 from vavae.runs.output import JobOutput
@@ -72,6 +73,10 @@ def import_tokenizer(config: RunConfig, output: JobOutput, path: str) -> None:
             :mod:`vavae.interop.diffusers_tokenizer`), has other sizes than the configuration, or lacks the statistics
             that `latents.normalization` asks for.
     """
+    if config.tokenizer.kind != "kl":
+        raise UserError(
+            f"{path}: a released tokenizer is of kind kl, and tokenizer.kind={config.tokenizer.kind}: set kl"
+        )
     tokenizer = _read_tokenizer(path)
     weights, statistics = tokenizer.weights, tokenizer.statistics
     _check_architecture(config, tokenizer)
@@ -173,7 +178,7 @@ def export_tokenizer(tokenizer: StoredArtifact, path: str) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    autoencoder, _ = load_tokenizer(tokenizer.folder)
+    autoencoder = _vavae(tokenizer)
     if _given_statistics(tokenizer) is not None:
         _log.warning("%s: statistics of the latents, which came with the tokenizer, have no place in this format", path)
     alignment = load_alignment(tokenizer.folder) if ALIGNMENT in tokenizer.files else None
@@ -198,7 +203,7 @@ def export_diffusers_tokenizer(tokenizer: StoredArtifact, image_size: int | tupl
     Raises:
         UserError: diffusers has no such architecture.
     """
-    autoencoder, _ = load_tokenizer(tokenizer.folder)
+    autoencoder = _vavae(tokenizer)
     save_diffusers_tokenizer(folder, autoencoder, image_size, _given_statistics(tokenizer))
 
 
@@ -252,6 +257,17 @@ def _check_architecture(config: RunConfig, tokenizer: PublishedTokenizer) -> Non
             f"{tokenizer.weights.url}: its {field} is {json.dumps(identity(theirs))}, but tokenizer.{field}="
             f"{json.dumps(identity(ours))} is configured: set {keys}"
         )
+
+
+def _vavae(tokenizer: StoredArtifact) -> VAVAE:
+    """Load a tokenizer of the kind that has other layouts; UserError of any other."""
+    autoencoder, _ = load_tokenizer(tokenizer.folder, encodes=False)
+    if not isinstance(autoencoder, VAVAE):
+        raise UserError(
+            f"{tokenizer.folder.url()}: a tokenizer of kind {autoencoder.config.kind}, and other layouts are of kind "
+            "kl: take its export as it is"
+        )
+    return autoencoder
 
 
 def _alignment(config: RunConfig, weights: WeightsFile, feature_dim: int) -> VisionFoundationLoss:

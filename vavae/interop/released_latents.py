@@ -46,6 +46,11 @@ def export_released_latents(latents: Storage, split: str, target: Storage, seed:
         UserError: the latents are without mirror images, which the public data set draws from.
     """
     manifest = read_latent_manifest(latents)
+    if manifest.kind != "kl" or manifest.statistics != "channel":
+        raise UserError(
+            f"{latents.url()}: latents of kind {manifest.kind} with statistics per {manifest.statistics}, and the "
+            "public layout has samples of posteriors with statistics per channel"
+        )
     if not manifest.flip:
         raise UserError(f"{latents.url()}: no mirror images, which the public layout has; set latents.flip=true")
     first = 0
@@ -139,7 +144,7 @@ def import_released_latents(
     )
     with target.create(STATISTICS) as local:
         save_file(statistics, local)
-    target.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    target.write_json(MANIFEST, manifest.to_json())
     return manifest
 
 

@@ -46,6 +46,9 @@ class LatentsConfig(Config):
     """Mean and deviation per channel by which the diffusion's latents are whitened: `measured` on the run's training
     images, or those that came with an imported `tokenizer` (its batch normalization, `latents_mean` and `latents_std`,
     `shift_factor` and `scaling_factor`)."""
+    statistics: Literal["channel", "position"] = added("channel")
+    """Mean and deviation that latents are normalized by: of each channel over all positions, or of each channel at each
+    position, as published for representation autoencoders."""
     features: FeaturesConfig | None = added(None)
     """Store the features of a teacher, too: with `dinov2_base` and 16 x 16 latents 393 kB of every image, and as much
     of its mirror image. Null stores none."""
@@ -61,4 +64,16 @@ class LatentsConfig(Config):
     def _normalized_once(self) -> Self:
         if self.scale is not None and self.normalization != "measured":
             raise ValueError(f"scale={self.scale:g} and normalization={self.normalization} are two ways: leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_are_measured(self) -> Self:
+        if self.statistics == "channel":
+            return self
+        for name, value in (("scale", self.scale), ("normalization", self.normalization)):
+            if value not in (None, "measured"):
+                raise ValueError(
+                    f"{name}={value} stands in for statistics of channels, and statistics={self.statistics}: leave one "
+                    "out"
+                )
         return self

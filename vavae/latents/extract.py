@@ -8,7 +8,7 @@ from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from vavae.latents.features import SPLIT, FeatureExtraction
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import latent_members
 from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics, read_statistics
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import Autoencoder
 from vavae.runs.config import RunConfig
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo
@@ -45,11 +45,13 @@ class LatentShardRecord(BaseModel):
     """Digest of everything that the latents are a function of: image shard, tokenizer and settings."""
     shard: ShardInfo
     statistics: dict[str, object]
-    """Partial sums, see `LatentStatistics`."""
+    """Partial sums, see `LatentStatistics`; empty where they are in a file."""
     keys: tuple[str, ...]
     """Names of the images, in order, as their source calls them."""
     captions: FileInfo | None = None
     """Size and checksum of the file of their captions, where they have any."""
+    sums: FileInfo | None = None
+    """Size and checksum of the file of the partial sums of positions; null where sums are of channels."""
     skipped: tuple[str, ...] = ()
     """Names of the unreadable images, which have no latent."""
 
@@ -64,7 +66,7 @@ class ShardTask(NamedTuple):
     """Index within the split of its first record."""
 
 
-def place_tokenizer(tokenizer: VAVAE, config: RunConfig, device: torch.device) -> VAVAE:
+def place_tokenizer(tokenizer: Autoencoder, config: RunConfig, device: torch.device) -> Autoencoder:
     """Move a tokenizer to the device where it is to encode, its blocks compiled if the configuration says so."""
     if compiles_blocks(config.latents.compile_blocks, config.workers, device):
         compile_each(tokenizer.residual_blocks())
@@ -83,6 +85,7 @@ class Extraction:
         threads: threads that decode images; their number changes nothing.
         features: those to be stored beside the latents; None for none.
         given: folder with the statistics that take the place of measured ones; None for measured ones.
+        kind: of the tokenizer.
     """
 
     def __init__(
@@ -95,8 +98,9 @@ class Extraction:
         threads: int = 1,
         features: FeatureExtraction | None = None,
         given: Storage | None = None,
+        kind: Literal["kl", "representation"] = "kl",
     ) -> None:
-        self._features, self._given = features, given
+        self._features, self._given, self._kind = features, given, kind
         self._images, self._manifest, self._latents = images, manifest, latents
         self._tokenizer, self._config, self._threads = tokenizer, config, threads
         self._turn = Lock()
@@ -116,7 +120,8 @@ class Extraction:
             )
         threads = threads_of(config.cpus or inputs.config.workers.cpus)
         features = FeatureExtraction.of(inputs)
-        return cls(inputs.images, inputs.manifest, inputs.output.folder, tokenizer, config, threads, features, given)
+        kind, place = inputs.config.tokenizer.kind, inputs.output.folder
+        return cls(inputs.images, inputs.manifest, place, tokenizer, config, threads, features, given, kind)
 
     @property
     def images(self) -> int:
@@ -142,6 +147,8 @@ class Extraction:
             size = self._latents.size(f"{task.split}/{record.shard.name}")
         except (FileNotFoundError, ValidationError):
             return None
+        if record.sums is not None and not self._latents.is_file(sums_path(f"{task.split}/{record.shard.name}")):
+            return None
         return record if self._is_done(task, record, size) else None
 
     def _is_done(self, task: ShardTask, record: LatentShardRecord, size: int | None) -> bool:
@@ -163,7 +170,7 @@ class Extraction:
         )
 
     def encode(
-        self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]
+        self, task: ShardTask, model: Autoencoder, device: torch.device, advance: Callable[[int], None]
     ) -> LatentShardRecord:
         """Encode one shard, unless it is done, and compute its features, where there are any, unless they are.
 
@@ -186,7 +193,7 @@ class Extraction:
         return record
 
     def _encode_latents(
-        self, task: ShardTask, model: VAVAE, device: torch.device, advance: Callable[[int], None]
+        self, task: ShardTask, model: Autoencoder, device: torch.device, advance: Callable[[int], None]
     ) -> LatentShardRecord:
         source = self._manifest.splits[task.split][task.number]
         present = self.record(task)
@@ -206,22 +213,30 @@ class Extraction:
                 write_tar(local) as tar,
                 closing(in_turn(self._turn, self._encode(model, chain([first], batches), device))) as encoded,
             ):
-                shard = _LatentShard(tar, task.first_index, model.config.latent_dim)
+                height, width = (side // model.config.downsample for side in first[0].pixels.shape[:2])
+                shape = (model.config.latent_dim, height, width)
+                summed = shape[0] if self._config.statistics == "channel" else shape
+                shard = _LatentShard(tar, task.first_index, LatentStatistics(summed), 2 if self._kind == "kl" else 1)
                 with closing(map_ahead(shard.add, encoded, ahead=1)) as written:
                     for count in written:
                         advance(count)
             size, sha256 = local.stat().st_size, sha256_of(local)
         if images.skipped:
             advance(len(images.skipped))
+        sums = None
+        if self._config.statistics == "position":
+            sums = shard.statistics.write(self._latents, sums_path(path))
         record = LatentShardRecord(
             origin=self._origin(task),
             shard=ShardInfo(name=source.name, count=len(shard.keys), bytes=size, sha256=sha256),
-            statistics=shard.statistics.to_json(),
+            statistics=shard.statistics.to_json() if sums is None else {},
             keys=tuple(shard.keys),
+            sums=sums,
             captions=self._write_captions(captions_path(path), shard.captions),
             skipped=tuple(images.skipped),
         )
-        self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json"))
+        without = {"sums"} if record.sums is None else set()
+        self._latents.write_json(_record_path(task.split, source), record.model_dump(mode="json", exclude=without))
         return _without_names(record)
 
     def _write_captions(self, path: str, captions: Sequence[str | None]) -> FileInfo | None:
@@ -233,7 +248,7 @@ class Extraction:
         return FileInfo(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def _encode(
-        self, model: VAVAE, batches: Iterable[list[ReadableImage]], device: torch.device
+        self, model: Autoencoder, batches: Iterable[list[ReadableImage]], device: torch.device
     ) -> Iterator["_EncodedBatch"]:
         """Encode batches; on a GPU, the copies to it and back are under way while the caller goes on."""
         for batch in batches:
@@ -243,8 +258,10 @@ class Extraction:
             labels, keys, captions = ([getattr(image, name) for image in batch] for name in ("label", "key", "caption"))
             yield _EncodedBatch(posteriors, copied, labels, keys, captions)
 
-    def _posteriors(self, model: VAVAE, images: Tensor) -> Tensor:
-        """Encode pixels [B, c, H, W] to float16 [B, 2 · (1 + flip), C, h, w], a short batch padded to the full size."""
+    def _posteriors(self, model: Autoencoder, images: Tensor) -> Tensor:
+        """Encode pixels [B, c, H, W] to float16 [B, moments · (1 + flip), C, h, w], a short batch padded to the full
+        size.
+        """
         count = len(images)
         padded = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
         pixels = to_float(padded)
@@ -255,7 +272,7 @@ class Extraction:
             for view in views:
                 with autocast:
                     posterior = model.encode(view)
-                parts += [posterior.mean[:count], posterior.std[:count]]
+                parts += [each[:count] for each in (posterior.mean, posterior.std) if each is not None]
         return torch.stack(parts, dim=1).half()
 
     def finish(
@@ -274,7 +291,8 @@ class Extraction:
             UserError: the latents can't be normalized, as where a channel does not vary.
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
-        total, sizes = LatentStatistics(shape[0]), self._latents.sizes()
+        total = LatentStatistics(shape[0] if self._config.statistics == "channel" else shape)
+        sizes = self._latents.sizes()
         captions: dict[str, FileInfo] = {}
         for task, record in zip(self.tasks(), records, strict=True):
             path = f"{task.split}/{record.shard.name}"
@@ -285,7 +303,10 @@ class Extraction:
             if record.captions is not None:
                 captions[captions_path(f"{task.split}/{record.shard.name}")] = record.captions
             if task.split == "train":
-                total.merge(LatentStatistics.from_json(record.statistics))
+                if record.sums is None:
+                    total.merge(LatentStatistics.from_json(record.statistics))
+                else:
+                    total.merge(LatentStatistics.read(self._latents, sums_path(path), record.sums))
         normalization = self._normalization(total)
         check_statistics(**normalization, place=self._latents.url(STATISTICS))
         manifest = LatentManifest(
@@ -294,8 +315,10 @@ class Extraction:
             flip=self._config.flip,
             classes=self._manifest.classes,
             splits={split: tuple(shards) for split, shards in splits.items()},
+            kind=self._kind,
+            statistics=self._config.statistics,
         )
-        self._latents.write_json(MANIFEST, manifest.model_dump(mode="json"))
+        self._latents.write_json(MANIFEST, manifest.to_json())
         files = {
             f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
             for split, shards in splits.items()
@@ -313,7 +336,7 @@ class Extraction:
         return digest({path: info.sha256 for path, info in files.items()}), files
 
     def _normalization(self, total: LatentStatistics) -> dict[str, Tensor]:
-        """Mean and deviation that the diffusion normalizes by, per channel: float64 [C]."""
+        """Mean and deviation that the diffusion normalizes by: float64 [C], or [C, h, w]."""
         mean, std, scale = torch.from_numpy(total.mean), torch.from_numpy(total.std), self._config.scale
         if scale is not None:
             mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / scale)
@@ -324,7 +347,7 @@ class Extraction:
 
 class _EncodedBatch(NamedTuple):
     posteriors: Tensor
-    """float16 [B, 2 · (1 + flip), C, h, w] on the host, complete once `copied` has happened."""
+    """float16 [B, moments · (1 + flip), C, h, w] on the host, complete once `copied` has happened."""
     copied: torch.cuda.Event | None
     labels: list[int]
     keys: list[str]
@@ -337,12 +360,13 @@ class _LatentShard:
     Args:
         tar: the open shard.
         first_index: index within the split of its first record.
-        channels: channels of a latent.
+        statistics: empty, of channels or of positions.
+        moments: arrays of one view of an image.
     """
 
-    def __init__(self, tar: ShardWriter, first_index: int, channels: int) -> None:
+    def __init__(self, tar: ShardWriter, first_index: int, statistics: LatentStatistics, moments: int) -> None:
         self._tar, self._first = tar, first_index
-        self.statistics = LatentStatistics(channels)
+        self.statistics, self._moments = statistics, moments
         self.keys: list[str] = []
         self.captions: list[str | None] = []
 
@@ -351,8 +375,8 @@ class _LatentShard:
         if batch.copied is not None:
             batch.copied.synchronize()
         arrays = batch.posteriors.numpy()
-        for view in range(0, arrays.shape[1], 2):
-            self.statistics.update(arrays[:, view], arrays[:, view + 1])
+        for view in range(0, arrays.shape[1], self._moments):
+            self.statistics.update(arrays[:, view], arrays[:, view + 1] if self._moments == 2 else None)
         if not np.isfinite(self.statistics.sum_squares).all():  # the sums tell of every latent, for nothing
             bad = np.isfinite(arrays).all((1, 2, 3, 4)).argmin()
             raise UserError(
@@ -380,6 +404,11 @@ def _without_names(record: LatentShardRecord) -> LatentShardRecord:
 def captions_path(shard: str) -> str:
     """Path of the captions of a shard of latents: a list of JSON in the order of its records, null for none."""
     return f"{shard.removesuffix('.tar')}.captions.json"
+
+
+def sums_path(shard: str) -> str:
+    """Path of the partial sums of the positions of a shard of latents."""
+    return f"{shard.removesuffix('.tar')}.sums.safetensors"
 
 
 def _record_path(split: str, shard: ShardInfo) -> str:

@@ -1,5 +1,7 @@
 """The manifests of latents and of features beside them: shards, shapes, and what made them."""
 
+from typing import Any, Literal
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vavae.data.shards.manifest import Manifest, ShardList, read_manifest
@@ -25,11 +27,26 @@ class LatentManifest(BaseModel):
     classes: tuple[str, ...]
     """Names of the classes; none for images without labels."""
     splits: dict[str, ShardList]
+    kind: Literal["kl", "representation"] = "kl"
+    """Kind of the tokenizer: whether a latent has a mean and a deviation, or is a point."""
+    statistics: Literal["channel", "position"] = "channel"
+    """What the statistics are of, see `latents.statistics`."""
+
+    @property
+    def moments(self) -> int:
+        """Arrays of one view of an image: mean and deviation, or the latent alone."""
+        return 2 if self.kind == "kl" else 1
 
     @property
     def record_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one record's array: 2 · (1 + flip), C, H, W."""
-        return (2 * (1 + self.flip), *self.shape)
+        """Shape of one record's array: moments · (1 + flip), C, H, W."""
+        return (self.moments * (1 + self.flip), *self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; without `kind` and `statistics` where they are what they always were."""
+        later = ("kind", "statistics")
+        neutral = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude=neutral)
 
 
 def read_latent_manifest(storage: Storage) -> LatentManifest:
@@ -55,18 +72,29 @@ def read_any_manifest(storage: Storage) -> Manifest | LatentManifest:
     return read_latent_manifest(storage) if is_of_latents else read_manifest(storage)
 
 
-def read_latents_of(storage: Storage, tokenizer: str, shape: tuple[int, int, int]) -> LatentManifest:
+def read_latents_of(
+    storage: Storage, tokenizer: str, shape: tuple[int, int, int], kind: str = "kl", statistics: str = "channel"
+) -> LatentManifest:
     """Read the manifest of the latents that a model is to be trained on.
 
     Args:
         storage: folder of the latents.
         tokenizer: digest of the tokenizer that must have made them.
         shape: C, H, W of one latent as the model takes it.
+        kind: of that tokenizer.
+        statistics: what their statistics must be of.
 
     Raises:
-        UserError: there are none, or they are another tokenizer's or of another size.
+        UserError: there are none, or they are another tokenizer's, of another kind or size, or normalized otherwise.
     """
     manifest = read_latent_manifest(storage)
+    for name, wanted in (("tokenizer.kind", kind), ("latents.statistics", statistics)):
+        found = getattr(manifest, name.rpartition(".")[2])
+        if found != wanted:
+            raise UserError(
+                f"{storage.url()}: latents of {name}={found} (tokenizer {manifest.tokenizer[:12]}), but {wanted} is "
+                "configured; run precompute_latents"
+            )
     if manifest.tokenizer != tokenizer:
         raise UserError(
             f"{storage.url()}: latents of the tokenizer {manifest.tokenizer[:12]}, but the run's is {tokenizer[:12]}; "

@@ -1,7 +1,8 @@
 """Latent shards: WebDataset tars of constant record size, so that any reader can stream them and ours can map them.
 
-A record is `<nine digits>.latent.npy`, float16 [2 · (1 + flip), C, H, W] with the posterior's mean and standard
-deviation of the image and, where flips are stored, of its mirror image; and `<nine digits>.cls`, the label, which is 0
+A record is `<nine digits>.latent.npy`, float16 [moments · (1 + flip), C, H, W] with the posterior's mean and standard
+deviation of the image and, where flips are stored, of its mirror image, or with the latents of both where a tokenizer
+has no posterior; and `<nine digits>.cls`, the label, which is 0
 where there are no classes.
 
 Features of a network lie in shards of their own, in the same order: a record is `<nine digits>.features.npy`, int16
@@ -29,7 +30,7 @@ def write_latents(path: Path, arrays: np.ndarray, labels: Sequence[int], first_i
 
     Args:
         path: local file.
-        arrays: float16 [N, 2 · (1 + flip), C, H, W].
+        arrays: float16 [N, moments · (1 + flip), C, H, W].
         labels: N class indices.
         first_index: index of the first record in its split; names the members.
     """
@@ -42,7 +43,7 @@ def latent_members(array: np.ndarray, label: int) -> dict[str, bytes]:
     """Members of one record, by extension.
 
     Args:
-        array: float16 [2 · (1 + flip), C, H, W].
+        array: float16 [moments · (1 + flip), C, H, W].
         label: class index.
     """
     assert array.dtype == np.float16, f"latents are stored in float16, not {array.dtype}"
@@ -71,7 +72,7 @@ class MappedLatents:
     Args:
         path: local file of the shard.
         count: number of records according to the manifest.
-        record_shape: shape of one record's array, 2 · (1 + flip), C, H, W.
+        record_shape: shape of one record's array, moments · (1 + flip), C, H, W.
 
     Raises:
         UserError: the file has another count, shape or layout.
@@ -80,7 +81,7 @@ class MappedLatents:
     def __init__(self, path: Path, count: int, record_shape: tuple[int, ...]) -> None:
         # After the array, header and label.
         records, self.arrays = _map_records(path, count, record_shape, np.dtype(np.float16), blocks_after=2)
-        """float16 [N, 2 · (1 + flip), C, H, W]."""
+        """float16 [N, moments · (1 + flip), C, H, W]."""
         digits = records[:, -_BLOCK : -_BLOCK + _LABEL_DIGITS] - ord("0")
         if (digits > 9).any():
             raise _uneven(path, count)

@@ -31,8 +31,8 @@ class LatentMicroBatch(NamedTuple):
     step: int
     mean: Tensor
     """float32 [S, C, H, W]."""
-    std: Tensor
-    """float32 [S, C, H, W]."""
+    std: Tensor | None
+    """float32 [S, C, H, W]; None of latents without a posterior."""
     labels: Tensor
     """int64 [S]; all 0, the null label, where there are no classes."""
     features: Tensor | None = None
@@ -97,7 +97,7 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         open_shards: int,
         features: FeaturesToRead | None = None,
     ) -> None:
-        of_an_image = 2 * int(np.prod(manifest.shape)) * np.float32().itemsize
+        of_an_image = manifest.moments * int(np.prod(manifest.shape)) * np.float32().itemsize
         latents = (storage, split, manifest.splits[split], order, micro_batch_size)
         shards = OrderedShards(*latents)
         if features is not None:
@@ -122,14 +122,14 @@ class LatentStream(ShardStream[LatentMicroBatch]):
         mirrored = np.zeros(self._size, bool)
         if self._manifest.flip:
             mirrored = numpy_generator(self._seed, "mirror", key.lane, key.step).random(self._size) < 0.5
-            records = np.where(mirrored[:, None, None, None, None], records[:, 2:], records[:, :2])
-        posterior = torch.from_numpy(records).float()  # [S, 2, C, H, W]
+            moments = self._manifest.moments
+            records = np.where(mirrored[:, None, None, None, None], records[:, moments:], records[:, :moments])
+        mean, *std = torch.from_numpy(records).float().unbind(1)  # [S, C, H, W] each
         features = None
         if self._features is not None and key.step < self._features.steps:
             features = self._read_features(shards, rows, mirrored.astype(int))
-        return LatentMicroBatch(
-            key.lane, key.step, posterior[:, 0], posterior[:, 1], torch.from_numpy(labels), features
-        )
+        deviation = std[0] if std else None
+        return LatentMicroBatch(key.lane, key.step, mean, deviation, torch.from_numpy(labels), features)
 
     def _read_features(self, shards: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
         """Features bfloat16 [S, N, F] of images, given by shard and record, and of these views of them."""

@@ -46,16 +46,17 @@ class TokenizerOutputs(NamedTuple):
     """Images [B, 3, H, W] in [-1, 1]."""
     reconstruction: Tensor
     """Reconstructions [B, 3, H, W], decoded from the posterior sample, or from what became of it."""
-    kl: Tensor
-    """KL divergence of each posterior, [B], in nats."""
+    kl: Tensor | None
+    """KL divergence of each posterior, [B], in nats; none where latents have no posterior."""
     alignment: VisionFoundationTerms | None
     """The vision-foundation loss of the same posterior sample; none where there is no teacher."""
 
 
 class LastLayers(NamedTuple):
-    """Parameters at which the adaptive weights are measured: the last convolutions of encoder and decoder."""
+    """Parameters at which the adaptive weights are measured: the last layers of encoder and decoder."""
 
-    encoder: Tensor
+    encoder: Tensor | None
+    """None of an encoder that is not trained; then there is no vision-foundation loss."""
     decoder: Tensor
 
 
@@ -129,7 +130,8 @@ def tokenizer_objective(
     Returns:
         The objective, and the terms ``reconstruction`` (nll per image), ``l1`` (per color value), ``perceptual``,
         ``kl``, ``adversarial``, ``adversarial_weight`` (λ_d · w_d), ``total``, and with a teacher ``cosine``,
-        ``distance``, ``alignment``, ``vf_weight`` (λ_vf · w_vf). A term that is off is zero.
+        ``distance``, ``alignment``, ``vf_weight`` (λ_vf · w_vf). A term that is off is zero; without posteriors
+        there is no ``kl``.
     """
     reconstruction = outputs.reconstruction.float()
     leaf = reconstruction.detach().requires_grad_()
@@ -141,16 +143,13 @@ def tokenizer_objective(
         assert adaptive.adversarial is not None, "an adversary has an adaptive weight"
         adversarial_weight = config.adversarial.weight * adaptive.adversarial
         image_grad = image_grad + adversarial_weight * image.adversarial_grad
-    kl = outputs.kl.mean()
-    beyond_images = config.kl_weight * kl
-    terms = {
-        "reconstruction": image.nll,
-        "l1": image.l1,
-        "perceptual": image.perceptual,
-        "kl": kl.detach(),
-        "adversarial": image.adversarial,
-        "adversarial_weight": adversarial_weight,
-    }
+    beyond_images = torch.zeros_like(image.nll)
+    terms = {"reconstruction": image.nll, "l1": image.l1, "perceptual": image.perceptual}
+    if outputs.kl is not None:
+        kl = outputs.kl.mean()
+        beyond_images = config.kl_weight * kl
+        terms["kl"] = kl.detach()
+    terms |= {"adversarial": image.adversarial, "adversarial_weight": adversarial_weight}
     if outputs.alignment is not None:
         vf_weight = torch.full_like(image.nll, config.vision_foundation.weight)
         if adaptive.vision_foundation is not None:
@@ -256,6 +255,7 @@ def _adaptive_weights(
     if alignment is not None and config.vision_foundation.adaptive and config.vision_foundation.weight > 0:
         vision_foundation = known.vision_foundation
         if vision_foundation is None:
+            assert layers.encoder is not None, "a frozen encoder is not aligned"
             vision_foundation = _measure_vf(config, decoded, layers.encoder, alignment.total)
     return AdaptiveWeights(vision_foundation, adversarial)
 

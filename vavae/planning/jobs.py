@@ -42,7 +42,9 @@ _DECODED_PER_SECOND = {"jpeg": 3000.0, "png": 400.0}
 _PREPARED_PER_SECOND = {"jpeg": 300.0, "png": 70.0}
 """Photographs of half a megapixel that one core decodes, scales to 256 px and encodes."""
 _LATENTS_PER_SECOND = 130_000.0
-"""Latents of 32 x 16 x 16 that one core gathers into batches; `vavae bench data`."""
+"""Latents of 32 x 16 x 16 that one core gathers into batches; `vavae bench data`. Larger ones take as much longer."""
+_MEASURED_LATENT = 2 * 32 * 16 * 16
+"""Values of such a latent, mean and deviation."""
 _BYTES_PER_PIXEL = {"jpeg": 0.8, "png": 1.85}
 """Mean size of photographs at the default quality."""
 
@@ -256,8 +258,9 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
     )
     traffic = step_traffic(parameters, cluster.count, training.engine, accumulation_steps, updates)
     readers = cluster.count * max(1, config.stream.workers)
+    values = (2 if config.tokenizer.kind == "kl" else 1) * math.prod(config.latent_shape)
     decoded = (
-        _LATENTS_PER_SECOND
+        _LATENTS_PER_SECOND * min(1.0, _MEASURED_LATENT / values)
         if job == "train_lightningdit"
         else _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
     )

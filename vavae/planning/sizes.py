@@ -12,7 +12,7 @@ from vavae.distributed.config import MuonConfig
 from vavae.distributed.muon import MatrixShape, assign_by_cost, matrix_shapes
 from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import build_discriminator
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import build_autoencoder
 from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
 from vavae.runs.run import Job
 from vavae.training.diffusion_step import FlowMatchingModel
@@ -58,8 +58,8 @@ def image_bytes(config: RunConfig) -> int:
 
 
 def latent_bytes(config: RunConfig) -> int:
-    """Bytes of one image among the latents: mean and deviation in float16, mirrored too where they are."""
-    values = 2 * (1 + config.latents.flip) * math.prod(config.latent_shape)
+    """Bytes of one image among the latents: mean and deviation, or points, in float16, mirrored too where they are."""
+    values = (2 if config.tokenizer.kind == "kl" else 1) * (1 + config.latents.flip) * math.prod(config.latent_shape)
     return values * HALF_BYTES + _TAR_BYTES
 
 
@@ -84,7 +84,7 @@ def _trained_modules(config: RunConfig, job: Job) -> Mapping[str, nn.Module]:
     if job == "train_lightningdit":
         return {"lightningdit": on_meta(lambda: FlowMatchingModel.of(config, lightningdit_of(config)))}
     found: dict[str, nn.Module] = {
-        "generator": nn.ModuleDict({"autoencoder": on_meta(lambda: VAVAE(config.tokenizer))})
+        "generator": nn.ModuleDict({"autoencoder": on_meta(lambda: build_autoencoder(config.tokenizer))})
     }
     if config.adversarial:
         judge = on_meta(lambda: build_discriminator(config.losses.adversarial, config.shards.channels))

@@ -20,7 +20,7 @@ from vavae.planning.formulas import (
 from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, muon_matrices, trained_parameters
 from vavae.runs.config import RunConfig, TrainingConfig
 from vavae.runs.run import Job
-from vavae.training.flops.meta_models import discriminator_network, frozen_networks
+from vavae.training.flops.meta_models import discriminator_network, frozen_encoder, frozen_networks
 
 _COPY_BYTES_PER_SECOND = 25e9
 """Rate from a GPU to the memory of its machine."""
@@ -154,11 +154,14 @@ def resolve_lanes_at_once(config: RunConfig, world: World) -> RunConfig:
 
 
 def frozen_bytes(config: RunConfig, job: Job) -> int:
-    """Bytes of the frozen networks on a GPU: the teacher, VGG16 for LPIPS, and the discriminator's, if it has one."""
+    """Bytes of the frozen networks on a GPU: teacher, encoder, VGG16 for LPIPS, and the discriminator's."""
     if job != "train_vavae":
         return 0
     teacher, perceptual = frozen_networks(config.teacher, config.losses.perceptual)
     networks: list[nn.Module] = [teacher.model]
+    encoder = frozen_encoder(config.tokenizer)
+    if encoder is not None:
+        networks.append(encoder)
     if isinstance(perceptual, LPIPS):
         networks.append(perceptual.layers)
     judging = discriminator_network(config.losses.adversarial) if config.adversarial else None

@@ -455,6 +455,28 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _representation_fits(self) -> Self:
+        if self.tokenizer.kind == "kl":
+            return self
+        for phase in self.tokenizer_phases(sys.maxsize):
+            refused = {
+                "losses.vision_foundation.weight": phase.losses.vision_foundation.weight,
+                "losses.kl_weight": phase.losses.kl_weight,
+            }
+            for name, value in refused.items():
+                if value:
+                    raise ValueError(
+                        f"{name}={value:g} trains an encoder, and that of tokenizer.kind=representation is frozen: "
+                        "set it to 0"
+                    )
+            if phase.frozen:
+                raise ValueError(
+                    f"train_vavae.frozen={[*phase.frozen]}: of tokenizer.kind=representation the decoder alone is "
+                    "trained: leave frozen out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         factor, lanes = self.tokenizer.downsample, self.stream.lanes
         if any(side % factor for side in self.shards.height_and_width):

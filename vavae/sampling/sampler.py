@@ -22,7 +22,7 @@ from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.class_token import join_class_token
 from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.routing import kept_tokens
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import Autoencoder
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.run import StoredArtifact, StoredCheckpoint
@@ -32,7 +32,7 @@ from vavae.runs.sampling_inputs import SamplingInputs
 class Sampler(NamedTuple):
     """The models that turn noise into images."""
 
-    tokenizer: VAVAE
+    tokenizer: Autoencoder
     lightningdit: LightningDiT
     normalizer: LatentNormalizer
     precision: Precision = "fp32"
@@ -45,7 +45,7 @@ class Sampler(NamedTuple):
     @classmethod
     def of(
         cls,
-        tokenizer: VAVAE,
+        tokenizer: Autoencoder,
         lightningdit: LightningDiT,
         normalizer: LatentNormalizer,
         config: RunConfig,
@@ -73,7 +73,7 @@ class Sampler(NamedTuple):
         """
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer, lightningdit = inputs.tokenizer, inputs.lightningdit
-        autoencoder, _ = load_tokenizer(tokenizer.folder)
+        autoencoder, _ = load_tokenizer(tokenizer.folder, encodes=False)
         model, description = load_lightningdit(lightningdit.folder)
         if description.tokenizer != tokenizer.digest:
             raise UserError(
@@ -81,6 +81,12 @@ class Sampler(NamedTuple):
                 f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
             )
         normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
+        if normalizer.statistics != description.statistics:
+            raise UserError(
+                f"{lightningdit.folder.url()} was trained on latents normalized per {description.statistics}, but "
+                f"{inputs.latents.folder.url()} has statistics per {normalizer.statistics}: set latents.statistics="
+                f"{description.statistics}"
+            )
         weak = load_weak_model(inputs.weak, model)
         return cls.of(autoencoder, model, normalizer, inputs.config, device, weak)
 

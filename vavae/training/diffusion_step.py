@@ -334,8 +334,11 @@ class DiffusionStep:
         def rng(purpose: str) -> torch.Generator:
             return torch_generator(config.seed, purpose, item.lane, item.step, device=device)
 
-        mean, std, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.std, item.labels))
-        latents = mean + std * torch.randn(mean.shape, generator=rng("posterior"), device=device)
+        mean, labels = (tensor.to(device, non_blocking=True) for tensor in (item.mean, item.labels))
+        latents = mean
+        if item.std is not None:
+            std = item.std.to(device, non_blocking=True)
+            latents = mean + std * torch.randn(mean.shape, generator=rng("posterior"), device=device)
         noise = torch.randn(mean.shape, generator=rng("noise"), device=device)
         law, count, dimension = config.timesteps, len(labels), mean[0].numel()
         timesteps = sample_timesteps(law, count, images_seen, rng("timesteps"), dimension)

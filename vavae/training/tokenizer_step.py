@@ -34,6 +34,7 @@ from vavae.losses.perceptual import Perceptual, build_perceptual
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.representation import RepresentationEncoder, build_autoencoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
@@ -77,16 +78,24 @@ class TokenizerLosses(NamedTuple):
 class TokenizerModel(nn.Module):
     """Autoencoder and alignment, which one optimizer trains, with all losses inside one forward.
 
-    The adaptive weights differentiate within this forward, where DeepSpeed's hooks on its outputs can't be hit.
+    A frozen encoder is no part of it; beside one there is a decoder alone, and no alignment. The adaptive weights
+    differentiate within this forward, where DeepSpeed's hooks on its outputs can't be hit.
     """
 
     def __init__(
-        self, tokenizer: TokenizerConfig, losses: TokenizerLossConfig, feature_dim: int, whole_weights: bool = True
+        self,
+        tokenizer: TokenizerConfig,
+        losses: TokenizerLossConfig,
+        feature_dim: int,
+        whole_weights: bool = True,
+        encoder: RepresentationEncoder | None = None,
     ) -> None:
         super().__init__()
         self.losses, self._whole_weights = losses, whole_weights
-        self.autoencoder = VAVAE(tokenizer)
-        self.alignment = VisionFoundationLoss(losses.vision_foundation, tokenizer.latent_dim, feature_dim)
+        self.autoencoder = build_autoencoder(tokenizer, encoder)
+        self.alignment: VisionFoundationLoss | None = None
+        if tokenizer.kind == "kl":
+            self.alignment = VisionFoundationLoss(losses.vision_foundation, tokenizer.latent_dim, feature_dim)
 
     def forward(
         self,
@@ -119,27 +128,34 @@ class TokenizerModel(nn.Module):
         if latent_noise is not None:
             decoded = latent_noise.apply(decoded)
         reconstruction = self.autoencoder.decode(decoded)
-        alignment = None if teacher is None else self.alignment(z, teacher(images))
+        alignment = None if teacher is None or self.alignment is None else self.alignment(z, teacher(images))
         objective = tokenizer_objective(
             self.losses,
             TokenizerOutputs(target, reconstruction, posterior.kl(), alignment),
-            LastLayers(self.autoencoder.encoder.conv_out.weight, self.autoencoder.decoder.conv_out.weight),
+            LastLayers(*self.autoencoder.last_layers),
             perceptual,
             discriminator,
             known,
-            DecoderGraph(decoded, self._decoder_parameters()) if self._whole_weights else None,
+            DecoderGraph(decoded, self._decoder_parameters())
+            if self._whole_weights and alignment is not None
+            else None,
         )
         return TokenizerLosses(
             objective.objective, target, reconstruction.detach(), objective.terms, objective.adaptive
         )
 
     def _decoder_parameters(self) -> list[Tensor]:
-        layers = (self.autoencoder.post_quant_conv, self.autoencoder.decoder)
+        autoencoder = self.autoencoder
+        assert isinstance(autoencoder, VAVAE), "an aligned autoencoder"
+        layers = (autoencoder.post_quant_conv, autoencoder.decoder)
         return [weights for layer in layers for weights in layer.parameters() if weights.requires_grad]
 
     def freeze(self, frozen: Sequence[Part]) -> None:
-        """Exclude parts from training."""
+        """Exclude parts from training; the encoder of a representation autoencoder is none of them."""
         autoencoder = self.autoencoder
+        if not isinstance(autoencoder, VAVAE) or self.alignment is None:
+            assert not frozen, "only the decoder is trained"
+            return
         parts: dict[Part, tuple[nn.Module, ...]] = {
             "encoder": (autoencoder.encoder, autoencoder.quant_conv),
             "decoder": (autoencoder.decoder, autoencoder.post_quant_conv),
@@ -160,6 +176,7 @@ class TokenizerStep:
         stream: micro-batches of images.
         world: the ranks.
         awaits_checkpoint: initialize nothing, because a checkpoint comes next.
+        encoder: the frozen encoder of a representation autoencoder, on the device of the rank; None for kind `kl`.
     """
 
     def __init__(
@@ -170,6 +187,7 @@ class TokenizerStep:
         stream: ImageStream,
         world: World,
         awaits_checkpoint: bool = False,
+        encoder: RepresentationEncoder | None = None,
     ) -> None:
         training, losses = config.train_vavae, phase.losses
         self.awaits_checkpoint = awaits_checkpoint
@@ -185,7 +203,7 @@ class TokenizerStep:
         self.model = self._build(
             "tokenizer",
             lambda: TokenizerModel(
-                config.tokenizer, losses, self.teacher.feature_dim, training.engine.has_whole_weights
+                config.tokenizer, losses, self.teacher.feature_dim, training.engine.has_whole_weights, encoder
             ),
             given.get("generator", {}),
         )

@@ -25,6 +25,7 @@ from vavae.latents.features import read_features_of
 from vavae.latents.manifest import LatentManifest, read_latents_of
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.latents.stream import FeaturesToRead, LatentStream
+from vavae.models.tokenizer.representation import RepresentationEncoder, load_encoder
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.progress import Progress
 from vavae.runs.config import RunConfig
@@ -155,8 +156,11 @@ def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World)
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
     size = config.train_vavae.batch_size // config.stream.lanes
     stream = ImageStream(inputs.shards, manifest, SPLIT, order, size, config.stream, config.seed)
-    attempt, callbacks = _Attempt(inputs, session, world), _tokenizer_callbacks(inputs, world)
-    trained = _until_restored(lambda: _train_phases(attempt, config, stream, callbacks))
+    encoder = load_encoder(config.tokenizer)
+    if encoder is not None:
+        encoder.to(world.device)
+    attempt, callbacks = _Attempt(inputs, session, world), _tokenizer_callbacks(inputs, world, encoder)
+    trained = _until_restored(lambda: _train_phases(attempt, config, stream, callbacks, encoder))
     if trained is None:
         return
     step, state = trained
@@ -165,14 +169,21 @@ def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World)
         teacher=config.teacher,
         vision_foundation=config.losses.vision_foundation,
         feature_dim=teacher_geometry(config.teacher).feature_dim,
+        encoder_weights=None if encoder is None else encoder.weights_digest(),
     )
     exported = exported_weights(step, "generator")
-    weights = {WEIGHTS: strip_prefix("autoencoder.", exported), ALIGNMENT: strip_prefix("alignment.", exported)}
+    weights = {WEIGHTS: strip_prefix("autoencoder.", exported)}
+    if step.model.alignment is not None:
+        weights[ALIGNMENT] = strip_prefix("alignment.", exported)
     attempt.export(description, weights, state)
 
 
 def _train_phases(
-    attempt: _Attempt, config: RunConfig, stream: ImageStream, callbacks: Sequence[Callback]
+    attempt: _Attempt,
+    config: RunConfig,
+    stream: ImageStream,
+    callbacks: Sequence[Callback],
+    encoder: RepresentationEncoder | None,
 ) -> tuple[TokenizerStep, TrainState] | None:
     """Train the tokenizer in its phases; returns the last step and its state, None where the training was stopped.
 
@@ -188,7 +199,8 @@ def _train_phases(
         if phase.from_images and world.any(attempt.session.stop_requested()):
             return None
         awaits_checkpoint = seen > 0 and step is None
-        step = TokenizerStep(config, phase, start if step is None else step.weights(), stream, world, awaits_checkpoint)
+        begin = start if step is None else step.weights()
+        step = TokenizerStep(config, phase, begin, stream, world, awaits_checkpoint, encoder)
         state = attempt.fit(step, range(phase.from_images, phase.until_images), callbacks)
         if state.images_seen < phase.until_images:
             return None
@@ -219,7 +231,9 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     attempt = _Attempt(inputs, session, world)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
-        tokenizer = load_tokenizer(inputs.tokenizer)[0] if world.is_first else None  # only rank 0 decodes
+        tokenizer = (
+            load_tokenizer(inputs.tokenizer, encodes=False)[0] if world.is_first else None
+        )  # only rank 0 decodes
         folder, classes = inputs.folder.child(PREVIEWS), manifest.classes
         callbacks.append(
             SamplePreview(config, model, tokenizer, normalizer, classes, training.preview_images, folder, world)
@@ -235,7 +249,11 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     if state.images_seen < training.images:
         return
     description = LightningDiTDescription(
-        lightningdit=model, latent_dim=manifest.shape[0], grid=config.grid, tokenizer=manifest.tokenizer
+        lightningdit=model,
+        latent_dim=manifest.shape[0],
+        grid=config.grid,
+        tokenizer=manifest.tokenizer,
+        statistics=manifest.statistics,
     )
     for name, output in inputs.averages.items():
         attempt.export(description, {WEIGHTS: strip_prefix("model.", step.averages[name].weights())}, state, output)
@@ -247,7 +265,8 @@ def _read_latents(
     inputs: LightningDiTTrainingInputs, shape: tuple[int, int, int]
 ) -> tuple[LatentManifest, LatentNormalizer, FeaturesToRead | None]:
     config, features = inputs.config, None
-    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape)
+    kind, statistics = config.tokenizer.kind, config.latents.statistics
+    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape, kind, statistics)
     if config.reads_features:
         representation, stop = config.objective.representation, math.inf
         if config.lightningdit.class_token is None and representation is not None:
@@ -257,7 +276,9 @@ def _read_latents(
     return manifest, LatentNormalizer(*read_statistics(inputs.latents)), features
 
 
-def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, world: World) -> list[Callback]:
+def _tokenizer_callbacks(
+    inputs: TokenizerTrainingInputs, world: World, encoder: RepresentationEncoder | None
+) -> list[Callback]:
     config, training = inputs.config, inputs.config.train_vavae
     if training.probe_images is None and training.preview_images is None:
         return []
@@ -265,8 +286,8 @@ def _tokenizer_callbacks(inputs: TokenizerTrainingInputs, world: World) -> list[
     images = held_out_images(inputs.shards, inputs.manifest) if world.is_first else torch.empty(0)
     callbacks: list[Callback] = []
     if training.probe_images is not None:
-        callbacks.append(LatentProbe(config, images, training.probe_images, world))
+        callbacks.append(LatentProbe(config, images, training.probe_images, world, encoder))
     if training.preview_images is not None:
         folder = inputs.folder.child(PREVIEWS)
-        callbacks.append(ReconstructionPreview(config, images, training.preview_images, folder, world))
+        callbacks.append(ReconstructionPreview(config, images, training.preview_images, folder, world, encoder))
     return callbacks

@@ -37,6 +37,11 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
     if url is None:
         return None
     place = Storage.of(config.storage).at(url)
+    if place.is_file() and config.tokenizer.kind != "kl":
+        raise UserError(
+            f"train_vavae.start_from={url}: a released file is of a tokenizer of kind kl, and tokenizer.kind="
+            f"{config.tokenizer.kind}: name an export of that kind"
+        )
     engines = _released(config, url, feature_dim) if place.is_file() else _exported(config, place)
     shards = {engine: {name: as_full_shard(t) for name, t in state.items()} for engine, state in engines.items()}
     return StepWeights(shards, average=None)
@@ -90,7 +95,7 @@ def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[s
 
 
 def _exported(config: RunConfig, export: Storage) -> dict[str, dict[str, Tensor]]:
-    autoencoder, description = load_tokenizer(export)
+    autoencoder, description = load_tokenizer(export, encodes=False)
     _check_same(export, description.tokenizer, config.tokenizer, "tokenizer")
     generator = _with_prefix("autoencoder", autoencoder)
     if export.is_file(ALIGNMENT):

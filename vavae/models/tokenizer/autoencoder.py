@@ -254,12 +254,18 @@ class VAVAE(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        assert config.kind == "kl", f"a tokenizer of kind {config.kind} is another network"
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         moments, latent = 2 * config.latent_dim, config.latent_dim
         self.quant_conv = nn.Conv2d(moments, moments, kernel_size=1) if config.quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent, latent, kernel_size=1) if config.post_quant_conv else nn.Identity()
+
+    @property
+    def last_layers(self) -> tuple[Tensor, Tensor]:
+        """Weights at which adaptive weights are measured: the last convolutions of encoder and decoder."""
+        return self.encoder.conv_out.weight, self.decoder.conv_out.weight
 
     def residual_blocks(self) -> list[ResnetBlock]:
         """All residual blocks of encoder and decoder, which do most of the work."""

@@ -12,7 +12,7 @@ from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import Autoencoder
 from vavae.runs.config import RunConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler
@@ -47,7 +47,7 @@ class SamplePreview:
         self,
         config: RunConfig,
         model: LightningDiTConfig,
-        tokenizer: VAVAE | None,
+        tokenizer: Autoencoder | None,
         normalizer: LatentNormalizer,
         classes: Sequence[str],
         every_images: int,

@@ -12,7 +12,7 @@ from vavae.data.shards.manifest import Manifest
 from vavae.distributed.world import World
 from vavae.metrics.equivariance import equivariance_errors, squared_errors
 from vavae.metrics.latent_space import probe_latents
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import Autoencoder, RepresentationEncoder, build_autoencoder
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.storage.storage import Storage
@@ -38,16 +38,24 @@ class LatentProbe:
         images: uint8 or uint16 [N, C, H, W], see `held_out_images`.
         every_images: images of the training between two calls.
         world: the ranks.
+        encoder: the frozen encoder of a representation autoencoder, on rank 0.
     """
 
-    def __init__(self, config: RunConfig, images: Tensor, every_images: int, world: World) -> None:
-        self.every_images = every_images
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Tensor,
+        every_images: int,
+        world: World,
+        encoder: RepresentationEncoder | None = None,
+    ) -> None:
+        self.every_images, self._encoder = every_images, encoder
         self._config, self._images, self._world = config, images[:PROBED], world
 
     @torch.inference_mode()
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         """See `Callback.on_interval`."""
-        model = _autoencoder(step, self._config, self._world)
+        model = _autoencoder(step, self._config, self._world, self._encoder)
         if model is None:
             return
         latents = torch.cat([z.cpu() for z in _latents(model, self._images, self._config.seed, self._world)])
@@ -66,16 +74,25 @@ class ReconstructionPreview:
         every_images: images of the training between two calls.
         folder: where pictures go.
         world: the ranks.
+        encoder: the frozen encoder of a representation autoencoder, on rank 0.
     """
 
-    def __init__(self, config: RunConfig, images: Tensor, every_images: int, folder: Storage, world: World) -> None:
-        self.every_images = every_images
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Tensor,
+        every_images: int,
+        folder: Storage,
+        world: World,
+        encoder: RepresentationEncoder | None = None,
+    ) -> None:
+        self.every_images, self._encoder = every_images, encoder
         self._config, self._images, self._folder, self._world = config, images[:SHOWN], folder, world
 
     @torch.inference_mode()
     def on_interval(self, step: Step, images_seen: int, log: MetricsLog) -> None:
         """See `Callback.on_interval`."""
-        model = _autoencoder(step, self._config, self._world)
+        model = _autoencoder(step, self._config, self._world, self._encoder)
         if model is None:
             return
         latents = _latents(model, self._images, self._config.seed, self._world)
@@ -96,12 +113,16 @@ def held_out_images(shards: Storage, manifest: Manifest) -> Tensor:
     return gather(read_images(shards, manifest, split, PROBED, _BATCH)).images
 
 
-def _autoencoder(step: Step, config: RunConfig, world: World) -> VAVAE | None:
-    return exported_module(step, "generator", "autoencoder.", lambda: VAVAE(config.tokenizer), world)
+def _autoencoder(
+    step: Step, config: RunConfig, world: World, encoder: RepresentationEncoder | None
+) -> Autoencoder | None:
+    return exported_module(
+        step, "generator", "autoencoder.", lambda: build_autoencoder(config.tokenizer, encoder), world
+    )
 
 
 @torch.inference_mode()
-def _latents(model: VAVAE, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
+def _latents(model: Autoencoder, images: Tensor, seed: int, world: World) -> Iterator[Tensor]:
     """Sample the posteriors of images, uint8 or uint16 [N, C, H, W], in batches [b, C, h, w]."""
     rng = torch_generator(seed, "observed posterior")
     for batch in images.split(_BATCH):

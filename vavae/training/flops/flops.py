@@ -18,16 +18,18 @@ from vavae.latents.features import token_grid
 from vavae.losses.config import EquivarianceConfig
 from vavae.losses.latents import UNTRANSFORMED, MicroBatchTransforms, Transform
 from vavae.models.backbones.load import meta_backbone
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import build_autoencoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import TokenizerPhase
 from vavae.runs.run import Job
 from vavae.training.flops.meta_models import (
     MetaModel,
+    frozen_encoder,
     images_of,
     lightningdit_step,
     on_meta,
+    present,
     tokenizer_step,
     velocity,
 )
@@ -73,8 +75,9 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
 
 def encoding_flops(config: RunConfig) -> float:
     """FLOPs of encoding one image, without gradients."""
-    model = on_meta(lambda: VAVAE(config.tokenizer))
-    return _count(MetaModel(lambda: model.encode(images_of(config, 1)), (model,)))
+    encoder = frozen_encoder(config.tokenizer)
+    model = on_meta(lambda: build_autoencoder(config.tokenizer, encoder))
+    return _count(MetaModel(lambda: model.encode(images_of(config, 1)), present(model, encoder)))
 
 
 def features_flops(config: RunConfig) -> float:
@@ -89,7 +92,7 @@ def features_flops(config: RunConfig) -> float:
 
 def decoding_flops(config: RunConfig) -> float:
     """FLOPs of decoding one latent, without gradients."""
-    model = on_meta(lambda: VAVAE(config.tokenizer))
+    model = on_meta(lambda: build_autoencoder(config.tokenizer))
     return _count(MetaModel(lambda: model.decode(torch.empty(1, *config.latent_shape)), (model,)))
 
 

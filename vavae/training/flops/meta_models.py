@@ -23,7 +23,8 @@ from vavae.models.backbones.load import meta_backbone
 from vavae.models.dit.class_token import state_channels
 from vavae.models.dit.config import count_kept
 from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.config import TeacherConfig
+from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
+from vavae.models.tokenizer.representation import RepresentationEncoder, load_encoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
 from vavae.runs.phases import TokenizerPhase
@@ -157,6 +158,17 @@ def discriminator_network(config: AdversarialLossConfig) -> FrozenFeatures | Non
     return on_meta(lambda: FrozenFeatures(config.features, meta_backbone)) if config.kind == "features" else None
 
 
+@cache
+def frozen_encoder(tokenizer: TokenizerConfig) -> RepresentationEncoder | None:
+    """Build the frozen encoder of a tokenizer, if it has one, once for all that it does."""
+    return on_meta(lambda: load_encoder(tokenizer, meta_backbone))
+
+
+def present(*modules: nn.Module | None) -> tuple[nn.Module, ...]:
+    """Those of some modules that there are."""
+    return tuple(module for module in modules if module is not None)
+
+
 def tokenizer_step(
     config: RunConfig,
     phase: TokenizerPhase,
@@ -181,7 +193,8 @@ def tokenizer_step(
     decoded_grid = grid if transforms.latents is None else transforms.latents.turned_grid
     channels, factor = config.tokenizer.latent_dim, config.tokenizer.downsample
     teacher, perceptual = frozen_networks(config.teacher, losses.perceptual)
-    model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights))
+    encoder = frozen_encoder(config.tokenizer)
+    model = on_meta(lambda: TokenizerModel(config.tokenizer, losses, teacher.feature_dim, whole_weights, encoder))
     model.freeze(phase.frozen)
     judge = on_meta(lambda: DiscriminatorObjective(losses.adversarial, config.shards.channels))
     network, augment = discriminator_network(losses.adversarial) if adversary else None, losses.adversarial.augment
@@ -213,5 +226,4 @@ def tokenizer_step(
             judge.requires_grad_(True)
             judge(out.target, out.reconstruction, (view, view)).objective.backward()
 
-    modules = (teacher, perceptual, model, judge, network)
-    return MetaModel(step, tuple(module for module in modules if module is not None))
+    return MetaModel(step, present(teacher, perceptual, encoder, model, judge, network))
