@@ -64,7 +64,7 @@ class Worker:
         try:
             return self._work(item, self._progress)
         finally:
-            self._progress.finish_item()
+            self._progress.advances.flush()
 
 
 def work_through(

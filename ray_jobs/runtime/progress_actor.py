@@ -116,7 +116,8 @@ class ProgressActor:
         self._name = name or f"progress-{uuid.uuid4().hex}"
         self._actor: Any = ray.get_actor(self._name) if name else on_this_node(_ProgressActor, name=self._name).remote()
         self._stop_query: Any = None
-        self._advances = SpacedSum(self._actor.advance.remote)
+        self.advances = SpacedSum(self._actor.advance.remote)
+        """Images that pooled tasks have done; who ends a task flushes it."""
 
     def __reduce__(self) -> tuple[type["ProgressActor"], tuple[str]]:
         # By name: an actor that got a handle as an argument could not be restarted.
@@ -128,11 +129,7 @@ class ProgressActor:
 
     def advance(self, images: int) -> None:
         """Add images that a pooled task has done; they are reported within a second while it goes on."""
-        self._advances.add(images)
-
-    def finish_item(self) -> None:
-        """Report all images of a pooled task that has ended."""
-        self._advances.flush()
+        self.advances.add(images)
 
     def record(self, event: Event) -> None:
         """Hand an event to the driver, which writes it down."""

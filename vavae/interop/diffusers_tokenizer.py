@@ -80,7 +80,10 @@ class _Settings(BaseModel):
     def tokenizer(self, url: str) -> TokenizerConfig:
         """The architecture; UserError where it has no like here."""
         lengths = {len(self.down_block_types), len(self.up_block_types), len(self.block_out_channels)}
-        down, up = (_attends(types) for types in (self.down_block_types, reversed(self.up_block_types)))
+        down, up = (
+            [level for level, kind in enumerate(types) if kind.startswith("Attn")]
+            for types in (self.down_block_types, reversed(self.up_block_types))
+        )
         if len(lengths) != 1 or 0 in lengths:
             raise UserError(f"{url}: down_block_types, up_block_types and block_out_channels differ in length")
         if down != up:
@@ -239,11 +242,6 @@ def _linear(released: str, tensor: Tensor) -> Tensor:
     """A tensor as diffusers stores it: 1x1 convolutions of attention become linear maps."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor[:, :, 0, 0].contiguous() if _OF_ATTENTION.search(released) else tensor
-
-
-def _attends(types: Any) -> list[int]:
-    """Levels whose blocks have attention."""
-    return [level for level, kind in enumerate(types) if kind.startswith("Attn")]
 
 
 def _validated(model: type[ModelT], values: Any, url: str) -> ModelT:
