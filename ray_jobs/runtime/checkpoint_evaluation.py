@@ -14,10 +14,10 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray_jobs.runtime.actor_pool import Resources
 from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
-from vavae.runs.config import CheckpointEvaluationConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.runs.events import Event, EventLog
 from vavae.runs.run import Job, Run
+from vavae.runs.training_config import CheckpointEvaluationConfig
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,11 @@ from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.planning.sizes import bytes_to_write
 from vavae.progress import clock
-from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.config import RunConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.files import CONFIG, REPORT
 from vavae.runs.run import JOBS, Job, Plan, Run
+from vavae.runs.training_config import TrainingConfig
 from vavae.storage.retry import StorageUnavailableError
 
 JobFunction = Callable[[Run], None]

@@ -20,10 +20,10 @@ from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation.metrics import generation_protocol
 from vavae.interop.export import load_lightningdit
-from vavae.runs.config import LightningDiTTrainingConfig
 from vavae.runs.files import CONFIG
 from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState

@@ -17,7 +17,7 @@ from vavae.distributed.muon import MatrixShape, assign_by_cost, matrix_shapes, m
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.models.dit.model import LightningDiT
-from vavae.runs.config import LightningDiTMuonConfig
+from vavae.runs.training_config import LightningDiTMuonConfig
 
 SPEC, TENSORS = golden("beyond_muon")
 

@@ -8,7 +8,8 @@ import yaml
 from vavae.config import digest, dump, load
 from vavae.distributed.config import WorkersConfig
 from vavae.errors import UserError
-from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.training_config import TrainingConfig
 
 RUN = {
     "name": "tiny",

@@ -13,8 +13,9 @@ from vavae.config import added, digest, load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.runs.config import RunConfig, TokenizerTrainingConfig
+from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Run
+from vavae.runs.training_config import TokenizerTrainingConfig
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import FileInfo, commit
 

@@ -13,7 +13,7 @@ from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
 from vavae.randomness import torch_generator
-from vavae.runs.config import BestConfig, TrainingConfig
+from vavae.runs.training_config import BestConfig, TrainingConfig
 from vavae.storage.storage import Storage
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints

@@ -15,8 +15,9 @@ from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.shard_files import load_tensor_shards, save_tensor_shards
 from vavae.distributed.world import World
-from vavae.runs.config import LightningDiTTrainingConfig, RunConfig, TrainingConfig
+from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
+from vavae.runs.training_config import LightningDiTTrainingConfig, TrainingConfig
 from vavae.runs.training_inputs import LightningDiTTrainingInputs
 from vavae.storage.storage import Storage
 from vavae.training import train as train_module

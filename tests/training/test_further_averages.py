@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vavae.distributed.world import World
 from vavae.interop.averages import load_average
-from vavae.runs.config import AverageConfig, LightningDiTTrainingConfig, RunConfig
+from vavae.runs.config import RunConfig
+from vavae.runs.training_config import AverageConfig, LightningDiTTrainingConfig
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints

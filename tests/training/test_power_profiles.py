@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vavae.distributed.config import EngineConfig, OptimizerConfig
 from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
-from vavae.runs.config import WIDEST_STD, AverageConfig
+from vavae.runs.training_config import WIDEST_STD, AverageConfig
 from vavae.training.ema import FurtherAverage
 from vavae.training.power_profiles import PowerProfile, exponent_of, nearest_sum, power_decay
 

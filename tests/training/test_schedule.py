@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vavae.runs.config import ScheduleConfig
+from vavae.runs.training_config import ScheduleConfig
 from vavae.training.trainer import learning_rate
 
 PEAK = 2e-4

@@ -20,7 +20,7 @@ from torch import Tensor
 from vavae.data.image_stream import MicroBatchKey
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.runs.config import BestConfig, LightningDiTTrainingConfig
+from vavae.runs.training_config import BestConfig, LightningDiTTrainingConfig
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.config import StorageOptions
 from vavae.storage.storage import Storage

@@ -9,7 +9,7 @@ from vavae.data.image_stream import ImageMicroBatch
 from vavae.distributed.engine import Engine
 from vavae.latents.stream import LatentMicroBatch
 from vavae.randomness import torch_generator
-from vavae.runs.config import TrainingConfig
+from vavae.runs.training_config import TrainingConfig
 from vavae.training.step import Step, StepResult
 
 _SCALE = 0.02

@@ -6,8 +6,8 @@ from typing import Any
 
 from vavae.errors import UserError
 from vavae.progress import Progress, display
-from vavae.runs.config import WIDEST_STD
 from vavae.runs.run import Run
+from vavae.runs.training_config import WIDEST_STD
 from vavae.sampling.config import NAME_PATTERN
 
 

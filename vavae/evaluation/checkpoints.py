@@ -10,8 +10,9 @@ from vavae.interop.export import load_tokenizer
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.runs.checkpoints import CHECKPOINTS
-from vavae.runs.config import LightningDiTTrainingConfig, RunConfig
+from vavae.runs.config import RunConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
+from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler, load_weak_model
 from vavae.storage.storage import Storage

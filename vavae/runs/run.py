@@ -9,9 +9,10 @@ from vavae.data.shards.plan import describe_sources
 from vavae.data.shards.write import check_origin
 from vavae.errors import UserError
 from vavae.runs.checkpoints import CHECKPOINTS, checkpoint_name, find_checkpoints
-from vavae.runs.config import RunConfig, TrainingConfig
+from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG, NPZ
 from vavae.runs.output import JobOutput
+from vavae.runs.training_config import TrainingConfig
 from vavae.storage.artifact import Artifact, is_intact, read
 from vavae.storage.storage import Storage
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard, copy_shards, gather_full
 from vavae.distributed.world import World
-from vavae.runs.config import AverageConfig, LightningDiTTrainingConfig, TrainingConfig
+from vavae.runs.training_config import AverageConfig, LightningDiTTrainingConfig, TrainingConfig
 from vavae.training.power_profiles import power_decay
 
 _NOTICEABLE = 0.01

@@ -9,8 +9,8 @@ from vavae.errors import UserError
 from vavae.interop.averages import load_average
 from vavae.interop.export import WEIGHTS, commit_export, load_lightningdit
 from vavae.runs.checkpoints import CHECKPOINTS, find_checkpoints
-from vavae.runs.config import LightningDiTTrainingConfig
 from vavae.runs.run import Run
+from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.storage.artifact import Artifact
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.snapshots import SNAPSHOTS, find_snapshots

@@ -13,7 +13,7 @@ from vavae.distributed.compilation import compiles_blocks
 from vavae.distributed.config import WorkersConfig
 from vavae.distributed.engine import Engine
 from vavae.distributed.sharded_tensors import TensorShard
-from vavae.runs.config import TrainingConfig
+from vavae.runs.training_config import TrainingConfig
 from vavae.training.ema import ExponentialMovingAverage, FurtherAverage
 from vavae.training.logging.stopwatch import Stopwatch
 

@@ -18,8 +18,8 @@ from vavae.data.loader import load_micro_batches
 from vavae.distributed.world import PendingSums, World
 from vavae.errors import CommonError
 from vavae.progress import Progress, Rate
-from vavae.runs.config import ScheduleConfig, TrainingConfig
 from vavae.runs.events import Event, Kind
+from vavae.runs.training_config import ScheduleConfig, TrainingConfig
 from vavae.runs.training_inputs import resolve_once
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vavae.runs.checkpoints import checkpoint_name, find_checkpoints
-from vavae.runs.config import LightningDiTTrainingConfig
+from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.storage.storage import Storage
 
 EVALUATIONS = "measures"

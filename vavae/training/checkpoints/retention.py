@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vavae.runs.config import BestConfig, LightningDiTTrainingConfig, TrainingConfig
+from vavae.runs.training_config import BestConfig, LightningDiTTrainingConfig, TrainingConfig
 from vavae.storage.artifact import Artifact, discard, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMetrics

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from vavae.runs.checkpoints import average_set
-from vavae.runs.config import LightningDiTTrainingConfig
+from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.storage.artifact import RECORD, discard, is_intact, read
 from vavae.storage.storage import Storage
 
