@@ -74,14 +74,18 @@ def ours(source):
     return {name for name in imports_of(source) if name in MODULES or f"{name}.__init__" in MODULES}
 
 
+CONFIGURATION = (".config", ".training_config")
+"""Ends of the names of modules that hold configuration, and import nothing else."""
+
+
 def is_allowed(importer, imported):
     """Whether one of our modules may import another."""
     here, there = room_of(importer), room_of(imported)
     if there == "vavae":
         return False
-    if importer.endswith(".config") and here != "config":
-        composes = importer == "vavae.runs.config" and here == there  # the phases of a training are of its own room
-        return there in FREE | {"config"} or imported.endswith(".config") or composes
+    if importer.endswith(CONFIGURATION) and here != "config":
+        composes = here == there == "runs"  # a run is made of sections and phases, which are of its own room
+        return there in FREE | {"config"} or imported.endswith(CONFIGURATION) or composes
     if here == there or there in FREE:
         return True
     if here in FREE:
@@ -99,6 +103,8 @@ def is_allowed(importer, imported):
         ("vavae.training.trainer", "ray_jobs.runtime.progress_actor", False),
         ("vavae.training.trainer", "vavae.distributed.world", True),
         ("vavae.runs.config", "vavae.evaluation.config", True),
+        ("vavae.runs.training_config", "vavae.sampling.config", True),
+        ("vavae.runs.training_config", "vavae.sampling.labels", False),
         ("vavae.runs.run", "vavae.sampling.config", False),
         ("vavae.sampling.config", "vavae.diffusion.config", True),
         ("vavae.sampling.config", "vavae.sampling.labels", False),

@@ -307,6 +307,8 @@ def test_each_recipe_can_be_planned_offline_and_says_what_to_fetch(path, offline
     networks = {"losses.perceptual": "vgg16"}
     if config.teacher.name in TEACHERS.values():
         networks["teacher"] = "vit_large"
+    if config.losses.adversarial.kind == "features":
+        networks["losses.adversarial.features"] = "vit_small_patch8_224.dino"
     for section, network in networks.items():
         (line,) = (line for line in needed if line.startswith(f"{section}: the weights of {network}"))
         assert re.search(r"download https://\S+/model.safetensors where there is a connection", line)
