@@ -181,7 +181,7 @@ def test_the_global_generator_is_set_in_one_place():
 
 
 def test_configurations_are_imported_without_torch():
-    configs = [module for module in MODULES if module.endswith(".config")]
+    configs = [module for module in MODULES if module.endswith(CONFIGURATION)]
     assert "vavae.runs.config" in configs
     check = """
 import importlib, sys
