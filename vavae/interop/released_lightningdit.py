@@ -13,7 +13,8 @@ from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights, write_weights
 from vavae.interop.conversion import Conversion
 from vavae.models.dit.config import SIZES, LightningDiTConfig
-from vavae.models.dit.model import LightningDiT, RotaryEmbedding, sincos_position_embedding
+from vavae.models.dit.layers import RotaryEmbedding, sincos_position_embedding
+from vavae.models.dit.model import LightningDiT
 
 _KIND = "LightningDiT"
 _ROTATION = "feat_rope.freqs_cos"

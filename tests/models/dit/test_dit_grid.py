@@ -5,7 +5,8 @@ import torch
 
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
-from vavae.models.dit.model import LightningDiT, rotate
+from vavae.models.dit.layers import rotate
+from vavae.models.dit.model import LightningDiT
 
 DIM = 3
 

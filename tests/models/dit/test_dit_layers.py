@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from vavae.models.dit.config import SIZES
-from vavae.models.dit.model import RMSNorm, RotaryEmbedding, SwiGLU, rotate, sincos_position_embedding, token_positions
+from vavae.models.dit.layers import RMSNorm, RotaryEmbedding, SwiGLU, rotate, sincos_position_embedding, token_positions
 
 GRID = (5, 7)
 HEAD_DIM = 16
