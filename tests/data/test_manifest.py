@@ -73,7 +73,7 @@ def test_the_file_of_images_is_the_same_to_the_byte_and_read_back(splits):
 def test_the_file_of_latents_is_the_same_to_the_byte_and_read_back(splits):
     storage = Storage("memory://latents")
     manifest = LatentManifest(tokenizer="t", shape=(1, 2, 3), flip=True, classes=("a", "b"), splits=splits)
-    storage.write_json(MANIFEST, manifest.model_dump(mode="json"))
+    storage.write_json(MANIFEST, manifest.to_json())
     assert storage.read_bytes(MANIFEST) == stored(LatentsAsObjects(splits=splits).model_dump(mode="json"))
     assert read_latent_manifest(storage) == manifest
     assert {split: tuple(shards) for split, shards in manifest.splits.items()} == splits
