@@ -29,6 +29,11 @@ from vavae.runs.config import RunConfig
 from vavae.training.flops.flops import training_flops
 
 CPU = torch.device("cpu")
+REPRESENTATION = [
+    "tokenizer={kind: representation, latent_dim: 112, encoder: {}, decoder: {size: B, patch_size: 16}, "
+    "channels: 128, channel_multipliers: [1, 1, 2, 2, 4], res_blocks: 2, attention_levels: [4], norm_groups: 32}",
+    "losses.kl_weight=0", "losses.vision_foundation.weight=0",
+]  # fmt: skip
 TINY = [
     "tokenizer.channel_multipliers=[1,1,1]", "tokenizer.attention_levels=[]", "losses.perceptual.kind=none",
     "losses.adversarial.layers=1", "shards.image_size=16", "train_vavae.batch_size=1", "latents.batch_size=2",
@@ -125,6 +130,7 @@ def test_a_peer_without_a_weight_of_ours_is_refused(monkeypatch):
             "leave out lightningdit.routing, or --peer",
         ),
         (["sample", *TINY, ROUTING, "guidance.routing_scale=2"], "leave out routing_scale and path_drop"),
+        (["latents", *REPRESENTATION], "kind=representation: vavae bench latents measures tokenizers of kind kl"),
         (["train-vavae", "--device", "cuda"], "torch finds no GPU here"),
         ([], "name a benchmark"),
         (["--gpu-table", "metrics"], "leave metrics out"),

@@ -14,7 +14,7 @@ from vavae.diffusion.solvers import time_grid
 from vavae.errors import UserError
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.model import LightningDiT
-from vavae.models.tokenizer.autoencoder import VAVAE
+from vavae.models.tokenizer.representation import build_autoencoder
 from vavae.runs.config import RunConfig
 from vavae.sampling.sampler import Sampler, noise_of
 from vavae.training.flops.flops import decoding_flops, velocity_flops
@@ -79,7 +79,7 @@ def _random_sampler(config: RunConfig, device: torch.device) -> Sampler:
     """Models of a run with random weights."""
     dim = config.tokenizer.latent_dim
     dit = config.lightningdit.with_classes(config.lightningdit.classes or _CLASSES)
-    tokenizer = initialized(config.seed, "tokenizer", lambda: VAVAE(config.tokenizer))
+    tokenizer = initialized(config.seed, "tokenizer", lambda: build_autoencoder(config.tokenizer))
     model = initialized(config.seed, "lightningdit", lambda: LightningDiT(dit, dim, config.grid))
     with torch.no_grad():
         for name, tensor in model.named_parameters():

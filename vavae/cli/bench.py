@@ -138,6 +138,10 @@ def _compute(
 
     earlier, on_gpu = _earlier(arguments), _on_gpu(arguments)
     config = load(RunConfig, arguments.config, arguments.overrides)
+    if arguments.what in ("train-vavae", "latents") and config.tokenizer.kind != "kl":
+        raise UserError(
+            f"tokenizer.kind={config.tokenizer.kind}: vavae bench {arguments.what} measures tokenizers of kind kl"
+        )
     config = config.model_copy(update={"workers": config.workers.model_copy(update={"use_gpu": on_gpu})})
     configure(config.workers)
     with process_group(on_gpu, _COLLECTIVE_SECONDS):
