@@ -59,7 +59,7 @@ def test_targets_losses_and_gradients_equal_the_public_implementation(case):
 
 
 def improved_networks(first, second):
-    """Both outputs of the network of the fixture, of times towards the data."""
+    """Outputs of the network of the fixture, average and instantaneous velocity, of times towards the data."""
     plain = toy_network(first, labeled=True)
 
     def average(x, t, y, r, rows=None, guidance=None):

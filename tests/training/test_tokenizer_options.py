@@ -116,7 +116,7 @@ def test_an_option_changes_what_is_decoded_alone(losses: dict[str, Any]) -> None
 
 
 class Recorded:
-    """What a callback logs."""
+    """Values that a callback logs, by name."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}

@@ -85,7 +85,7 @@ def draw_guidance(max_scale: float, uniform: Tensor, intervals: Intervals) -> Te
 
 
 class MeanFlowTarget(NamedTuple):
-    """What improved MeanFlow compares the outputs of a network with, both [S, C, H, W]."""
+    """Targets of both outputs of a network in improved MeanFlow, [S, C, H, W] each."""
 
     average: Tensor
     velocity: Tensor

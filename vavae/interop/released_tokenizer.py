@@ -46,7 +46,7 @@ class PublishedTokenizer:
     statistics: Mapping[str, Tensor] | None = None
     """`mean` and `std` of its latents per channel, float64 [C], where there are any."""
     statistics_source: str = ""
-    """Where the statistics were found, for messages."""
+    """Names of the keys or the file that hold the statistics, for messages."""
 
 
 def read_released_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer:

@@ -30,7 +30,7 @@ class LatentManifest(BaseModel):
     kind: Literal["kl", "representation"] = "kl"
     """Kind of the tokenizer: whether a latent has a mean and a deviation, or is a point."""
     statistics: Literal["channel", "position"] = "channel"
-    """What the statistics are of, see `latents.statistics`."""
+    """Statistics that latents are normalized by, per channel or per position: `latents.statistics`."""
 
     @property
     def moments(self) -> int:

@@ -155,7 +155,7 @@ class LatentNormalizer(nn.Module):
 
     @property
     def statistics(self) -> Literal["channel", "position"]:
-        """What the statistics are of, see `latents.statistics`."""
+        """Kind of these statistics, per channel or per position, as in `latents.statistics`."""
         return "channel" if self.mean.ndim == 1 else "position"
 
     def normalize(self, z: Tensor) -> Tensor:

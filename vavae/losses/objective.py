@@ -64,7 +64,7 @@ class DecoderGraph(NamedTuple):
     """Inputs of the decoder, its latent and its parameters, with respect to which it is differentiated by itself."""
 
     latent: Tensor
-    """What was decoded, [B, C, h, w], with its graph from the posterior sample on."""
+    """Latent that was decoded, [B, C, h, w], with its graph from the posterior sample on."""
     parameters: Sequence[Tensor]
     """Parameters of the decoder to train, whole."""
 

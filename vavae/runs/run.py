@@ -398,7 +398,7 @@ class Run:
         return Plan(True, record.digest[:12])
 
     def _begun(self, job: Job) -> str:
-        """How far a job is whose artifact is not there."""
+        """Progress, in words, of a job whose artifact is not there."""
         checkpoints = find_checkpoints(self.training_folder(job)) if job in TRAININGS else []
         return f"resumes at {checkpoints[-1]:,} of {self.budget(job):,} images" if checkpoints else "not there yet"
 

@@ -58,7 +58,7 @@ class BestConfig(Config):
     metric: str = Field(min_length=1)
     """A metric of the log's rows, such as `loss/total`, or of the evaluations that `measure` asks for."""
     mode: Literal["min", "max"] = "min"
-    """Whether small or large values are good."""
+    """Direction that is better: small values or large ones."""
     count: int = Field(1, ge=1)
 
 

@@ -119,27 +119,9 @@ class Sampler(NamedTuple):
             width = model.config.class_token.width
             generators = [torch_generator(seed, "sample class token", index) for index in indices]
             noise = join_class_token(noise, torch.stack([torch.randn(width, generator=each) for each in generators]))
-        if guidance.internal_scale != 1 and model.final_layer_xr is None:
-            raise UserError(
-                f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
-                "(lightningdit.intermediate_head): set it to 1"
-            )
-        if solver.name == "mean_flow" and model.length_embedder is None:
-            raise UserError(
-                "solver.name=mean_flow takes steps by average velocities, and the LightningDiT was trained without "
-                "objective.mean_flow: set euler or heun"
-            )
-        routing, keep = model.config.routing, None
-        if guidance.path_drop and (routing is None or routing.fuse is None):
-            raise UserError(
-                "guidance.path_drop=true, but the LightningDiT has no lightningdit.routing.fuse: set it to false"
-            )
+        self._check(guidance, solver)
+        keep = None
         if guidance.routing_scale != 1:
-            if routing is None:
-                raise UserError(
-                    f"guidance.routing_scale={guidance.routing_scale:g}, but the LightningDiT was trained without "
-                    "lightningdit.routing: set it to 1"
-                )
             generators = [torch_generator(seed, "sample routing", index) for index in indices]
             keep = partial(_kept_tokens, generators, math.prod(model.tokens), device)
         weak = None if self.weak is None else self.autocast()(self.weak.forward)
@@ -162,6 +144,29 @@ class Sampler(NamedTuple):
         if not finite:
             self._refuse(latents, decoded.isfinite().flatten(1).all(1), indices)
         return images
+
+    def _check(self, guidance: GuidanceConfig, solver: SolverConfig) -> None:
+        """Raise a UserError where guidance or solver ask for a part that the LightningDiT does not have."""
+        model, routing = self.lightningdit, self.lightningdit.config.routing
+        if guidance.internal_scale != 1 and model.final_layer_xr is None:
+            raise UserError(
+                f"guidance.internal_scale={guidance.internal_scale:g}, but the LightningDiT has no intermediate head "
+                "(lightningdit.intermediate_head): set it to 1"
+            )
+        if solver.name == "mean_flow" and model.length_embedder is None:
+            raise UserError(
+                "solver.name=mean_flow takes steps by average velocities, and the LightningDiT was trained without "
+                "objective.mean_flow: set euler or heun"
+            )
+        if guidance.path_drop and (routing is None or routing.fuse is None):
+            raise UserError(
+                "guidance.path_drop=true, but the LightningDiT has no lightningdit.routing.fuse: set it to false"
+            )
+        if guidance.routing_scale != 1 and routing is None:
+            raise UserError(
+                f"guidance.routing_scale={guidance.routing_scale:g}, but the LightningDiT was trained without "
+                "lightningdit.routing: set it to 1"
+            )
 
     def _refuse(self, latents: Tensor, finite: Tensor, indices: Sequence[int]) -> None:
         """Raise the UserError that says where values came from that are not finite, in weights or in latents."""

@@ -134,7 +134,7 @@ def probes_png(results: Sequence[TrialResult], correlations: Sequence[RankCorrel
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2.6 * columns, 2.2 * rows), dpi=_DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes, one in zip(panels.flat, shown, strict=False):
+    for axes, one in zip(panels.flat[: len(shown)], shown, strict=True):
         axes.plot(*zip(*ranked(results, one.probe, one.distance), strict=True), "o", color=_ALIGNED, markersize=4)
         axes.set_title(f"{one.value:+.2f} ({one.trials} trials)", fontsize=7)
         axes.set_xlabel(one.probe, fontsize=7)

@@ -50,14 +50,14 @@ Discriminator = Callable[[Tensor], Tensor]
 
 
 class _Views(NamedTuple):
-    """What the discriminator sees of one micro-batch."""
+    """Views of one micro-batch for the discriminator: augmented, then features of its frozen network, if any."""
 
     of_generator: View
-    """Of reconstructions, for the generator."""
+    """View of reconstructions for the generator."""
     of_images: View
-    """Of images, for the discriminator."""
+    """View of images for the discriminator."""
     of_reconstruction: View
-    """Of reconstructions, for the discriminator."""
+    """View of reconstructions for the discriminator."""
 
 
 class TokenizerLosses(NamedTuple):

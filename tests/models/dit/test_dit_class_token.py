@@ -141,7 +141,9 @@ def test_it_begins_at_zero_and_draws_after_nothing_that_others_need():
 def test_without_weights_of_its_own_the_latent_is_that_of_the_plain_model():
     """A class token without keys and values changes nothing but the sum in the softmax, so attention is cut here."""
     plain, model = random_dit(seed=4), tiny(seed=4)
-    model.load_state_dict(plain.state_dict(), strict=False)
+    found = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all("class_embedder" in name or "linear_cls" in name for name in found.missing_keys)
     with torch.no_grad():
         for parameter in model.class_embedder.parameters():
             parameter.zero_()

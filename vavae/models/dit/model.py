@@ -184,14 +184,8 @@ class LightningDiT(nn.Module):
                 `config.guidance_inputs`; None: a scale of 1 at all times.
         """
         assert x.shape[1:] == self.state_shape, f"expected [B, {self.state_shape}]: {x.shape}"
-        state, time, label = x.to(self.x_embedder.proj.weight.dtype), self.t_embedder(t), self.y_embedder(y)
-        latents = state[:, : self.latent_dim]
-        if self.length_embedder is not None:
-            time = time + self.length_embedder(torch.zeros_like(t) if end is None else end - t)
-        assert end is None or self.length_embedder is not None, "a model of velocities"
-        if self.guidance_embedder is not None:
-            time = time + self.guidance_embedder(t.new_tensor([[1, 0, 1]]) if guidance is None else guidance)
-        assert guidance is None or self.guidance_embedder is not None, "a model without guidance as an input"
+        state, label = x.to(self.x_embedder.proj.weight.dtype), self.y_embedder(y)
+        latents, time = state[:, : self.latent_dim], self._time(t, end, guidance)
         tokens = self.x_embedder(latents)  # [B, N, D]
         tokens = tokens.to(latents.dtype) if self.pos_embed is None else tokens + self.pos_embed
         activated = F.silu(time + label)  # [B, D], what every modulation starts with
@@ -252,6 +246,17 @@ class LightningDiT(nn.Module):
         instantaneous = None if self.final_layer_v is None else velocity(self.final_layer_v(tokens, activated))
         average = velocity(self.final_layer(tokens, activated))
         return Predictions(average, intermediate, inner_tokens, instantaneous)
+
+    def _time(self, t: Tensor, end: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """Embedding [B, D] of the times, of the lengths up to `end` and of the guidance, see `predict`."""
+        assert end is None or self.length_embedder is not None, "a model of velocities"
+        assert guidance is None or self.guidance_embedder is not None, "a model without guidance as an input"
+        time = self.t_embedder(t)
+        if self.length_embedder is not None:
+            time = time + self.length_embedder(torch.zeros_like(t) if end is None else end - t)
+        if self.guidance_embedder is not None:
+            time = time + self.guidance_embedder(t.new_tensor([[1, 0, 1]]) if guidance is None else guidance)
+        return time
 
     def _velocity(
         self, outputs: Tensor, class_outputs: Tensor | None, x: Tensor, t: Tensor, data_floor: float

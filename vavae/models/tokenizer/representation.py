@@ -16,10 +16,10 @@ from typing_extensions import Self
 
 from vavae.errors import UserError
 from vavae.models.backbones.color import as_color
-from vavae.models.backbones.load import ImageNormalizer, LoadBackbone, freeze, load_backbone, meta_backbone
+from vavae.models.backbones.load import LoadBackbone, load_backbone, meta_backbone
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import EncoderConfig, TokenizerConfig
-from vavae.models.tokenizer.teacher import check_teacher, teacher_geometry
+from vavae.models.tokenizer.teacher import FrozenNetwork, check_teacher, teacher_geometry
 from vavae.models.tokenizer.vit_decoder import ViTDecoder
 
 _ONE_LAYER_EPSILON = 1e-6
@@ -72,27 +72,10 @@ def combine_layers(layers: Sequence[Tensor], global_mean: bool, epsilon: float =
     return z + normalized[-1].mean((1, 2), keepdim=True) if global_mean else z
 
 
-class RepresentationEncoder(nn.Module):
-    """The frozen encoder: no gradient to its parameters or through it, and in evaluation mode for good.
+class RepresentationEncoder(FrozenNetwork):
+    """The frozen encoder: no gradient to its parameters or through it, and in evaluation mode for good."""
 
-    Args:
-        config: the network and its layers.
-        load: loads the network; another than `load_backbone` where its sizes alone matter.
-    """
-
-    def __init__(self, config: EncoderConfig, load: LoadBackbone = load_backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.geometry = teacher_geometry(config)
-        self.model: Any = load(config.backbone, **self.geometry.timm_kwargs)
-        self.normalizer = ImageNormalizer.of(self.model)
-        freeze(self)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """Blocks of a transformer, or stages of a convolutional network, in which nearly all work is done."""
-        found: Any = getattr(self.model, "blocks", None) or getattr(self.model, "stages", ())
-        return [*found]
+    config: EncoderConfig
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -79,10 +79,8 @@ def teacher_geometry(config: TeacherConfig) -> TeacherGeometry:
     return TeacherGeometry(level, stride, feature_dim, isotropic, timm_kwargs)
 
 
-class VisionFoundationTeacher(nn.Module):
-    """A frozen pretrained network that gives one feature vector per latent position; no gradient to its parameters.
-
-    The image is resized so that the teacher's own grid equals the latent grid; feature maps are never interpolated.
+class FrozenNetwork(nn.Module):
+    """A frozen pretrained network, in evaluation mode for good, whose features lie on a grid; base of its uses.
 
     Args:
         config: the network and its feature level.
@@ -98,15 +96,22 @@ class VisionFoundationTeacher(nn.Module):
         freeze(self)
 
     @property
-    def feature_dim(self) -> int:
-        """Channels of the features."""
-        return self.geometry.feature_dim
-
-    @property
     def blocks(self) -> list[nn.Module]:
         """Blocks of a transformer, or stages of a convolutional network, in which nearly all work is done."""
         found: Any = getattr(self.model, "blocks", None) or getattr(self.model, "stages", ())
         return [*found]
+
+
+class VisionFoundationTeacher(FrozenNetwork):
+    """A frozen pretrained network that gives one feature vector per latent position; no gradient to its parameters.
+
+    The image is resized so that the teacher's own grid equals the latent grid; feature maps are never interpolated.
+    """
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the features."""
+        return self.geometry.feature_dim
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
