@@ -80,7 +80,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         feature_dims(config.losses.adversarial.features)
     for grid in {config.grid, config.smallest_grid}:
         check_encoder(config.tokenizer, grid)
-    if "precompute_latents" in jobs and features is not None:
+    if _featuring_job(config) in jobs and features is not None:
         check_teacher(features.teacher, token_grid(features, config.grid))
     missing = []
     for section, backbone in _backbones(config, jobs).items():
@@ -130,10 +130,12 @@ def check_cache(run: Run, job: Job) -> None:
         return
     folder = run.storage.child(run.prefix(source))
     manifest = read_manifest(folder) if job == "train_vavae" else read_latent_manifest(folder)
-    infos = manifest.splits[TRAIN]
+    infos, reads_latents = manifest.splits[TRAIN], job == "train_lightningdit" and not config.latents.online
+    if not reads_latents:
+        folder = run.folder("prepare_shards")
     order = order_of(infos.counts, config.seed, config.stream)
     shards = OrderedShards(folder, TRAIN, infos, order, micro_batch_size=1)
-    if job == "train_lightningdit" and config.reads_features:
+    if reads_latents and config.reads_features:
         features = read_features_of(folder, config.latents, config.grid).shards
         shards = ShardsWithFeatures(folder, TRAIN, infos, order, 1, features)
     if shards.are_local:
@@ -165,14 +167,22 @@ def check_sources(shards: ShardsConfig, storage: Storage) -> None:
         open_split(shards, storage, split)
 
 
+def _featuring_job(config: RunConfig) -> Job:
+    """The job that computes `latents.features`."""
+    return "train_lightningdit" if config.latents.online else "precompute_latents"
+
+
 def _backbones(config: RunConfig, jobs: Sequence[Job]) -> dict[str, BackboneConfig]:
     """Pretrained networks of jobs, by the section of the configuration that names them."""
     backbones: dict[str, BackboneConfig] = {}
     if "train_vavae" in jobs or "evaluate" in jobs:
         backbones["teacher"] = config.teacher.backbone
-    if config.tokenizer.encoder is not None and {"train_vavae", "precompute_latents", "evaluate"} & {*jobs}:
+    encoding: set[Job] = {"train_vavae", "precompute_latents", "evaluate"}
+    if config.latents.online:
+        encoding.add("train_lightningdit")
+    if config.tokenizer.encoder is not None and encoding & {*jobs}:
         backbones["tokenizer.encoder"] = config.tokenizer.encoder.backbone
-    if "precompute_latents" in jobs and config.latents.features is not None:
+    if _featuring_job(config) in jobs and config.latents.features is not None:
         backbones["latents.features.teacher"] = config.latents.features.teacher.backbone
     if "train_vavae" in jobs and config.losses.perceptual.kind == "lpips" and config.losses.perceptual.weight > 0:
         backbones["losses.perceptual"] = config.losses.perceptual.backbone

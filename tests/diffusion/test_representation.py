@@ -87,7 +87,7 @@ def test_the_weight_is_constant_then_falls_and_stops():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.representation={}"], r"training reads no images: give latents.features, such as"),
+        (["objective.representation={}"], r"with features of the images: give latents.features, such as"),
         ([*WITH_FEATURES, "latents.features.patch_size=2"], r"patch_size=2, but lightningdit.patch_size=1: .* set it"),
         ([*WITH_FEATURES, "latents.features.patch_size=3"], r"latents.features.patch_size=3 does not divide the"),
         ([*WITH_FEATURES, "objective.representation.after_block=99"], r"after_block=99 exceeds the depth of the"),

@@ -18,6 +18,7 @@ from support.representation import DIM, tokenizer_config
 from vavae.data import shard_reader
 from vavae.data.image import center_crop_resize, prepare_image
 from vavae.data.pixels import to_float
+from vavae.data.shard_reader import read_images
 from vavae.errors import UserError
 from vavae.latents import extract as extraction_module
 from vavae.latents.config import LatentsConfig
@@ -288,6 +289,12 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, images, extract, tok
     kept = [0, 2, 3, 4, 5, 7]
     np.testing.assert_allclose(arrays, posteriors("train", 8)[kept], atol=2e-3, rtol=1e-3)
     assert labels.tolist() == [image_shards.label_of(index) for index in kept]
+    online = extract("online", CONFIG.model_copy(update={"online": True}), manifest=manifest)
+    encode_all(online, tokenizer)
+    found = read_latent_manifest(Storage(str(tmp_path / "online")))
+    assert [shard.dropped for shard in found.splits["train"]] == [(1,), (1,)]
+    read = read_images(images, manifest.model_copy(update={"splits": found.splits}), "train", 99, 6)
+    assert [each for batch in read for each in batch.labels.tolist()] == labels.tolist()
 
 
 def test_a_shard_without_a_readable_image_is_an_error(images, extract, tokenizer):
@@ -303,6 +310,7 @@ def test_images_that_the_manifest_drops_have_no_latent(images, manifest, extract
     encode_all(extraction, tokenizer)
     record = extraction.record(extraction.tasks()[0])
     assert (record.keys, record.skipped) == (tuple(f"train {index}" for index in (0, 2, 3, 4)), ())
+    assert first.without([0, 2]).dropped == (0, 1, 3)
 
 
 def test_a_class_beyond_the_manifest_s_is_an_error(manifest, extract, tokenizer):

@@ -67,10 +67,12 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from vavae.data.shards.verify import ShardFaults, verify_shards, without_unreadable
-    from vavae.latents.manifest import LatentManifest, read_any_manifest
+    from vavae.latents.manifest import LatentManifest, read_any_manifest, require_stored
 
     storage, images = _storage(arguments), arguments.images or arguments.drop
     manifest = read_any_manifest(storage)
+    if isinstance(manifest, LatentManifest):
+        require_stored(storage, manifest)
     if images and isinstance(manifest, LatentManifest):
         raise UserError(f"{storage.url()} holds latents, which have no images to decode: leave the option out")
     if arguments.drop and any(shard.url is None for shards in manifest.splits.values() for shard in shards):

@@ -75,6 +75,7 @@ class ReadableImage(NamedTuple):
 
 
 class _UnreadableImage(NamedTuple):
+    record: int
     key: str
     place: str
     reason: str
@@ -97,12 +98,15 @@ class ReadableImages:
         self._size, self._form, self._reader = manifest.height_and_width, manifest.pixel_format, manifest.reader
         self.skipped: list[str] = []
         """Names of the images that were left out so far."""
+        self.skipped_records: list[int] = []
+        """Positions of their records in their shard, among those that its manifest counts."""
 
     def __iter__(self) -> Iterator[ReadableImage]:
         for image in map_ahead(self._read, self._records, self._ahead, self._threads):
             if isinstance(image, _UnreadableImage):
                 _log.warning("%s: left out %s: %s", image.place, image.key, image.reason)
                 self.skipped.append(image.key)
+                self.skipped_records.append(image.record)
             else:
                 yield image
 
@@ -112,7 +116,7 @@ class ReadableImages:
         try:
             pixels = prepare_image(self._reader.image(record, at.place), self._size, form=self._form)
         except UnreadableImage as error:
-            return _UnreadableImage(key, at.place, str(error))
+            return _UnreadableImage(at.record, key, at.place, str(error))
         return ReadableImage(pixels, self._reader.label(record, at.place), key, caption_of(record))
 
 

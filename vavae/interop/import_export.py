@@ -154,6 +154,8 @@ def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder
     """
     if not config.latents.flip:
         raise UserError(f"{folder}: the public layout holds mirror images too, so set latents.flip=true")
+    if config.latents.online:
+        raise UserError(f"{folder}: these latents are stored, so set latents.online=false")
     if config.latents.normalization != "measured":
         raise UserError(f"{folder}: these latents have their own statistics, so set latents.normalization=measured")
     tokenizer, classes = output.draft.inputs["train_vavae"], read_manifest(shards).classes

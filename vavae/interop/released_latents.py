@@ -19,7 +19,7 @@ from vavae.data.config import ShardsConfig
 from vavae.data.shards.manifest import ShardInfo, shard_file
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights
-from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest
+from vavae.latents.manifest import MANIFEST, LatentManifest, read_latent_manifest, require_stored
 from vavae.latents.shards import MappedLatents, write_latents
 from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics, read_statistics
 from vavae.randomness import torch_generator
@@ -45,7 +45,7 @@ def export_released_latents(latents: Storage, split: str, target: Storage, seed:
     Raises:
         UserError: the latents are without mirror images, which the public data set draws from.
     """
-    manifest = read_latent_manifest(latents)
+    manifest = require_stored(latents, read_latent_manifest(latents))
     if manifest.kind != "kl" or manifest.statistics != "channel":
         raise UserError(
             f"{latents.url()}: latents of kind {manifest.kind} with statistics per {manifest.statistics}, and the "

@@ -13,8 +13,8 @@ from vavae.models.tokenizer.config import TeacherConfig
 class FeaturesConfig(Config):
     """Features of a frozen network, stored beside the latents for `objective.representation`.
 
-    They are those of every training image and, with `latents.flip`, of its mirror image, in bfloat16. The training of
-    the LightningDiT reads latents and no images, so it can't compute them by itself.
+    They are those of every training image and, with `latents.flip`, of its mirror image, in bfloat16. With
+    `latents.online` the training of the LightningDiT computes them instead, of the images that it reads.
     """
 
     teacher: TeacherConfig = TeacherConfig(name="dinov2_base")
@@ -29,8 +29,12 @@ class FeaturesConfig(Config):
 class LatentsConfig(Config):
     """Latents of all image shards."""
 
+    online: bool = added(False)
+    """Store nothing but the statistics: the training of the LightningDiT reads the images, and its workers encode them,
+    and compute their `features`, in every epoch anew. That saves the space of the latents, which without a posterior
+    and with many channels is many times that of the images, and costs the FLOPs of the encoder."""
     flip: bool = True
-    """Store the posterior of every image's mirror image too."""
+    """Store the posterior of every image's mirror image too, which the LightningDiT sees half of the time."""
     batch_size: int = Field(64, ge=1)
     """Images encoded at a time, within a shard; fixed, because it is part of the arithmetic."""
     precision: Precision = added("fp32")

@@ -1,9 +1,12 @@
-"""Extraction of latents: one image shard in, one latent shard of the same name out, its record written last."""
+"""Extraction of latents: one image shard in, one latent shard of the same name out, its record written last.
+
+With `latents.online` no latents come out, but their statistics and the readable images alone.
+"""
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -23,6 +26,7 @@ from vavae.data.shard_reader import ReadableImage, ReadableImages, batched, open
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import ShardWriter, write_tar
 from vavae.distributed.compilation import compile_each, compiles_blocks
+from vavae.distributed.config import Precision
 from vavae.errors import UserError
 from vavae.latents.config import LatentsConfig
 from vavae.latents.features import SPLIT, FeatureExtraction
@@ -44,6 +48,7 @@ class LatentShardRecord(BaseModel):
     origin: str
     """Digest of everything that the latents are a function of: image shard, tokenizer and settings."""
     shard: ShardInfo
+    """The shard of latents; the image shard, less the unreadable images, where none are stored."""
     statistics: dict[str, object]
     """Partial sums, see `LatentStatistics`; empty where they are in a file."""
     keys: tuple[str, ...]
@@ -144,7 +149,7 @@ class Extraction:
         source = self._manifest.splits[task.split][task.number]
         try:
             record = LatentShardRecord.model_validate_json(self._latents.read_bytes(_record_path(task.split, source)))
-            size = self._latents.size(f"{task.split}/{record.shard.name}")
+            size = None if self._config.online else self._latents.size(f"{task.split}/{record.shard.name}")
         except (FileNotFoundError, ValidationError):
             return None
         if record.sums is not None and not self._latents.is_file(sums_path(f"{task.split}/{record.shard.name}")):
@@ -152,8 +157,8 @@ class Extraction:
         return record if self._is_done(task, record, size) else None
 
     def _is_done(self, task: ShardTask, record: LatentShardRecord, size: int | None) -> bool:
-        """Return whether a record is of the present inputs, and its shard has the size that it says."""
-        return size == record.shard.bytes and record.origin == self._origin(task)
+        """Return whether a record is of the present inputs, and its shard, if any, has the size that it says."""
+        return (self._config.online or size == record.shard.bytes) and record.origin == self._origin(task)
 
     def _origin(self, task: ShardTask) -> str:
         # The normalization changes no latent, nor do features.
@@ -172,7 +177,7 @@ class Extraction:
     def encode(
         self, task: ShardTask, model: Autoencoder, device: torch.device, advance: Callable[[int], None]
     ) -> LatentShardRecord:
-        """Encode one shard, unless it is done, and compute its features, where there are any, unless they are.
+        """Encode one shard, unless it is done, and compute its features, where they are stored, unless they are.
 
         While a batch is encoded the next one is decoded and the one before it written; of every shard, at most two
         batches of images and three of posteriors are in memory. Called in two threads, it reads the next shard and
@@ -208,19 +213,21 @@ class Extraction:
         first = next(batches, None)
         if first is None:
             raise UserError(f"{self._images.url(path)}: no readable image in the whole shard; make the shards again")
-        with self._latents.create(path) as local:
-            with (
-                write_tar(local) as tar,
-                closing(in_turn(self._turn, self._encode(model, chain([first], batches), device))) as encoded,
-            ):
-                height, width = (side // model.config.downsample for side in first[0].pixels.shape[:2])
-                shape = (model.config.latent_dim, height, width)
-                summed = shape[0] if self._config.statistics == "channel" else shape
-                shard = _LatentShard(tar, task.first_index, LatentStatistics(summed), 2 if self._kind == "kl" else 1)
-                with closing(map_ahead(shard.add, encoded, ahead=1)) as written:
-                    for count in written:
-                        advance(count)
-            size, sha256 = local.stat().st_size, sha256_of(local)
+        height, width = (side // model.config.downsample for side in first[0].pixels.shape[:2])
+        shape = (model.config.latent_dim, height, width)
+        statistics = LatentStatistics(shape[0] if self._config.statistics == "channel" else shape)
+        shard = _LatentShard(task.first_index, statistics, 2 if self._kind == "kl" else 1)
+        encoded = in_turn(self._turn, self._encode(model, chain([first], batches), device))
+        if self._config.online:
+            self._latents.delete(path)
+            shard.add_all(encoded, advance)
+            info = source.without(images.skipped_records)
+        else:
+            with self._latents.create(path) as local:
+                with write_tar(local) as shard.tar:
+                    shard.add_all(encoded, advance)
+                size, sha256 = local.stat().st_size, sha256_of(local)
+            info = ShardInfo(name=source.name, count=len(shard.keys), bytes=size, sha256=sha256)
         if images.skipped:
             advance(len(images.skipped))
         sums = None
@@ -228,7 +235,7 @@ class Extraction:
             sums = shard.statistics.write(self._latents, sums_path(path))
         record = LatentShardRecord(
             origin=self._origin(task),
-            shard=ShardInfo(name=source.name, count=len(shard.keys), bytes=size, sha256=sha256),
+            shard=info,
             statistics=shard.statistics.to_json() if sums is None else {},
             keys=tuple(shard.keys),
             sums=sums,
@@ -266,14 +273,7 @@ class Extraction:
         padded = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
         pixels = to_float(padded)
         views = [pixels, pixels.flip(-1)] if self._config.flip else [pixels]
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
-        parts = []
-        with torch.inference_mode():
-            for view in views:
-                with autocast:
-                    posterior = model.encode(view)
-                parts += [each[:count] for each in (posterior.mean, posterior.std) if each is not None]
-        return torch.stack(parts, dim=1).half()
+        return torch.cat([encode_moments(model, view, self._config.precision)[:count] for view in views], dim=1)
 
     def finish(
         self, shape: tuple[int, int, int], records: Sequence[LatentShardRecord]
@@ -317,11 +317,13 @@ class Extraction:
             splits={split: tuple(shards) for split, shards in splits.items()},
             kind=self._kind,
             statistics=self._config.statistics,
+            online=self._config.online,
         )
         self._latents.write_json(MANIFEST, manifest.to_json())
+        stored = {} if self._config.online else splits
         files = {
             f"{split}/{shard.name}": FileInfo(bytes=shard.bytes, sha256=shard.sha256)
-            for split, shards in splits.items()
+            for split, shards in stored.items()
             for shard in shards
         } | captions
         if self._features is not None:
@@ -358,19 +360,25 @@ class _LatentShard:
     """Writer of one shard: its latents, their statistics, and the names of the images.
 
     Args:
-        tar: the open shard.
         first_index: index within the split of its first record.
         statistics: empty, of channels or of positions.
         moments: arrays of one view of an image.
     """
 
-    def __init__(self, tar: ShardWriter, first_index: int, statistics: LatentStatistics, moments: int) -> None:
-        self._tar, self._first = tar, first_index
-        self.statistics, self._moments = statistics, moments
+    def __init__(self, first_index: int, statistics: LatentStatistics, moments: int) -> None:
+        self._first, self.statistics, self._moments = first_index, statistics, moments
+        self.tar: ShardWriter | None = None
+        """The open shard; None where no latents are stored."""
         self.keys: list[str] = []
         self.captions: list[str | None] = []
 
-    def add(self, batch: _EncodedBatch) -> int:
+    def add_all(self, batches: Generator[_EncodedBatch, None, None], advance: Callable[[int], None]) -> None:
+        """Append batches, each while the next one is encoded; `advance` is called with the images of each."""
+        with closing(batches), closing(map_ahead(self._add, batches, ahead=1)) as written:
+            for count in written:
+                advance(count)
+
+    def _add(self, batch: _EncodedBatch) -> int:
         """Append a batch, and return its number of images."""
         if batch.copied is not None:
             batch.copied.synchronize()
@@ -383,11 +391,26 @@ class _LatentShard:
                 f"{batch.keys[bad]}: its latent is not finite in float16; set latents.precision=fp32, or train the "
                 "tokenizer again: its weights overflow"
             )
-        for array, label in zip(arrays, batch.labels, strict=True):
-            self._tar.add(self._first + self._tar.count, latent_members(array, label))
+        if self.tar is not None:
+            for array, label in zip(arrays, batch.labels, strict=True):
+                self.tar.add(self._first + self.tar.count, latent_members(array, label))
         self.keys += batch.keys
         self.captions += batch.captions
         return len(arrays)
+
+
+def encode_moments(model: Autoencoder, images: Tensor, precision: Precision) -> Tensor:
+    """Encode images as latents are stored: float16 [B, moments, C, h, w], mean and deviation or the latent alone.
+
+    Args:
+        model: the tokenizer, on the device of the images.
+        images: [B, c, H, W] in [-1, 1].
+        precision: of the encoder's layers.
+    """
+    with torch.inference_mode():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            posterior = model.encode(images)
+        return torch.stack([each for each in (posterior.mean, posterior.std) if each is not None], dim=1).half()
 
 
 def _stack(images: Sequence[np.ndarray], pinned: bool) -> Tensor:

@@ -151,7 +151,7 @@ class FeatureExtraction:
     def of(cls, inputs: ExtractionInputs) -> "FeatureExtraction | None":
         """The features of a run; None where it stores none."""
         latents, workers = inputs.config.latents, inputs.config.workers
-        if latents.features is None:
+        if latents.features is None or latents.online:
             return None
         threads = threads_of(latents.cpus or workers.cpus)
         place = inputs.output.folder
@@ -238,27 +238,19 @@ class FeatureExtraction:
 
     def _load(self, device: torch.device) -> VisionFoundationTeacher:
         if self._teacher is None:
-            self._teacher = VisionFoundationTeacher(self._features.teacher).to(device)
-            if compiles_blocks(self._config.compile_blocks, self._workers, device):
-                compile_each(self._teacher.blocks)
+            self._teacher = load_feature_teacher(self._config, self._workers, device)
         return self._teacher
 
     def _of_views(self, teacher: VisionFoundationTeacher, images: Tensor) -> Tensor:
         """Features bfloat16 [B, 1 + flip, N, F] of images [B, C, H, W] in [-1, 1], and of their mirror images.
 
-        Images of another size than the network takes for the grid are resized bicubically, as REPA's code does. A short
-        batch is padded to the full size.
+        A short batch is padded to the full size.
         """
-        grid, count = token_grid(self._features, self._grid), len(images)
-        images = as_color(torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)]))
-        size = teacher.geometry.image_size(grid)
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", align_corners=False)
-        views = [images, images.flip(-1)] if self._config.flip else [images]
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=self._config.precision == "bf16")
-        with torch.inference_mode(), autocast:
-            found = [teacher.tokens(view, grid, self._features.class_token)[:count] for view in views]
-        return torch.stack(found, dim=1).bfloat16()
+        count = len(images)
+        images = torch.cat([images, images[-1:].expand(self._config.batch_size - count, -1, -1, -1)])
+        resized = resize_for(teacher, images, token_grid(self._features, self._grid))
+        views = [resized, resized.flip(-1)] if self._config.flip else [resized]
+        return torch.stack([compute_features(teacher, view, self._config, self._grid)[:count] for view in views], dim=1)
 
     def finish(self) -> dict[str, FileInfo]:
         """Write the manifest once all shards are done; returns size and checksum of every file by its path."""
@@ -279,6 +271,45 @@ class FeatureExtraction:
         text = self._latents.read_bytes(_MANIFEST)
         files = {_path(shard): FileInfo(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
         return {**files, _MANIFEST: FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())}
+
+
+def load_feature_teacher(
+    config: LatentsConfig, workers: WorkersConfig, device: torch.device
+) -> VisionFoundationTeacher:
+    """Load the network of `latents.features` onto a device, its blocks compiled if the configuration says so."""
+    assert config.features is not None, "no features are configured"
+    teacher = VisionFoundationTeacher(config.features.teacher).to(device)
+    if compiles_blocks(config.compile_blocks, workers, device):
+        compile_each(teacher.blocks)
+    return teacher
+
+
+def resize_for(teacher: VisionFoundationTeacher, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Images [B, 3, H', W'] of the size that a network takes for a grid, resized bicubically, as REPA's code does.
+
+    Args:
+        teacher: the network.
+        images: [B, C, H, W] in [-1, 1].
+        grid: height and width of its features.
+    """
+    size, images = teacher.geometry.image_size(grid), as_color(images)
+    return images if images.shape[2:] == size else F.interpolate(images, size, mode="bicubic", align_corners=False)
+
+
+def compute_features(
+    teacher: VisionFoundationTeacher, images: Tensor, config: LatentsConfig, grid: tuple[int, int]
+) -> Tensor:
+    """Features of images as they are stored, bfloat16 [B, N, F].
+
+    Args:
+        teacher: the network of `config.features`, on the device of the images.
+        images: of its size, see `resize_for`.
+        config: features and precision.
+        grid: height and width of a latent.
+    """
+    assert config.features is not None, "no features are configured"
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return teacher.tokens(images, token_grid(config.features, grid), config.features.class_token).bfloat16()
 
 
 def _path(shard: ShardInfo) -> str:

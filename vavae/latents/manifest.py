@@ -31,6 +31,9 @@ class LatentManifest(BaseModel):
     """Kind of the tokenizer: whether a latent has a mean and a deviation, or is a point."""
     statistics: Literal["channel", "position"] = "channel"
     """Statistics that latents are normalized by, per channel or per position: `latents.statistics`."""
+    online: bool = False
+    """True where no latents are stored: the shards are those of the images, less the unreadable ones, and lie in their
+    folder. See `latents.online`."""
 
     @property
     def moments(self) -> int:
@@ -43,8 +46,8 @@ class LatentManifest(BaseModel):
         return (self.moments * (1 + self.flip), *self.shape)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; without `kind` and `statistics` where they are what they always were."""
-        later = ("kind", "statistics")
+        """Plain values; without `kind`, `statistics` and `online` where they are what they always were."""
+        later = ("kind", "statistics", "online")
         neutral = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return self.model_dump(mode="json", exclude=neutral)
 
@@ -72,8 +75,27 @@ def read_any_manifest(storage: Storage) -> Manifest | LatentManifest:
     return read_latent_manifest(storage) if is_of_latents else read_manifest(storage)
 
 
+def require_stored(storage: Storage, manifest: LatentManifest) -> LatentManifest:
+    """Return the manifest of latents in a folder.
+
+    Raises:
+        UserError: there are their statistics alone.
+    """
+    if manifest.online:
+        raise UserError(
+            f"{storage.url()}: statistics alone, for latents.online=true stores no latents; run precompute_latents "
+            "with latents.online=false"
+        )
+    return manifest
+
+
 def read_latents_of(
-    storage: Storage, tokenizer: str, shape: tuple[int, int, int], kind: str = "kl", statistics: str = "channel"
+    storage: Storage,
+    tokenizer: str,
+    shape: tuple[int, int, int],
+    kind: str = "kl",
+    statistics: str = "channel",
+    online: bool = False,
 ) -> LatentManifest:
     """Read the manifest of the latents that a model is to be trained on.
 
@@ -83,12 +105,15 @@ def read_latents_of(
         shape: C, H, W of one latent as the model takes it.
         kind: of that tokenizer.
         statistics: what their statistics must be of.
+        online: True where there must be statistics alone.
 
     Raises:
-        UserError: there are none, or they are another tokenizer's, of another kind or size, or normalized otherwise.
+        UserError: there are none, or they are another tokenizer's, of another kind or size, normalized otherwise, or
+            stored where they are to be computed or the other way round.
     """
     manifest = read_latent_manifest(storage)
-    for name, wanted in (("tokenizer.kind", kind), ("latents.statistics", statistics)):
+    required = (("tokenizer.kind", kind), ("latents.statistics", statistics), ("latents.online", online))
+    for name, wanted in required:
         found = getattr(manifest, name.rpartition(".")[2])
         if found != wanted:
             raise UserError(

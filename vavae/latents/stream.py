@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vavae.data.image_stream import MicroBatchKey, ShardStream
+from vavae.data.config import StreamConfig
+from vavae.data.image_stream import ImageMicroBatch, ImageStream, MicroBatchKey, ShardStream
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import SampleOrder
-from vavae.data.shards.manifest import ShardList, open_shard
+from vavae.data.shards.manifest import Manifest, ShardList, open_shard
 from vavae.data.shards.mapped_shard import ShardCache
 from vavae.errors import UserError
 from vavae.latents.manifest import FEATURES, FeatureManifest, LatentManifest
@@ -72,6 +73,50 @@ class ShardsWithFeatures(OrderedShards):
         return super().bytes_of(indices, step) + of_features
 
 
+def draw_mirrored(seed: int, key: MicroBatchKey, count: int) -> np.ndarray:
+    """Draw which images of a micro-batch are seen as their mirror images, bool [count]."""
+    return numpy_generator(seed, "mirror", key.lane, key.step).random(count) < 0.5
+
+
+class EncodedImageStream(ImageStream):
+    """The images of one split whose latents are not stored, for a training that encodes them: the images, or their
+    mirror images, of the latents that `LatentStream` would bring, in the same order.
+
+    Args:
+        storage: folder of the image shards.
+        images: their manifest.
+        latents: manifest of the latents.
+        split: `train` or `validation`.
+        order: the sample order.
+        micro_batch_size: images of one micro-batch.
+        config: limits of reading.
+        seed: keys the choice between an image and its mirror image.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        images: Manifest,
+        latents: LatentManifest,
+        split: str,
+        order: SampleOrder,
+        micro_batch_size: int,
+        config: StreamConfig,
+        seed: int,
+    ) -> None:
+        readable = images.model_copy(update={"splits": latents.splits})
+        whole = config.model_copy(update={"crop": "center", "flip": False})
+        super().__init__(storage, readable, split, order, micro_batch_size, whole, seed)
+        self._mirrors, self._key_of_mirrors = latents.flip, seed
+
+    def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
+        found = super().__getitem__(key)
+        if not self._mirrors:
+            return found
+        mirrored = torch.from_numpy(draw_mirrored(self._key_of_mirrors, key, len(found.images)))
+        return found._replace(images=torch.where(mirrored[:, None, None, None], found.images.flip(-1), found.images))
+
+
 class LatentStream(ShardStream[LatentMicroBatch]):
     """Micro-batches of one split of latent shards, in the sample order of the images.
 
@@ -121,7 +166,7 @@ class LatentStream(ShardStream[LatentMicroBatch]):
             records[mine], labels[mine] = mapped.arrays[rows[mine]], mapped.labels[rows[mine]]
         mirrored = np.zeros(self._size, bool)
         if self._manifest.flip:
-            mirrored = numpy_generator(self._seed, "mirror", key.lane, key.step).random(self._size) < 0.5
+            mirrored = draw_mirrored(self._seed, key, self._size)
             moments = self._manifest.moments
             records = np.where(mirrored[:, None, None, None, None], records[:, moments:], records[:, :moments])
         mean, *std = torch.from_numpy(records).float().unbind(1)  # [S, C, H, W] each

@@ -107,7 +107,9 @@ def estimate_jobs(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> 
             cluster,
             "train_lightningdit",
             lightningdit_flops(config),
-            latent_bytes(config) + (feature_bytes(config) if config.reads_features else 0),
+            stored_bytes(config, dataset)
+            if config.latents.online
+            else latent_bytes(config) + (feature_bytes(config) if config.reads_features else 0),
         ),
         _sample(config, cluster),
     ]
@@ -204,14 +206,15 @@ def _prepare(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEs
 
 def _extract(config: RunConfig, cluster: ClusterSpec, dataset: Dataset) -> JobEstimate:
     """Estimate the extraction: an actor decodes in threads, one for each of its cores, while its GPU encodes."""
-    flops = (encoding_flops(config) + features_flops(config)) * (1 + config.latents.flip)
+    features = config.latents.features is not None and not config.latents.online
+    flops = (encoding_flops(config) + (features_flops(config) if features else 0.0)) * (1 + config.latents.flip)
     arithmetic = _arithmetic(config, config.latents.precision)
     computing = _gpu_seconds(flops, cluster, arithmetic)
     decoded = _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
     threads = threads_of(config.latents.cpus or config.workers.cpus)
     actors = cluster.count / config.latents.gpus
     read, written = stored_bytes(config, dataset), latent_bytes(config) + feature_bytes(config)
-    passes = 1 + (config.latents.features is not None)
+    passes = 1 + features
     rates = {
         "compute": cluster.count / computing,
         "decoding": actors * threads * decoded / passes,
@@ -262,7 +265,7 @@ def _train(config: RunConfig, cluster: ClusterSpec, job: Job, flops: float, byte
     values = (2 if config.tokenizer.kind == "kl" else 1) * math.prod(config.latent_shape)
     decoded = (
         _LATENTS_PER_SECOND * min(1.0, _MEASURED_LATENT / values)
-        if job == "train_lightningdit"
+        if job == "train_lightningdit" and not config.latents.online
         else _at_image_size(config, _DECODED_PER_SECOND[_image_format(config)])
     )
     rates = {

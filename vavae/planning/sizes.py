@@ -42,6 +42,8 @@ def bytes_to_write(config: RunConfig, job: Job, manifest: Manifest | None) -> in
         config = config.model_copy(update={"lightningdit": known})
     if job in ("train_vavae", "train_lightningdit"):
         return training_bytes(config, job)
+    if job == "precompute_latents" and config.latents.online:
+        return 0
     if job == "precompute_latents" and manifest is not None:
         features = manifest.count("train") * feature_bytes(config)
         return sum(map(manifest.count, manifest.splits)) * latent_bytes(config) + features
@@ -59,7 +61,11 @@ def image_bytes(config: RunConfig) -> int:
 
 
 def latent_bytes(config: RunConfig) -> int:
-    """Bytes of one image among the latents: mean and deviation, or points, in float16, mirrored too where they are."""
+    """Bytes of one image among the latents: mean and deviation, or points, in float16, mirrored too where they are; 0
+    where none are stored.
+    """
+    if config.latents.online:
+        return 0
     values = (2 if config.tokenizer.kind == "kl" else 1) * (1 + config.latents.flip) * math.prod(config.latent_shape)
     return values * HALF_BYTES + _TAR_BYTES
 
@@ -67,7 +73,7 @@ def latent_bytes(config: RunConfig) -> int:
 def feature_bytes(config: RunConfig) -> int:
     """Bytes of one image among the features, mirrored too where latents are; 0 where none are stored."""
     stored = config.latents.features
-    if stored is None:
+    if stored is None or config.latents.online:
         return 0
     values = (1 + config.latents.flip) * math.prod(feature_shape(stored, config.grid))
     return values * HALF_BYTES + _TAR_BYTES_OF_FEATURES

@@ -1,5 +1,6 @@
 """Memory of a training, and what its checkpoints cost and save."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +22,7 @@ from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, muon_matrices, t
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Job
 from vavae.runs.training_config import TrainingConfig
-from vavae.training.flops.meta_models import discriminator_network, frozen_encoder, frozen_networks
+from vavae.training.flops.meta_models import discriminator_network, frozen_encoder, frozen_networks, online_networks
 
 _COPY_BYTES_PER_SECOND = 25e9
 """Rate from a GPU to the memory of its machine."""
@@ -155,9 +156,13 @@ def resolve_lanes_at_once(config: RunConfig, world: World) -> RunConfig:
 
 
 def frozen_bytes(config: RunConfig, job: Job) -> int:
-    """Bytes of the frozen networks on a GPU: teacher, encoder, VGG16 for LPIPS, and the discriminator's."""
-    if job != "train_vavae":
+    """Bytes of the frozen networks on a GPU: teacher, encoder, VGG16 for LPIPS, and the discriminator's; or what
+    encodes images for the LightningDiT.
+    """
+    if job == "train_lightningdit" and not config.latents.online:
         return 0
+    if job == "train_lightningdit":
+        return _bytes_of(online_networks(config))
     teacher, perceptual = frozen_networks(config.teacher, config.losses.perceptual)
     networks: list[nn.Module] = [teacher.model]
     encoder = frozen_encoder(config.tokenizer)
@@ -168,4 +173,8 @@ def frozen_bytes(config: RunConfig, job: Job) -> int:
     judging = discriminator_network(config.losses.adversarial) if config.adversarial else None
     if judging is not None:
         networks.append(judging.model)
+    return _bytes_of(networks)
+
+
+def _bytes_of(networks: Sequence[nn.Module]) -> int:
     return FLOAT_BYTES * sum(parameter.numel() for network in networks for parameter in network.parameters())

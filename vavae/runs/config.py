@@ -1,5 +1,6 @@
 """`RunConfig`, the one configuration that all jobs of a run share."""
 
+import math
 import sys
 from typing import Any
 
@@ -207,8 +208,27 @@ class RunConfig(Config):
 
     @property
     def reads_features(self) -> bool:
-        """True where the training of the LightningDiT reads features."""
+        """True where the training of the LightningDiT needs features of the images, stored ones or its own."""
         return self.objective.representation is not None or self.lightningdit.class_token is not None
+
+    @property
+    def feature_steps(self) -> float | None:
+        """Steps of the training of the LightningDiT that need features of the images; None where none do."""
+        if not self.reads_features:
+            return None
+        representation, stop = self.objective.representation, math.inf
+        if self.lightningdit.class_token is None and representation is not None:
+            stop = math.inf if representation.stop_images is None else representation.stop_images
+        return stop / self.train_lightningdit.batch_size
+
+    @model_validator(mode="after")
+    def _measures_latents_that_are_stored(self) -> Self:
+        if self.latents.online and self.evaluate.latent_space is not None:
+            raise ValueError(
+                "evaluate.latent_space measures stored latents, and latents.online=true stores none: set one of them "
+                "to null or false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _class_token_fits(self) -> Self:
@@ -227,7 +247,7 @@ class RunConfig(Config):
             return self
         if features is None or not features.class_token:
             raise ValueError(
-                "lightningdit.class_token denoises the token that is stored beside the latents: set "
+                "lightningdit.class_token denoises a token of the images' features: set "
                 "latents.features.class_token=true"
             )
         aligned = objective.representation
@@ -357,8 +377,8 @@ class RunConfig(Config):
             return
         if features is None:
             raise ValueError(
-                "objective.representation aligns tokens with features that are stored beside the latents, for training "
-                "reads no images: give latents.features, such as {teacher: {name: dinov2_base}}"
+                "objective.representation aligns tokens with features of the images: give latents.features, such as "
+                "{teacher: {name: dinov2_base}}"
             )
         if features.patch_size != self.lightningdit.patch_size:
             raise ValueError(

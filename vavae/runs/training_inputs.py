@@ -88,6 +88,10 @@ class LightningDiTTrainingInputs(TrainingInputs):
     tokenizer: Storage
     """Folder of the tokenizer's export, which decodes previews."""
     tokenizer_digest: str
+    images: Storage | None
+    """Folder of the image shards that the training encodes; None where it reads latents."""
+    image_manifest: Manifest | None
+    """Manifest of those image shards."""
     start: StoredArtifact | None
     """Export whose weights it begins with; None where they are drawn."""
     averages: Mapping[str, JobOutput]
@@ -102,6 +106,7 @@ class LightningDiTTrainingInputs(TrainingInputs):
         """
         job: Job = "train_lightningdit"
         run = run.snapshot()
+        images = run.stored("prepare_shards").folder if run.config.latents.online else None
         return cls(
             job,
             run.config,
@@ -111,6 +116,8 @@ class LightningDiTTrainingInputs(TrainingInputs):
             latents=run.folder("precompute_latents"),
             tokenizer=run.folder("train_vavae"),
             tokenizer_digest=run.require("train_vavae").digest,
+            images=images,
+            image_manifest=None if images is None else read_manifest(images),
             start=run.starting_lightningdit(),
             averages={each.name: run.average_output(each.name) for each in run.config.train_lightningdit.averages},
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vavae.data.image_stream import ImageMicroBatch
 from vavae.data.sample_order import assign_lanes, group_lanes
 from vavae.diffusion.flow_matching import (
     TIMESTEP_BINS,
@@ -25,8 +26,9 @@ from vavae.distributed.compilation import compile_each
 from vavae.distributed.engine import Engine
 from vavae.distributed.world import World
 from vavae.latents.features import feature_shape
+from vavae.latents.online import OnlineEncoder
 from vavae.latents.statistics import LatentNormalizer
-from vavae.latents.stream import LatentMicroBatch, LatentStream
+from vavae.latents.stream import EncodedImageStream, LatentMicroBatch, LatentStream
 from vavae.models.dit.class_token import class_token_of, join_class_token
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
@@ -216,26 +218,28 @@ class DiffusionStep:
     Args:
         config: configuration of the run.
         model: sizes of the LightningDiT, with its number of classes.
-        stream: micro-batches of latents.
+        stream: micro-batches of latents, or of images to encode.
         normalizer: of the latents.
         world: the ranks.
         awaits_checkpoint: initialize nothing, because a checkpoint comes next.
         start: state dict of a LightningDiT whose weights it begins with; None draws them.
+        encoder: encodes the images; None of a stream of latents.
     """
 
     def __init__(
         self,
         config: RunConfig,
         model: LightningDiTConfig,
-        stream: LatentStream,
+        stream: LatentStream | EncodedImageStream,
         normalizer: LatentNormalizer,
         world: World,
         awaits_checkpoint: bool = False,
         start: Mapping[str, Tensor] | None = None,
+        encoder: OnlineEncoder | None = None,
     ) -> None:
         training = config.train_lightningdit
         self.awaits_checkpoint = awaits_checkpoint
-        self._config, self._stream, self._world = config, stream, world
+        self._config, self._stream, self._world, self._encoder = config, stream, world, encoder
         lanes, at_once = config.stream.lanes, training.lanes_at_once
         assert at_once != "auto", "lanes_at_once is resolved before the training"
         self.accumulation_steps = assign_lanes(lanes, world.rank, world.size)
@@ -272,13 +276,13 @@ class DiffusionStep:
             each.name: FurtherAverage(self._engine, each, training.batch_size, world) for each in training.averages
         }
 
-    def source(self) -> LatentStream:
+    def source(self) -> LatentStream | EncodedImageStream:
         """See `Step.source`."""
         return self._stream
 
     def run(
         self,
-        micro_batches: Sequence[LatentMicroBatch],
+        micro_batches: Sequence[LatentMicroBatch | ImageMicroBatch],
         images_seen: int,
         learning_rate: float,
         before_update: Callable[[], None] = lambda: None,
@@ -289,8 +293,9 @@ class DiffusionStep:
         spread = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for group in self._groups:
             with self.stopwatch("forward"):
-                inputs = _Inputs.joined([self._draw(micro_batches[index], images_seen) for index in group.indices])
-                aligned = self._align([micro_batches[index] for index in group.indices], images_seen)
+                latents = [self._encoded(micro_batches[index]) for index in group.indices]
+                inputs = _Inputs.joined([self._draw(each, images_seen) for each in latents])
+                aligned = self._align(latents, images_seen)
                 loss, values, per_sample, of_outputs_and_data = self._engine.forward(*inputs, **aligned)
             with self.stopwatch("backward"):
                 self._engine.backward(loss * group.weight)
@@ -314,6 +319,13 @@ class DiffusionStep:
         """See `Step.load_state_dict`."""
         assert not state, "a checkpoint of another training"
         self.awaits_checkpoint = False
+
+    def _encoded(self, item: LatentMicroBatch | ImageMicroBatch) -> LatentMicroBatch:
+        """Latents of a micro-batch, encoded where it is of images."""
+        if isinstance(item, LatentMicroBatch):
+            return item
+        assert self._encoder is not None, "images come with an encoder"
+        return self._encoder.encode(item)
 
     def _align(self, items: Sequence[LatentMicroBatch], images_seen: int) -> dict[str, Any]:
         """Arguments of the forward pass with the features of micro-batches; none where nothing is aligned."""

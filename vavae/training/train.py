@@ -1,9 +1,8 @@
 """The two trainings as a whole: data, step, loop, export. The same under Ray, torchrun and in a test."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +22,9 @@ from vavae.interop.export import (
 )
 from vavae.latents.features import read_features_of
 from vavae.latents.manifest import LatentManifest, read_latents_of
+from vavae.latents.online import OnlineEncoder
 from vavae.latents.statistics import LatentNormalizer, read_statistics
-from vavae.latents.stream import FeaturesToRead, LatentStream
+from vavae.latents.stream import EncodedImageStream, FeaturesToRead, LatentStream
 from vavae.models.tokenizer.representation import RepresentationEncoder, load_encoder
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.progress import Progress
@@ -220,14 +220,9 @@ def _until_restored(train: Callable[[], Result]) -> Result:
 def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:
     """Train the LightningDiT on latents and export it. Every rank calls it."""
     config, training = inputs.config, inputs.config.train_lightningdit
-    manifest, normalizer, features = resolve_once(world, lambda: _read_latents(inputs, config.latent_shape))
+    manifest, normalizer, stream, encoder = open_latents(inputs, world)
     check_classes(config, manifest.classes)
     model = config.lightningdit.with_classes(len(manifest.classes))
-    order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
-    size = training.batch_size // config.stream.lanes
-    stream = LatentStream(
-        inputs.latents, manifest, SPLIT, order, size, config.seed, config.stream.open_shards, features
-    )
     attempt = _Attempt(inputs, session, world)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
@@ -242,7 +237,7 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     def train() -> tuple[DiffusionStep, TrainState]:
         awaits_checkpoint = attempt.checkpoints.images_seen() > 0
         start = None if awaits_checkpoint else starting_lightningdit(inputs.start, model)
-        step = DiffusionStep(config, model, stream, normalizer, world, awaits_checkpoint, start)
+        step = DiffusionStep(config, model, stream, normalizer, world, awaits_checkpoint, start, encoder)
         return step, attempt.fit(step, range(training.images), callbacks)
 
     step, state = _until_restored(train)
@@ -261,18 +256,46 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     attempt.export(description, {WEIGHTS: weights}, state)
 
 
+class Latents(NamedTuple):
+    """The latents that a LightningDiT is trained on."""
+
+    manifest: LatentManifest
+    normalizer: LatentNormalizer
+    stream: LatentStream | EncodedImageStream
+    """Micro-batches of them, or of the images."""
+    encoder: OnlineEncoder | None
+    """Encodes the images; None where latents are read."""
+
+
+def open_latents(inputs: LightningDiTTrainingInputs, world: World) -> Latents:
+    """Open the latents of a training, stored ones or its own. Every rank calls it.
+
+    Raises:
+        CommonError: there are none, or others than the configuration says.
+    """
+    config = inputs.config
+    manifest, normalizer, features = resolve_once(world, lambda: _read_latents(inputs, config.latent_shape))
+    order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
+    size = inputs.training.batch_size // config.stream.lanes
+    if inputs.images is None or inputs.image_manifest is None:
+        open_shards = config.stream.open_shards
+        stream = LatentStream(inputs.latents, manifest, SPLIT, order, size, config.seed, open_shards, features)
+        return Latents(manifest, normalizer, stream, None)
+    images = EncodedImageStream(
+        inputs.images, inputs.image_manifest, manifest, SPLIT, order, size, config.stream, config.seed
+    )
+    encoder = OnlineEncoder(load_tokenizer(inputs.tokenizer)[0], config, world.device)
+    return Latents(manifest, normalizer, images, encoder)
+
+
 def _read_latents(
     inputs: LightningDiTTrainingInputs, shape: tuple[int, int, int]
 ) -> tuple[LatentManifest, LatentNormalizer, FeaturesToRead | None]:
-    config, features = inputs.config, None
-    kind, statistics = config.tokenizer.kind, config.latents.statistics
-    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape, kind, statistics)
-    if config.reads_features:
-        representation, stop = config.objective.representation, math.inf
-        if config.lightningdit.class_token is None and representation is not None:
-            stop = math.inf if representation.stop_images is None else representation.stop_images
-        found = read_features_of(inputs.latents, config.latents, config.grid)
-        features = FeaturesToRead(found, stop / inputs.training.batch_size)
+    config, features, steps = inputs.config, None, inputs.config.feature_steps
+    kind, statistics, online = config.tokenizer.kind, config.latents.statistics, config.latents.online
+    manifest = read_latents_of(inputs.latents, inputs.tokenizer_digest, shape, kind, statistics, online)
+    if steps is not None and not online:
+        features = FeaturesToRead(read_features_of(inputs.latents, config.latents, config.grid), steps)
     return manifest, LatentNormalizer(*read_statistics(inputs.latents)), features
 
 

@@ -1,7 +1,7 @@
 """The manifest of a set of image shards: written beside them, read by everything that streams them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, overload
@@ -51,6 +51,15 @@ class ShardInfo(BaseModel):
     """Address of a shard that others made; None for one beside the manifest."""
     dropped: tuple[int, ...] | None = None
     """Positions of records that are left out, and not counted, because their images cannot be read."""
+
+    def without(self, records: Collection[int]) -> "ShardInfo":
+        """The shard less some of the records that it counts, by their positions among these."""
+        if not records:
+            return self
+        before = {*(self.dropped or ())}
+        counted = [at for at in range(self.count + len(before)) if at not in before]
+        dropped = sorted(before | {counted[record] for record in records})
+        return self.model_copy(update={"count": self.count - len(records), "dropped": tuple(dropped)})
 
 
 _Size = Annotated[int, Field(ge=0, lt=2**63)]

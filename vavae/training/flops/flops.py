@@ -36,7 +36,7 @@ from vavae.training.flops.meta_models import (
 
 
 def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompute: bool = False) -> float:
-    """FLOPs of one image in a training step: forward and backward of all that the step runs.
+    """FLOPs of one image in a training step: forward and backward of all that the step runs, frozen networks too.
 
     Args:
         config: configuration of the run.
@@ -55,9 +55,10 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
         def count(spanning: int) -> int:
             return over_depth(config, lambda shallow: _count(lightningdit_step(shallow, 1, spanning)))
 
+        frozen = _online_flops(config, images_seen) if config.latents.online else 0.0
         if mean_flow is None:
-            return count(0)
-        return mean_flow.equal_fraction * count(0) + (1 - mean_flow.equal_fraction) * count(1)
+            return frozen + count(0)
+        return frozen + mean_flow.equal_fraction * count(0) + (1 - mean_flow.equal_fraction) * count(1)
     assert job == "train_vavae", f"{job} trains nothing"
     phases = config.tokenizer_phases(images_seen + 1)
     phase = next(phase for phase in phases if images_seen < phase.until_images)
@@ -73,6 +74,13 @@ def training_flops(config: RunConfig, job: Job, images_seen: int = 0, *, recompu
     return mean(True) if every == 1 else (mean(True) + mean(False) * (every - 1)) / every
 
 
+def _online_flops(config: RunConfig, images_seen: int) -> float:
+    """FLOPs of encoding one image, and of its features where they are needed, in the training of the LightningDiT."""
+    steps = config.feature_steps
+    needs_features = steps is not None and images_seen < steps * config.train_lightningdit.batch_size
+    return encoding_flops(config) + (features_flops(config) if needs_features else 0.0)
+
+
 def encoding_flops(config: RunConfig) -> float:
     """FLOPs of encoding one image, without gradients."""
     encoder = frozen_encoder(config.tokenizer)
@@ -81,7 +89,7 @@ def encoding_flops(config: RunConfig) -> float:
 
 
 def features_flops(config: RunConfig) -> float:
-    """FLOPs of the features of one image that are stored beside its latent; 0 where none are."""
+    """FLOPs of the features of one image that belong to its latent; 0 where there are none."""
     stored = config.latents.features
     if stored is None:
         return 0.0

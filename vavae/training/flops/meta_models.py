@@ -23,6 +23,7 @@ from vavae.models.backbones.load import meta_backbone
 from vavae.models.dit.class_token import state_channels
 from vavae.models.dit.config import count_kept
 from vavae.models.dit.model import LightningDiT
+from vavae.models.tokenizer.autoencoder import Encoder
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
 from vavae.models.tokenizer.representation import RepresentationEncoder, load_encoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
@@ -162,6 +163,16 @@ def discriminator_network(config: AdversarialLossConfig) -> FrozenFeatures | Non
 def frozen_encoder(tokenizer: TokenizerConfig) -> RepresentationEncoder | None:
     """Build the frozen encoder of a tokenizer, if it has one, once for all that it does."""
     return on_meta(lambda: load_encoder(tokenizer, meta_backbone))
+
+
+def online_networks(config: RunConfig) -> list[nn.Module]:
+    """Build the frozen networks with which the training of the LightningDiT encodes images, see `latents.online`."""
+    encoder = frozen_encoder(config.tokenizer)
+    networks: list[nn.Module] = [encoder or on_meta(lambda: Encoder(config.tokenizer))]
+    features = config.latents.features
+    if config.reads_features and features is not None:
+        networks.append(on_meta(lambda: VisionFoundationTeacher(features.teacher, meta_backbone)).model)
+    return networks
 
 
 def present(*modules: nn.Module | None) -> tuple[nn.Module, ...]:
