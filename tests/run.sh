@@ -6,13 +6,14 @@ source cluster/local/environment.sh
 
 lint=yes
 select=(-m "not long and not gpu")
+processes=(-n 2 --dist loadgroup)
 arguments=()
 for argument in "$@"; do
     case $argument in
     --tests-only) lint=no ;;
-    --long) select=(-m long) ;;
-    --gpu) select=(-m gpu) ;;
-    *) arguments+=("$argument") ;;
+    --long) select=(-m long) processes=() ;;
+    --gpu) select=(-m gpu) processes=() ;;
+    *) arguments+=("$argument") processes=() ;;
     esac
 done
 
@@ -22,4 +23,4 @@ if [ "$lint" = yes ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
 fi
-exec "$PYTHON" -m pytest "${select[@]}" "${arguments[@]+"${arguments[@]}"}"
+exec "$PYTHON" -m pytest "${select[@]}" "${processes[@]+"${processes[@]}"}" "${arguments[@]+"${arguments[@]}"}"
