@@ -39,7 +39,7 @@ Pretrained backbones lie below the other models, because losses and metrics look
 RANK = {room: rank for rank, rooms in enumerate(LEVELS) for room in rooms}
 COMMANDS_OF_RAY = ("vavae.cli.main", "ray_jobs.submission.command")
 """The console command describes what needs a cluster; Ray itself is imported when such a command runs."""
-FREE = {"errors", "finite", "hardware", "matplotlib_compat", "randomness", "progress", "torchvision_compat"}
+FREE = {"command", "errors", "finite", "hardware", "matplotlib_compat", "randomness", "progress", "torchvision_compat"}
 """Modules that every room may import and that import none."""
 OWNERS = {
     "ray": ("ray_jobs",),

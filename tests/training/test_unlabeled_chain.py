@@ -17,7 +17,8 @@ from vavae.interop.export import load_lightningdit
 from vavae.latents.manifest import read_latent_manifest
 from vavae.randomness import numpy_generator
 from vavae.runs.files import CONFIG
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 
 pytestmark = pytest.mark.jobs
 
