@@ -21,6 +21,7 @@ from vavae.storage.storage import Storage
 
 _CLASS = "AutoencoderKL"
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_OF_PIPELINE = "model_index.json"
 _WEIGHTS_FILE = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?\.(safetensors|bin)"
     r"|diffusion_pytorch_model\.(safetensors|bin)\.index(\.(?P<index_variant>\w+))?\.json"
@@ -163,6 +164,11 @@ def read_diffusers_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer
     return PublishedTokenizer(weights, config, settings.statistics(url), source)
 
 
+def is_diffusers_folder(folder: Storage) -> bool:
+    """Return whether a folder holds a model or a pipeline of diffusers."""
+    return folder.is_file(_CONFIG) or folder.is_file(_OF_PIPELINE)
+
+
 def is_diffusers_weights(name: str) -> bool:
     """Return whether a file of this name holds weights of a model of diffusers, beside its `config.json`."""
     return _WEIGHTS_FILE.fullmatch(name) is not None
@@ -259,7 +265,7 @@ def _read_settings(folder: Storage) -> _Settings:
     try:
         stored = folder.read_json(_CONFIG)
     except FileNotFoundError:
-        of_pipeline = folder.is_file("model_index.json")
+        of_pipeline = folder.is_file(_OF_PIPELINE)
         where = f"take {folder.url('vae')}" if of_pipeline else "give the folder of an AutoencoderKL of diffusers"
         raise UserError(f"{url}: no such file; {where}") from None
     kind = stored.get("_class_name") if isinstance(stored, dict) else None

@@ -1,5 +1,6 @@
 """One run on storage: its artifacts, their inputs, and the jobs that are still to do."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,12 +71,15 @@ class Run:
         self.config = resolve_paths(config)
         self.storage = Storage.of(self.config.storage).child(config.name)
 
+    def __repr__(self) -> str:
+        return f"Run.at({self.storage.url()!r})"
+
     def snapshot(self) -> "RunSnapshot":
         """The run at this moment, whose records are read once each."""
         return RunSnapshot(self)
 
     @classmethod
-    def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":
+    def at(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Run":
         """Open the run in a folder, with the configuration that its last job was started with.
 
         Args:
@@ -85,7 +89,7 @@ class Run:
         Raises:
             UserError: there is no run, or its configuration can't be used.
         """
-        storage = Storage(folder)
+        storage = Storage(os.fspath(folder))
         try:
             path = storage.local_file(CONFIG)
         except FileNotFoundError as error:
