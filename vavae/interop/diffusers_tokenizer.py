@@ -22,6 +22,8 @@ from vavae.storage.storage import Storage
 _CLASS = "AutoencoderKL"
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _OF_PIPELINE = "model_index.json"
+DESCRIPTIONS = (_CONFIG, _OF_PIPELINE)
+"""Files that tell of a folder that it is of diffusers: a model, or a pipeline of several."""
 _WEIGHTS_FILE = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?\.(safetensors|bin)"
     r"|diffusion_pytorch_model\.(safetensors|bin)\.index(\.(?P<index_variant>\w+))?\.json"
@@ -162,11 +164,6 @@ def read_diffusers_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer
     keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     source = ", ".join(key for key in keys if getattr(settings, key) is not None)
     return PublishedTokenizer(weights, config, settings.statistics(url), source)
-
-
-def is_diffusers_folder(folder: Storage) -> bool:
-    """Return whether a folder holds a model or a pipeline of diffusers."""
-    return folder.is_file(_CONFIG) or folder.is_file(_OF_PIPELINE)
 
 
 def is_diffusers_weights(name: str) -> bool:

@@ -12,13 +12,14 @@ from vavae.distributed.device import choose_device
 from vavae.errors import UserError
 from vavae.interop.averages import load_lightningdit_of_checkpoint
 from vavae.interop.checkpoint_file import read_weights
-from vavae.interop.diffusers_tokenizer import is_diffusers_folder, is_diffusers_weights, read_diffusers_tokenizer
+from vavae.interop.diffusers_tokenizer import DESCRIPTIONS, is_diffusers_weights, read_diffusers_tokenizer
 from vavae.interop.export import DESCRIPTION, load_exported_lightningdit, load_exported_tokenizer
 from vavae.interop.hub import fetch_diffusers_folder
 from vavae.interop.released_lightningdit import convert_lightningdit
 from vavae.interop.released_tokenizer import PublishedTokenizer, convert_tokenizer, read_released_tokenizer
 from vavae.latents.manifest import read_latent_manifest
 from vavae.models.backbones.config import HUB_PREFIX
+from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.representation import Autoencoder
 from vavae.runs.checkpoints import TRAINED, find_checkpoints
@@ -87,7 +88,8 @@ def load_lightningdit(
     """
     place, found = choose_device(device), _find(source, "LightningDiT")
     if isinstance(found, Run) and weights == AS_TRAINED:
-        model = _last_of_training(found)
+        training, latents = found.training_folder("train_lightningdit"), found.folder("precompute_latents")
+        model = _load_as_trained(training, latents, found.config.lightningdit)
     elif isinstance(found, Run):
         model, _ = load_exported_lightningdit(found.stored_lightningdit(weights).folder)
     elif isinstance(found, Storage):
@@ -132,22 +134,21 @@ def _find(source: Source, kind: str) -> Run | Storage | str:
         return Run.at(address)
     if storage.is_file(DESCRIPTION):
         return storage
-    if storage.is_file() or (kind == "tokenizer" and is_diffusers_folder(storage)):
+    if storage.is_file() or (kind == "tokenizer" and any(map(storage.is_file, DESCRIPTIONS))):
         return address
     there = f"no {CONFIG} and no {DESCRIPTION} there" if storage.exists() else "no such file or folder"
     raise UserError(f"{storage.url()}: {there}: give a run, an export, or a released file of a {kind}")
 
 
-def _last_of_training(run: Run) -> LightningDiT:
-    """The LightningDiT of a run with the weights of its last checkpoint, as they are trained."""
-    training = run.training_folder("train_lightningdit")
+def _load_as_trained(training: Storage, latents: Storage, config: LightningDiTConfig) -> LightningDiT:
+    """Load the last checkpoint of a training on some latents, with the weights as they are trained."""
     checkpoints = find_checkpoints(training)
     if not checkpoints:
         raise UserError(f"weights={AS_TRAINED}: no checkpoint in {training.url()}: leave weights out")
-    manifest = read_latent_manifest(run.folder("precompute_latents"))
+    manifest = read_latent_manifest(latents)
     latent_dim, height, width = manifest.shape
-    config = run.config.lightningdit.with_classes(len(manifest.classes))
-    return load_lightningdit_of_checkpoint(training, checkpoints[-1], config, latent_dim, (height, width), TRAINED)
+    model = config.with_classes(len(manifest.classes))
+    return load_lightningdit_of_checkpoint(training, checkpoints[-1], model, latent_dim, (height, width), TRAINED)
 
 
 def _check_inputs(model: LightningDiT, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:

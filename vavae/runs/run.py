@@ -58,7 +58,7 @@ class StoredCheckpoint:
 
 
 class Run:
-    """The artifacts of one configuration on its storage.
+    """The artifacts of one configuration on its storage; `Run.at` opens the run in a folder.
 
     It knows nothing of what is stored until it is asked, and reads it anew each time; what is decided from several
     records is asked of a `snapshot`.

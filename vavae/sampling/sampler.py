@@ -2,11 +2,11 @@
 
 import math
 import operator
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.interop.averages import load_lightningdit_of_checkpoint
 from vavae.interop.export import load_exported_lightningdit, load_exported_tokenizer
+from vavae.interop.load import Source
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.class_token import join_class_token
@@ -65,7 +66,7 @@ class Sampler:
 
     @classmethod
     def from_run(
-        cls, run: str | os.PathLike[str] | Run, overrides: Sequence[str] = (), device: torch.device | str | None = None
+        cls, run: Source, overrides: Sequence[str] = (), device: torch.device | str | None = None
     ) -> "Sampler":
         """Load the sampler of a trained run.
 
@@ -183,7 +184,7 @@ class Sampler:
         Raises:
             UserError: no such class exists, a seed is no such number, or an image is not finite.
         """
-        names = [classes] if isinstance(classes, (int, str)) else classes
+        names = [classes] if isinstance(classes, (str, int, np.integer)) else classes
         request = SampleRequest(wanted_labels(names, self.classes, "classes"), _seeds(seeds))
         if not request.indices:
             raise UserError(f"classes={classes}, seeds={seeds}: this asks for no image: give one of each at least")
