@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
 from ray_jobs.runtime.command import JobFunction, pipeline
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 
 JOB_FUNCTIONS: Mapping[Job, JobFunction] = {
     "prepare_shards": prepare_shards.work,

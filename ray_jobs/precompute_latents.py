@@ -7,7 +7,7 @@ from ray_jobs.runtime.actor_pool import Resources, Work, work_through
 from ray_jobs.runtime.command import main
 from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.distributed.world import World
-from vavae.interop.export import load_tokenizer
+from vavae.interop.export import load_exported_tokenizer
 from vavae.latents.extract import Extraction, LatentShardRecord, ShardTask, place_tokenizer
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.runs.run import Run
@@ -27,7 +27,7 @@ def work(run: Run) -> None:
 
 def _make_work(inputs: ExtractionInputs) -> Work[ShardTask, LatentShardRecord]:
     extraction, device = Extraction.of(inputs), World.current(inputs.config.workers.use_gpu).device
-    tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
+    tokenizer, _ = load_exported_tokenizer(inputs.tokenizer.folder)
     place_tokenizer(tokenizer, inputs.config, device)
 
     def do(task: ShardTask, progress: ProgressActor) -> LatentShardRecord:

@@ -10,7 +10,8 @@ from ray_jobs.tune import command
 from ray_jobs.tune.shared_tasks import TaskFunctions
 from vavae.evaluation import evaluate as evaluation
 from vavae.runs.evaluation_inputs import EvaluationInputs
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.sweep.trial import write_tokenizer_metrics
 
 

@@ -32,7 +32,7 @@ from support.training_faults import (
 from support.training_steps import JOBS, without_signs
 
 from vavae.errors import UserError
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 
 _ENGINES = [TORCH, *ZERO]
 FATAL = (*KILLS, "step")

@@ -25,7 +25,7 @@ from support.gloo import GlooLauncher
 
 from vavae.data.shards.manifest import MANIFEST, Manifest, ShardInfo
 from vavae.data.shards.write import finish
-from vavae.runs.run import TRAININGS
+from vavae.runs.jobs import TRAININGS
 from vavae.storage.storage import Storage
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"

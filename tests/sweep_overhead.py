@@ -19,7 +19,8 @@ from ray_jobs import tune_vf
 from ray_jobs.pipeline import JOB_FUNCTIONS
 from ray_jobs.runtime.cluster import cluster
 from vavae.bench.benchmark import VAVAE_SIDE, Benchmark, machine, run_interleaved, table_head, table_line
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.sweep.sharing import link_artifact
 from vavae.sweep.sweep import Sweep
 

@@ -15,7 +15,7 @@ import ray_jobs.runtime.command
 import ray_jobs.tune.command
 from ray_jobs.submission import client
 from vavae.cli.main import main
-from vavae.runs.run import JOBS
+from vavae.runs.jobs import JOBS
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")

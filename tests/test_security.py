@@ -29,7 +29,7 @@ from vavae.data.sources.opening import open_source
 from vavae.distributed.shard_files import load_tensor_shards
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
-from vavae.interop.export import load_lightningdit, load_tokenizer
+from vavae.interop.export import load_exported_lightningdit, load_exported_tokenizer
 from vavae.latents.shards import MappedLatents
 from vavae.latents.statistics import read_statistics
 from vavae.models.backbones.config import BackboneConfig
@@ -131,7 +131,7 @@ def test_yaml_runs_no_code(tmp_path, sprung, text):
     yaml.unsafe_load(text)
     sprung.rmdir()
     put(tmp_path, "model.yaml", text.encode())
-    for read in (load_tokenizer, load_lightningdit):
+    for read in (load_exported_tokenizer, load_exported_lightningdit):
         with pytest.raises(UserError, match=r"model\.yaml"):
             read(Storage(str(tmp_path)))
     for overrides in ([], [f"name={text.removeprefix('a: ')}"]):

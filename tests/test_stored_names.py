@@ -12,7 +12,8 @@ from vavae.latents.manifest import LatentManifest
 from vavae.runs.checkpoints import CHECKPOINTS
 from vavae.runs.events import EVENTS, Kind
 from vavae.runs.files import CONFIG
-from vavae.runs.run import IMPORTED, JOBS
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import IMPORTED
 from vavae.sampling.sample_shards import SampleShardRecord
 from vavae.storage.artifact import RECORD, Artifact, FileInfo
 from vavae.sweep.sweep import SHARED, TRIALS

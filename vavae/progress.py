@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-from rich.progress import Progress as MovingBar
+if TYPE_CHECKING:  # commands that show no progress need no rich
+    from rich.console import Console
 
 NAME_WIDTH = 18
 """Width of the name of a job, characters."""
@@ -98,7 +98,7 @@ class ProgressLines:
 
 
 @contextmanager
-def display(job: str, console: Console | None = None) -> Iterator[Callable[[Progress | str], None]]:
+def display(job: str, console: "Console | None" = None) -> Iterator[Callable[[Progress | str], None]]:
     """Show a job: as a bar that moves on a terminal and vanishes at the end, elsewhere as a line from time to time.
 
     Args:
@@ -108,6 +108,10 @@ def display(job: str, console: Console | None = None) -> Iterator[Callable[[Prog
     Yields:
         Function that shows a moment of the job, or a word about it.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as MovingBar
+
     console = console or Console()
     if not console.is_terminal:
         yield ProgressLines(job).show

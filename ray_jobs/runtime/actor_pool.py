@@ -12,7 +12,8 @@ from vavae.distributed.config import WorkersConfig
 from vavae.distributed.torch_settings import configure_torch
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

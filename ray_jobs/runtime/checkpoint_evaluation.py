@@ -16,7 +16,8 @@ from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.runs.events import Event, EventLog
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 from vavae.runs.training_config import CheckpointEvaluationConfig
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 

@@ -23,7 +23,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 
 from ray_jobs.runtime.actor_pool import NO_RESOURCES, Resources
-from vavae.config.command import interrupted_by_sigterm
+from vavae.command import interrupted_by_sigterm
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.storage.scratch import SHORT_FOLDER, holds_sockets

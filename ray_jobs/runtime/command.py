@@ -14,7 +14,7 @@ from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.cluster import check_cluster, check_ray, cluster
 from ray_jobs.runtime.preflight import check_sources, missing_sources, preflight
 from ray_jobs.runtime.progress_monitor import log_job_events
-from vavae.config.command import parse_arguments, run_command
+from vavae.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import written_path
 from vavae.config.size import describe_size
@@ -25,7 +25,8 @@ from vavae.progress import clock
 from vavae.runs.config import RunConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.files import CONFIG, REPORT
-from vavae.runs.run import JOBS, Job, Plan, Run
+from vavae.runs.jobs import JOBS, Job
+from vavae.runs.run import Plan, Run
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.retry import StorageUnavailableError
 

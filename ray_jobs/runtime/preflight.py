@@ -25,7 +25,8 @@ from vavae.models.backbones.weights import check_weights, timm_name
 from vavae.models.tokenizer.representation import check_encoder
 from vavae.models.tokenizer.teacher import check_teacher, teacher_geometry
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, TRAININGS, Job, Run
+from vavae.runs.jobs import JOBS, TRAININGS, Job
+from vavae.runs.run import Run
 from vavae.sampling.labels import check_classes
 from vavae.storage.storage import Storage
 

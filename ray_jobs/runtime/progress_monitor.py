@@ -11,7 +11,8 @@ from ray_jobs.runtime.prometheus import Exporter
 from vavae.errors import UserError
 from vavae.progress import Progress, Rate, display
 from vavae.runs.events import Event, EventLog
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 
 _POLL_SECONDS = 1.5
 

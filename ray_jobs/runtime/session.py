@@ -9,7 +9,7 @@ from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.runtime.prometheus import Exporter
 from vavae.progress import Progress
 from vavae.runs.events import Event
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 
 _NOTICE_SECONDS = 5.0
 

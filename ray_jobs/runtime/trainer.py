@@ -18,7 +18,8 @@ from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
 from vavae.errors import CommonError, UserError, one_line
 from vavae.planning.training import resolve_lanes_at_once
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training
 from vavae.training.checkpoints.lease import SupersededError
 from vavae.training.session import stop_on_signals, this_process

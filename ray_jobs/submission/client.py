@@ -18,7 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobTy
 
 from ray_jobs.runtime.cluster import TOKEN, check_ray
 from ray_jobs.submission.submission import GRACE, Submission
-from vavae.config.command import INTERRUPTED
+from vavae.command import INTERRUPTED
 from vavae.errors import UserError
 
 _POLL_SECONDS, _RETRY_SECONDS, _PATIENCE_SECONDS = 0.5, 1.0, 300.0

@@ -8,18 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import filesize
-from rich.console import Console
-from rich.table import Table
-
-from ray_jobs.submission.submission import SUBMITTABLE, Subject, Submission, describe, refuse_secrets, variables_of
-from vavae.config.paths import written_path
+from ray_jobs.submission.submittable import SUBMITTABLE
 from vavae.errors import UserError
 from vavae.progress import clock
-from vavae.storage.storage import Storage
 
 if TYPE_CHECKING:
     from ray_jobs.submission.client import Cluster
+    from ray_jobs.submission.submission import Submission
 
 
 def add_commands(commands: Any) -> None:
@@ -65,8 +60,14 @@ def _submit(arguments: argparse.Namespace) -> int:
     return _follow(cluster, submission.id) if arguments.follow else 0
 
 
-def _checked(arguments: argparse.Namespace) -> Submission:
+def _checked(arguments: argparse.Namespace) -> "Submission":
     """Describe and print the submission, after a dry run of the job."""
+    from rich import filesize
+
+    from ray_jobs.submission.submission import Subject, describe, refuse_secrets, variables_of
+    from vavae.config.paths import written_path
+    from vavae.storage.storage import Storage
+
     subject = Subject.load(arguments.job, arguments.config, arguments.overrides)
     storage, root = Storage.of(subject.storage), f"{subject.root_key}={written_path(subject.storage.root)}"
     if storage.is_local and not os.path.isabs(written_path(subject.storage.root)):
@@ -110,6 +111,9 @@ def _follow(cluster: "Cluster", name: str) -> int:
 
 
 def _jobs(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     from ray_jobs.submission.client import Cluster
 
     table = Table(box=None, pad_edge=False)

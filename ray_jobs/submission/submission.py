@@ -11,20 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import ray_jobs
+from ray_jobs.submission.submittable import SWEEP
 from vavae.config import digest
 from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.config.load import load
 from vavae.config.paths import written_path
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS
 from vavae.storage.config import StorageConfig
 from vavae.sweep.sweep import Sweep, as_written
-
-SWEEP = "tune_vf"
-"""The job whose configuration is a sweep file."""
-SUBMITTABLE = (*JOBS, "pipeline", SWEEP)
-"""Modules of `ray_jobs` with a command line."""
 
 GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Environment variable of a job: seconds between stopping and killing it, for its last checkpoint."""

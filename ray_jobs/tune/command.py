@@ -13,11 +13,12 @@ from ray_jobs.runtime.preflight import check_sources, preflight
 from ray_jobs.tune import search
 from ray_jobs.tune.callbacks import tune_callbacks
 from ray_jobs.tune.shared_tasks import SharedTasks, TaskFunctions
-from vavae.config.command import parse_arguments, run_command
+from vavae.command import parse_arguments, run_command
 from vavae.config.yaml_source import to_text
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.sweep.results import FRONTIER, write_sweep
 from vavae.sweep.rows import new_rows, restore_rows, write_rows
 from vavae.sweep.sharing import Sharing

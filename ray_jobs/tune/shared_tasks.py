@@ -16,7 +16,8 @@ from ray_jobs.runtime.progress_monitor import log_job_events, redirect_progress
 from vavae.progress import NAME_WIDTH, Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.events import EventLog
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.trial import Task
 

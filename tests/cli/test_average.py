@@ -19,7 +19,8 @@ from vavae.distributed.engine import TorchEngine
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.evaluation.metrics import generation_protocol
-from vavae.interop.export import load_lightningdit
+from vavae.interop.export import load_exported_lightningdit
+from vavae.interop.load import load_lightningdit
 from vavae.runs.files import CONFIG
 from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
@@ -73,11 +74,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def _growth(run: Run, name: str) -> float:
     """Factor of an average over the first weights, the same for all of them."""
-    weights = load_lightningdit(run.stored_lightningdit(name).folder)[0].state_dict()
+    weights = load_exported_lightningdit(run.stored_lightningdit(name).folder)[0].state_dict()
     first = small_models.lightningdit().state_dict()
     ratios = torch.cat([(weights[key] / first[key]).flatten() for key in first if first[key].abs().min() > 0])
     assert ratios.std() < 1e-4 * ratios.mean()
     return ratios.mean().item()
+
+
+def test_weights_are_loaded_by_the_name_of_their_average_or_as_they_are_trained(run: Run) -> None:
+    first, trained = small_models.lightningdit().state_dict(), load_lightningdit(run, "model").state_dict()
+    assert all(torch.equal(trained[name], first[name] * STEPS) for name in first)
+    main(["average", run.storage.url(), "--std", str(WIDE), "--name", "another"])
+    average = load_lightningdit(run.storage.url(), "another").state_dict()
+    expected = load_exported_lightningdit(run.stored_lightningdit("another").folder)[0].state_dict()
+    assert all(torch.equal(average[name], expected[name]) for name in first)
 
 
 def _direct(std: float, steps: int) -> float:

@@ -18,7 +18,25 @@ print("imported:", *{"ray", "torch", "deepspeed"} & {*sys.modules})
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["status", "no such run"]])
+IMPORTED = """
+import sys
+before = {*sys.modules}
+from vavae.cli.main import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+imported = {name.partition(".")[0] for name in {*sys.modules} - before}
+print("imported:", *sorted(imported - sys.stdlib_module_names))
+"""
+
+
+def test_the_help_imports_the_standard_library_alone():
+    found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "imported: ray_jobs vavae"
+
+
+@pytest.mark.parametrize("words", [["plan", "--help"], ["status", "no such run"]])
 def test_ray_and_torch_are_not_imported_until_a_command_needs_them(words):
     found = subprocess.run([sys.executable, "-c", CHECK, *words], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "imported:"

@@ -171,7 +171,7 @@ def test_a_run_that_was_moved_is_still_one(tmp_path, monkeypatch):
 def readme_example():
     """The lines of the README that sample from Python."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    (block,) = [block for block in blocks if "SamplingInputs.at" in block]
+    (block,) = [block for block in blocks if "Sampler.from_run" in block]
     return block
 
 

@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 
 from vavae.cli.main import main
-from vavae.cli.status import run_cost, run_status
 from vavae.config import dump, load
 from vavae.data.shards.write import write_shards
+from vavae.report.run_status import run_cost, run_status
 from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG
 from vavae.runs.run import Run

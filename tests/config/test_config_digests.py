@@ -12,7 +12,8 @@ import yaml
 
 from vavae.config import digest, load
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.sweep.sharing import content_key
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, write_entry

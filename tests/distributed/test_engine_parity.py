@@ -15,7 +15,7 @@ from vavae.data.sample_order import assign_lanes
 from vavae.distributed.deepspeed_engine import DeepSpeedEngine
 from vavae.distributed.engine import MOMENTS
 from vavae.distributed.world import World
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.training.step import Step
 
 pytestmark = pytest.mark.gloo

@@ -12,7 +12,7 @@ from vavae.data.sample_order import assign_lanes
 from vavae.distributed.torch_settings import configure_torch
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention

@@ -16,8 +16,8 @@ from vavae.interop.export import (
     LightningDiTDescription,
     TokenizerDescription,
     load_alignment,
-    load_lightningdit,
-    load_tokenizer,
+    load_exported_lightningdit,
+    load_exported_tokenizer,
     save_export,
     strip_prefix,
 )
@@ -60,7 +60,7 @@ def equal(left, right):
 
 
 def test_a_tokenizer_comes_back_with_its_projection(storage, tokenizer, alignment):
-    loaded, description = load_tokenizer(storage)
+    loaded, description = load_exported_tokenizer(storage)
     images = torch.rand(2, 3, 8, 8, generator=torch_generator(0, "images"))
     assert description == TOKENIZER
     assert equal(loaded, tokenizer)
@@ -73,7 +73,7 @@ def test_a_tokenizer_comes_back_with_its_projection(storage, tokenizer, alignmen
 def test_a_lightningdit_comes_back(storage):
     model = small_models.lightningdit()
     save_export(storage, LIGHTNINGDIT, {WEIGHTS: model.state_dict()})
-    loaded, description = load_lightningdit(storage)
+    loaded, description = load_exported_lightningdit(storage)
     assert description == LIGHTNINGDIT
     assert equal(loaded, model)
     x, labels = torch.randn(2, *x_shape(), generator=torch_generator(0, "x")), torch.tensor([0, 2])
@@ -85,7 +85,7 @@ def test_a_fusion_comes_back_and_goes_into_no_released_file(storage, tmp_path):
     config = small_models.LIGHTNINGDIT.model_copy(update={"routing": routing})
     model = LightningDiT(config, small_models.TOKENIZER.latent_dim, small_models.GRID)
     save_export(storage, LIGHTNINGDIT.model_copy(update={"lightningdit": config}), {WEIGHTS: model.state_dict()})
-    loaded, description = load_lightningdit(storage)
+    loaded, description = load_exported_lightningdit(storage)
     assert equal(loaded, model)
     assert description.lightningdit.routing == routing
     with pytest.raises(UserError, match=r"model\.pt: the public LightningDiT has no lightningdit\.routing\.fuse"):
@@ -161,7 +161,7 @@ def truncate(storage):
 def test_weights_that_do_not_fit_are_refused_in_one_line(storage, tokenizer, damage, message):
     damage(storage)
     with pytest.raises(UserError, match=f"model.safetensors: .*{message}.*; export the model again$") as caught:
-        load_tokenizer(storage)
+        load_exported_tokenizer(storage)
     assert "\n" not in str(caught.value)
 
 
@@ -179,13 +179,13 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(storage, tokenizer, dam
 def test_another_description_is_refused_in_one_line(storage, tokenizer, text):
     storage.write_bytes(DESCRIPTION, text.encode())
     with pytest.raises(UserError, match=r"model.yaml: not the description of such a model") as caught:
-        load_tokenizer(storage)
+        load_exported_tokenizer(storage)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_an_export_is_refused(storage):
     with pytest.raises(UserError, match=r"storage: no model.yaml there, so this is no export"):
-        load_lightningdit(storage)
+        load_exported_lightningdit(storage)
 
 
 def test_a_part_of_a_module_is_named_as_if_it_were_alone():

@@ -15,7 +15,7 @@ from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import ALIGNMENT, load_alignment, load_lightningdit, load_tokenizer
+from vavae.interop.export import ALIGNMENT, load_alignment, load_exported_lightningdit, load_exported_tokenizer
 from vavae.interop.released_lightningdit import save_released_lightningdit
 from vavae.interop.released_tokenizer import load_released_tokenizer, save_released_tokenizer
 from vavae.latents.manifest import read_latent_manifest, read_latents_of
@@ -136,7 +136,7 @@ def test_an_imported_tokenizer_stands_where_a_trained_one_would(exchange):
     assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 0
     run = exchange.run()
     export = run.storage.child(run.prefix("train_vavae"))
-    autoencoder, description = load_tokenizer(export)
+    autoencoder, description = load_exported_tokenizer(export)
     assert same(autoencoder.state_dict(), state)
     assert description.tokenizer == run.config.tokenizer
     assert description.feature_dim == FEATURES
@@ -208,7 +208,7 @@ def test_a_lightningdit_needs_the_latents_and_their_classes(exchange, capsys):
     assert message in capsys.readouterr().err
     exchange.write_lightningdit()
     assert exchange.command("import", "lightningdit", "model.safetensors") == 0
-    _, description = load_lightningdit(exchange.run().storage.child("lightningdit/export"))
+    _, description = load_exported_lightningdit(exchange.run().storage.child("lightningdit/export"))
     assert description.tokenizer == exchange.run().require("train_vavae").digest
     assert exchange.run().plan("train_lightningdit").done
 

@@ -35,12 +35,13 @@ from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
 from ray_jobs.runtime.cluster import cluster
 from ray_jobs.runtime.progress_monitor import redirect_progress
 from ray_jobs.runtime.prometheus import Exporter
-from vavae.cli.status import run_status
 from vavae.config import load
 from vavae.progress import Progress
+from vavae.report.run_status import run_status
 from vavae.runs.config import RunConfig
 from vavae.runs.events import read_events
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.sampling.sampler import Sampler
 from vavae.storage.artifact import RECORD

@@ -12,13 +12,14 @@ import pytest
 from ray.job_submission import JobStatus
 
 from ray_jobs.submission import client
-from ray_jobs.submission.submission import GRACE, SUBMITTABLE, Subject, describe, refuse_secrets, variables_of
+from ray_jobs.submission.submission import GRACE, Subject, describe, refuse_secrets, variables_of
+from ray_jobs.submission.submittable import SUBMITTABLE
 from ray_jobs.submission.upload import config_inside, unpacked
 from vavae.cli.main import main
 from vavae.config import digest, load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS
+from vavae.runs.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 23, 17, 5, 9)

@@ -14,11 +14,12 @@ import pytest
 from support.ray_head import Head, ray_head
 from support.sockets import beyond_loopback
 
-from vavae.cli.status import TrainingStatus, run_status
 from vavae.config import load
 from vavae.data.shards.write import write_shards
+from vavae.report.run_status import TrainingStatus, run_status
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.jobs, pytest.mark.timeout(1800)]
 

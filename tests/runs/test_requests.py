@@ -11,7 +11,7 @@ from vavae.data.shards.write import finish
 from vavae.errors import CommonError, UserError
 from vavae.runs.evaluation_inputs import EvaluationInputs, ReportInputs
 from vavae.runs.extraction_inputs import ExtractionInputs
-from vavae.runs.run import JOBS, TRAININGS
+from vavae.runs.jobs import JOBS, TRAININGS
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.runs.training_inputs import (
     LightningDiTTrainingInputs,

@@ -14,7 +14,8 @@ from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, TRAININGS, Run
+from vavae.runs.jobs import JOBS, TRAININGS
+from vavae.runs.run import Run
 from vavae.runs.training_config import TokenizerTrainingConfig
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import FileInfo, commit

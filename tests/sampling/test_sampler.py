@@ -68,7 +68,7 @@ def test_guidance_by_routing_or_path_drop_is_that_of_the_image(sampler, fuse, gu
     guidance, plain = GuidanceConfig(scale=2, **guidance), GuidanceConfig(scale=2)
     with pytest.raises(UserError, match=error):
         sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
-    sampler = sampler._replace(lightningdit=routed)
+    sampler = replace(sampler, lightningdit=routed)
     whole = sampler.images(INDICES, LABELS, SEED, guidance, SOLVER)
     assert not torch.equal(whole, sampler.images(INDICES, LABELS, SEED, plain, SOLVER))
     for i, label in enumerate(LABELS):
@@ -87,7 +87,7 @@ def spoiled(sampler, part, name):
     """The sampler with a NaN in a tensor of a part."""
     model = deepcopy(getattr(sampler, part))
     model.state_dict()[name].view(-1)[0] = torch.nan
-    return sampler._replace(**{part: model})
+    return replace(sampler, **{part: model})
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_an_image_is_the_decoded_solution_in_the_tokenizers_units(sampler):
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 def test_half_precision_moves_a_pixel_by_a_small_part_of_the_spread(sampler, solver):
     """Seen here 1.1 to 1.4 % of it (root mean square), which is 0.3 to 0.4 of 255 levels on average."""
-    half = sampler._replace(precision="bf16")
+    half = replace(sampler, precision="bf16")
     single, other = (each.images(INDICES, LABELS, SEED, GUIDED, solver).float() for each in (sampler, half))
     error = (other - single).square().mean().sqrt() / single.std()
     assert 1e-4 < error < 0.03
@@ -185,7 +185,7 @@ def test_the_layers_compute_in_the_precision_and_the_solver_in_single(sampler, m
     monkeypatch.setattr(type(sampler.tokenizer), "decode", lambda model, z: states.add(z.dtype) or decode(model, z))
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         layers.clear()
-        sampler._replace(precision=precision).images(INDICES, LABELS, SEED, GUIDED, SOLVER)
+        replace(sampler, precision=precision).images(INDICES, LABELS, SEED, GUIDED, SOLVER)
         assert layers == {dtype}
     assert states == {torch.float32}
     for hook in hooks:

@@ -14,7 +14,7 @@ from vavae.data.loader import load_micro_batches
 from vavae.data.sample_order import assign_lanes
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.training.step import Step
 
 TORCH: dict[str, Any] = {"backend": "torch"}

@@ -4,7 +4,7 @@ from vavae.config import digest
 from vavae.distributed.world import World
 from vavae.evaluation.evaluate import evaluate
 from vavae.evaluation.evaluator import Evaluator
-from vavae.interop.export import load_tokenizer
+from vavae.interop.export import load_exported_tokenizer
 from vavae.latents.extract import Extraction, place_tokenizer
 from vavae.report.write_report import write_evaluation
 from vavae.runs.evaluation_inputs import EvaluationInputs, ReportInputs
@@ -24,7 +24,7 @@ def precompute_latents(run: Run) -> None:
     """Extract the latents."""
     inputs = ExtractionInputs.of(run)
     extraction = Extraction.of(inputs)
-    tokenizer, _ = load_tokenizer(inputs.tokenizer.folder)
+    tokenizer, _ = load_exported_tokenizer(inputs.tokenizer.folder)
     place_tokenizer(tokenizer, run.config, World().device)
     records = [extraction.encode(task, tokenizer, World().device, ignore) for task in extraction.tasks()]
     inputs.output.commit(*extraction.finish(inputs.config.latent_shape, records))

@@ -13,7 +13,8 @@ from vavae.evaluation.metric import Metric, metrics_json
 from vavae.progress import Progress
 from vavae.runs.config import RunConfig
 from vavae.runs.files import METRICS
-from vavae.runs.run import JOBS, Job, Run
+from vavae.runs.jobs import JOBS, Job
+from vavae.runs.run import Run
 from vavae.storage.artifact import Artifact, commit
 from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep

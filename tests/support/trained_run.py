@@ -11,7 +11,8 @@ from vavae.losses.config import VisionFoundationLossConfig
 from vavae.models.tokenizer.config import TeacherConfig
 from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.storage.artifact import Artifact, commit
 
 from . import image_shards, small_models

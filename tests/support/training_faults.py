@@ -18,7 +18,7 @@ import vavae.training.diffusion_step
 import vavae.training.tokenizer_step
 from vavae.distributed.world import World
 from vavae.randomness import torch_generator
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.storage.artifact import read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints

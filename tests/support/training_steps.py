@@ -17,7 +17,7 @@ from vavae.latents.stream import LatentMicroBatch
 from vavae.models.tokenizer.representation import load_encoder
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.run import TRAININGS, Job
+from vavae.runs.jobs import TRAININGS, Job
 from vavae.storage.storage import Storage
 from vavae.training.collapse import DISCRIMINATOR_ACCURACY
 from vavae.training.diffusion_step import DiffusionStep

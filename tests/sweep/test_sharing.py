@@ -11,7 +11,8 @@ from vavae.errors import UserError
 from vavae.evaluation.evaluate import evaluate_tokenizer
 from vavae.runs.config import RunConfig
 from vavae.runs.evaluation_inputs import EvaluationInputs
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training
 from vavae.storage.artifact import read
 from vavae.sweep.branch import prefix_of

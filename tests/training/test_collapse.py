@@ -15,7 +15,7 @@ from torch import Tensor
 from vavae.data.image_stream import MicroBatchKey
 from vavae.distributed.world import World
 from vavae.runs.events import Event
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention

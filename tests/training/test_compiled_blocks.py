@@ -25,7 +25,8 @@ from vavae.distributed.world import World
 from vavae.latents.extract import place_tokenizer
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
+from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.runs.training_inputs import LightningDiTTrainingInputs
 from vavae.sampling.sampler import Sampler

@@ -13,7 +13,8 @@ from support.training_steps import BATCH, build_step, fill_empty_memory, tiny_co
 from torch import Tensor
 
 from vavae.distributed.world import World
-from vavae.interop.averages import load_average
+from vavae.interop.averages import load_weights
+from vavae.runs.checkpoints import average_set
 from vavae.runs.config import RunConfig
 from vavae.runs.training_config import AverageConfig, LightningDiTTrainingConfig
 from vavae.storage.artifact import RECORD, read
@@ -126,5 +127,5 @@ def test_every_engine_averages_alike_and_resumes_to_the_same_bits(gloo: GlooLaun
             sets = [path.rpartition("/")[2] for path in training.list(attempt)]
             assert sets == [f"ema-{NARROW}", f"ema-{WIDE}", "parts"], "and hold power profiles alone"
         read_back = {key: torch.zeros_like(tensor) for key, tensor in end.averages[DECAYED].items()}
-        load_average(training, STEPS * BATCH, read_back, DECAYED)
+        load_weights(training, STEPS * BATCH, read_back, average_set(DECAYED))
         assert all(tensor.equal(end.averages[DECAYED][key]) for key, tensor in read_back.items())

@@ -13,7 +13,7 @@ from support.chain import whole_chain
 from vavae.data.image import decode_image
 from vavae.data.shard_reader import shard_records
 from vavae.data.shards.manifest import read_manifest
-from vavae.interop.export import load_lightningdit, load_tokenizer
+from vavae.interop.export import load_exported_lightningdit, load_exported_tokenizer
 from vavae.latents.manifest import read_latent_manifest
 from vavae.runs.run import Run
 
@@ -39,7 +39,7 @@ def test_images_that_are_not_square(tmp_path: Path, size: tuple[int, int]) -> No
     assert read_manifest(run.folder("prepare_shards")).image_size == size
     grid = (height // 8, width // 8)
     assert read_latent_manifest(run.folder("precompute_latents")).shape == (4, *grid)
-    model, description = load_lightningdit(run.folder("train_lightningdit"))
+    model, description = load_exported_lightningdit(run.folder("train_lightningdit"))
     assert description.grid == grid
     assert model(torch.zeros(1, 4, *grid), torch.zeros(1), torch.zeros(1, dtype=torch.long)).shape == (1, 4, *grid)
     for job, name in (("prepare_shards", "train/000000.tar"), ("sample", "000000.tar")):
@@ -62,7 +62,7 @@ def test_images_of_other_channels_and_depths(tmp_path: Path, channels: int, dept
     format_ = [f"shards.channels={channels}", f"shards.depth={depth}", f"shards.source={tmp_path / 'images'}"]
     run = whole_chain(tmp_path / "runs", *format_, "sample.npz=true", "evaluate.latent_space=null", *SHORT)
     assert read_manifest(run.folder("prepare_shards")).pixel_format == (channels, depth)
-    tokenizer, description = load_tokenizer(run.folder("train_vavae"))
+    tokenizer, description = load_exported_tokenizer(run.folder("train_vavae"))
     assert description.tokenizer.image_channels == channels
     assert tokenizer.decode(torch.zeros(1, 4, 4, 4)).shape == (1, channels, 32, 32)
     for job, name in (("prepare_shards", "train/000000.tar"), ("sample", "000000.tar")):

@@ -9,7 +9,7 @@ from support.gloo import GlooLauncher
 from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
-from vavae.interop.export import load_alignment, load_tokenizer
+from vavae.interop.export import load_alignment, load_exported_tokenizer
 from vavae.metrics.latent_space import LatentProbes
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
@@ -51,7 +51,7 @@ def test_the_export_is_that_of_plain_pytorch(gloo: GlooLauncher, tmp_path: Path)
         seen.append([value for row in rows for name, value in row.items() if name.startswith("latent/")])
         assert run.storage.list(f"{run.training_prefix('train_vavae')}/previews")
         folder = run.storage.child(run.prefix("train_vavae"))
-        exports.append({**load_tokenizer(folder)[0].state_dict(), **load_alignment(folder).state_dict()})
+        exports.append({**load_exported_tokenizer(folder)[0].state_dict(), **load_alignment(folder).state_dict()})
     plain, parts = exports
     assert len(plain) > 100
     torch.testing.assert_close(parts, plain, rtol=0, atol=1e-5)

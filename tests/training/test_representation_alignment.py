@@ -16,8 +16,8 @@ from vavae.data.shards.write import write_shards
 from vavae.diffusion.config import RepresentationConfig
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.averages import load_average
-from vavae.interop.export import load_lightningdit
+from vavae.interop.averages import load_weights
+from vavae.interop.export import load_exported_lightningdit
 from vavae.planning import jobs, training
 from vavae.planning.cluster import ClusterSpec
 from vavae.planning.jobs import Dataset, estimate_jobs
@@ -103,11 +103,11 @@ def test_a_training_is_aligned_until_its_stop_and_exports_no_projector(run):
     assert all(-1 <= loss <= 1 for seen, loss in losses.items() if seen <= 64)
     assert [losses[seen] for seen in (96, 128)] == [None, None]
     assert run.plan(JOB).done
-    model, _ = load_lightningdit(run.stored(JOB).folder)
+    model, _ = load_exported_lightningdit(run.stored(JOB).folder)
     weights = model.state_dict()
     assert not [name for name in weights if "projector" in name]
     average = {f"model.{name}": torch.empty_like(weight) for name, weight in weights.items()}
-    load_average(run.training_folder(JOB), 128, average, prefix="model.")
+    load_weights(run.training_folder(JOB), 128, average, prefix="model.")
     assert all(average[f"model.{name}"].equal(weight) for name, weight in weights.items())
     exported = run.require(JOB).digest
     run.storage.delete(run.prefix(JOB).removesuffix("/export"))

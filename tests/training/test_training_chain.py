@@ -28,7 +28,8 @@ from vavae.evaluation.parts import Part
 from vavae.metrics.config import LATENT_PROBES, MetricsConfig
 from vavae.report.run_report import log_rows
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs, EvaluationInputs, ReportInputs
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.runs.training_inputs import begin_training
 from vavae.training.checkpoints.metrics import EVALUATIONS, CheckpointMetrics

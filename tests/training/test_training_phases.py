@@ -12,7 +12,7 @@ from vavae.config import load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import load_alignment, load_tokenizer
+from vavae.interop.export import load_alignment, load_exported_tokenizer
 from vavae.interop.released_tokenizer import save_released_tokenizer
 from vavae.losses.adversarial import PatchDiscriminator
 from vavae.runs.config import RunConfig
@@ -202,7 +202,7 @@ def test_a_training_begins_with_a_released_file(shards: Path, straight: Run, tmp
     judged = {name.removeprefix("discriminator."): tensor for name, tensor in _discriminator(straight, 112).items()}
     judge.load_state_dict({name: judged[name].view_as(tensor) for name, tensor in judge.state_dict().items()})
     file = tmp_path / "released.ckpt"
-    save_released_tokenizer(file, load_tokenizer(export)[0], load_alignment(export), judge)
+    save_released_tokenizer(file, load_exported_tokenizer(export)[0], load_alignment(export), judge)
     run = _started(shards, tmp_path / "runs", str(file))
     _assert_same_export(run, straight)
     weight = "discriminator.main.0.weight"
@@ -211,7 +211,7 @@ def test_a_training_begins_with_a_released_file(shards: Path, straight: Run, tmp
 
 def test_a_start_without_projection_trains_a_new_one(shards: Path, straight: Run, tmp_path: Path) -> None:
     file = tmp_path / "plain.safetensors"
-    save_released_tokenizer(file, load_tokenizer(straight.storage.child("tokenizer/export"))[0])
+    save_released_tokenizer(file, load_exported_tokenizer(straight.storage.child("tokenizer/export"))[0])
     run = _started(shards, tmp_path / "runs", str(file))
     ours, theirs = (_weights(each, images) for each, images in ((run, 16), (straight, 16)))
     assert not torch.equal(ours["alignment.projection.weight"], theirs["alignment.projection.weight"])
@@ -221,7 +221,7 @@ def test_a_start_without_projection_trains_a_new_one(shards: Path, straight: Run
 @pytest.mark.parametrize("kind", ["export", "file"])
 def test_a_start_of_another_size_is_refused(shards: Path, straight: Run, tmp_path: Path, kind: str) -> None:
     export, file = straight.storage.child("tokenizer/export"), tmp_path / "plain.safetensors"
-    save_released_tokenizer(file, load_tokenizer(export)[0])
+    save_released_tokenizer(file, load_exported_tokenizer(export)[0])
     start, message = (
         (export.url(), r"made with tokenizer.latent_dim=4, which is 8 here")
         if kind == "export"

@@ -23,7 +23,7 @@ from vavae.data.sample_order import assign_lanes
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import DESCRIPTION, WEIGHTS, load_lightningdit, load_tokenizer, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, load_exported_lightningdit, load_exported_tokenizer, save_export
 from vavae.interop.import_export import export_latents, export_tokenizer, import_tokenizer
 from vavae.latents.manifest import read_latent_manifest, read_latents_of
 from vavae.models.tokenizer.representation import (
@@ -208,7 +208,7 @@ def test_a_run_goes_from_images_to_samples(chain: Run) -> None:
     assert (manifest.kind, manifest.statistics, manifest.shape) == ("representation", "position", (DIM, 2, 2))
     assert manifest.record_shape == (2, DIM, 2, 2)
     assert chain.artifact("sample") is not None
-    _, description = load_lightningdit(chain.folder("train_lightningdit"))
+    _, description = load_exported_lightningdit(chain.folder("train_lightningdit"))
     assert description.statistics == "position"
     rows = [line for line in chain.training_folder("train_vavae").list("log")]
     assert rows
@@ -216,7 +216,7 @@ def test_a_run_goes_from_images_to_samples(chain: Run) -> None:
 
 def test_an_export_names_its_encoder_and_comes_back_to_the_bit(chain: Run, tmp_path: Path) -> None:
     folder = chain.folder("train_vavae")
-    tokenizer, description = load_tokenizer(folder)
+    tokenizer, description = load_exported_tokenizer(folder)
     assert description.tokenizer == chain.config.tokenizer
     assert isinstance(tokenizer, RepresentationAutoencoder)
     assert description.encoder_weights == tokenizer.encoder.weights_digest()
@@ -224,19 +224,19 @@ def test_an_export_names_its_encoder_and_comes_back_to_the_bit(chain: Run, tmp_p
     assert all(name.startswith("decoder.") for name in tokenizer.state_dict())
     storage = Storage(str(tmp_path))
     save_export(storage, description, {WEIGHTS: tokenizer.state_dict()})
-    again, same = load_tokenizer(storage)
+    again, same = load_exported_tokenizer(storage)
     assert same == description
     images = torch.rand(2, 3, 16, 16)
     z = tokenizer.encode(images).mode
     assert again.encode(images).mode.equal(z)
     assert again.decode(z).equal(tokenizer.decode(z))
-    alone, _ = load_tokenizer(storage, encodes=False)
+    alone, _ = load_exported_tokenizer(storage, encodes=False)
     assert alone.decode(z).equal(tokenizer.decode(z))
     text = storage.read_bytes(DESCRIPTION).decode()
     assert description.encoder_weights is not None
     storage.write_bytes(DESCRIPTION, text.replace(description.encoder_weights, 64 * "f").encode())
     with pytest.raises(UserError, match=r"made with weights ffff\w* of the encoder efficientnet_lite0, but those here"):
-        load_tokenizer(storage)
+        load_exported_tokenizer(storage)
 
 
 def test_latents_of_another_kind_or_other_statistics_are_refused(chain: Run) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vavae.distributed.world import World
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints

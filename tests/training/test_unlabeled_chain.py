@@ -13,11 +13,12 @@ from vavae.cli.main import main
 from vavae.config import dump
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
-from vavae.interop.export import load_lightningdit
+from vavae.interop.export import load_exported_lightningdit
 from vavae.latents.manifest import read_latent_manifest
 from vavae.randomness import numpy_generator
 from vavae.runs.files import CONFIG
-from vavae.runs.run import JOBS, Run
+from vavae.runs.jobs import JOBS
+from vavae.runs.run import Run
 
 pytestmark = pytest.mark.jobs
 
@@ -47,7 +48,7 @@ def test_every_job_is_done_without_classes(run):
     assert [job for job, plan in run.plans().items() if not plan.done] == []
     assert read_manifest(run.storage, run.prefix("prepare_shards")).classes == ()
     assert read_latent_manifest(run.folder("precompute_latents")).classes == ()
-    model, description = load_lightningdit(run.stored("train_lightningdit").folder)
+    model, description = load_exported_lightningdit(run.stored("train_lightningdit").folder)
     assert (model.null_label, description.lightningdit.classes) == (0, 0)
     metrics = json.loads(run.storage.read_bytes("metrics.json"))
     assert "psnr" in metrics

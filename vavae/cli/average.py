@@ -6,9 +6,6 @@ from typing import Any
 
 from vavae.errors import UserError
 from vavae.progress import Progress, display
-from vavae.runs.run import Run
-from vavae.runs.training_config import WIDEST_STD
-from vavae.sampling.config import NAME_PATTERN
 
 
 def add_commands(commands: Any) -> None:
@@ -30,6 +27,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _average(arguments: argparse.Namespace) -> int:
+    from vavae.runs.run import Run
+    from vavae.runs.training_config import WIDEST_STD
+    from vavae.sampling.config import NAME_PATTERN
     from vavae.training.reconstruct_average import plan_reconstruction, reconstruct_average
 
     std, run = arguments.std, Run.at(arguments.run)

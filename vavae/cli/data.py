@@ -4,14 +4,12 @@ import argparse
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import filesize
-
-from vavae.data.shards.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from vavae.errors import UserError
-from vavae.storage.config import StorageOptions
-from vavae.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from vavae.storage.storage import Storage
 
 
 def add_commands(commands: Any) -> None:
@@ -33,13 +31,16 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("--drop", action="store_true", help="decode, and take unreadable images out of the manifest")
     stats = _command(commands, "stats", "show counts, sizes and classes", _stats)
     for command in (index, verify, stats):
-        command.add_argument("folder", metavar="FOLDER", help=f"path or URL of the folder of {MANIFEST}")
+        command.add_argument("folder", metavar="FOLDER", help="path or URL of the folder of manifest.json")
         command.add_argument("--cache", help="folder for fetched shards; default: one below the temporary folder")
         command.add_argument("--anonymous", action="store_true", help="ask S3 without keys, for public buckets")
 
 
-def _storage(arguments: argparse.Namespace) -> Storage:
+def _storage(arguments: argparse.Namespace) -> "Storage":
     """Folder of the shards; S3's endpoint, region, keys and authorities come from its variables (AWS_PROFILE, ...)."""
+    from vavae.storage.config import StorageOptions
+    from vavae.storage.storage import Storage
+
     return Storage(arguments.folder, arguments.cache, StorageOptions(anonymous=arguments.anonymous))
 
 
@@ -51,6 +52,7 @@ def _command(commands: Any, name: str, text: str, act: Callable[[argparse.Namesp
 
 def _index(arguments: argparse.Namespace) -> int:
     from vavae.data.config import RecordKeys
+    from vavae.data.shards.manifest import write_manifest
     from vavae.data.shards.verify import index_shards, read_class_names
 
     splits = {"train": arguments.train, "validation": arguments.validation}
@@ -66,6 +68,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from vavae.data.shards.manifest import Manifest, write_manifest
     from vavae.data.shards.verify import ShardFaults, verify_shards, without_unreadable
     from vavae.latents.manifest import LatentManifest, read_any_manifest, require_stored
 
@@ -98,6 +101,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
+    from rich import filesize
+
+    from vavae.data.shards.manifest import read_manifest
     from vavae.data.shards.verify import split_statistics
 
     storage = _storage(arguments)

@@ -4,10 +4,7 @@ import argparse
 from typing import Any
 
 from vavae.cli.arguments import add_config
-from vavae.config.load import load
 from vavae.errors import UserError
-from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
 
 
 def add_commands(commands: Any) -> None:
@@ -32,7 +29,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from vavae.config.load import load
     from vavae.interop.import_export import import_latents, import_lightningdit, import_tokenizer
+    from vavae.runs.config import RunConfig
+    from vavae.runs.run import Run
 
     run, what, file = Run(load(RunConfig, arguments.config, arguments.overrides)), arguments.what, arguments.file
     if what == "tokenizer":
@@ -48,12 +48,15 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from vavae.config.load import load
     from vavae.interop.import_export import (
         export_diffusers_tokenizer,
         export_latents,
         export_lightningdit,
         export_tokenizer,
     )
+    from vavae.runs.config import RunConfig
+    from vavae.runs.run import Run
 
     run, what, file = Run(load(RunConfig, arguments.config, arguments.overrides)), arguments.what, arguments.file
     if arguments.weights is not None and what != "lightningdit":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ray_jobs.submission.command import add_commands as add_submission_commands
 from vavae.cli import average, bench, data, import_export, plan, report, sample, status, train
-from vavae.config.command import Parser, run_command
+from vavae.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,15 @@
 """``vavae plan``: what a run would take on a cluster."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vavae.cli.arguments import add_config
-from vavae.config.load import load
 from vavae.errors import UserError
 from vavae.planning.cluster import ClusterSpec, parse_gpus
-from vavae.runs.config import RunConfig
-from vavae.runs.run import TRAININGS
+from vavae.runs.jobs import TRAININGS
+
+if TYPE_CHECKING:
+    from vavae.runs.config import RunConfig
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -35,8 +36,10 @@ def add_commands(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import.
+    from vavae.config.load import load
     from vavae.planning.jobs import Dataset, estimate_jobs
     from vavae.planning.tables import print_plan
+    from vavae.runs.config import RunConfig
     from vavae.training.ema import initial_share_warning
 
     cluster = _cluster(arguments)
@@ -78,7 +81,7 @@ def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
     )
 
 
-def _settings(config: RunConfig, cluster: ClusterSpec) -> list[str]:
+def _settings(config: "RunConfig", cluster: ClusterSpec) -> list[str]:
     """Overrides with which a run uses the whole cluster."""
     lanes = [f"stream.lanes={cluster.count}"] if config.stream.lanes < cluster.count else []
     actors = int(cluster.count / config.latents.gpus)

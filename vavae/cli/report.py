@@ -3,13 +3,13 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vavae.cli.arguments import add_hourly_price
-from vavae.config.load import load
 from vavae.errors import UserError
-from vavae.runs.config import RunConfig
-from vavae.runs.run import Run
+
+if TYPE_CHECKING:
+    from vavae.runs.run import Run
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +47,7 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str, Run]:
+def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str, "Run"]:
     """Open the runs at some places, by their names, or by their places where names are not enough.
 
     Args:
@@ -66,7 +66,11 @@ def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str
     return dict(zip(labels, runs, strict=True))
 
 
-def _open_run(place: str, overrides: Sequence[str]) -> Run:
+def _open_run(place: str, overrides: Sequence[str]) -> "Run":
+    from vavae.config.load import load
+    from vavae.runs.config import RunConfig
+    from vavae.runs.run import Run
+
     if not place.endswith((".yaml", ".yml")):
         return Run.at(place, overrides)
     run = Run(load(RunConfig, place, overrides))

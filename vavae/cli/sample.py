@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vavae.cli.arguments import add_overrides
-from vavae.errors import UserError
 from vavae.progress import Progress, Rate, display
 
 if TYPE_CHECKING:
@@ -43,26 +42,21 @@ def _sample(arguments: argparse.Namespace) -> int:
     from vavae.distributed.torch_settings import configure_torch
     from vavae.latents.manifest import read_latent_manifest
     from vavae.runs.sampling_inputs import SamplingInputs
-    from vavae.sampling.files import SampleRequest, parse_seeds, writer_of
-    from vavae.sampling.labels import check_classes, find_classes
+    from vavae.sampling.files import writer_of
+    from vavae.sampling.labels import wanted_labels
+    from vavae.sampling.request import SampleRequest, parse_seeds
     from vavae.sampling.sampler import Sampler
 
     guidance = [] if arguments.guidance is None else [f"guidance.scale={arguments.guidance}"]
     inputs = SamplingInputs.at(arguments.run, [*arguments.overrides, *guidance])
     config, known = inputs.config, read_latent_manifest(inputs.latents.folder).classes
-    check_classes(config, known)
-    if arguments.classes is None and known:
-        raise UserError(f"--classes is missing: name some of the {len(known)}, such as {known[0]}")
     names = None if arguments.classes is None else [name.strip() for name in arguments.classes.split(",")]
-    labels = [0] if names is None else find_classes(names, known, "--classes")
-    request = SampleRequest(labels, parse_seeds(arguments.seeds))
+    request = SampleRequest(wanted_labels(names, known, "--classes"), parse_seeds(arguments.seeds))
     out, count = arguments.out, len(request.indices)
     write = writer_of(out, count)
     # Nothing else runs here, so the threads are not those of one worker among many.
     configure_torch(config.workers.model_copy(update={"threads": torch.get_num_threads()}))
-    batches = Sampler.load(inputs).batches(
-        request.indices, request.labels, config.seed, config.guidance, config.solver, config.sample.batch_size
-    )
+    batches = Sampler.load(inputs).generate(request)
     folder, slash, name = out.rpartition("/")
     with inputs.output.run.at(folder or slash or ".").create(name) as local:
         write(local, request, _with_progress(batches, count))

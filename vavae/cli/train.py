@@ -5,9 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from vavae.cli.arguments import add_config
-from vavae.config.load import load
-from vavae.runs.config import RunConfig
-from vavae.runs.run import Job, Run
+from vavae.runs.jobs import Job
 
 _JOBS: dict[str, Job] = {"vavae": "train_vavae", "lightningdit": "train_lightningdit"}
 """The training of each model."""
@@ -23,12 +21,15 @@ def add_commands(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     # torch and DeepSpeed take seconds to import.
+    from vavae.config.load import load
     from vavae.distributed.torch_settings import configure_torch
     from vavae.distributed.world import World, process_group
     from vavae.evaluation.checkpoints import evaluate_pending_checkpoints
     from vavae.planning.training import resolve_lanes_at_once
+    from vavae.runs.config import RunConfig
     from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
     from vavae.runs.events import EventLog
+    from vavae.runs.run import Run
     from vavae.runs.training_inputs import begin_training
     from vavae.training.session import StoppableSession, stop_on_signals
     from vavae.training.train import train

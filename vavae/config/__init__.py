@@ -1,13 +1,11 @@
 """Configuration: the base class, YAML with inheritance and overrides, digests. Each room owns its own models."""
 
 from vavae.config.base import Config, added, differences, digest, identity, runtime
-from vavae.config.command import Arguments, parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import LocalPath, resolve_paths, written_path
 from vavae.config.size import as_one_number, describe_size, height_and_width
 
 __all__ = [
-    "Arguments",
     "Config",
     "LocalPath",
     "added",
@@ -19,9 +17,7 @@ __all__ = [
     "height_and_width",
     "identity",
     "load",
-    "parse_arguments",
     "resolve_paths",
-    "run_command",
     "runtime",
     "written_path",
 ]

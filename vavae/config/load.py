@@ -55,6 +55,14 @@ def assign(tree: Located, path: str, item: Located) -> Located:
     return _assign(tree, path.split("."), item, 0)
 
 
+def override(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
+    """A configuration with overrides laid over it, as for :func:`load`; UserError where it is not valid then."""
+    tree = parse(dump(config), lambda _: "configuration")
+    for each in overrides:
+        tree = _apply(tree, each)
+    return check(type(config), tree)
+
+
 def dump(config: Config) -> str:
     """The resolved configuration as YAML: every field in the model's order; :func:`load` gives the same digest."""
     return to_text(config.model_dump(mode="json"))

@@ -158,6 +158,19 @@ def decode_image(
     return _pixels(_load(data, form), form)
 
 
+def picture_pixels(image: Image.Image, form: PixelFormat = RGB) -> np.ndarray:
+    """Pixels of an image that is open already: uint8 or uint16 [H, W, C], upright (EXIF), from any mode.
+
+    Args:
+        image: the image.
+        form: channels and depth.
+
+    Raises:
+        UnreadableImage: its pixels have no agreed range, or its file is damaged.
+    """
+    return _pixels(_converted(image, form), form)
+
+
 def stored_image(data: bytes, config: ShardsConfig) -> StoredImage:
     """The form in which the shards hold an image file; UnreadableImage where it cannot be decoded."""
     kind, form, size = _open(data).format, config.pixel_format, config.height_and_width
@@ -288,13 +301,18 @@ def _open(data: bytes) -> ImageFile:
 
 
 def _load(data: bytes, form: PixelFormat) -> Image.Image:
-    """Decode an image, upright, in a mode of these channels; of 16 bits, in floating point.
-
-    Opacity is dropped where there is no channel for it, as ADM does.
-    """
+    """Decode an image, upright, in a mode of these channels; of 16 bits, in floating point."""
     image = _open(data)
     if form.depth == 16 and _is_deep_color(data, image):  # which Pillow would decode to 8 bits
         raise UnreadableImage("16 bits of color: only gray images keep 16 bits; convert it to gray")
+    return _converted(image, form)
+
+
+def _converted(image: Image.Image, form: PixelFormat) -> Image.Image:
+    """Image, upright, in a mode of these channels; of 16 bits, in floating point.
+
+    Opacity is dropped where there is no channel for it, as ADM does.
+    """
     try:
         upright = ImageOps.exif_transpose(image)
     except _DAMAGE as error:

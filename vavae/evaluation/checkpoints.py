@@ -6,10 +6,10 @@ from vavae.evaluation.evaluator import REFERENCES, Evaluator
 from vavae.evaluation.metric import metrics_json
 from vavae.evaluation.metrics import generation_metrics
 from vavae.interop.averages import load_lightningdit_of_checkpoint
-from vavae.interop.export import load_tokenizer
+from vavae.interop.export import load_exported_tokenizer
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import LatentNormalizer, read_statistics
-from vavae.runs.checkpoints import CHECKPOINTS
+from vavae.runs.checkpoints import CHECKPOINTS, average_set
 from vavae.runs.config import RunConfig
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs
 from vavae.runs.training_config import LightningDiTTrainingConfig
@@ -90,9 +90,9 @@ def _load_sampler(
         config.lightningdit.with_classes(classes),
         config.tokenizer.latent_dim,
         config.grid,
-        config.sample.weights,
+        average_set(config.sample.weights),
     )
-    tokenizer, _ = load_tokenizer(inputs.evaluation.tokenizer.folder, encodes=False)
+    tokenizer, _ = load_exported_tokenizer(inputs.evaluation.tokenizer.folder, encodes=False)
     normalizer = LatentNormalizer(*read_statistics(inputs.latents))
     weak = load_weak_model(inputs.weak, model)
     return Sampler.of(tokenizer, model, normalizer, config, device, weak)

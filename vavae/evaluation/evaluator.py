@@ -22,7 +22,7 @@ from vavae.evaluation.latent_space import LatentSpace, evaluate_latent_space
 from vavae.evaluation.parts import Part, PartFiles, SetName, Tensors, concatenate, pack, spans, unpack
 from vavae.evaluation.reconstruction import Reconstruction, Reconstructor, reconstruct
 from vavae.finite import require_finite_images
-from vavae.interop.export import ALIGNMENT, load_alignment, load_tokenizer
+from vavae.interop.export import ALIGNMENT, load_alignment, load_exported_tokenizer
 from vavae.losses.perceptual import LPIPS
 from vavae.metrics.config import ExtractorName
 from vavae.metrics.features import FeatureExtractor, Summaries, Summarizer, describe, join, load_extractor, summarize
@@ -316,7 +316,7 @@ class Evaluator:
     @cached_property
     def _reconstructor(self) -> Reconstructor:
         export, perceptual = self.inputs.tokenizer, self.inputs.config.losses.perceptual
-        tokenizer, description = load_tokenizer(export.folder)
+        tokenizer, description = load_exported_tokenizer(export.folder)
         aligned = ALIGNMENT in export.files  # an imported tokenizer may never have been
         return Reconstructor(
             tokenizer,

@@ -9,6 +9,7 @@ from torch import Tensor
 from vavae.data.pixels import to_float, to_pixels
 from vavae.data.shard_reader import LabeledImages
 from vavae.evaluation.latent_probes import ProbedBatch, ProbedImages
+from vavae.latents.pictures import posterior_noise
 from vavae.losses.perceptual import LPIPS
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.metrics.equivariance import squared_errors
@@ -17,7 +18,6 @@ from vavae.metrics.frechet import frechet_distance
 from vavae.metrics.reconstruction import psnr, ssim
 from vavae.models.tokenizer.representation import Autoencoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
-from vavae.randomness import torch_generator
 
 
 class Reconstructor(NamedTuple):
@@ -81,7 +81,7 @@ def reconstruct(
             images = batch.images.to(device)
             pixels = to_float(images)
             posterior = tokenizer.encode(pixels)  # mean and deviation [B, C, h, w]
-            z = posterior.at(_noise(posterior.mean.shape, seed, first).to(device))
+            z = posterior.at(posterior_noise(posterior.mean.shape, seed, first).to(device))
             decoded = tokenizer.decode(z)
             restored = to_pixels(decoded, images.dtype)
             metrics = {"psnr": psnr(restored, images), "ssim": ssim(restored, images)}
@@ -140,11 +140,3 @@ class Reconstruction(NamedTuple):
             },
             pairs=pairs,
         )
-
-
-def _noise(shape: torch.Size, seed: int, first: int) -> Tensor:
-    """Standard normal noise float32 [B, C, h, w], each image's keyed by its index."""
-    draws = [
-        torch.randn(shape[1:], generator=torch_generator(seed, "reconstruction", first + i)) for i in range(shape[0])
-    ]
-    return torch.stack(draws)

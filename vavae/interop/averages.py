@@ -1,4 +1,4 @@
-"""Averages of weights in the checkpoints of a training, read without the training."""
+"""Weights in the checkpoints of a training, averages and their own, read without the training."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,7 +19,7 @@ from vavae.distributed.sharded_tensors import as_full_shard
 from vavae.errors import UserError
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
-from vavae.runs.checkpoints import CHECKPOINTS, average_set, checkpoint_name
+from vavae.runs.checkpoints import CHECKPOINTS, EMA, checkpoint_name
 from vavae.storage.artifact import FileInfo, read
 from vavae.storage.storage import Storage
 
@@ -55,21 +55,21 @@ def _map_cached(checkpoints: Storage, path: str, info: FileInfo) -> ReadRange:
     return map_file(checkpoints.local_file(path, info.sha256))
 
 
-def load_average(
+def load_weights(
     training: Storage,
     images_seen: int,
     tensors: Mapping[str, Tensor],
-    average: str | None = None,
+    weights: str = EMA,
     folder: str = CHECKPOINTS,
     prefix: str = "",
 ) -> None:
-    """Fill full contiguous tensors with an average in a checkpoint, or in a snapshot.
+    """Fill full contiguous tensors with a set of weights in a checkpoint, or in a snapshot.
 
     Args:
         training: folder of the training.
         images_seen: at the checkpoint.
         tensors: tensors by their names in the step's module, all of those that begin with the prefix.
-        average: name of one of `averages`; None takes the one that is exported.
+        weights: the set: the average that is exported, another `average_set`, or `TRAINED`.
         folder: `CHECKPOINTS` or `SNAPSHOTS`.
         prefix: of the names.
 
@@ -82,7 +82,7 @@ def load_average(
         raise UserError(f"{checkpoints.url(name)}: this checkpoint is gone")
     headers = record.details.get("headers", {})
     assert isinstance(headers, dict), "details.headers maps paths to sizes and checksums"
-    paths = sorted(path for path in record.files if path.split("/")[1] == average_set(average))
+    paths = sorted(path for path in record.files if path.split("/")[1] == weights)
     files = (
         open_stored_shards(
             checkpoints,
@@ -102,9 +102,9 @@ def load_lightningdit_of_checkpoint(
     config: LightningDiTConfig,
     latent_dim: int,
     grid: tuple[int, int],
-    average: str | None = None,
+    weights: str = EMA,
 ) -> LightningDiT:
-    """Load the LightningDiT of a checkpoint with an average of its weights, in evaluation mode on the CPU.
+    """Load the LightningDiT of a checkpoint with a set of its weights, in evaluation mode on the CPU.
 
     Args:
         training: folder of the training.
@@ -112,7 +112,7 @@ def load_lightningdit_of_checkpoint(
         config: the model's configuration, with the number of its classes.
         latent_dim: channels of the latents.
         grid: their height and width.
-        average: as for `load_average`.
+        weights: as for `load_weights`.
 
     Raises:
         UserError: a file is damaged, or gone.
@@ -122,5 +122,5 @@ def load_lightningdit_of_checkpoint(
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     tensors = {f"model.{name}": each for name, each in model.state_dict().items()}
     # What else is trained is not exported.
-    load_average(training, images_seen, tensors, average, prefix="model.")
+    load_weights(training, images_seen, tensors, weights, prefix="model.")
     return model

@@ -114,12 +114,12 @@ _MARKS = {
 """A tensor of each kind of model that somebody might take for another."""
 
 
-def read_weights(path: str | os.PathLike[str], nests: Sequence[str] = _NESTS) -> WeightsFile:
+def read_weights(path: str | os.PathLike[str], nest: str | None = None) -> WeightsFile:
     """Read a checkpoint: a state dict, or one under `ema`, `model` or `state_dict`, the first of these that exists.
 
     Args:
         path: local path or storage URL of a `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` file.
-        nests: keys to look under in place of those.
+        nest: key that holds the state dict, in place of all these ways.
 
     Raises:
         UserError: no such file, it is damaged, holds no state dict, or can't be read without running code from it.
@@ -131,7 +131,7 @@ def read_weights(path: str | os.PathLike[str], nests: Sequence[str] = _NESTS) ->
     except FileNotFoundError:
         raise UserError(f"{url}: no such file") from None
     stored = _read_safetensors(url, local) if suffix == _SAFETENSORS else _read_pickled(url, local)
-    return WeightsFile(url, _unwrapped(_state_dict(url, stored, nests)))
+    return WeightsFile(url, _unwrapped(_state_dict(url, stored, nest)))
 
 
 def write_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], nest: str) -> None:
@@ -190,16 +190,18 @@ def _read_pickled(url: str, local: Path) -> Any:
         ) from error
 
 
-def _state_dict(url: str, stored: Any, nests: Sequence[str]) -> Mapping[str, Tensor]:
+def _state_dict(url: str, stored: Any, nest: str | None) -> Mapping[str, Tensor]:
+    nests = _NESTS if nest is None else (nest,)
     if isinstance(stored, Mapping):
-        nested = (stored[nest] for nest in nests if isinstance(stored.get(nest), Mapping) and stored[nest])
-        found = next(nested, stored)
+        nested = (stored[each] for each in nests if isinstance(stored.get(each), Mapping) and stored[each])
+        found = next(nested, stored if nest is None else None)
         if found and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             return found
-        held = f"a mapping of {', '.join(map(str, list(found)[:5]))}" if found else "nothing"
+        held = f"a mapping of {', '.join(map(str, list(found or stored)[:5]))}" if stored else "nothing"
     else:
         held = f"a {type(stored).__name__}"
-    raise UserError(f"{url}: holds {held}, expected tensors by name, or such a mapping under {', '.join(nests)}")
+    expected = "tensors by name, or such a mapping" if nest is None else "tensors by name"
+    raise UserError(f"{url}: holds {held}, expected {expected} under {', '.join(nests)}")
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -21,6 +21,9 @@ from vavae.storage.storage import Storage
 
 _CLASS = "AutoencoderKL"
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_OF_PIPELINE = "model_index.json"
+DESCRIPTIONS = (_CONFIG, _OF_PIPELINE)
+"""Files that tell of a folder that it is of diffusers: a model, or a pipeline of several."""
 _WEIGHTS_FILE = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?\.(safetensors|bin)"
     r"|diffusion_pytorch_model\.(safetensors|bin)\.index(\.(?P<index_variant>\w+))?\.json"
@@ -259,7 +262,7 @@ def _read_settings(folder: Storage) -> _Settings:
     try:
         stored = folder.read_json(_CONFIG)
     except FileNotFoundError:
-        of_pipeline = folder.is_file("model_index.json")
+        of_pipeline = folder.is_file(_OF_PIPELINE)
         where = f"take {folder.url('vae')}" if of_pipeline else "give the folder of an AutoencoderKL of diffusers"
         raise UserError(f"{url}: no such file; {where}") from None
     kind = stored.get("_class_name") if isinstance(stored, dict) else None

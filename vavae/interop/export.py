@@ -106,7 +106,7 @@ def commit_export(
     return output.commit(content, files, images_seen=images_seen, **details)
 
 
-def load_tokenizer(storage: Storage, encodes: bool = True) -> tuple[Autoencoder, TokenizerDescription]:
+def load_exported_tokenizer(storage: Storage, encodes: bool = True) -> tuple[Autoencoder, TokenizerDescription]:
     """Load the tokenizer of an export, in evaluation mode on the CPU.
 
     Args:
@@ -134,7 +134,7 @@ def load_alignment(storage: Storage) -> VisionFoundationLoss:
     return _load(VisionFoundationLoss(description.vision_foundation, latent_dim, feature_dim), storage, ALIGNMENT)
 
 
-def load_lightningdit(storage: Storage) -> tuple[LightningDiT, LightningDiTDescription]:
+def load_exported_lightningdit(storage: Storage) -> tuple[LightningDiT, LightningDiTDescription]:
     """Load the LightningDiT of an export, in evaluation mode on the CPU."""
     description = _describe(storage, LightningDiTDescription)
     model = LightningDiT(description.lightningdit, description.latent_dim, description.grid)

@@ -13,8 +13,6 @@ from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights
 from vavae.interop.diffusers_tokenizer import (
-    is_diffusers_weights,
-    read_diffusers_tokenizer,
     save_diffusers_tokenizer,
 )
 from vavae.interop.export import (
@@ -23,11 +21,11 @@ from vavae.interop.export import (
     LightningDiTDescription,
     TokenizerDescription,
     load_alignment,
-    load_lightningdit,
-    load_tokenizer,
+    load_exported_lightningdit,
+    load_exported_tokenizer,
     save_export,
 )
-from vavae.interop.hub import fetch_diffusers_folder
+from vavae.interop.load import read_published_tokenizer
 from vavae.interop.released_latents import (
     check_released_latents,
     export_released_latents,
@@ -39,7 +37,6 @@ from vavae.interop.released_tokenizer import (
     convert_alignment,
     convert_tokenizer,
     holds_alignment,
-    read_released_tokenizer,
     save_released_tokenizer,
 )
 from vavae.latents.manifest import read_latent_manifest
@@ -77,7 +74,7 @@ def import_tokenizer(config: RunConfig, output: JobOutput, path: str) -> None:
         raise UserError(
             f"{path}: a released tokenizer is of kind kl, and tokenizer.kind={config.tokenizer.kind}: set kl"
         )
-    tokenizer = _read_tokenizer(path)
+    tokenizer = read_published_tokenizer(path)
     weights, statistics = tokenizer.weights, tokenizer.statistics
     _check_architecture(config, tokenizer)
     states = {WEIGHTS: convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer.").state_dict()}
@@ -219,7 +216,7 @@ def export_lightningdit(lightningdit: StoredArtifact, path: str) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    model, _ = load_lightningdit(lightningdit.folder)
+    model, _ = load_exported_lightningdit(lightningdit.folder)
     save_released_lightningdit(path, model)
 
 
@@ -235,16 +232,6 @@ def export_latents(latents: StoredArtifact, target: Storage, seed: int) -> None:
         UserError: the latents are without mirror images.
     """
     export_released_latents(latents.folder, SPLIT, target, seed)
-
-
-def _read_tokenizer(path: str) -> PublishedTokenizer:
-    """Read a tokenizer by its address."""
-    if path.startswith(HUB_PREFIX):
-        return read_diffusers_tokenizer(fetch_diffusers_folder(path))
-    storage = Storage(path)
-    if is_diffusers_weights(PurePosixPath(path).name) or (storage.exists() and not storage.is_file()):
-        return read_diffusers_tokenizer(path)
-    return read_released_tokenizer(path)
 
 
 def _check_architecture(config: RunConfig, tokenizer: PublishedTokenizer) -> None:
@@ -263,7 +250,7 @@ def _check_architecture(config: RunConfig, tokenizer: PublishedTokenizer) -> Non
 
 def _vavae(tokenizer: StoredArtifact) -> VAVAE:
     """Load a tokenizer of the kind that has other layouts; UserError of any other."""
-    autoencoder, _ = load_tokenizer(tokenizer.folder, encodes=False)
+    autoencoder, _ = load_exported_tokenizer(tokenizer.folder, encodes=False)
     if not isinstance(autoencoder, VAVAE):
         raise UserError(
             f"{tokenizer.folder.url()}: a tokenizer of kind {autoencoder.config.kind}, and other layouts are of kind "

@@ -63,7 +63,7 @@ def read_released_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer:
     """
     stored = weights = read_weights(path)
     if _MEAN in stored.tensors and _FIRST_OF_DECODER not in stored.tensors:
-        weights = read_weights(path, nests=("vae",))
+        weights = read_weights(path, nest="vae")
     url = os.path.splitext(weights.url)[0] + _STATISTICS
     if _MEAN in stored.tensors:
         statistics, source = batch_norm_statistics(stored, _latent_dim(weights)), f"{_MEAN} and {_VARIANCE}"

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from vavae.distributed.config import Precision
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.training.flops.flops import over_depth, with_drop
 from vavae.training.flops.meta_models import MetaModel, lightningdit_step, tokenizer_step
 

@@ -33,7 +33,7 @@ from vavae.planning.sizes import (
 )
 from vavae.planning.training import TrainingEstimate, estimate_training, lanes_at_once
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.runs.training_config import TrainingConfig
 from vavae.training.flops.flops import decoding_flops, encoding_flops, features_flops, training_flops, velocity_flops
 

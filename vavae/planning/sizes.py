@@ -14,7 +14,7 @@ from vavae.latents.features import feature_shape
 from vavae.losses.adversarial import build_discriminator
 from vavae.models.tokenizer.representation import build_autoencoder
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.runs.training_config import LightningDiTTrainingConfig, TrainingConfig
 from vavae.training.diffusion_step import FlowMatchingModel
 from vavae.training.flops.meta_models import lightningdit_of, on_meta

@@ -20,7 +20,7 @@ from vavae.planning.formulas import (
 )
 from vavae.planning.sizes import FLOAT_BYTES, checkpoint_bytes, muon_matrices, trained_parameters
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.runs.training_config import TrainingConfig
 from vavae.training.flops.meta_models import discriminator_network, frozen_encoder, frozen_networks, online_networks
 

@@ -9,7 +9,7 @@ from vavae.evaluation.convergence import not_reached
 from vavae.progress import clock
 from vavae.runs.config import RunConfig
 from vavae.runs.evaluation_inputs import ReportInputs
-from vavae.runs.run import JOBS, Job
+from vavae.runs.jobs import JOBS, Job
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.metrics import CheckpointMetrics

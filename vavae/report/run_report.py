@@ -11,7 +11,7 @@ from vavae.report.html import Report
 from vavae.report.run_facts import run_facts, run_summary
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.sampling.files import PICTURE_ROWS
 from vavae.training.callbacks.callback import PREVIEWS
 from vavae.training.checkpoints.metrics import CheckpointMetrics

@@ -7,6 +7,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints within that of a training."""
 EMA = "ema"
 """Set of weights of the average that is exported, in a checkpoint."""
+TRAINED = "lightningdit"
+"""Set of the weights of a LightningDiT as they are trained, in a checkpoint; the optimizer's state is in it, too."""
 
 
 def checkpoint_name(images_seen: int) -> str:

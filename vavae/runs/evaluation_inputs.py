@@ -6,7 +6,8 @@ from typing import Any
 
 from vavae.data.shards.manifest import read_manifest
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, TRAININGS, Job, Run, StoredArtifact, StoredCheckpoint
+from vavae.runs.jobs import JOBS, TRAININGS, Job
+from vavae.runs.run import Run, StoredArtifact, StoredCheckpoint
 from vavae.storage.artifact import Artifact
 from vavae.storage.storage import Storage
 

@@ -1,8 +1,9 @@
 """One run on storage: its artifacts, their inputs, and the jobs that are still to do."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vavae.config import differences, digest, identity, load, resolve_paths
 from vavae.data.shards.plan import describe_sources
@@ -11,59 +12,15 @@ from vavae.errors import UserError
 from vavae.runs.checkpoints import CHECKPOINTS, checkpoint_name, find_checkpoints
 from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG, NPZ
+from vavae.runs.jobs import JOBS, TRAININGS, Job
 from vavae.runs.output import JobOutput
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.artifact import Artifact, is_intact, read
 from vavae.storage.storage import Storage
 
-Job = Literal["prepare_shards", "train_vavae", "precompute_latents", "train_lightningdit", "sample", "evaluate"]
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """One job of a run: its artifact, and the configuration and inputs that it depends on."""
-
-    job: Job
-    makes: str
-    sections: tuple[str, ...]
-    """Sections of the configuration whose identity it depends on."""
-    inputs: tuple[Job, ...]
-    """Jobs whose artifacts it reads."""
-
-
-JOBS: dict[Job, JobSpec] = {
-    spec.job: spec
-    for spec in (
-        JobSpec("prepare_shards", "image shards", ("shards",), ()),
-        JobSpec(
-            "train_vavae",
-            "tokenizer",
-            ("seed", "stream", "teacher", "tokenizer", "losses", "train_vavae"),
-            ("prepare_shards",),
-        ),
-        JobSpec("precompute_latents", "latents", ("latents",), ("prepare_shards", "train_vavae")),
-        JobSpec(
-            "train_lightningdit",
-            "LightningDiT",
-            ("seed", "stream", "lightningdit", "timesteps", "objective", "train_lightningdit"),
-            ("precompute_latents",),
-        ),
-        JobSpec(
-            "sample",
-            "samples",
-            ("seed", "guidance", "solver", "sample"),
-            ("train_vavae", "precompute_latents", "train_lightningdit"),
-        ),
-        JobSpec("evaluate", "measures and report", ("seed", "evaluate"), ("prepare_shards", "train_vavae", "sample")),
-    )
-}
-"""All jobs by name, in the order in which a run goes through them."""
-
 _AVERAGES = "lightningdit/averages"
 _AVERAGE = "average of weights"
 """Folder of the exports of averages of the LightningDiT's weights besides the one in its own export."""
-
-TRAININGS: tuple[Job, ...] = ("train_vavae", "train_lightningdit")
 
 IMPORTED = "imported"
 """Among the details of a record: name of the file from which the weights were imported, in place of a training."""
@@ -101,7 +58,7 @@ class StoredCheckpoint:
 
 
 class Run:
-    """The artifacts of one configuration on its storage.
+    """The artifacts of one configuration on its storage; `Run.at` opens the run in a folder.
 
     It knows nothing of what is stored until it is asked, and reads it anew each time; what is decided from several
     records is asked of a `snapshot`.
@@ -114,12 +71,15 @@ class Run:
         self.config = resolve_paths(config)
         self.storage = Storage.of(self.config.storage).child(config.name)
 
+    def __repr__(self) -> str:
+        return f"Run.at({self.storage.url()!r})"
+
     def snapshot(self) -> "RunSnapshot":
         """The run at this moment, whose records are read once each."""
         return RunSnapshot(self)
 
     @classmethod
-    def at(cls, folder: str, overrides: Sequence[str] = ()) -> "Run":
+    def at(cls, folder: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Run":
         """Open the run in a folder, with the configuration that its last job was started with.
 
         Args:
@@ -129,7 +89,7 @@ class Run:
         Raises:
             UserError: there is no run, or its configuration can't be used.
         """
-        storage = Storage(folder)
+        storage = Storage(os.fspath(folder))
         try:
             path = storage.local_file(CONFIG)
         except FileNotFoundError as error:

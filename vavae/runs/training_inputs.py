@@ -8,8 +8,9 @@ from vavae.config import digest
 from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.errors import CommonError, UserError
 from vavae.runs.config import RunConfig
+from vavae.runs.jobs import Job
 from vavae.runs.output import JobOutput
-from vavae.runs.run import Job, Run, StoredArtifact
+from vavae.runs.run import Run, StoredArtifact
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage

@@ -56,6 +56,22 @@ def check_classes(config: RunConfig, classes: Sequence[str]) -> None:
         )
 
 
+def wanted_labels(wanted: Sequence[int | str] | None, classes: Sequence[str], place: str) -> list[int]:
+    """Labels of the classes that are asked for; the null label alone where there are none to ask for.
+
+    Args:
+        wanted: names or numbers; None where none were given.
+        classes: names of all classes, in the order of their labels.
+        place: as for :func:`find_classes`.
+
+    Raises:
+        UserError: no such class exists, or none was given and there are some.
+    """
+    if wanted is None and classes:
+        raise UserError(f"{place} is missing: name some of the {len(classes)}, such as {classes[0]}")
+    return [0] if wanted is None else find_classes(wanted, classes, place)
+
+
 def find_classes(wanted: Sequence[int | str], classes: Sequence[str], place: str) -> list[int]:
     """Find labels of classes by name or number; a number that is also the name of a class is taken for the name.
 

@@ -1,23 +1,30 @@
 """From class labels and indices of noise to images: guidance and solver, latent statistics, decoder."""
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vavae.config import differences
+from vavae.config.load import override
 from vavae.data.pixels import pixel_dtype, to_pixels
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.diffusion.guidance import guide
 from vavae.diffusion.solvers import solve, solve_mean_flow
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import Precision
+from vavae.distributed.device import choose_device
 from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.interop.averages import load_lightningdit_of_checkpoint
-from vavae.interop.export import load_lightningdit, load_tokenizer
+from vavae.interop.export import load_exported_lightningdit, load_exported_tokenizer
+from vavae.interop.load import Source
+from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.models.dit.class_token import join_class_token
 from vavae.models.dit.model import LightningDiT
@@ -25,12 +32,23 @@ from vavae.models.dit.routing import kept_tokens
 from vavae.models.tokenizer.representation import Autoencoder
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
-from vavae.runs.run import StoredArtifact, StoredCheckpoint
+from vavae.runs.run import Run, StoredArtifact, StoredCheckpoint
 from vavae.runs.sampling_inputs import SamplingInputs
+from vavae.sampling.labels import check_classes, wanted_labels
+from vavae.sampling.request import SampleRequest
+
+_CHANGEABLE = ("seed", "guidance", "solver")
+"""Sections of the configuration that say nothing about what a sampler has loaded."""
 
 
-class Sampler(NamedTuple):
-    """The models that turn noise into images."""
+@dataclass(frozen=True, repr=False)
+class Sampler:
+    """The models that turn noise into images, with the seed, guidance and solver of the run that they are from.
+
+    `Sampler.from_run` loads one, `sample` generates images, and `with_overrides` changes how. Its `tokenizer` decodes;
+    `normalizer` normalizes latents of the tokenizer to those of the `lightningdit`, and back; `classes` are the names
+    of the classes.
+    """
 
     tokenizer: Autoencoder
     lightningdit: LightningDiT
@@ -41,6 +59,35 @@ class Sampler(NamedTuple):
     """Bits of a channel of the images."""
     weak: LightningDiT | None = None
     """Model of `guidance.weak`."""
+    config: RunConfig | None = None
+    """Configuration of the run; None where models were put together without one, which `images` alone can use."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in the order of their labels; none where the images have none."""
+
+    @classmethod
+    def from_run(
+        cls, run: Source, overrides: Sequence[str] = (), device: torch.device | str | None = None
+    ) -> "Sampler":
+        """Load the sampler of a trained run.
+
+        Blocks are compiled only where `sample.compile_blocks=true` asks for it: the first images of each number would
+        take a minute or more.
+
+        Args:
+            run: path or URL of its folder, such as `runs/quickstart`; or the run.
+            overrides: `key.path=value`, as on the command line of a job: `guidance.scale=2`, or `sample.weights=NAME`
+                for another average of the weights.
+            device: where to put the models, such as `cuda:1`; None takes a GPU where there is one.
+
+        Raises:
+            UserError: there is no run, it has no trained models yet, they don't belong together, an override is not
+                valid, or there is no such device.
+        """
+        run = Run(override(run.config, overrides)) if isinstance(run, Run) else Run.at(run, overrides)
+        inputs = SamplingInputs.of(run)
+        sample = inputs.config.sample
+        compiles = sample.model_copy(update={"compile_blocks": bool(sample.compile_blocks)})
+        return cls.load(replace(inputs, config=inputs.config.model_copy(update={"sample": compiles})), device)
 
     @classmethod
     def of(
@@ -51,6 +98,7 @@ class Sampler(NamedTuple):
         config: RunConfig,
         device: torch.device,
         weak: LightningDiT | None = None,
+        classes: tuple[str, ...] = (),
     ) -> "Sampler":
         """Move models to the device where they are to sample, in the precision and compiled as `config.sample` says."""
         transformers = [lightningdit] if weak is None else [lightningdit, weak]
@@ -58,10 +106,11 @@ class Sampler(NamedTuple):
             blocks = [block for each in transformers for block in each.all_blocks]
             compile_each([*blocks, *tokenizer.residual_blocks()])
         models = tokenizer.to(device), lightningdit.to(device), normalizer.to(device)
-        return cls(*models, config.sample.precision, config.shards.depth, None if weak is None else weak.to(device))
+        weak = None if weak is None else weak.to(device)
+        return cls(*models, config.sample.precision, config.shards.depth, weak, config, classes)
 
     @classmethod
-    def load(cls, inputs: SamplingInputs, device: torch.device | None = None) -> "Sampler":
+    def load(cls, inputs: SamplingInputs, device: torch.device | str | None = None) -> "Sampler":
         """Load both exported models and the statistics of the latents.
 
         Args:
@@ -69,12 +118,15 @@ class Sampler(NamedTuple):
             device: where to put them; None takes a GPU where there is one.
 
         Raises:
-            UserError: the LightningDiT was trained on another tokenizer's latents, or the weak model can't guide it.
+            UserError: the LightningDiT was trained on another tokenizer's latents, the weak model can't guide it, there
+                are no classes to guide to, or there is no such device.
         """
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
+        classes = read_latent_manifest(inputs.latents.folder).classes
+        check_classes(inputs.config, classes)
         tokenizer, lightningdit = inputs.tokenizer, inputs.lightningdit
-        autoencoder, _ = load_tokenizer(tokenizer.folder, encodes=False)
-        model, description = load_lightningdit(lightningdit.folder)
+        autoencoder, _ = load_exported_tokenizer(tokenizer.folder, encodes=False)
+        model, description = load_exported_lightningdit(lightningdit.folder)
         if description.tokenizer != tokenizer.digest:
             raise UserError(
                 f"{lightningdit.folder.url()} was trained on latents of tokenizer {description.tokenizer[:12]}, but "
@@ -88,7 +140,67 @@ class Sampler(NamedTuple):
                 f"{description.statistics}"
             )
         weak = load_weak_model(inputs.weak, model)
-        return cls.of(autoencoder, model, normalizer, inputs.config, device, weak)
+        return cls.of(autoencoder, model, normalizer, inputs.config, device, weak, classes)
+
+    def __repr__(self) -> str:
+        model, config = self.lightningdit, self.config
+        height, width = (side * self.tokenizer.config.downsample for side in model.grid)
+        parts = [f"{height} x {width} pixels", *([f"{len(self.classes)} classes"] if self.classes else [])]
+        if config is not None:
+            parts = [f"run {config.name}", *parts, config.solver.summary, config.guidance.summary]
+        return f"<Sampler: {', '.join(parts)}, on {self.device}>"
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all models."""
+        return self.normalizer.mean.device
+
+    def with_overrides(self, overrides: Sequence[str]) -> "Sampler":
+        """The same models with another seed, guidance or solver; nothing is loaded again.
+
+        Args:
+            overrides: `key.path=value`, such as `guidance.scale=4` or `solver.num_steps=32`.
+
+        Raises:
+            UserError: there is no such key, its value is not valid, or it says what is loaded.
+        """
+        before = self._run_config()
+        config = override(before, overrides)
+        for path, _, _ in differences(before, config):
+            if path.partition(".")[0] not in _CHANGEABLE or path.startswith("guidance.weak"):
+                raise UserError(f"{path} says what a sampler loads: give it to Sampler.from_run")
+        return replace(self, config=config)
+
+    def sample(self, classes: Sequence[int | str] | int | str | None = None, seeds: Iterable[int] | int = 0) -> Tensor:
+        """Generate images of every class with every seed, class after class, as `vavae sample` does.
+
+        Args:
+            classes: names or numbers of classes, or one; left out where the images have no classes.
+            seeds: indices of the noise, or one, each at least 0; seed i is the noise of image i of the run's samples.
+
+        Returns:
+            Pixels uint8 [classes * seeds, C, H, W] on the CPU, uint16 where those of the run have 16 bits.
+
+        Raises:
+            UserError: no such class exists, a seed is no such number, or an image is not finite.
+        """
+        names = [classes] if isinstance(classes, (str, int, np.integer)) else classes
+        request = SampleRequest(wanted_labels(names, self.classes, "classes"), _seeds(seeds))
+        if not request.indices:
+            raise UserError(f"classes={classes}, seeds={seeds}: this asks for no image: give one of each at least")
+        return torch.cat([*self.generate(request)])
+
+    def generate(self, request: SampleRequest) -> Iterator[Tensor]:
+        """Generate what is asked for in batches uint8 or uint16 [b, C, H, W], b at most `sample.batch_size`."""
+        config = self._run_config()
+        return self.batches(
+            request.indices, request.labels, config.seed, config.guidance, config.solver, config.sample.batch_size
+        )
+
+    def _run_config(self) -> RunConfig:
+        if self.config is None:
+            raise UserError("this sampler was put together without a run: take Sampler.from_run, or its method images")
+        return self.config
 
     @torch.inference_mode()
     def images(
@@ -112,7 +224,7 @@ class Sampler(NamedTuple):
             UserError: an image is not finite; it would be black. Or guidance or solver ask for what the model has not.
         """
         model = self.lightningdit
-        device = self.normalizer.mean.device
+        device = self.device
         shape = (model.latent_dim, *model.grid)
         noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
         if model.config.class_token is not None:
@@ -185,7 +297,7 @@ class Sampler(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         """The autocast that both models run under."""
-        return torch.autocast(self.normalizer.mean.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def batches(
         self,
@@ -214,13 +326,24 @@ def load_weak_model(stored: StoredArtifact | StoredCheckpoint | None, model: Lig
         return load_lightningdit_of_checkpoint(
             stored.training, stored.images_seen, model.config, model.latent_dim, model.grid
         )
-    weak, _ = load_lightningdit(stored.folder)
+    weak, _ = load_exported_lightningdit(stored.folder)
     for name in ("latent_dim", "grid", "null_label", "state_shape"):
         ours, theirs = getattr(model, name), getattr(weak, name)
         if ours != theirs:
             what = {"null_label": "classes", "state_shape": "the shape with class tokens"}.get(name, name)
             raise UserError(f"{stored.folder.url()}: {what} is {theirs}, but {ours} in the model that it is to guide")
     return weak
+
+
+def _seeds(seeds: Iterable[int] | int) -> list[int]:
+    """Indices of noise as plain integers; UserError where one is none."""
+    try:
+        found = [operator.index(each) for each in (seeds if isinstance(seeds, Iterable) else [seeds])]
+    except TypeError:
+        found = [-1]
+    if min(found, default=0) < 0:
+        raise UserError(f"seeds={seeds}: expected whole numbers from 0 on")
+    return found
 
 
 def _kept_tokens(generators: Sequence[torch.Generator], tokens: int, device: torch.device, drop: float) -> Tensor:

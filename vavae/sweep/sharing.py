@@ -8,7 +8,8 @@ from vavae.config import digest
 from vavae.config.load import dump
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, Job, Run
+from vavae.runs.jobs import JOBS, Job
+from vavae.runs.run import Run
 from vavae.storage.artifact import RECORD
 from vavae.storage.storage import Storage
 from vavae.sweep.branch import branch, prefix_of

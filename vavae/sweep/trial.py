@@ -9,7 +9,8 @@ from vavae.config.load import dump
 from vavae.errors import UserError
 from vavae.evaluation.metric import read_metrics
 from vavae.runs.config import RunConfig
-from vavae.runs.run import JOBS, Job, Run
+from vavae.runs.jobs import JOBS, Job
+from vavae.runs.run import Run
 from vavae.sweep.config import ThresholdConfig
 from vavae.sweep.sharing import Sharing, content_key, link_artifact, link_files
 from vavae.sweep.space import Point

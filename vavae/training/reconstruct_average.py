@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 
 from vavae.errors import UserError
-from vavae.interop.averages import load_average
-from vavae.interop.export import WEIGHTS, commit_export, load_lightningdit
-from vavae.runs.checkpoints import CHECKPOINTS, find_checkpoints
+from vavae.interop.averages import load_weights
+from vavae.interop.export import WEIGHTS, commit_export, load_exported_lightningdit
+from vavae.runs.checkpoints import CHECKPOINTS, average_set, find_checkpoints
 from vavae.runs.run import Run
 from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.storage.artifact import Artifact
@@ -107,7 +107,7 @@ def reconstruct_average(
     """
     run = run.snapshot()
     training = run.training_folder("train_lightningdit")
-    model, description = load_lightningdit(run.stored("train_lightningdit").folder)
+    model, description = load_exported_lightningdit(run.stored("train_lightningdit").folder)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     total = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in state.items()}
     tensors = {f"model.{key}": tensor for key, tensor in state.items()}
@@ -116,7 +116,7 @@ def reconstruct_average(
     ):
         images_seen, folder = average.profile.images_seen, average.folder
         # What else is trained is not exported.
-        load_average(training, images_seen, tensors, average.name, folder, prefix="model.")
+        load_weights(training, images_seen, tensors, average_set(average.name), folder, prefix="model.")
         for key, tensor in state.items():
             total[key].add_(tensor, alpha=weight)
         progress(done)

@@ -17,7 +17,7 @@ from vavae.interop.export import (
     LightningDiTDescription,
     TokenizerDescription,
     commit_export,
-    load_tokenizer,
+    load_exported_tokenizer,
     strip_prefix,
 )
 from vavae.latents.features import read_features_of
@@ -227,7 +227,7 @@ def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, wor
     callbacks: list[Callback] = []
     if training.preview_images is not None:
         tokenizer = (
-            load_tokenizer(inputs.tokenizer, encodes=False)[0] if world.is_first else None
+            load_exported_tokenizer(inputs.tokenizer, encodes=False)[0] if world.is_first else None
         )  # only rank 0 decodes
         folder, classes = inputs.folder.child(PREVIEWS), manifest.classes
         callbacks.append(

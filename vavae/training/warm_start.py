@@ -8,7 +8,7 @@ from vavae.config import Config, differences
 from vavae.distributed.sharded_tensors import as_full_shard
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import read_weights
-from vavae.interop.export import ALIGNMENT, load_alignment, load_lightningdit, load_tokenizer
+from vavae.interop.export import ALIGNMENT, load_alignment, load_exported_lightningdit, load_exported_tokenizer
 from vavae.interop.released_tokenizer import (
     convert_alignment,
     convert_discriminator,
@@ -61,7 +61,7 @@ def starting_lightningdit(stored: StoredArtifact | None, config: LightningDiTCon
     """
     if stored is None:
         return None
-    model, description = load_lightningdit(stored.folder)
+    model, description = load_exported_lightningdit(stored.folder)
     theirs = description.lightningdit
     later = {name: True for name in ("average_velocity", "guidance_inputs") if getattr(config, name)}
     theirs = theirs.model_copy(update=later)
@@ -95,7 +95,7 @@ def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[s
 
 
 def _exported(config: RunConfig, export: Storage) -> dict[str, dict[str, Tensor]]:
-    autoencoder, description = load_tokenizer(export, encodes=False)
+    autoencoder, description = load_exported_tokenizer(export, encodes=False)
     _check_same(export, description.tokenizer, config.tokenizer, "tokenizer")
     generator = _with_prefix("autoencoder", autoencoder)
     if export.is_file(ALIGNMENT):

@@ -13,7 +13,7 @@ from vavae.config.load import load
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_lightningdit, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_exported_lightningdit, save_export
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.model import LightningDiT
@@ -79,7 +79,7 @@ def test_guidance_as_an_input_counts_for_nothing_until_it_is_trained_and_a_secon
     assert not torch.equal(outputs[0], model.predict(x, t, y, end=t + 0.2).instantaneous)
     description = LightningDiTDescription(lightningdit=model.config, latent_dim=3, grid=4, tokenizer="t")
     save_export(storage, description, {WEIGHTS: model.state_dict()})
-    loaded, _ = load_lightningdit(storage)
+    loaded, _ = load_exported_lightningdit(storage)
     assert torch.equal(
         loaded.predict(x, t, y, guidance=guidance).velocity, model.predict(x, t, y, guidance=guidance)[0]
     )
@@ -127,7 +127,7 @@ def test_an_export_says_it_and_older_readers_and_the_released_layout_refuse_it(s
     model = random_dit(average_velocity=average_velocity)
     description = LightningDiTDescription(lightningdit=model.config, latent_dim=3, grid=4, tokenizer="t")
     save_export(storage, description, {WEIGHTS: model.state_dict()})
-    loaded, _ = load_lightningdit(storage)
+    loaded, _ = load_exported_lightningdit(storage)
     assert torch.equal(loaded(*dit_inputs()), model(*dit_inputs()))
     stored, path = yaml.safe_load(storage.read_bytes(DESCRIPTION)), tmp_path / "model.safetensors"
     if not average_velocity:

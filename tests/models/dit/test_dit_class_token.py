@@ -24,7 +24,7 @@ from vavae.diffusion.representation import RepresentationAlignment
 from vavae.diffusion.solvers import solve
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_lightningdit, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_exported_lightningdit, save_export
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.class_token import class_token_of, join_class_token
@@ -249,7 +249,7 @@ def test_an_export_comes_back_and_older_readers_refuse_it(storage):
     model = tiny().eval()
     description = LightningDiTDescription(lightningdit=model.config, latent_dim=3, grid=4, tokenizer="t")
     save_export(storage, description, {WEIGHTS: model.state_dict()})
-    loaded, found = load_lightningdit(storage)
+    loaded, found = load_exported_lightningdit(storage)
     assert found == description
     assert torch.equal(loaded(*states()), model(*states()))
     with pytest.raises(ValidationError, match=r"lightningdit\.class_token\s+Extra inputs are not permitted"):

@@ -10,7 +10,7 @@ from support.public_clock import PublicClock
 from torch.nn import functional as F
 
 from vavae.errors import UserError
-from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_lightningdit, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_exported_lightningdit, save_export
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
@@ -135,7 +135,7 @@ def test_an_export_comes_back_and_older_readers_refuse_it(storage):
     model = dit().eval()
     description = LightningDiTDescription(lightningdit=model.config, latent_dim=6, grid=4, tokenizer="t")
     save_export(storage, description, {WEIGHTS: model.state_dict()})
-    loaded, found = load_lightningdit(storage)
+    loaded, found = load_exported_lightningdit(storage)
     assert found == description
     assert torch.equal(loaded(*batch()), model(*batch()))
     with pytest.raises(ValidationError, match=r"lightningdit\.head\s+Extra inputs are not permitted"):

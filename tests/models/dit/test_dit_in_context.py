@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 from vavae.config import load
 from vavae.errors import UserError
-from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_lightningdit, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_exported_lightningdit, save_export
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
@@ -196,7 +196,7 @@ def test_an_export_comes_back_and_older_readers_refuse_it(storage):
     model = tiny(**HEADS).eval()
     description = LightningDiTDescription(lightningdit=model.config, latent_dim=3, grid=4, tokenizer="t")
     save_export(storage, description, {WEIGHTS: model.state_dict()})
-    loaded, found = load_lightningdit(storage)
+    loaded, found = load_exported_lightningdit(storage)
     assert found == description
     assert torch.equal(loaded(*dit_inputs()), model(*dit_inputs()))
     with pytest.raises(ValidationError, match=r"lightningdit\.conditioning\s+Extra inputs are not permitted"):

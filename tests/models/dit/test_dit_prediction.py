@@ -18,7 +18,7 @@ from vavae.diffusion.guidance import guide
 from vavae.diffusion.solvers import solve
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_lightningdit, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, LightningDiTDescription, load_exported_lightningdit, save_export
 from vavae.interop.released_lightningdit import load_released_lightningdit, save_released_lightningdit
 from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.config import LightningDiTConfig
@@ -174,7 +174,7 @@ def test_an_export_says_what_the_network_predicts_and_older_readers_refuse_it(st
     model, (noise, _, labels) = dit(prediction), batch()
     description = LightningDiTDescription(lightningdit=model.config, latent_dim=4, grid=4, tokenizer="t")
     save_export(storage, description, {WEIGHTS: model.state_dict()})
-    loaded, found = load_lightningdit(storage)
+    loaded, found = load_exported_lightningdit(storage)
     assert found == description
     assert torch.equal(loaded(noise, ALL, labels), model(noise, ALL, labels))
     stored = yaml.safe_load(storage.read_bytes(DESCRIPTION))

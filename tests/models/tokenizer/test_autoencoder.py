@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from support import small_models
 
 from vavae.config import digest
-from vavae.interop.export import DESCRIPTION, WEIGHTS, TokenizerDescription, load_tokenizer, save_export
+from vavae.interop.export import DESCRIPTION, WEIGHTS, TokenizerDescription, load_exported_tokenizer, save_export
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
@@ -80,7 +80,7 @@ def test_a_part_that_is_left_out_is_as_if_it_did_nothing(part, storage):
         tokenizer=less.config, teacher=TeacherConfig(), vision_foundation=VisionFoundationLossConfig(), feature_dim=6
     )
     save_export(storage, description, {WEIGHTS: less.state_dict()})
-    assert load_tokenizer(storage)[1] == description
+    assert load_exported_tokenizer(storage)[1] == description
     assert yaml.safe_load(storage.read_bytes(DESCRIPTION))["tokenizer"][part] is False, "which older readers refuse"
 
 

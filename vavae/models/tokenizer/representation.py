@@ -128,9 +128,12 @@ class RepresentationAutoencoder(nn.Module):
 
     @property
     def encoder(self) -> RepresentationEncoder:
-        """The frozen encoder."""
+        """The frozen encoder; UserError where the autoencoder was loaded to decode alone."""
         (encoder,) = self._beside
-        assert encoder is not None, "this autoencoder was made to decode alone"
+        if encoder is None:
+            raise UserError(
+                "this tokenizer was loaded to decode alone, as a sampler's is: load_tokenizer has its encoder"
+            )
         return encoder
 
     @property

@@ -21,8 +21,8 @@ from vavae.models.backbones.load import meta_backbone
 from vavae.models.tokenizer.representation import build_autoencoder
 from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.config import RunConfig
+from vavae.runs.jobs import Job
 from vavae.runs.phases import TokenizerPhase
-from vavae.runs.run import Job
 from vavae.training.flops.meta_models import (
     MetaModel,
     frozen_encoder,

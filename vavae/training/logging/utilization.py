@@ -4,7 +4,7 @@ import torch
 
 from vavae.distributed.world import World
 from vavae.runs.config import RunConfig
-from vavae.runs.run import Job
+from vavae.runs.jobs import Job
 from vavae.runs.training_config import TrainingConfig
 from vavae.training.flops.flops import training_flops
 from vavae.training.flops.gpus import gpu_of_device

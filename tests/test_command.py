@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vavae.config import Arguments, parse_arguments, run_command
+from vavae.command import Arguments, parse_arguments, run_command
 from vavae.errors import UserError
 
 
