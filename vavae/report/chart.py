@@ -129,7 +129,7 @@ class Frame(NamedTuple):
 NARROW = Frame(320, 170, 46, 8, 8, 22)
 TALL = Frame(320, 184, 46, 8, 8, 36)
 """Narrow, with room for names in two rows."""
-WIDE = Frame(640, 380, 74, 36, 16, 36)
+WIDE = Frame(640, 380, 80, 48, 16, 36)
 _CHARACTER = 6.4
 """Width of a character of a narrow chart, about."""
 
@@ -159,7 +159,9 @@ def line_chart(lines: Sequence[Line], label: str, x: Axis, y: Axis, frame: Frame
                     parts += _bar(
                         at, at, *(frame.y(y, value + s * line.deviations[place]) for s in (-1, 1)), line.color
                     )
-                parts += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}"/>').format(at, height, line.color)
+                parts += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}" data-mark="{},{}"/>').format(
+                    at, height, line.color, number, place
+                )
         if line.trial is not None:
             parts = Markup('<g data-trial="{}"><title>{}</title>{}</g>').format(line.trial, line.name, parts)
         drawn += parts
@@ -174,11 +176,9 @@ def line_chart(lines: Sequence[Line], label: str, x: Axis, y: Axis, frame: Frame
         ],
     }
     drawn_ends = _ends([line for line in lines if line.trial is not None], x, y, frame)
-    inner = Markup(
-        '<svg class="inner" x="{}" y="0" width="{}" height="{}" viewBox="{} 0 {} {}">{}</svg>'
-    ).format(
-        frame.left, frame.width - frame.left, frame.height, frame.left, frame.width - frame.left, frame.height, drawn
-    )  # fmt: skip
+    box = (frame.left, frame.top - 5, frame.width - frame.left, frame.height - frame.top - frame.bottom + 10)
+    inner = Markup('<svg class="inner" x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>')
+    inner = inner.format(*box, drawn)
     data = Markup(' data-chart="{}"').format(json.dumps(numbers, separators=(",", ":")))
     return _svg(frame, _kind(frame), label, _axes(x, y, frame) + inner + drawn_ends, data)
 
@@ -275,7 +275,7 @@ def _ends(lines: Sequence[Line], x: Axis, y: Axis, frame: Frame) -> Markup:
         heights[place] = min(heights[place], bottom if place == len(heights) - 1 else heights[place + 1] - apart)
     drawn = Markup()
     for line, height in zip(lines, heights, strict=True):
-        at = frame.x(x, line.x[-1]) + 7
+        at = frame.x(x, line.x[-1]) + 11
         drawn += Markup(
             '<text x="{:.1f}" y="{:.1f}" dy=".35em" class="number" style="fill: {}" data-trial="{}">{}</text>'
         ).format(at, height, line.color, line.trial, line.trial)
@@ -285,24 +285,24 @@ def _ends(lines: Sequence[Line], x: Axis, y: Axis, frame: Frame) -> Markup:
 def _words(dots: Sequence[Dot], x: Axis, y: Axis, frame: Frame) -> Markup:
     """Numbers and words beside the points, each where it covers the least of others and of points."""
     points = [(frame.x(x, dot.x), frame.y(y, dot.y)) for dot in dots]
+    outside = _outside(frame)
     taken = [(across - 6, down - 6, across + 6, down + 6) for across, down in points]
     drawn = Markup()
     for dot, (across, down) in zip(dots, points, strict=True):
         width = 1.15 * _CHARACTER * (len(dot.words) + 3)
+        anchors = {"start": across + 7, "end": across - 7 - width, "middle": across - width / 2}
         places = [
-            (left, top, left + width, top + 15)
+            (anchor, (left, top, left + width, top + 15))
             for top in (down - 20, down + 5)
-            for left in (across + 7, across - 7 - width)
+            for anchor, left in anchors.items()
         ]
-        best = min(places, key=lambda box: sum(_overlap(box, other) for other in [*taken, *_outside(frame)]))
-        taken.append(best)
-        is_left = best[0] < across
+        anchor, box = min(places, key=lambda place: sum(_overlap(place[1], other) for other in taken + outside))
+        taken.append(box)
+        at = {"start": box[0], "end": box[2], "middle": (box[0] + box[2]) / 2}[anchor]
         drawn += Markup(
             '<text x="{:.1f}" y="{:.1f}" text-anchor="{}" data-trial="{}"><tspan class="number">{}</tspan>'
             '<tspan class="words"> {}</tspan></text>'
-        ).format(
-            best[2 if is_left else 0], best[1] + 12, "end" if is_left else "start", dot.trial, dot.trial, dot.words
-        )  # fmt: skip
+        ).format(at, box[1] + 12, anchor, dot.trial, dot.trial, dot.words)
     return drawn
 
 
@@ -329,6 +329,7 @@ def _dot(dot: Dot, x: Axis, y: Axis, frame: Frame) -> Markup:
         drawn += _bar(*(frame.x(x, dot.x + sign * dot.deviation_x) for sign in (-1, 1)), down, down, dot.color)
     if dot.deviation_y:
         drawn += _bar(across, across, *(frame.y(y, dot.y + sign * dot.deviation_y) for sign in (-1, 1)), dot.color)
+    drawn += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="11" class="reach"/>').format(across, down)
     drawn += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5" stroke="{}" fill="{}"/>').format(
         across, down, dot.color, "var(--page)" if dot.hollow else dot.color
     )

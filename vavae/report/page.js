@@ -86,8 +86,8 @@
 
     const redraw = () => {
       const untouched = settings.smoothing === null && settings.from === 0 && settings.to === 1;
-      const width = data.smooth ? settings.smoothing ?? Math.max(0.015, 1 / Math.max(...lines.map((each) => each.x.length))) : 0;
-      lines.forEach((each) => { each.shown = smooth(each.y, width); });
+      const deviation = data.smooth ? settings.smoothing ?? Math.max(0.015, 1 / Math.max(...lines.map((each) => each.x.length))) : 0;
+      lines.forEach((each) => { each.shown = smooth(each.y, deviation); });
       if (untouched && !svg.dataset.redrawn) return; // as it came
       svg.dataset.redrawn = "yes";
       const x = [at(data.x, settings.from), at(data.x, settings.to), data.x[2]];
@@ -101,6 +101,13 @@
       lines.forEach((each, index) => all(`path[data-line="${index}"]`, svg).forEach((drawn) => {
         drawn.setAttribute("d", path(each.x, drawn.classList.contains("faint") ? each.y : each.shown));
       }));
+      all("[data-mark]", svg).forEach((mark) => {
+        const [index, place] = mark.dataset.mark.split(",");
+        const value = lines[index].shown[place];
+        if (value === null) return;
+        mark.setAttribute("cx", px(lines[index].x[place]));
+        mark.setAttribute("cy", py(value));
+      });
       const [across, up] = [svg.querySelector(".ticks.x"), svg.querySelector(".ticks.y")];
       [across, up].forEach((group) => group.replaceChildren());
       ticks(x).forEach((value) => {
@@ -108,11 +115,10 @@
         draw(across, "text", { x: px(value), y: height - bottom + 4, dy: "1.1em", "text-anchor": "middle" }, short(value));
       });
       ticks(y).forEach((value) => {
-        draw(up, "line", { x1: left, x2: width_(), y1: py(value), y2: py(value) });
+        draw(up, "line", { x1: left, x2: width - right, y1: py(value), y2: py(value) });
         draw(up, "text", { x: left - 6, y: py(value), dy: ".35em", "text-anchor": "end" }, short(value));
       });
     };
-    const width_ = () => width - right;
 
     // The nearest values to a place between the axes, 0 to 1, with a line through them.
     let cross = null, place = null;
@@ -144,7 +150,7 @@
     let drag = null, shade = null;
     svg.style.touchAction = "pan-y";
     svg.tabIndex = 0;
-    svg.addEventListener("pointerdown", (event) => { if (event.pointerType === "mouse" && data.smooth) { drag = partOf(event); event.preventDefault(); svg.focus({ preventScroll: true }); } });
+    svg.addEventListener("pointerdown", (event) => { if (event.pointerType === "mouse" && data.smooth) { drag = partOf(event); event.preventDefault(); } });
     svg.addEventListener("pointermove", (event) => {
       const part = partOf(event);
       point(part, event.clientX, event.clientY);
@@ -212,7 +218,7 @@
       const details = document.getElementById(`trial-${trial}`);
       if (each.tagName === "TR" || !details || each.closest("svg[data-chart]")) return;
       show(x, y, (into) => {
-        line(into, details.querySelector("summary").textContent, true);
+        line(into, `trial ${trial}`, true);
         all("[data-tip]", details).forEach((row) => line(into, row.dataset.tip));
         const image = details.querySelector("img");
         if (image) into.appendChild(image.cloneNode());

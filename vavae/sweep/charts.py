@@ -63,9 +63,12 @@ class Numbered(NamedTuple):
 
 
 def frontier_chart(sweep: Sweep, trials: Sequence[Numbered]) -> Chart | None:
-    """Draw reconstruction against generation with deviations, the front, and arrows from unaligned trials to twins."""
+    """Draw reconstruction against generation with deviations, the front, and arrows from unaligned trials to twins.
+
+    Trials of one tokenizer make none.
+    """
     shown = [one for one in trials if {RECONSTRUCTION, GENERATION} <= one.result.last.keys()]
-    if not shown:
+    if len({one.result.last[RECONSTRUCTION].mean for one in shown}) < 2:
         return None
     dots = {
         one.result.name: _dot(
