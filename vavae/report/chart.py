@@ -156,9 +156,8 @@ def line_chart(lines: Sequence[Line], label: str, x: Axis, y: Axis, frame: Frame
             if math.isfinite(value):
                 at, height = frame.x(x, line.x[place]), frame.y(y, value)
                 if line.deviations:
-                    parts += _bar(
-                        at, at, *(frame.y(y, value + s * line.deviations[place]) for s in (-1, 1)), line.color
-                    )
+                    low, high = (frame.y(y, value + sign * line.deviations[place]) for sign in (-1, 1))
+                    parts += _bar((at, at), (low, high), line.color)
                 parts += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="{}" data-mark="{},{}"/>').format(
                     at, height, line.color, number, place
                 )
@@ -206,7 +205,8 @@ def scatter_chart(
     drawn = Markup()
     corners = [corner for before, after in pairwise(steps) for corner in (before, (after[0], before[1]))]
     if len(steps) > 1:
-        path = _path(*zip(*[*corners, steps[-1]], strict=True), x, y, frame)
+        corners.append(steps[-1])
+        path = _path([corner[0] for corner in corners], [corner[1] for corner in corners], x, y, frame)
         drawn += Markup('<path d="{}" class="front"/>').format(path)
     for tail, head in arrows:
         drawn += _arrow(*((frame.x(x, dot.x), frame.y(y, dot.y)) for dot in (tail, head)))
@@ -326,9 +326,11 @@ def _dot(dot: Dot, x: Axis, y: Axis, frame: Frame) -> Markup:
     across, down = frame.x(x, dot.x), frame.y(y, dot.y)
     drawn = Markup()
     if dot.deviation_x:
-        drawn += _bar(*(frame.x(x, dot.x + sign * dot.deviation_x) for sign in (-1, 1)), down, down, dot.color)
+        low, high = (frame.x(x, dot.x + sign * dot.deviation_x) for sign in (-1, 1))
+        drawn += _bar((low, high), (down, down), dot.color)
     if dot.deviation_y:
-        drawn += _bar(across, across, *(frame.y(y, dot.y + sign * dot.deviation_y) for sign in (-1, 1)), dot.color)
+        low, high = (frame.y(y, dot.y + sign * dot.deviation_y) for sign in (-1, 1))
+        drawn += _bar((across, across), (low, high), dot.color)
     drawn += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="11" class="reach"/>').format(across, down)
     drawn += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5" stroke="{}" fill="{}"/>').format(
         across, down, dot.color, "var(--page)" if dot.hollow else dot.color
@@ -338,10 +340,10 @@ def _dot(dot: Dot, x: Axis, y: Axis, frame: Frame) -> Markup:
     )
 
 
-def _bar(x1: float, x2: float, y1: float, y2: float, color: str) -> Markup:
-    """A bar of a deviation."""
+def _bar(xs: tuple[float, float], ys: tuple[float, float], color: str) -> Markup:
+    """A bar of a deviation, between two points."""
     return Markup('<line x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}" stroke="{}" class="bar"/>').format(
-        x1, x2, y1, y2, color
+        *xs, *ys, color
     )
 
 
