@@ -179,7 +179,7 @@ def line_chart(lines: Sequence[Line], label: str, x: Axis, y: Axis, frame: Frame
     inner = Markup('<svg class="inner" x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>')
     inner = inner.format(*box, drawn)
     data = Markup(' data-chart="{}"').format(json.dumps(numbers, separators=(",", ":")))
-    return _svg(frame, _kind(frame), label, _axes(x, y, frame) + inner + drawn_ends, data)
+    return _svg(frame, "wide" if frame == WIDE else "narrow", label, _axes(x, y, frame) + inner + drawn_ends, data)
 
 
 def scatter_chart(
@@ -214,7 +214,7 @@ def scatter_chart(
         drawn += _dot(dot, x, y, frame)
     if frame == WIDE:
         drawn += _words(dots, x, y, frame)
-    return _svg(frame, _kind(frame), label, _axes(x, y, frame) + drawn)
+    return _svg(frame, "wide" if frame == WIDE else "narrow", label, _axes(x, y, frame) + drawn)
 
 
 class Coordinate(NamedTuple):
@@ -233,11 +233,11 @@ def parallel_chart(coordinates: Sequence[Coordinate], trials: Sequence[Line], la
         label: the chart in words.
     """
     frame = Frame(max(640, 130 * len(coordinates)), 330, 20, 90, 56, 16)
-    apart = (frame.width - frame.left - frame.right) / (len(coordinates) - 1)
+    spacing = (frame.width - frame.left - frame.right) / (len(coordinates) - 1)
     drawn = Markup()
     for line in trials:
         points = " ".join(
-            f"{frame.left + place * apart:.1f},{frame.y(each.axis, value):.1f}"
+            f"{frame.left + place * spacing:.1f},{frame.y(each.axis, value):.1f}"
             for place, (each, value) in enumerate(zip(coordinates, line.y, strict=True))
         )
         drawn += Markup(
@@ -245,7 +245,7 @@ def parallel_chart(coordinates: Sequence[Coordinate], trials: Sequence[Line], la
             '<polyline points="{}" fill="none" stroke="{}" class="bold"/></a>'
         ).format(line.trial, line.trial, line.name, line.name, points, line.color)
     for place, each in enumerate(coordinates):
-        at = frame.left + place * apart
+        at = frame.left + place * spacing
         drawn += Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}" class="axis-line"/>').format(
             at, frame.top, frame.height - frame.bottom
         )
@@ -267,12 +267,12 @@ def _ends(lines: Sequence[Line], x: Axis, y: Axis, frame: Frame) -> Markup:
     """Numbers of trials at the ends of their lines, apart from each other."""
     lines = sorted(lines, key=lambda line: -line.y[-1])
     bottom = frame.height - frame.bottom
-    apart = min(21.0, bottom / max(1, len(lines)))
+    spacing = min(21.0, bottom / max(1, len(lines)))
     heights: list[float] = []
     for line in lines:
-        heights.append(max(frame.y(y, line.y[-1]), heights[-1] + apart if heights else frame.top))
+        heights.append(max(frame.y(y, line.y[-1]), heights[-1] + spacing if heights else frame.top))
     for place in reversed(range(len(heights))):
-        heights[place] = min(heights[place], bottom if place == len(heights) - 1 else heights[place + 1] - apart)
+        heights[place] = min(heights[place], bottom if place == len(heights) - 1 else heights[place + 1] - spacing)
     drawn = Markup()
     for line, height in zip(lines, heights, strict=True):
         at = frame.x(x, line.x[-1]) + 11
@@ -393,10 +393,6 @@ def _path(xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis, frame: Fra
             parts.append(f"{'L' if before else 'M'}{frame.x(x, across):.1f} {frame.y(y, value):.1f}")
         before = math.isfinite(value)
     return "".join(parts)
-
-
-def _kind(frame: Frame) -> str:
-    return "wide" if frame.width > NARROW.width else "narrow"
 
 
 def _svg(frame: Frame, kind: str, label: str, content: Markup, data: str = "") -> Markup:

@@ -56,12 +56,18 @@ def number(value: float) -> str:
 
 
 def _groups(items: Iterable[Any], name: str) -> list[list[Any]]:
-    """Consecutive items that have one value of an attribute."""
+    """Consecutive items that have one value of an attribute.
+
+    Unlike the filter of Jinja it does not sort them.
+    """
     return [list(group) for _, group in groupby(items, attrgetter(name))]
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may be broken between its words."""
+    """A name that may be broken between its words.
+
+    On a phone it would else widen its column, or be cut between any two letters.
+    """
     return Markup(re.sub(r"([_./=]|, ?)(?=\w)", r"\1<wbr>", str(escape(name))))
 
 

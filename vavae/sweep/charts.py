@@ -37,7 +37,7 @@ from vavae.sweep.trial_results import (
 
 _MOST_WORDS = 12
 """Points of more trials than this bear no words, which would overlap."""
-_TICK_CHARACTERS = 14
+_TICK_CHARACTERS, _NAME_CHARACTERS = 14, 28
 _UNSET = "not set"
 
 
@@ -156,7 +156,11 @@ def parallel_trials(sweep: Sweep, trials: Sequence[Numbered]) -> Chart | None:
         color = _between(_share_behind(figures[objectives[0].measure], place, objectives[0]))
         values += [figures[each.measure][place] for each in objectives]
         lines.append(Line(one.title, range(len(values)), values, color, trial=one.number))
-    coordinates = [Coordinate(_name(path), axis) for path, axis in axes.items()]
+    names = {path: path.rpartition(".")[2] for path in axes}
+    coordinates = [
+        Coordinate(name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}…", axes[path])
+        for path, name in names.items()
+    ]
     return Chart(
         parallel_chart(coordinates, lines, f"{len(shown)} trials across {', '.join(axes)}"),
         key=f"A line is a trial: blue are the best by {objectives[0].measure}, orange the last. At the foot of an axis "
@@ -206,11 +210,6 @@ def _axis_of_domain(domain: DomainConfig, characters: int, unset: bool = False) 
 
 def _place(domain: DomainConfig, value: str | float) -> float:
     return float(value) if domain.range is not None else list(domain.options).index(str(value))
-
-
-def _name(path: str) -> str:
-    end = path.rpartition(".")[2]
-    return end if len(end) <= 2 * _TICK_CHARACTERS else f"{end[: 2 * _TICK_CHARACTERS - 1]}…"
 
 
 def _share_behind(values: Sequence[float], place: int, objective: ObjectiveConfig) -> float:

@@ -126,17 +126,17 @@ def _best(trials: Sequence[Numbered], objective: ObjectiveConfig) -> dict[str, A
     """The best trial by an objective, and how many others seeds do not tell from it."""
     first, *others = _having(trials, objective)
     metric = first.result.last[objective.measure]
-    near = [one for one in others if not _differ(metric, one.result.last[objective.measure])]
+    near = [
+        one
+        for one in others
+        if abs(metric.mean - (other := one.result.last[objective.measure]).mean)
+        <= (metric.deviation or 0.0) + (other.deviation or 0.0)
+    ]
     if metric.deviation is None:
         doubt = "of one seed"
     else:
         doubt = f"{len(near)} more within the deviations" if near else "beyond the deviations of all others"
     return {"objective": objective, "value": _words(metric), "trial": first, "doubt": doubt if others else ""}
-
-
-def _differ(one: SeedMean, other: SeedMean) -> bool:
-    """Tell whether two means are further apart than their deviations together."""
-    return abs(one.mean - other.mean) > (one.deviation or 0.0) + (other.deviation or 0.0)
 
 
 def _ranking(trials: Sequence[Numbered], objective: ObjectiveConfig) -> list[_Ranked]:
