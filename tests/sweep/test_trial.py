@@ -193,7 +193,7 @@ def test_the_page_shows_trials_pictures_and_the_sweep_file(root: Path, reports) 
     assert heads[:3] == ["reconstruction_frechet_distance", "generation_frechet_distance", "state"], "objectives first"
     places = {attributes["id"] for attributes in page.all("details") if "id" in attributes}
     assert places == {f"trial-{number}" for number in (1, 2, 3, 4)}
-    links = {link["href"] for link in page.all("a") if (link["href"] or "").startswith("#trial")}
+    links = {link["href"] for link in page.all("a") if (link["href"] or "").startswith("#trial-")}
     assert links == {f"#{place}" for place in places}, "every point leads to its trial"
     for name in ("frontier.png", "ranking.png", "probes.png"):
         assert (root / "toy" / name).read_bytes().startswith(b"\x89PNG")
