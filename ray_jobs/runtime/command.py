@@ -22,6 +22,7 @@ from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.planning.sizes import bytes_to_write
 from vavae.progress import clock
+from vavae.runs.commit import commit_of_code
 from vavae.runs.config import RunConfig
 from vavae.runs.events import Event, EventLog
 from vavae.runs.files import CONFIG, REPORT
@@ -85,7 +86,9 @@ def _main(
         _print_plan(now, plans)
         run.storage.write_bytes(CONFIG, dump(config).encode())
         events = EventLog(run.storage)
-        events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count}))
+        commit = commit_of_code()
+        code = {} if commit is None else {"commit": commit}
+        events.add(Event("started", details={"jobs": to_do, "workers": config.workers.count, **code}))
         with cluster(config, evaluation=Resources.for_checkpoint_evaluation(config)):
             for job in to_do:
                 _run_job(run, job, functions[job], events)

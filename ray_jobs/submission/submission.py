@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.config.load import load
 from vavae.config.paths import written_path
 from vavae.errors import UserError
+from vavae.runs.commit import commit_of
 from vavae.runs.config import RunConfig
 from vavae.storage.config import StorageConfig
 from vavae.sweep.sweep import Sweep, as_written
@@ -85,7 +85,7 @@ def describe(
     """
     root = written_path(subject.storage.root)
     metadata = {"job": job, "run": subject.name, "storage": root, "config": subject.digest}
-    commit = _commit(working_dir)
+    commit = commit_of(working_dir)
     if commit is not None:
         metadata["commit"] = commit
     environment: dict[str, Any] = {"env_vars": {GRACE: str(_GRACE_SECONDS), **variables}}
@@ -143,13 +143,3 @@ def refuse_secrets(submission: Submission, environment: Mapping[str, str]) -> No
     for name, value in environment.items():
         if _SECRET_NAME.search(name) and len(value) >= _SECRET_CHARACTERS and value in text:
             raise UserError(f"the submission holds the value of {name}, and would show it to everybody: take it out")
-
-
-def _commit(folder: Path) -> str | None:
-    """The commit of a checkout, with `-dirty` where files differ from it; None outside of one."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

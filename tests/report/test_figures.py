@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import re
@@ -18,7 +19,7 @@ def rows(name: str, values: list, stage: str = "tokenizer") -> list[dict]:
 
 def lines(svg: str) -> list[str]:
     """Outlines of the faint and of the bold line."""
-    return re.findall(r'<path d="([^"]*)"[^>]*stroke: #3f87d9', svg)
+    return re.findall(r'<path d="([^"]*)"[^>]*stroke="#3f87d9', svg)
 
 
 def test_nothing_makes_no_curves():
@@ -49,8 +50,7 @@ def test_a_curve_is_a_named_picture_in_the_colors_of_the_page():
     element = ElementTree.fromstring(curve.svg)
     assert element.attrib["role"] == "img"
     assert element.attrib["aria-label"] == 'loss/"<total>" of tokenizer over 192 images: from 3 to 1'
-    assert "currentColor" in curve.svg
-    assert not re.search(r"(?:fill|stroke): #0{3,6}\b", curve.svg.split("</defs>")[-1])
+    assert {*re.findall(r"#[0-9a-f]{3,6}", curve.svg)} == {"#3f87d9"}, "the line; the rest is of the page"
     assert [line.count("L") for line in lines(curve.svg)] == [2, 2]
 
 
@@ -74,6 +74,13 @@ def test_single_constant_and_wide_values_are_drawn(values: list[float]):
     (curve,) = training_curves(rows("learning_rate", values))
     assert len(lines(curve.svg)) == 2
     assert "1e" not in "".join(ElementTree.fromstring(curve.svg).itertext())  # no offset of the axis
+
+
+def test_a_script_finds_the_values_that_were_logged_in_the_picture():
+    (curve,) = training_curves(rows("loss/total", [4.0, math.nan, 2.0]))
+    data = json.loads(ElementTree.fromstring(curve.svg).attrib["data-chart"])
+    assert data["lines"] == [{"name": "", "x": [64.0, 128.0, 192.0], "y": [4.0, None, 2.0]}]
+    assert data["smooth"]
 
 
 def test_long_runs_make_no_large_pages():

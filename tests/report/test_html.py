@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import math
 import re
 
@@ -10,7 +11,7 @@ from vavae.data.image import png_bytes
 from vavae.data.pixels import image_grid
 from vavae.evaluation.metric import Metric
 from vavae.report.figures import Picture, training_curves
-from vavae.report.html import Report, render
+from vavae.report.html import HEADLINES, Report, render
 
 PNG = png_bytes(image_grid(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2))
 
@@ -54,15 +55,26 @@ def test_nothing_comes_from_elsewhere(html: str):
     assert links
     assert all(link and link.startswith(("data:image/png;base64,", "#")) for link in links)
     assert all(link in ("", "#") for link in re.findall(r"url\(['\"]?(.)", html))
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    assert page.all("script") == [{}]
     assert "@import" not in html
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", html)
+
+
+def test_a_browser_runs_the_script_of_the_page_and_no_other(html: str):
+    (policy,) = [meta["content"] for meta in Page(html).all("meta") if "http-equiv" in meta]
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def test_everything_is_escaped(html: str):
     page = Page(html)
-    # title twice, summary, stage, curve, fact twice, metric three times, picture twice, configuration
-    assert page.text.count(HOSTILE) == 13
-    assert "<script" not in html
+    # title twice, summary, headline with unit, stage, curve, fact twice, metric with unit and protocol, the name with
+    # that, picture twice, configuration
+    assert page.text.count(HOSTILE) == 16
+    assert html.count("<script") == 1
 
 
 def test_every_picture_has_words_and_its_bytes(html: str):
@@ -70,8 +82,9 @@ def test_every_picture_has_words_and_its_bytes(html: str):
     found = page.all("img")
     assert [image["alt"] for image in found] == [HOSTILE, "pairs of digits"]
     assert all(base64.b64decode((image["src"] or "").split(",")[1]) == PNG for image in found)
-    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
-    assert len(page.all("svg")) == 1
+    (chart,) = [svg for svg in page.all("svg") if svg["class"] != "inner"]
+    assert chart["role"] == "img"
+    assert chart["aria-label"]
 
 
 def test_every_section_can_be_reached(html: str):
@@ -91,6 +104,25 @@ def test_light_dark_phone_and_paper(html: str):
     assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
     assert "@media print" in html
+
+
+def test_the_page_opens_with_five_figures_in_words_and_the_pictures():
+    names = ("ssim", "class_agreement", "x", "generation_frechet_distance", "psnr", "reconstruction_frechet_distance")
+    metrics = [Metric(name, 1.0, protocol="the protocol") for name in names]
+    text = render(Report("run", byline="2026", metrics=metrics, pictures=[Picture("Samples", "", PNG, "a grid")]))
+    words = re.findall(r"<dt>(.*?)</dt><dd>", text.split('id="results"')[0])
+    assert words == [HEADLINES[name] for name in HEADLINES if name in names] + ["ssim"]
+    places = [text.index(part) for part in ("2026", 'class="headlines"', "<img", 'id="results"')]
+    assert places == sorted(places)
+    assert text.count("the protocol") == 1
+
+
+def test_losses_are_open_and_counters_of_storage_folded_and_last():
+    rows = [{"stage": "s", "images": n, "storage/requests": n, "loss/total": n, "learning_rate": n} for n in (1, 2)]
+    text = render(Report("run", curves=training_curves(rows)))
+    assert re.findall(r'<details( open)?><summary class="heading">(\w+)', text) == [
+        (" open", "losses"), ("", "optimization"), ("", "storage"),
+    ]  # fmt: skip
 
 
 def test_empty_parts_are_left_out():

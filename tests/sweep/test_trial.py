@@ -4,9 +4,11 @@ import csv
 import io
 import itertools
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.html_page import Page
 from support.toy_trials import InProcess, generation, made, reconstruction, toy_sweep_file
 
 from vavae.config import load
@@ -17,7 +19,7 @@ from vavae.sweep.results import write_sweep
 from vavae.sweep.rows import new_rows, restore_rows, write_rows
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, Task, read_ledger, run_trial, write_entry
-from vavae.sweep.trial_results import SeedMean, TrialResult, collect, front, speed_ups, twins
+from vavae.sweep.trial_results import SeedMean, TrialResult, collect, front, importances, speed_ups, twins
 
 _BASE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -147,7 +149,7 @@ def test_a_distance_that_a_trial_does_not_reach_is_said_and_not_left_out(
     table, page = ((tmp_path / "toy" / name).read_text() for name in ("trials.csv", "frontier.html"))
     found = [row["images_to_frechet/50"] for row in csv.DictReader(io.StringIO(table))]
     assert found == ["12810.4", "not reached with every seed"]
-    assert "<td>12,810 ± 9</td>" in page
+    assert ">12,810 ± 9</td>" in page
     assert page.count("not reached with every seed") == 2, "images and epochs"
 
 
@@ -174,15 +176,58 @@ def test_best_configurations_run_as_they_are(root: Path, reports) -> None:
 
 def test_the_page_shows_trials_pictures_and_the_sweep_file(root: Path, reports) -> None:
     write_sweep(_sweep(root, "seeds=[0, 1]"))
-    page = (root / "toy" / "frontier.html").read_text()
-    assert page.count("<img") == 6, "frontier, ranking, curves, probes, and a picture for each of two keys"
-    assert "4 finished" in page
-    assert "tokenizer.latent_dim=8, lightningdit.depth=3" in page
-    assert "<td>-0.89 (4 trials)</td>" in page, (
+    html = (root / "toy" / "frontier.html").read_text()
+    page = Page(html)
+    assert page.open == []
+    kinds = Counter(svg["class"] for svg in page.all("svg"))
+    assert kinds == {"chart wide": 2, "chart parallel": 1, "chart narrow": 5, "inner": 1}, (
+        "frontier and curves; trials across their keys; two keys by two objectives, and a probe"
+    )
+    assert all(svg["aria-label"] for svg in page.all("svg") if svg["class"] != "inner")
+    assert "4 finished" in page.text
+    assert "tokenizer.latent_dim=8, lightningdit.depth=3" in page.text
+    assert "<td>-0.89 (4 trials)</td>" in html, (
         "ranks 3.5, 3.5, 1.5, 1.5 of reconstruction and 2, 1, 4, 3 of generation"
     )
+    heads = [title for title in (head.get("title") for head in page.all("th")) if title]
+    assert heads[:3] == ["reconstruction_frechet_distance", "generation_frechet_distance", "state"], "objectives first"
+    places = {attributes["id"] for attributes in page.all("details") if "id" in attributes}
+    assert places == {f"trial-{number}" for number in (1, 2, 3, 4)}
+    links = {link["href"] for link in page.all("a") if (link["href"] or "").startswith("#trial-")}
+    assert links == {f"#{place}" for place in places}, "every point leads to its trial"
     for name in ("frontier.png", "ranking.png", "probes.png"):
         assert (root / "toy" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_speed_up_is_claimed_where_seeds_and_trend_allow_it(root: Path, reports, monkeypatch) -> None:
+    sweep = _sweep(root, "seeds=[0, 1]")
+    before, after, *_ = collect(sweep)
+
+    def doubt(slow: list[tuple], fast: list[tuple]) -> str | None:
+        def trial(one: TrialResult, row: list[tuple]) -> TrialResult:
+            rungs = {images: {"generation_frechet_distance": SeedMean(*each)} for images, each in enumerate(row, 1)}
+            return one._replace(curve=rungs)
+
+        pair = trial(before, slow), trial(after, fast)
+        monkeypatch.setattr("vavae.sweep.trial_results.twins", lambda sweep, results: [pair])
+        (one,) = speed_ups(sweep, [])
+        return one.doubt
+
+    assert doubt([(900, 5), (800, 5)], [(700, 5), (600, 5)]) is None
+    assert doubt([(900, None), (800, None)], [(700, None), (600, None)]) == "one seed"
+    assert "hardly learned" in (doubt([(900, 60), (800, 60)], [(700, 5), (600, 5)]) or "")
+    assert "within the deviations" in (doubt([(900, 5), (800, 5)], [(700, 5), (795, 5)]) or "")
+
+
+def test_a_key_explains_the_variance_between_the_means_of_its_options(root: Path, reports) -> None:
+    sweep = _sweep(root, "seeds=[0, 1]")
+    found = {(one.path, one.measure): one for one in importances(sweep, collect(sweep))}
+    channels = found["tokenizer.latent_dim", "reconstruction_frechet_distance"]
+    assert channels.explained == pytest.approx(1), "the toy's distance is a formula of the channels"
+    assert found["lightningdit.depth", "reconstruction_frechet_distance"].explained == pytest.approx(0)
+    assert (channels.trials, channels.by_chance) == (4, pytest.approx(1 / 3))
+    few = importances(sweep, collect(sweep)[:3])
+    assert {one.explained for one in few} == {None}
 
 
 def test_a_page_can_be_written_before_anything_is_known(tmp_path: Path) -> None:
@@ -300,7 +345,7 @@ rungs: [64, 128]
         ("2", "2"), ("3", "3"),
     ]  # fmt: skip
     assert all(after["losses.vision_foundation"] == "whole" for _, after in found)
-    ratios = [ratio for *_, ratio in speed_ups(sweep, collect(sweep))]
+    ratios = [one.found for one in speed_ups(sweep, collect(sweep))]
     assert [(ratio.ratio, ratio.at_least) for ratio in ratios if ratio] == [(1, False), (1, False)], "the toy is blind"
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from vavae.config import differences
 from vavae.evaluation.metric import Metric
 from vavae.report.figures import Curve, legend
-from vavae.report.html import Report, page
+from vavae.report.html import Report, headlines, page, protocols
 from vavae.runs.config import RunConfig
 
 _ABSENT = "-"
@@ -72,19 +72,24 @@ def render_comparison(comparison: Comparison) -> str:
         }
         for one in (True, False)
     )
+    metrics = _by_name({run: {metric.name: metric for metric in of.metrics} for run, of in reports.items()})
+    first = headlines(metrics)
     return page(
         "report/comparison.html",
         title=" · ".join(reports),
         summary=f"{len(reports)} runs side by side",
         runs=[*reports],
-        metrics=_by_name({run: {metric.name: metric for metric in of.metrics} for run, of in reports.items()}),
+        metrics=metrics,
+        headlines={name: metrics[name] for name in first},
+        others_measured={name: by_run for name, by_run in metrics.items() if name not in first},
+        protocols=protocols(metric for by_run in metrics.values() for metric in _of_one_protocol(by_run.values())),
         best=_best,
         of_results=of_results,
         others=others,
         pictures_by_title=_by_name({run: {shown.title: shown for shown in of.pictures} for run, of in reports.items()}),
         legend=legend([*reports]),
         curves=comparison.curves,
-        facts=_by_name({run: {"run": of.summary, **of.facts} for run, of in reports.items()}),
+        facts=_by_name({run: {"run": of.summary, "made": of.byline, **of.facts} for run, of in reports.items()}),
     )
 
 
@@ -96,6 +101,11 @@ def _by_name(by_run: Mapping[str, Mapping[str, Value]]) -> dict[str, dict[str, V
 
 def _best(metrics: Collection[Metric]) -> float | None:
     """The best of the figures of several runs; None where they were not measured by one protocol."""
-    if len(metrics) == 1 or len({metric.protocol for metric in metrics}) > 1:
+    if len(metrics) == 1 or not _of_one_protocol(metrics):
         return None
     return (max if next(iter(metrics)).better == "higher" else min)(metric.value for metric in metrics)
+
+
+def _of_one_protocol(metrics: Collection[Metric]) -> Collection[Metric]:
+    """The figures themselves; none where they were not measured by one protocol."""
+    return metrics if len({metric.protocol for metric in metrics}) == 1 else ()

@@ -17,25 +17,18 @@ import vavae.matplotlib_compat  # noqa: F401  (before matplotlib)
 
 # isort: split
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from vavae.metrics.latent_space import LatentMap
+from vavae.report.chart import Axis, Line, line_chart, look
 from vavae.training.logging.metric_names import metric_info
 
 _POINTS = 200
 """More points than this are averaged in bins: a long run must not make a large page."""
 _SMOOTHING = 0.015
 """Deviation of the Gaussian window of the bold line, as a share of the points."""
-_TEXT = "#010203"
-"""Stands for the page's text color until the picture is written."""
 _DECADES_FOR_LOG = 2
-_COLORS = ("#3f87d9", "#d2691e", "#2f9e68", "#b95fb0")
-"""Contrast of at least 3 to 1 with white and with a near-black page; distinguishable to the color-blind."""
-_DASHES = ("", "6 2.5", "1.5 2", "7 2 1.5 2")
-_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vavae", "font.size": 9, "axes.linewidth": 0.6}
 _MAP_COLORS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, 256)))
 """Without its ends, one of which would be lost on a dark page and the other on a light one."""
 _MAP_INCHES, _MAP_DPI = 5, 144
@@ -122,7 +115,7 @@ def legend(runs: Sequence[str]) -> Markup:
     """Names of runs with samples of their lines, as HTML."""
     entries = Markup()
     for index, run in enumerate(runs):
-        color, dashes = _look(index)
+        color, dashes = look(index)
         line = f'<line x1="1" x2="33" y1="6" y2="6" stroke="{color}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
         sample = f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">{line}</svg>'
         entries += Markup(f"<li>{sample} {{}}</li>").format(run)
@@ -160,11 +153,6 @@ def _meaning(name: str) -> str:
     return "" if meaning == name else meaning
 
 
-def _look(index: int) -> tuple[str, str]:
-    """Color and dashes (as SVG writes them) of the line of a run; both change, for those who see no colors."""
-    return _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
-
-
 class _Line(NamedTuple):
     """The points of one run."""
 
@@ -186,6 +174,12 @@ class _Line(NamedTuple):
         """Its values that are numbers."""
         return self.values[np.isfinite(self.values)]
 
+    def drawn(self, alone: bool) -> Line:
+        """The line, smoothed; where it is alone, also as it is."""
+        color, dashes = look(self.place)
+        smoothed, raw = smooth(self.values).tolist(), self.values.tolist()
+        return Line(self.run, self.images.tolist(), smoothed, color, dashes, raw, shows_raw=alone)
+
     def words(self) -> str:
         """From where to where it goes."""
         return f"{self.run} from {self.finite[0]:.4g} to {self.finite[-1]:.4g}".strip()
@@ -196,57 +190,15 @@ def _draw(stage: str, name: str, points: Mapping[str, Mapping[float, float]], ru
     lines = [line for line in lines if len(line.finite)]
     if not lines:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4, 1.9), layout="constrained")
-        axes = figure.add_subplot()
-        for line in lines:
-            _plot(axes, line, alone=len(runs) == 1)
-        _decorate(axes)
-        finite = np.concatenate([line.finite for line in lines])
-        _scale(axes, finite.min(), finite.max())
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+    finite = np.concatenate([line.finite for line in lines])
+    log = bool(finite.min() > 0 and np.log10(finite.max() / finite.min()) > _DECADES_FOR_LOG)
+    x, y = Axis.of([place for line in lines for place in line.images], margin=0), Axis.of(finite, log)
     seen = max(line.images[-1] for line in lines)
     text = f"{name} of {stage} over {seen:,.0f} images: {'; '.join(line.words() for line in lines)}"
-    return _inline(buffer.getvalue(), text)
-
-
-def _plot(axes: Axes, line: _Line, alone: bool) -> None:
-    """Draw a line smoothed; where it is alone, also as it is."""
-    color, dashes = _look(line.place)
-    style: Any = (0, tuple(map(float, dashes.split()))) if dashes else "-"
-    if alone:
-        axes.plot(line.images, line.values, color=color, alpha=0.35, linewidth=0.8)
-    marker = "." if len(line.values) < 3 else None
-    axes.plot(line.images, smooth(line.values), color=color, linewidth=1.6, linestyle=style, marker=marker)
-
-
-def _decorate(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_TEXT)
-    axes.tick_params(colors=_TEXT, width=0.6)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(color=_TEXT, alpha=0.12, linewidth=0.5)
-
-
-def _scale(axes: Axes, lowest: float, highest: float) -> None:
-    """Logarithmic over decades; a constant gets room around it, or rounding errors would fill the axis."""
-    if lowest > 0 and np.log10(highest / lowest) > _DECADES_FOR_LOG:
-        axes.set_yscale("log")
-    elif highest - lowest < 1e-6 * abs(highest):
-        axes.set_ylim(lowest - 0.5 * abs(lowest), highest + 0.5 * abs(highest))
+    return line_chart([line.drawn(alone=len(runs) == 1) for line in lines], text, x, y)
 
 
 def _binned(values: np.ndarray) -> np.ndarray:
     """At most ``_POINTS`` means of consecutive values; one that is missing makes its mean missing."""
     size = -(-len(values) // _POINTS)
     return np.array([values[start : start + size].mean() for start in range(0, len(values), size)])
-
-
-def _inline(document: str, text: str) -> Markup:
-    """The bare element of an SVG file: named for readers that cannot see it, its text in the color of the page."""
-    element = document[document.index("<svg") :].replace(_TEXT, "currentColor")
-    return Markup(element.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(text), 1))

@@ -1,6 +1,7 @@
 """Facts about a run besides its metrics: its data and models, and the time and cost of its trainings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ from vavae.evaluation.convergence import not_reached
 from vavae.progress import clock
 from vavae.runs.config import RunConfig
 from vavae.runs.evaluation_inputs import ReportInputs
+from vavae.runs.events import read_events
 from vavae.runs.jobs import JOBS, Job
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.storage import Storage
@@ -26,6 +28,38 @@ def run_summary(config: RunConfig) -> str:
         f"{written_path(config.shards.source)} at {describe_size(config.shards.image_size)} px; "
         f"tokenizer f{tokenizer.downsample}d{tokenizer.latent_dim}; LightningDiT {size}, patch {transformer.patch_size}"
     )
+
+
+def run_byline(storage: Storage) -> str:
+    """When a run was last at work, with the commit of its code and the time of its jobs, as far as its events tell.
+
+    Args:
+        storage: folder of the run.
+    """
+    events = read_events(storage)
+    if not events:
+        return f"written {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    parts = [f"{datetime.fromisoformat(events[-1]['time']):%Y-%m-%d %H:%M} UTC"]
+    commits = [event["commit"] for event in events if "commit" in event]
+    if commits:
+        commit, _, dirty = commits[-1].partition("-")
+        parts.append(f"commit {commit[:12]}{' with changes' if dirty else ''}")
+    seconds = _seconds_at_work(events)
+    return " · ".join([*parts, *([f"jobs took {clock(seconds)}"] if seconds >= 1 else [])])
+
+
+def _seconds_at_work(events: Sequence[Mapping[str, Any]]) -> float:
+    """Time of all attempts of jobs, each from its begin to the last event of it that is known, seconds."""
+    attempts: list[list[datetime]] = []
+    newest: dict[str, list[datetime]] = {}
+    for event in events:
+        stage, moment = event.get("stage", ""), datetime.fromisoformat(event["time"])
+        if event["event"] == "stage_begun":
+            newest[stage] = []
+            attempts.append(newest[stage])
+        if stage in newest:
+            newest[stage].append(moment)
+    return sum((attempt[-1] - attempt[0]).total_seconds() for attempt in attempts)
 
 
 def run_facts(inputs: ReportInputs, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from vavae.evaluation.metric import read_metrics
 from vavae.evaluation.metrics import generation_protocol
 from vavae.report.figures import Picture, training_curves
 from vavae.report.html import Report
-from vavae.report.run_facts import run_facts, run_summary
+from vavae.report.run_facts import run_byline, run_facts, run_summary
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import LATENT_MAP, RECONSTRUCTIONS, SAMPLES
 from vavae.runs.jobs import Job
@@ -24,6 +24,7 @@ def run_report(inputs: ReportInputs) -> Report:
     return Report(
         title=inputs.config.name,
         summary=run_summary(inputs.config),
+        byline=run_byline(inputs.storage),
         facts=run_facts(inputs, rows),
         metrics=read_metrics(inputs.storage),
         pictures=[*_pictures(inputs), *_previews(inputs)],

@@ -1,18 +1,16 @@
-"""Pictures of a sweep, as PNG: the frontier, generation against images seen, and objectives against each key."""
+"""Pictures of a sweep for documents, as PNG: the frontier, the ranking of trials, and probes of tokenizers."""
 
 import io
 import math
 from collections.abc import Sequence
-from statistics import fmean
 
 import vavae.matplotlib_compat  # noqa: F401  (before matplotlib)
 
 # isort: split
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vavae.sweep.config import DomainConfig, ObjectiveConfig
+from vavae.sweep.config import ObjectiveConfig
 from vavae.sweep.pareto import pareto_front
 from vavae.sweep.sweep import Sweep
 from vavae.sweep.trial_results import (
@@ -21,7 +19,6 @@ from vavae.sweep.trial_results import (
     RankCorrelation,
     TrialResult,
     is_aligned,
-    metric_curve,
     ranked,
     twins,
 )
@@ -29,11 +26,9 @@ from vavae.sweep.trial_results import (
 _DPI = 130
 _ALIGNED, _UNALIGNED, _FRONT = "#3f87d9", "#d9733f", "#7a7a7a"
 _LABEL_CHARACTERS = 40
-_RANKED = 30
+RANKED = 30
 """Trials that a ranking shows at most."""
 _PROBE_COLUMNS = 4
-_LEVEL_NAMES = 3
-"""Names of more options than this are rotated, or they would overlap."""
 
 
 def frontier_png(sweep: Sweep, results: Sequence[TrialResult]) -> bytes | None:
@@ -61,36 +56,12 @@ def frontier_png(sweep: Sweep, results: Sequence[TrialResult]) -> bytes | None:
     return _png(figure)
 
 
-def curves_png(sweep: Sweep, results: Sequence[TrialResult]) -> bytes | None:
-    """Plot the distance of generated images against images seen by the LightningDiT."""
-    shown = [(one, curve) for one in results if len(curve := metric_curve(one, GENERATION)) > 1]
-    if not shown:
-        return None
-    figure = Figure(figsize=(8, 5), dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
-    colors = matplotlib.colormaps["tab10"]
-    for place, (one, curve) in enumerate(shown):
-        axes.errorbar(
-            list(curve), [metric.mean for metric in curve.values()],
-            yerr=[metric.deviation or 0 for metric in curve.values()], capsize=3, marker="o", color=colors(place % 10),
-            linestyle="-" if is_aligned(sweep, one) else "--", label=label(one),
-        )  # fmt: skip
-    axes.set_xscale("log")
-    rungs = sorted({images for _, curve in shown for images in curve})
-    axes.set_xticks(rungs, [f"{images:,}" for images in rungs])
-    axes.minorticks_off()
-    axes.set_xlabel("images seen by the LightningDiT")
-    axes.set_ylabel("generation: Fréchet distance (lower is better)")
-    axes.legend(fontsize=7)
-    return _png(figure)
-
-
 def ranking_png(results: Sequence[TrialResult], objectives: Sequence[ObjectiveConfig]) -> bytes | None:
     """Plot the objectives of the finished trials with their deviations between seeds, the best by the first on top."""
     first = objectives[0]
     shown = [one for one in results if all(objective.measure in one.last for objective in objectives)]
     shown.sort(key=lambda one: one.last[first.measure].mean, reverse=first.better == "higher")
-    shown = shown[:_RANKED]
+    shown = shown[:RANKED]
     if len(shown) < 2:
         return None
     figure = Figure(figsize=(3 + 3 * len(objectives), 1 + 0.3 * len(shown)), dpi=_DPI, layout="constrained")
@@ -106,22 +77,6 @@ def ranking_png(results: Sequence[TrialResult], objectives: Sequence[ObjectiveCo
         axes.margins(y=0.5 / len(shown))
     panels[0].set_yticks(range(len(shown)), [label(one) for one in shown], fontsize=8)
     panels[0].invert_yaxis()
-    return _png(figure)
-
-
-def sensitivity_png(
-    path: str, domain: DomainConfig, results: Sequence[TrialResult], objectives: Sequence[ObjectiveConfig]
-) -> bytes | None:
-    """Plot each objective against one key: every finished trial that sets it, and the mean of each option."""
-    shown = [one for one in results if path in one.point and one.last]
-    if not shown:
-        return None
-    figure = Figure(figsize=(4 * len(objectives), 3), dpi=_DPI, layout="constrained")
-    for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
-        points = [(one.point[path], one.last[objective.measure].mean) for one in shown if objective.measure in one.last]
-        _draw_values(axes, domain, points)
-        axes.set_xlabel(path, fontsize=8)
-        axes.set_ylabel(f"{objective.measure}\n({objective.better} is better)", fontsize=8)
     return _png(figure)
 
 
@@ -156,21 +111,6 @@ def _draw_front(axes: Axes, shown: Sequence[TrialResult]) -> None:
     points = [(one.last[RECONSTRUCTION].mean, one.last[GENERATION].mean) for one in shown]
     front = sorted(point for point, on in zip(points, pareto_front(points), strict=True) if on)
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=_FRONT, linewidth=1, linestyle=":", zorder=0)
-
-
-def _draw_values(axes: Axes, domain: DomainConfig, points: Sequence[tuple[str | float, float]]) -> None:
-    """Draw values of an objective over those of a key; options stand side by side, with their means."""
-    if domain.range is not None:
-        axes.plot(*zip(*points, strict=True), "o", color=_ALIGNED, markersize=4)
-        axes.set_xscale("linear" if domain.loguniform is None else "log")
-        return
-    names = list(domain.options)
-    axes.plot([names.index(str(name)) for name, _ in points], [value for _, value in points], "o", color=_ALIGNED)
-    found = {name: [value for other, value in points if other == name] for name in names}
-    means = {names.index(name): fmean(values) for name, values in found.items() if values}
-    axes.plot(list(means), list(means.values()), "-", color=_FRONT, linewidth=1, zorder=0)
-    axes.set_xticks(range(len(names)), names, fontsize=7, rotation=0 if len(names) <= _LEVEL_NAMES else 20)
-    axes.margins(x=0.15)
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,27 +2,14 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from vavae.config.load import dump
-from vavae.config.yaml_source import to_text
 from vavae.evaluation.convergence import convergence_names
-from vavae.report.figures import Picture
-from vavae.report.html import number, page
-from vavae.sweep.plots import curves_png, frontier_png, probes_png, ranking_png, sensitivity_png
-from vavae.sweep.sweep import Sweep, as_written, describe
-from vavae.sweep.trial_results import (
-    FEWEST_RANKED,
-    GENERATION,
-    RECONSTRUCTION,
-    RankCorrelation,
-    TrialResult,
-    collect,
-    front,
-    rank_correlations,
-    speed_ups,
-)
+from vavae.sweep.page import sweep_page
+from vavae.sweep.plots import frontier_png, probes_png, ranking_png
+from vavae.sweep.sweep import Sweep
+from vavae.sweep.trial_results import RankCorrelation, TrialResult, collect, front, rank_correlations
 
 FRONTIER, _TABLE, _PROBES, _BEST = "frontier.html", "trials.csv", "probes.csv", "best"
 _FRONTIER_PICTURE, _RANKING_PICTURE, _PROBES_PICTURE = "frontier.png", "ranking.png", "probes.png"
@@ -39,9 +26,8 @@ def write_sweep(sweep: Sweep) -> None:
         _RANKING_PICTURE: ranking_png(results, sweep.config.objectives),
         _PROBES_PICTURE: probes_png(results, correlations),
     }
-    pictures = {name: png or b"" for name, png in drawn.items()}
-    files |= {name: png for name, png in pictures.items() if png}
-    files[FRONTIER] = _page(sweep, results, correlations, pictures, best).encode()
+    files |= {name: png for name, png in drawn.items() if png is not None}
+    files[FRONTIER] = sweep_page(sweep, results, correlations, _missing(sweep, results), best).encode()
     for name, data in files.items():
         sweep.storage.write_bytes(name, data)
 
@@ -111,101 +97,8 @@ def _write_best(sweep: Sweep, results: Sequence[TrialResult]) -> list[str]:
     return list(chosen)
 
 
-def _page(
-    sweep: Sweep,
-    results: Sequence[TrialResult],
-    correlations: Sequence[RankCorrelation],
-    pictures: Mapping[str, bytes],
-    best: Sequence[str],
-) -> str:
-    """Page of a sweep, as HTML."""
-    states = [one.state for one in results]
-    summary = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    shown = {}
-    for one in results:
-        asked = _convergence_names(sweep, one) if one.last else []
-        shown[one.name] = {
-            name: number(metric.mean) + ("" if metric.deviation is None else f" ± {metric.deviation:.2g}")
-            for name, metric in one.last.items()
-        }
-        shown[one.name] |= {name: _not_reached(sweep) for name in asked if name not in one.last}
-    measures = list(dict.fromkeys(name for of_trial in shown.values() for name in of_trial))
-    return page(
-        "sweep/frontier.html",
-        title=sweep.config.name,
-        summary=f"A sweep; trials: {summary}" if states else "A sweep that has not begun",
-        pictures=_pictures(sweep, results, pictures),
-        measures=measures,
-        trials=[
-            [describe(one.point), f"{one.state} {one.why}", *(shown[one.name].get(name, "") for name in measures)]
-            for one in results
-        ],
-        generation=GENERATION,
-        speed_ups=_speed_ups(sweep, results),
-        distances=list(dict.fromkeys(one.distance for one in correlations)),
-        correlations=_correlations(correlations),
-        facts={
-            "storage": sweep.storage.url(),
-            "seeds": ", ".join(map(str, sweep.config.seeds)),
-            "objectives": ", ".join(f"{one.measure} ({one.better} is better)" for one in sweep.config.objectives),
-            "best": ", ".join(best),
-        },
-        config=to_text(as_written(sweep)),
-    )
-
-
-def _speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[list[str]]:
-    """Twins, and how much sooner the aligned one arrives."""
-    rows = []
-    for before, after, found in speed_ups(sweep, results):
-        ratio = "never arrives" if found is None else f"{'at least ' if found.at_least else ''}{found.ratio:.2f} times"
-        rows.append([describe(before.point), describe(after.point), ratio])
-    return rows
-
-
-def _correlations(correlations: Sequence[RankCorrelation]) -> list[list[str]]:
-    """A row for each probe: its name, and its correlation with each distance in words."""
-    rows: dict[str, list[str]] = {}
-    for one in correlations:
-        if one.value is not None:
-            words = f"{one.value:+.2f} ({one.trials} trials)"
-        elif one.trials < FEWEST_RANKED:
-            words = f"too few trials ({one.trials} of {FEWEST_RANKED})"
-        else:
-            words = f"all {one.trials} trials are equal"
-        rows.setdefault(one.probe, [one.probe]).append(words)
-    return list(rows.values())
-
-
-def _pictures(sweep: Sweep, results: Sequence[TrialResult], pictures: Mapping[str, bytes]) -> list[Picture]:
-    drawn = [
-        Picture(
-            "Frontier",
-            "Filled: aligned with the teacher; open: not. An arrow leads to a trial that differs by the weight of the "
-            "alignment alone. Bars are deviations between seeds; dotted is the front.",
-            pictures[_FRONTIER_PICTURE],
-            f"{GENERATION} over {RECONSTRUCTION} of {len(results)} trials",
-        ),
-        Picture(
-            "Ranking",
-            "Finished trials. Bars are deviations between seeds.",
-            pictures[_RANKING_PICTURE],
-            "Objectives by trial, the best by the first on top",
-        ),
-        Picture(
-            "Generation against images seen",
-            "Dashed: not aligned. Bars are deviations between seeds.",
-            curves_png(sweep, results) or b"",
-            f"{GENERATION} of each trial over the images that its LightningDiT has seen",
-        ),
-        Picture(
-            "Cheap probes",
-            "Finished trials, by what is known before a LightningDiT is trained; Spearman's correlation of the ranks.",
-            pictures[_PROBES_PICTURE],
-            f"{GENERATION} over each probe of the tokenizer",
-        ),
-    ]
-    for path, domain in sweep.config.sweep.items():
-        png = sensitivity_png(path, domain, results, sweep.config.objectives)
-        drawn.append(Picture(path, "Finished trials; the line joins means.", png or b"", f"Objectives over {path}"))
-    return [replace(one, smooth=True) for one in drawn if one.png]
+def _missing(sweep: Sweep, results: Sequence[TrialResult]) -> dict[str, dict[str, str]]:
+    """Words for the metrics that finished trials were asked for and do not have, by trial."""
+    asked = {one.name: _convergence_names(sweep, one) for one in results if one.last}
+    missed = _not_reached(sweep)
+    return {one.name: {name: missed for name in asked[one.name] if name not in one.last} for one in results if one.last}

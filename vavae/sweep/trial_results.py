@@ -106,16 +106,76 @@ def twins(sweep: Sweep, results: Sequence[TrialResult]) -> list[tuple[TrialResul
     ]
 
 
-def speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[tuple[TrialResult, TrialResult, SpeedUp | None]]:
-    """Speed-ups of aligned twins in generating as well as the unaligned ones do at the end."""
+class TwinSpeedUp(NamedTuple):
+    """Speed-up of an aligned trial in generating as well as its unaligned twin does at the end."""
+
+    before: TrialResult
+    after: TrialResult
+    found: SpeedUp | None
+    """None where the aligned one never comes as far."""
+    doubt: str | None
+    """Reason why seeds and trend allow no claim; None where they do."""
+
+
+def speed_ups(sweep: Sweep, results: Sequence[TrialResult]) -> list[TwinSpeedUp]:
+    """Speed-ups of all twins whose distances are known after several numbers of images."""
     found = []
     for before, after in twins(sweep, [one for one in results if one.last]):
-        slow, fast = (
-            {images: metric.mean for images, metric in metric_curve(one, GENERATION).items()} for one in (before, after)
-        )
+        slow, fast = (metric_curve(one, GENERATION) for one in (before, after))
         if len(slow) > 1 and len(fast) > 1:
-            found.append((before, after, speed_up(slow, fast)))
+            means = ({images: metric.mean for images, metric in curve.items()} for curve in (slow, fast))
+            found.append(TwinSpeedUp(before, after, speed_up(*means), _doubt(slow, fast)))
     return found
+
+
+def _doubt(slow: dict[int, SeedMean], fast: dict[int, SeedMean]) -> str | None:
+    """Reason to claim no speed-up: one seed, distances that do not fall, or twins as far apart as seeds are."""
+    first, last, twin = slow[min(slow)], slow[max(slow)], fast[max(fast)]
+    if first.deviation is None or last.deviation is None or twin.deviation is None:
+        return "one seed"
+    if first.mean - last.mean <= first.deviation + last.deviation:
+        return "the unaligned one has hardly learned: its distance falls by no more than seeds deviate"
+    if abs(last.mean - twin.mean) <= last.deviation + twin.deviation:
+        return "both end within the deviations between seeds"
+    return None
+
+
+class Importance(NamedTuple):
+    """Share of the variance of an objective between trials that one key explains by itself."""
+
+    path: str
+    measure: str
+    trials: int
+    """Finished trials that set the key."""
+    explained: float | None
+    """0 to 1: of options the variance between their means, of a range the square of the rank correlation. None of fewer
+    than `FEWEST_RANKED` trials, of one value, or where every trial has a value of its own among the options."""
+    by_chance: float | None
+    """What is expected of a key without any effect."""
+
+
+def importances(sweep: Sweep, results: Sequence[TrialResult]) -> list[Importance]:
+    """The importance of every key for every objective, one key at a time; keys that vary together share theirs."""
+    return [
+        _importance(path, objective.measure, domain.range is not None, results)
+        for path, domain in sweep.config.sweep.items()
+        for objective in sweep.config.objectives
+    ]
+
+
+def _importance(path: str, measure: str, is_range: bool, results: Sequence[TrialResult]) -> Importance:
+    pairs = [(one.point[path], one.last[measure].mean) for one in results if path in one.point and measure in one.last]
+    values, figures = [value for value, _ in pairs], [figure for _, figure in pairs]
+    total = sum((figure - fmean(figures)) ** 2 for figure in figures)
+    degrees = 1 if is_range else len({*values}) - 1
+    if len(pairs) < FEWEST_RANKED or total == 0 or not 0 < degrees < len(pairs) - 1 or len({*values}) == 1:
+        return Importance(path, measure, len(pairs), None, None)
+    if is_range:
+        explained = float(spearmanr(pairs).statistic) ** 2
+    else:
+        groups = [[figure for other, figure in pairs if other == value] for value in {*values}]
+        explained = sum(len(group) * (fmean(group) - fmean(figures)) ** 2 for group in groups) / total
+    return Importance(path, measure, len(pairs), explained, degrees / (len(pairs) - 1))
 
 
 class RankCorrelation(NamedTuple):
