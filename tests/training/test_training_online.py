@@ -19,7 +19,7 @@ from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
-from vavae.interop.export import load_lightningdit
+from vavae.interop.export import load_exported_lightningdit
 from vavae.latents.manifest import read_latent_manifest, read_latents_of, require_stored
 from vavae.latents.stream import LatentMicroBatch
 from vavae.planning.sizes import bytes_to_write, feature_bytes, latent_bytes
@@ -115,7 +115,7 @@ def trained(run: Run, *sessions: LocalSession) -> tuple[list[Mapping[str, Any]],
     """Rows of the log, and weights of the export."""
     for session in sessions:
         train(begin_training(run, "train_lightningdit", World()), session, World())
-    model: nn.Module = load_lightningdit(run.folder("train_lightningdit"))[0]
+    model: nn.Module = load_exported_lightningdit(run.folder("train_lightningdit"))[0]
     return [*read_rows(run.training_folder("train_lightningdit").child("log"))], model.state_dict()
 
 

@@ -284,7 +284,7 @@ def open_latents(inputs: LightningDiTTrainingInputs, world: World) -> Latents:
     images = EncodedImageStream(
         inputs.images, inputs.image_manifest, manifest, SPLIT, order, size, config.stream, config.seed
     )
-    encoder = OnlineEncoder(load_tokenizer(inputs.tokenizer)[0], config, world.device)
+    encoder = OnlineEncoder(load_exported_tokenizer(inputs.tokenizer)[0], config, world.device)
     return Latents(manifest, normalizer, images, encoder)
 
 
