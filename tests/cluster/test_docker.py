@@ -43,7 +43,9 @@ def requirements_of(lines):
             yield str(requirement)
 
 
-@pytest.mark.parametrize("line", requirements_of([*PROJECT["dependencies"], "vavae[quickstart,fidelity,sweep]"]))
+@pytest.mark.parametrize(
+    "line", sorted(requirements_of([*PROJECT["dependencies"], "vavae[quickstart,fidelity,sweep]"]))
+)
 def test_the_versions_satisfy_the_project(line):
     requirement = Requirement(line)
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in PINS.items()}
