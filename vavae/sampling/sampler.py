@@ -17,8 +17,8 @@ from vavae.distributed.config import Precision
 from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.interop.averages import load_lightningdit_of_checkpoint
-from vavae.interop.export import load_lightningdit, load_tokenizer
-from vavae.latents.statistics import LatentNormalizer, read_statistics
+from vavae.interop.export import load_latent_models, load_lightningdit
+from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.class_token import join_class_token
 from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.routing import kept_tokens
@@ -72,21 +72,7 @@ class Sampler(NamedTuple):
             UserError: the LightningDiT was trained on another tokenizer's latents, or the weak model can't guide it.
         """
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer, lightningdit = inputs.tokenizer, inputs.lightningdit
-        autoencoder, _ = load_tokenizer(tokenizer.folder, encodes=False)
-        model, description = load_lightningdit(lightningdit.folder)
-        if description.tokenizer != tokenizer.digest:
-            raise UserError(
-                f"{lightningdit.folder.url()} was trained on latents of tokenizer {description.tokenizer[:12]}, but "
-                f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
-            )
-        normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
-        if normalizer.statistics != description.statistics:
-            raise UserError(
-                f"{lightningdit.folder.url()} was trained on latents normalized per {description.statistics}, but "
-                f"{inputs.latents.folder.url()} has statistics per {normalizer.statistics}: set latents.statistics="
-                f"{description.statistics}"
-            )
+        autoencoder, model, normalizer = load_latent_models(inputs)
         weak = load_weak_model(inputs.weak, model)
         return cls.of(autoencoder, model, normalizer, inputs.config, device, weak)
 
