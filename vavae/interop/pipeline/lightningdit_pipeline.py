@@ -138,12 +138,9 @@ class LightningDiTPipeline(DiffusionPipeline):
     def _images(self, x: Tensor, output_type: str) -> Any:
         """Decode normalized latents [B, C, H, W]."""
         settings = self.vae.config
-
-        def over_positions(values: Any, default: float) -> Tensor:
-            return torch.tensor(values or default, dtype=torch.float32, device=x.device).view(1, -1, 1, 1)
-
-        std = over_positions(settings.latents_std, 1.0) / settings.scaling_factor
-        z = x * std + over_positions(settings.latents_mean, settings.shift_factor or 0.0)
+        mean = torch.tensor(settings.latents_mean or settings.shift_factor or 0.0, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(settings.latents_std or 1.0, device=x.device).view(-1, 1, 1) / settings.scaling_factor
+        z = x * std + mean
         decoded = self.vae.decode(z.to(self.vae.dtype)).sample.float()
         pixels = (decoded / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":

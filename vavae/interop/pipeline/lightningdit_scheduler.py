@@ -49,6 +49,8 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.config.num_train_timesteps * (1 - torch.tensor(evaluated, dtype=torch.float64))
         self._steps = [*pairwise(times)]
         self._evaluations = 0
+        self._start: Tensor | None = None
+        self._velocity: Tensor | None = None
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
@@ -65,6 +67,8 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         t, t_next = self._steps[step]
         velocity = -model_output
         if at_end:
+            assert self._start is not None, "a step's first evaluation comes before its second"
+            assert self._velocity is not None, "likewise"
             moved = self._start + (t_next - t) * (self._velocity + velocity) / 2
         else:
             self._start, self._velocity = sample, velocity
