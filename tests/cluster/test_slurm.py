@@ -12,9 +12,9 @@ import pytest
 from support.ray_head import unquoted_interpreter
 from support.waiting import wait_until
 
-from vavae.report.run_status import run_status
 from vavae.config import load
 from vavae.data.shards.write import write_shards
+from vavae.report.run_status import run_status
 from vavae.runs.config import RunConfig
 from vavae.runs.run import Run
 

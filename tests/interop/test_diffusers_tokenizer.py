@@ -223,10 +223,15 @@ def test_statistics_that_come_with_an_autoencoder(tmp_path):
     assert statistics(shift_factor=None, scaling_factor=1.0) is None
     given = {"mean": [1.0, 2.0, 3.0, 4.0], "std": [0.1, 0.2, 0.3, 0.7]}
     assert statistics(latents_mean=given["mean"], latents_std=given["std"]) == given
-    source = read_diffusers_tokenizer(tmp_path)
-    save_diffusers_tokenizer(str(tmp_path / "again"), load_diffusers_tokenizer(tmp_path), 16, source.statistics)
-    again = read_diffusers_tokenizer(tmp_path / "again").statistics
-    assert all(torch.equal(again[name], source.statistics[name]) for name in given)
+    for settings, keys in (({}, {"latents_mean", "latents_std"}), ({"latents_mean": None, "latents_std": None}, set())):
+        change(tmp_path, scaling_factor=0.18215 if not keys else 1.0, **settings)
+        source = read_diffusers_tokenizer(tmp_path)
+        save_diffusers_tokenizer(str(tmp_path / "again"), load_diffusers_tokenizer(tmp_path), 16, source.statistics)
+        again = read_diffusers_tokenizer(tmp_path / "again").statistics
+        assert all(torch.equal(again[name], source.statistics[name]) for name in given)
+        written = json.loads((tmp_path / "again" / CONFIG).read_text())
+        assert {key for key in written if key.startswith("latents_")} == keys
+        assert (written["scaling_factor"] == 0.18215) == (not keys)
     with pytest.raises(UserError, match=r"std\[1\] is 0, expected more than 0"):
         statistics(latents_std=[1, 0, 1, 1])
     with pytest.raises(UserError, match="latents_std are not of latent_channels=4 numbers"):

@@ -236,8 +236,8 @@ def test_formats_of_an_export(exchange, capsys):
     assert exchange.command("export", "tokenizer", "flat.safetensors") == 0
     assert "linear_proj.weight" in load_file(exchange.folder / "flat.safetensors")
     assert load_released_tokenizer(exchange.folder / "flat.safetensors").config == small_models.TOKENIZER
-    assert exchange.command("export", "lightningdit", "x", "--format", "diffusers") == 2
-    assert "--format diffusers: only the tokenizer can be written in that format" in capsys.readouterr().err
+    assert exchange.command("export", "latents", "x", "--format", "diffusers") == 2
+    assert "--format diffusers: latents are only written as released" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_projection_is_imported_with_a_word_on_it(exchange, capsys, caplog):

@@ -27,5 +27,5 @@ def tokenizer():
     return randomized(VAVAE(TOKENIZER))
 
 
-def lightningdit():
-    return randomized(LightningDiT(LIGHTNINGDIT, TOKENIZER.latent_dim, GRID), scale=0.3)
+def lightningdit(config=LIGHTNINGDIT):
+    return randomized(LightningDiT(config, TOKENIZER.latent_dim, GRID), scale=0.3)

@@ -23,8 +23,15 @@ MEAN, STD = torch.tensor([0.1, -0.2, 0.3, 0.0]).double(), torch.tensor([1.0, 2.0
 """Of its latents."""
 
 
-def trained_run(root, name="run"):
-    """Write it into a folder below `root`."""
+def trained_run(root, name="run", lightningdit=small_models.LIGHTNINGDIT, **sections):
+    """Write it into a folder below `root`.
+
+    Args:
+        root: the folder.
+        name: of the run.
+        lightningdit: sizes and switches of the LightningDiT.
+        sections: sections of the configuration in place of those here.
+    """
     training = {"images": 8, "batch_size": 8}
     document = {
         "name": name,
@@ -34,11 +41,12 @@ def trained_run(root, name="run"):
         "stream": {"lanes": 2},
         "tokenizer": small_models.TOKENIZER.model_dump(mode="json"),
         "train_vavae": training,
-        "lightningdit": small_models.LIGHTNINGDIT.model_dump(mode="json"),
+        "lightningdit": lightningdit.model_dump(mode="json"),
         "train_lightningdit": training,
         "guidance": {"scale": 1.5},
         "solver": {"num_steps": 2},
         "sample": {"images": 9, "shard_images": 4, "batch_size": 3},
+        **sections,
     }
     run = Run(RunConfig.model_validate(document))
     run.storage.write_bytes(CONFIG, dump(run.config).encode())
@@ -52,16 +60,18 @@ def trained_run(root, name="run"):
     _commit(run, "train_vavae", DIGEST, save_export(_folder(run, "train_vavae"), tokenizer, weights))
     latents, latent_dim = _folder(run, "precompute_latents"), small_models.TOKENIZER.latent_dim
     shape = (latent_dim, small_models.GRID, small_models.GRID)
-    manifest = LatentManifest(tokenizer=DIGEST, shape=shape, flip=False, classes=image_shards.CLASSES, splits={})
+    manifest = LatentManifest(
+        tokenizer=DIGEST, shape=shape, flip=False, classes=image_shards.CLASSES[: lightningdit.classes], splits={}
+    )
     latents.write_json(MANIFEST, manifest.model_dump(mode="json"))
     with latents.create(STATISTICS) as local:
         save_file({"mean": MEAN, "std": STD}, local)
     _commit(run, "precompute_latents", "b" * 64, {})
-    lightningdit = LightningDiTDescription(
-        lightningdit=small_models.LIGHTNINGDIT, latent_dim=latent_dim, grid=small_models.GRID, tokenizer=DIGEST
+    description = LightningDiTDescription(
+        lightningdit=lightningdit, latent_dim=latent_dim, grid=small_models.GRID, tokenizer=DIGEST
     )
-    weights = {WEIGHTS: small_models.lightningdit().state_dict()}
-    _commit(run, "train_lightningdit", "c" * 64, save_export(_folder(run, "train_lightningdit"), lightningdit, weights))
+    weights = {WEIGHTS: small_models.lightningdit(lightningdit).state_dict()}
+    _commit(run, "train_lightningdit", "c" * 64, save_export(_folder(run, "train_lightningdit"), description, weights))
     return run
 
 

@@ -22,8 +22,9 @@ def add_commands(commands: Any) -> None:
     )
     exporter.set_defaults(act=_export)
     address = "path or storage URL; a folder for latents and for diffusers; hf-hub:owner/name of a tokenizer to import"
-    for command in (importer, exporter):
-        command.add_argument("what", choices=("tokenizer", "lightningdit", "latents"))
+    models = ("tokenizer", "lightningdit", "latents")
+    for command, choices in ((importer, models), (exporter, (*models, "pipeline"))):
+        command.add_argument("what", choices=choices)
         command.add_argument("file", metavar="FILE", help=address)
         add_config(command)
 
@@ -49,7 +50,9 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from vavae.config.load import load
+    from vavae.interop.diffusers_pipeline import save_diffusers_pipeline
     from vavae.interop.import_export import (
+        export_diffusers_lightningdit,
         export_diffusers_tokenizer,
         export_latents,
         export_lightningdit,
@@ -57,20 +60,28 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     from vavae.runs.config import RunConfig
     from vavae.runs.run import Run
+    from vavae.runs.sampling_inputs import SamplingInputs
 
-    run, what, file = Run(load(RunConfig, arguments.config, arguments.overrides)), arguments.what, arguments.file
-    if arguments.weights is not None and what != "lightningdit":
-        raise UserError(f"--weights {arguments.weights}: only the LightningDiT has averages of its weights")
+    what, file, weights = arguments.what, arguments.file, arguments.weights
+    overrides = arguments.overrides if weights is None else [*arguments.overrides, f"sample.weights={weights}"]
+    run = Run(load(RunConfig, arguments.config, overrides))
+    if weights is not None and what not in ("lightningdit", "pipeline"):
+        raise UserError(f"--weights {weights}: only the LightningDiT has averages of its weights")
     match (what, arguments.format):
         case ("tokenizer", "released"):
             export_tokenizer(run.stored("train_vavae"), file)
         case ("tokenizer", "diffusers"):
-            export_diffusers_tokenizer(run.stored("train_vavae"), run.config.shards.image_size, file)
+            latents = None if run.artifact("precompute_latents") is None else run.stored("precompute_latents")
+            export_diffusers_tokenizer(run.stored("train_vavae"), latents, run.config.shards.image_size, file)
         case ("lightningdit", "released"):
-            export_lightningdit(run.stored_lightningdit(arguments.weights), file)
+            export_lightningdit(run.stored_lightningdit(weights), file)
+        case ("lightningdit", "diffusers"):
+            export_diffusers_lightningdit(run.stored_lightningdit(weights), file)
+        case ("pipeline", _):
+            save_diffusers_pipeline(SamplingInputs.of(run), file)
         case ("latents", "released"):
             export_latents(run.stored("precompute_latents"), run.storage.at(file), run.config.seed)
         case _:
-            raise UserError(f"--format {arguments.format}: only the tokenizer can be written in that format")
+            raise UserError(f"--format {arguments.format}: latents are only written as released")
     print(f"exported the {what} of {run.storage.url()}: {file}")
     return 0

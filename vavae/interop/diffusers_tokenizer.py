@@ -20,9 +20,10 @@ from vavae.models.tokenizer.config import TokenizerConfig
 from vavae.storage.storage import Storage
 
 _CLASS = "AutoencoderKL"
-_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+"""Files of a folder of any model of diffusers."""
 _OF_PIPELINE = "model_index.json"
-DESCRIPTIONS = (_CONFIG, _OF_PIPELINE)
+DESCRIPTIONS = (CONFIG, _OF_PIPELINE)
 """Files that tell of a folder that it is of diffusers: a model, or a pipeline of several."""
 _WEIGHTS_FILE = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?\.(safetensors|bin)"
@@ -153,10 +154,10 @@ def read_diffusers_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer
     folder, _, name = os.fspath(path).rstrip("/").rpartition("/")
     given = name if is_diffusers_weights(name) else None
     storage = Storage(os.fspath(path) if given is None else folder or ".")
-    url = storage.url(_CONFIG)
+    url = storage.url(CONFIG)
     settings = _read_settings(storage)
     config = settings.tokenizer(url)
-    weights = _released(_read_tensors(storage, given), config)
+    weights = _released(read_tensors(storage, given), config)
     batch_norm = weights.part("bn.")
     if batch_norm.tensors:
         statistics = batch_norm_statistics(batch_norm, config.latent_dim)
@@ -179,14 +180,13 @@ def save_diffusers_tokenizer(
 ) -> None:
     """Write a tokenizer as a diffusers folder.
 
-    The factor between latents and those of a diffusion model is 1: statistics that a run measures on its images are
-    those of its latents. Statistics that came with the tokenizer become `latents_mean` and `latents_std`.
+    Statistics of its latents become `latents_mean` and `latents_std`, or a `scaling_factor` where that says all.
 
     Args:
         folder: local path or storage URL.
         autoencoder: the tokenizer.
         image_size: side, or height and width, of the images that it was trained on, pixels; for information.
-        statistics: `mean` and `std` per channel [C] that came with it.
+        statistics: `mean` and `std` per channel [C] that lead to the latents of a diffusion model; None: they are its.
 
     Raises:
         UserError: diffusers has no such architecture.
@@ -194,12 +194,12 @@ def save_diffusers_tokenizer(
     config = autoencoder.config
     settings = _settings(config, image_size)
     if statistics is not None:
-        settings |= {f"latents_{name}": statistics[name].tolist() for name in ("mean", "std")}
+        settings |= _statistics_settings(statistics["mean"], statistics["std"])
     storage = Storage(folder)
     tensors = {_name(name, config): _linear(name, tensor) for name, tensor in autoencoder.state_dict().items()}
-    with storage.create(_WEIGHTS) as local:
+    with storage.create(WEIGHTS) as local:
         save_file(tensors, local, metadata={"format": "pt"})
-    storage.write_json(_CONFIG, settings)
+    storage.write_json(CONFIG, settings)
 
 
 def _settings(config: TokenizerConfig, image_size: int | tuple[int, int]) -> dict[str, Any]:
@@ -232,6 +232,13 @@ def _settings(config: TokenizerConfig, image_size: int | tuple[int, int]) -> dic
     }
 
 
+def _statistics_settings(mean: Tensor, std: Tensor) -> dict[str, Any]:
+    """Settings of an AutoencoderKL for statistics [C], whose inverse `_Settings.statistics` is."""
+    if not mean.any() and (std == std[0]).all():
+        return {"scaling_factor": 1 / std[0].item()}
+    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+
+
 def _name(released: str, config: TokenizerConfig) -> str:
     """Name of a tensor in diffusers, which numbers the decoder's levels in the order in which they run."""
     last = len(config.channel_multipliers) - 1
@@ -258,9 +265,9 @@ def _validated(model: type[ModelT], values: Any, url: str) -> ModelT:
 
 def _read_settings(folder: Storage) -> _Settings:
     """The configuration in a folder; UserError where it is of another class."""
-    url = folder.url(_CONFIG)
+    url = folder.url(CONFIG)
     try:
-        stored = folder.read_json(_CONFIG)
+        stored = folder.read_json(CONFIG)
     except FileNotFoundError:
         of_pipeline = folder.is_file(_OF_PIPELINE)
         where = f"take {folder.url('vae')}" if of_pipeline else "give the folder of an AutoencoderKL of diffusers"
@@ -275,8 +282,16 @@ def _read_settings(folder: Storage) -> _Settings:
     return settings
 
 
-def _read_tensors(folder: Storage, given: str | None) -> WeightsFile:
-    """The tensors of a folder by their names there: of the file given, or of the best one."""
+def read_tensors(folder: Storage, given: str | None = None) -> WeightsFile:
+    """Read the tensors of a folder of any model of diffusers, by their names there.
+
+    Args:
+        folder: the folder.
+        given: name of the file of weights, or of the index of several; None takes the best that is there.
+
+    Raises:
+        UserError: there are none, or they are damaged, or rounded in several ways.
+    """
     name = given or _best_weights(folder)
     url = folder.url(name)
     if not name.endswith(".json"):
@@ -298,7 +313,7 @@ def _best_weights(folder: Storage) -> str:
     matches = [match for match in map(_WEIGHTS_FILE.fullmatch, folder.list()) if match]
     found = [(match["variant"] or match["index_variant"] or "", match[0]) for match in matches]
     if not found:
-        raise UserError(f"{folder.url()}: no {_WEIGHTS} there, nor other weights of diffusers")
+        raise UserError(f"{folder.url()}: no {WEIGHTS} there, nor other weights of diffusers")
     variants = sorted({variant for variant, _ in found})
     if variants[0] and len(variants) > 1:
         names = ", ".join(name for _, name in found)

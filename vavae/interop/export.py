@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vavae.config import Config, added, as_one_number, digest, identity
 from vavae.errors import UserError
 from vavae.finite import require_finite
+from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.config import LightningDiTConfig
@@ -25,6 +26,7 @@ from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.config import TeacherConfig, TokenizerConfig
 from vavae.models.tokenizer.representation import Autoencoder, build_autoencoder, load_encoder
 from vavae.runs.output import JobOutput
+from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.storage.artifact import Artifact, FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
@@ -139,6 +141,30 @@ def load_exported_lightningdit(storage: Storage) -> tuple[LightningDiT, Lightnin
     description = _describe(storage, LightningDiTDescription)
     model = LightningDiT(description.lightningdit, description.latent_dim, description.grid)
     return _load(model, storage, WEIGHTS), description
+
+
+def load_latent_models(inputs: SamplingInputs) -> tuple[Autoencoder, LightningDiT, LatentNormalizer]:
+    """Load what samples come from, on the CPU: both models, the first without its encoder, and what joins them.
+
+    Raises:
+        UserError: the LightningDiT was trained on another tokenizer's latents, or on latents normalized otherwise.
+    """
+    tokenizer, lightningdit, latents = inputs.tokenizer, inputs.lightningdit, inputs.latents
+    autoencoder, _ = load_exported_tokenizer(tokenizer.folder, encodes=False)
+    model, description = load_exported_lightningdit(lightningdit.folder)
+    if description.tokenizer != tokenizer.digest:
+        raise UserError(
+            f"{lightningdit.folder.url()} was trained on latents of tokenizer {description.tokenizer[:12]}, but "
+            f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
+        )
+    normalizer = LatentNormalizer(*read_statistics(latents.folder))
+    if normalizer.statistics != description.statistics:
+        raise UserError(
+            f"{lightningdit.folder.url()} was trained on latents normalized per {description.statistics}, but "
+            f"{latents.folder.url()} has statistics per {normalizer.statistics}: set latents.statistics="
+            f"{description.statistics}"
+        )
+    return autoencoder, model, normalizer
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

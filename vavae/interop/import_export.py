@@ -12,6 +12,10 @@ from vavae.config import Config, differences, digest, identity
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights
+from vavae.interop.diffusers_lightningdit import (
+    load_diffusers_lightningdit,
+    save_diffusers_lightningdit,
+)
 from vavae.interop.diffusers_tokenizer import (
     save_diffusers_tokenizer,
 )
@@ -116,18 +120,25 @@ def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, 
         config: configuration of the run.
         latents: folder of the latents.
         output: place of the LightningDiT's export.
-        path: local path or storage URL of the file.
+        path: local path or storage URL of a released file, or of a folder that `vavae export` writes for diffusers,
+            the transformer's or the pipeline's.
 
     Raises:
-        UserError: the file can't be used (see :mod:`vavae.interop.released_lightningdit`) or has other sizes than the
-            configuration and the latents.
+        UserError: it can't be used (see :mod:`vavae.interop.released_lightningdit` and
+            :mod:`vavae.interop.diffusers_lightningdit`) or has other sizes than the configuration and the latents.
     """
     manifest = read_latent_manifest(latents)
     model = config.lightningdit.with_classes(len(manifest.classes))
     latent_dim, height, width = manifest.shape
-    weights = read_weights(path)
-    settings = {**model.model_dump(), "latent_dim": latent_dim, "grid": (height, width)}
-    states = {WEIGHTS: convert_lightningdit(weights, settings, "lightningdit.").state_dict()}
+    place = Storage(path)
+    if place.exists() and not place.is_file():
+        folder = place.child("transformer") if place.is_file("model_index.json") else place
+        loaded, weights = load_diffusers_lightningdit(folder, model, latent_dim, (height, width))
+    else:
+        weights = read_weights(path)
+        settings = {**model.model_dump(), "latent_dim": latent_dim, "grid": (height, width)}
+        loaded = convert_lightningdit(weights, settings, "lightningdit.")
+    states = {WEIGHTS: loaded.state_dict()}
     description = LightningDiTDescription(
         lightningdit=model, latent_dim=latent_dim, grid=(height, width), tokenizer=manifest.tokenizer
     )
@@ -191,19 +202,29 @@ def _given_statistics(tokenizer: StoredArtifact) -> dict[str, Tensor] | None:
     return dict(zip(("mean", "std"), read_statistics(tokenizer.folder), strict=True))
 
 
-def export_diffusers_tokenizer(tokenizer: StoredArtifact, image_size: int | tuple[int, int], folder: str) -> None:
-    """Write the run's tokenizer as a folder for diffusers.
+def export_diffusers_tokenizer(
+    tokenizer: StoredArtifact, latents: StoredArtifact | None, image_size: int | tuple[int, int], folder: str
+) -> None:
+    """Write the run's tokenizer as a folder for diffusers, with the statistics of its latents.
+
+    They are those that the run's diffusion model takes, or before there are any those that came with the tokenizer.
 
     Args:
         tokenizer: the tokenizer's export.
+        latents: latents of it; None before there are any.
         image_size: side, or height and width, of the images that it was trained on, pixels.
         folder: local path or storage URL.
 
     Raises:
         UserError: diffusers has no such architecture.
     """
-    autoencoder = _vavae(tokenizer)
-    save_diffusers_tokenizer(folder, autoencoder, image_size, _given_statistics(tokenizer))
+    autoencoder, statistics = _vavae(tokenizer), _given_statistics(tokenizer)
+    if latents is not None:
+        statistics = dict(zip(("mean", "std"), read_statistics(latents.folder), strict=True))
+    if statistics is not None and statistics["mean"].ndim != 1:
+        _log.warning("%s: statistics of the latents per position have no place in this format", folder)
+        statistics = None
+    save_diffusers_tokenizer(folder, autoencoder, image_size, statistics)
 
 
 def export_lightningdit(lightningdit: StoredArtifact, path: str) -> None:
@@ -218,6 +239,20 @@ def export_lightningdit(lightningdit: StoredArtifact, path: str) -> None:
     """
     model, _ = load_exported_lightningdit(lightningdit.folder)
     save_released_lightningdit(path, model)
+
+
+def export_diffusers_lightningdit(lightningdit: StoredArtifact, folder: str) -> None:
+    """Write the run's LightningDiT as a folder for diffusers, with the code of its network.
+
+    Args:
+        lightningdit: the LightningDiT's export.
+        folder: local path or storage URL.
+
+    Raises:
+        UserError: it has parts that such a folder has no code for.
+    """
+    model, _ = load_exported_lightningdit(lightningdit.folder)
+    save_diffusers_lightningdit(folder, model)
 
 
 def export_latents(latents: StoredArtifact, target: Storage, seed: int) -> None:

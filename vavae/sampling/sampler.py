@@ -22,10 +22,10 @@ from vavae.distributed.device import choose_device
 from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.interop.averages import load_lightningdit_of_checkpoint
-from vavae.interop.export import load_exported_lightningdit, load_exported_tokenizer
+from vavae.interop.export import load_exported_lightningdit, load_latent_models
 from vavae.interop.load import Source
 from vavae.latents.manifest import read_latent_manifest
-from vavae.latents.statistics import LatentNormalizer, read_statistics
+from vavae.latents.statistics import LatentNormalizer
 from vavae.models.dit.class_token import join_class_token
 from vavae.models.dit.model import LightningDiT
 from vavae.models.dit.routing import kept_tokens
@@ -124,21 +124,7 @@ class Sampler:
         device = choose_device(device)
         classes = read_latent_manifest(inputs.latents.folder).classes
         check_classes(inputs.config, classes)
-        tokenizer, lightningdit = inputs.tokenizer, inputs.lightningdit
-        autoencoder, _ = load_exported_tokenizer(tokenizer.folder, encodes=False)
-        model, description = load_exported_lightningdit(lightningdit.folder)
-        if description.tokenizer != tokenizer.digest:
-            raise UserError(
-                f"{lightningdit.folder.url()} was trained on latents of tokenizer {description.tokenizer[:12]}, but "
-                f"{tokenizer.folder.url()} is {tokenizer.digest[:12]}; take the tokenizer that belongs to it"
-            )
-        normalizer = LatentNormalizer(*read_statistics(inputs.latents.folder))
-        if normalizer.statistics != description.statistics:
-            raise UserError(
-                f"{lightningdit.folder.url()} was trained on latents normalized per {description.statistics}, but "
-                f"{inputs.latents.folder.url()} has statistics per {normalizer.statistics}: set latents.statistics="
-                f"{description.statistics}"
-            )
+        autoencoder, model, normalizer = load_latent_models(inputs)
         weak = load_weak_model(inputs.weak, model)
         return cls.of(autoencoder, model, normalizer, inputs.config, device, weak, classes)
 

@@ -1,0 +1,1 @@
+"""Modules that a pipeline folder for diffusers carries, to be run where this package is not installed."""
