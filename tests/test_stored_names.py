@@ -69,7 +69,7 @@ RECORDS = {
     FileInfo: "bytes sha256",
     LatentShardRecord: "origin shard statistics keys captions sums skipped",
     TrainState: "images_seen config data excluded",
-    LatentManifest: "tokenizer shape flip classes splits kind statistics",
+    LatentManifest: "tokenizer shape flip classes splits kind statistics online",
     ShardRecord: "plan shard skipped",
     ShardInfo: "name count bytes sha256 url dropped",
     Manifest: "splits classes image_size sources skipped skipped_count excluded image_key label_key by_name channels "

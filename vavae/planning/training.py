@@ -1,6 +1,5 @@
 """Memory of a training, and what its checkpoints cost and save."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -159,10 +158,14 @@ def frozen_bytes(config: RunConfig, job: Job) -> int:
     """Bytes of the frozen networks on a GPU: teacher, encoder, VGG16 for LPIPS, and the discriminator's; or what
     encodes images for the LightningDiT.
     """
-    if job == "train_lightningdit" and not config.latents.online:
-        return 0
-    if job == "train_lightningdit":
-        return _bytes_of(online_networks(config))
+    networks = _tokenizer_networks(config) if job == "train_vavae" else []
+    if job == "train_lightningdit" and config.latents.online:
+        networks = online_networks(config)
+    return FLOAT_BYTES * sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def _tokenizer_networks(config: RunConfig) -> list[nn.Module]:
+    """Frozen networks of the tokenizer's training."""
     teacher, perceptual = frozen_networks(config.teacher, config.losses.perceptual)
     networks: list[nn.Module] = [teacher.model]
     encoder = frozen_encoder(config.tokenizer)
@@ -173,8 +176,4 @@ def frozen_bytes(config: RunConfig, job: Job) -> int:
     judging = discriminator_network(config.losses.adversarial) if config.adversarial else None
     if judging is not None:
         networks.append(judging.model)
-    return _bytes_of(networks)
-
-
-def _bytes_of(networks: Sequence[nn.Module]) -> int:
-    return FLOAT_BYTES * sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return networks
