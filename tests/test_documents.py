@@ -41,6 +41,7 @@ _NOT_HERE = {
     r"^vavae average\b": "needs a trained run; tests/cli/test_average.py has one",
     r"^vavae bench\b": "takes minutes; tests/bench has each of them at tiny sizes",
     r"^(docker|kubectl) ": "needs Docker or a Kubernetes cluster; tests/cluster checks the files",
+    r"^sbatch ": "needs SLURM; tests/cluster runs the batch with stand-ins",
     r"\bpip (install|freeze)\b|^python3 -m venv |^source \.venv/": "make the environment, which is here",
 }
 """Commands that can't be run here, and why."""
