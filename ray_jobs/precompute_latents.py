@@ -8,7 +8,8 @@ from ray_jobs.runtime.command import main
 from ray_jobs.runtime.progress_actor import ProgressActor
 from vavae.distributed.world import World
 from vavae.interop.export import load_exported_tokenizer
-from vavae.latents.extract import Extraction, LatentShardRecord, ShardTask, place_tokenizer
+from vavae.latents.encoding import place_tokenizer
+from vavae.latents.extract import Extraction, LatentShardRecord, ShardTask
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.runs.run import Run
 

@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(runs):
-    """What each case samples with."""
+    """Inputs of sampling by case."""
     return {case: SamplingInputs.at(runs[name].storage.url(), changes) for case, (name, changes) in CASES.items()}
 
 

@@ -5,7 +5,8 @@ from vavae.distributed.world import World
 from vavae.evaluation.evaluate import evaluate
 from vavae.evaluation.evaluator import Evaluator
 from vavae.interop.export import load_exported_tokenizer
-from vavae.latents.extract import Extraction, place_tokenizer
+from vavae.latents.encoding import place_tokenizer
+from vavae.latents.extract import Extraction
 from vavae.report.write_report import write_evaluation
 from vavae.runs.evaluation_inputs import EvaluationInputs, ReportInputs
 from vavae.runs.extraction_inputs import ExtractionInputs

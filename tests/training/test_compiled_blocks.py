@@ -22,7 +22,7 @@ from vavae.distributed import compilation
 from vavae.distributed.compilation import compile_each, compiles_blocks
 from vavae.distributed.config import EngineConfig, WorkersConfig
 from vavae.distributed.world import World
-from vavae.latents.extract import place_tokenizer
+from vavae.latents.encoding import place_tokenizer
 from vavae.randomness import torch_generator
 from vavae.runs.config import RunConfig
 from vavae.runs.jobs import Job

@@ -15,11 +15,13 @@ from support.engine_parity import TORCH
 from support.training_steps import BATCH, LANES, tiny_config
 from torch import Tensor, nn
 
+from vavae.cli.main import main
 from vavae.data.image_stream import ImageMicroBatch, MicroBatchKey
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.interop.export import load_exported_lightningdit
+from vavae.interop.import_export import import_latents
 from vavae.latents.manifest import read_latent_manifest, read_latents_of, require_stored
 from vavae.latents.stream import LatentMicroBatch
 from vavae.planning.sizes import bytes_to_write, feature_bytes, latent_bytes
@@ -75,11 +77,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
 
 
 def latents_of(run: Run) -> Latents:
-    """What the LightningDiT is trained on."""
+    """Latents of a run as its LightningDiT gets them."""
     return open_latents(LightningDiTTrainingInputs.of(run), World())
 
 
-def test_nothing_is_stored_but_equal_statistics(runs: tuple[Run, Run]) -> None:
+def test_nothing_is_stored_but_equal_statistics(runs: tuple[Run, Run], capsys: pytest.CaptureFixture[str]) -> None:
     stored, online = (run.folder("precompute_latents") for run in runs)
     assert [path for path in online.list(recursive=True) if path.endswith(".tar")] == []
     assert online.read_bytes("statistics.safetensors") == stored.read_bytes("statistics.safetensors")
@@ -90,6 +92,10 @@ def test_nothing_is_stored_but_equal_statistics(runs: tuple[Run, Run]) -> None:
     assert all(of_images.is_file(f"train/{each.name}") for each in manifest.splits["train"])
     with pytest.raises(UserError, match=r"statistics alone, for latents\.online=true stores no latents"):
         require_stored(online, manifest)
+    assert main(["data", "verify", online.url()]) == 2
+    assert "latents.online=true stores no latents" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"these latents are stored, so set latents\.online=false"):
+        import_latents(runs[1].config, of_images, runs[1].output("precompute_latents"), "public")
     with pytest.raises(UserError, match=r"latents of latents\.online=True .*, but False is configured; run precompute"):
         read_latents_of(online, manifest.tokenizer, manifest.shape)
 

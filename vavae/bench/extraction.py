@@ -14,7 +14,8 @@ from vavae.bench.computation import Computation, build_side, dense_peak
 from vavae.bench.data.shards import SPLIT, make_images, write_images
 from vavae.data.image import prepare_image
 from vavae.data.pixels import to_float
-from vavae.latents.extract import Extraction, place_tokenizer
+from vavae.latents.encoding import place_tokenizer
+from vavae.latents.extract import Extraction
 from vavae.latents.shards import MappedLatents
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig

@@ -25,16 +25,14 @@ from vavae.data.pixels import pixel_dtype, to_float
 from vavae.data.shard_reader import ReadableImage, ReadableImages, batched, open_records
 from vavae.data.shards.manifest import Manifest, ShardInfo
 from vavae.data.shards.tar import ShardWriter, write_tar
-from vavae.distributed.compilation import compile_each, compiles_blocks
-from vavae.distributed.config import Precision
 from vavae.errors import UserError
 from vavae.latents.config import LatentsConfig
+from vavae.latents.encoding import encode_moments
 from vavae.latents.features import SPLIT, FeatureExtraction
 from vavae.latents.manifest import MANIFEST, LatentManifest
 from vavae.latents.shards import latent_members
 from vavae.latents.statistics import STATISTICS, LatentStatistics, check_statistics, read_statistics
 from vavae.models.tokenizer.representation import Autoencoder
-from vavae.runs.config import RunConfig
 from vavae.runs.extraction_inputs import ExtractionInputs
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
@@ -69,13 +67,6 @@ class ShardTask(NamedTuple):
     """Position of the shard in its split."""
     first_index: int
     """Index within the split of its first record."""
-
-
-def place_tokenizer(tokenizer: Autoencoder, config: RunConfig, device: torch.device) -> Autoencoder:
-    """Move a tokenizer to the device where it is to encode, its blocks compiled if the configuration says so."""
-    if compiles_blocks(config.latents.compile_blocks, config.workers, device):
-        compile_each(tokenizer.residual_blocks())
-    return tokenizer.to(device)
 
 
 class Extraction:
@@ -290,23 +281,8 @@ class Extraction:
         Raises:
             UserError: the latents can't be normalized, as where a channel does not vary.
         """
-        splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
-        total = LatentStatistics(shape[0] if self._config.statistics == "channel" else shape)
-        sizes = self._latents.sizes()
-        captions: dict[str, FileInfo] = {}
-        for task, record in zip(self.tasks(), records, strict=True):
-            path = f"{task.split}/{record.shard.name}"
-            assert self._is_done(task, record, sizes.get(path)), (
-                f"{self._latents.url(path)} is not what its record says"
-            )
-            splits[task.split].append(record.shard)
-            if record.captions is not None:
-                captions[captions_path(f"{task.split}/{record.shard.name}")] = record.captions
-            if task.split == "train":
-                if record.sums is None:
-                    total.merge(LatentStatistics.from_json(record.statistics))
-                else:
-                    total.merge(LatentStatistics.read(self._latents, sums_path(path), record.sums))
+        splits, captions = self._shards_done(records)
+        total = self._total(shape, records)
         normalization = self._normalization(total)
         check_statistics(**normalization, place=self._latents.url(STATISTICS))
         manifest = LatentManifest(
@@ -328,14 +304,47 @@ class Extraction:
         } | captions
         if self._features is not None:
             files |= self._features.finish()
+        files[STATISTICS] = self._write_statistics(normalization)
+        text = self._latents.read_bytes(MANIFEST)
+        files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+        return digest({path: info.sha256 for path, info in files.items()}), files
+
+    def _shards_done(
+        self, records: Sequence[LatentShardRecord]
+    ) -> tuple[dict[str, list[ShardInfo]], dict[str, FileInfo]]:
+        """Shards by split, and the files of their captions by path, once all of them are what their records say."""
+        splits: dict[str, list[ShardInfo]] = {split: [] for split in self._manifest.splits}
+        captions: dict[str, FileInfo] = {}
+        sizes = self._latents.sizes()
+        for task, record in zip(self.tasks(), records, strict=True):
+            path = f"{task.split}/{record.shard.name}"
+            assert self._is_done(task, record, sizes.get(path)), (
+                f"{self._latents.url(path)} is not what its record says"
+            )
+            splits[task.split].append(record.shard)
+            if record.captions is not None:
+                captions[captions_path(path)] = record.captions
+        return splits, captions
+
+    def _total(self, shape: tuple[int, int, int], records: Sequence[LatentShardRecord]) -> LatentStatistics:
+        """Statistics of the training images, merged in the order of the shards."""
+        total = LatentStatistics(shape[0] if self._config.statistics == "channel" else shape)
+        for task, record in zip(self.tasks(), records, strict=True):
+            if task.split != SPLIT:
+                continue
+            if record.sums is None:
+                total.merge(LatentStatistics.from_json(record.statistics))
+            else:
+                path = sums_path(f"{task.split}/{record.shard.name}")
+                total.merge(LatentStatistics.read(self._latents, path, record.sums))
+        return total
+
+    def _write_statistics(self, normalization: dict[str, Tensor]) -> FileInfo:
         with tempfile.TemporaryDirectory(prefix="vavae-") as scratch:
             local = Path(scratch) / STATISTICS
             save_file(normalization, local)
             self._latents.put_file(local, STATISTICS)
-            files[STATISTICS] = FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
-        text = self._latents.read_bytes(MANIFEST)
-        files[MANIFEST] = FileInfo(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
-        return digest({path: info.sha256 for path, info in files.items()}), files
+            return FileInfo(bytes=local.stat().st_size, sha256=sha256_of(local))
 
     def _normalization(self, total: LatentStatistics) -> dict[str, Tensor]:
         """Mean and deviation that the diffusion normalizes by: float64 [C], or [C, h, w]."""
@@ -397,20 +406,6 @@ class _LatentShard:
         self.keys += batch.keys
         self.captions += batch.captions
         return len(arrays)
-
-
-def encode_moments(model: Autoencoder, images: Tensor, precision: Precision) -> Tensor:
-    """Encode images as latents are stored: float16 [B, moments, C, h, w], mean and deviation or the latent alone.
-
-    Args:
-        model: the tokenizer, on the device of the images.
-        images: [B, c, H, W] in [-1, 1].
-        precision: of the encoder's layers.
-    """
-    with torch.inference_mode():
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            posterior = model.encode(images)
-        return torch.stack([each for each in (posterior.mean, posterior.std) if each is not None], dim=1).half()
 
 
 def _stack(images: Sequence[np.ndarray], pinned: bool) -> Tensor:

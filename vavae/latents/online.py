@@ -4,7 +4,7 @@ import torch
 
 from vavae.data.image_stream import ImageMicroBatch
 from vavae.data.pixels import to_float
-from vavae.latents.extract import encode_moments, place_tokenizer
+from vavae.latents.encoding import encode_moments, place_tokenizer
 from vavae.latents.features import compute_features, load_feature_teacher, resize_for, token_grid
 from vavae.latents.stream import LatentMicroBatch
 from vavae.models.tokenizer.representation import Autoencoder

@@ -107,13 +107,13 @@ class EncodedImageStream(ImageStream):
         readable = images.model_copy(update={"splits": latents.splits})
         whole = config.model_copy(update={"crop": "center", "flip": False})
         super().__init__(storage, readable, split, order, micro_batch_size, whole, seed)
-        self._mirrors, self._key_of_mirrors = latents.flip, seed
+        self._mirrors = latents.flip
 
     def __getitem__(self, key: MicroBatchKey) -> ImageMicroBatch:
         found = super().__getitem__(key)
         if not self._mirrors:
             return found
-        mirrored = torch.from_numpy(draw_mirrored(self._key_of_mirrors, key, len(found.images)))
+        mirrored = torch.from_numpy(draw_mirrored(self._seed, key, len(found.images)))
         return found._replace(images=torch.where(mirrored[:, None, None, None], found.images.flip(-1), found.images))
 
 

@@ -85,7 +85,7 @@ class Line(NamedTuple):
     raw: Sequence[float] = ()
     """The same values before they were smoothed; empty where they are not."""
     shows_raw: bool = False
-    """Whether those are drawn, too, faintly."""
+    """True where the values before smoothing are drawn, too, faintly."""
     deviations: Sequence[float] = ()
     trial: int | None = None
     """Number of the trial that the line is of."""
@@ -317,7 +317,7 @@ def _overlap(one: _Box, other: _Box) -> float:
 
 
 def _outside(frame: Frame) -> list[_Box]:
-    """What lies to the left and to the right of the box between the axes."""
+    """The areas left and right of the box between the axes, where no label may lie."""
     far = 10 * frame.width
     return [(-far, -far, frame.left, far), (frame.width, -far, far, far)]
 

@@ -211,7 +211,7 @@ def _rows(
 
 
 def _details(sweep: Sweep, one: Numbered) -> dict[str, Any]:
-    """What is said of one trial: its keys, its objectives at each number of images, and samples of its first seed."""
+    """Details of one trial: its keys, its objectives at each number of images, and samples of its first seed."""
     result, measures = one.result, [each.measure for each in sweep.config.objectives]
     refused = sweep.refusal(result.point) is not None
     runs = [] if refused else sweep.runs(result.point)

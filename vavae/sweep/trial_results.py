@@ -151,7 +151,7 @@ class Importance(NamedTuple):
     """0 to 1: of options the variance between their means, of a range the square of the rank correlation. None of fewer
     than `FEWEST_RANKED` trials, of one value, or where every trial has a value of its own among the options."""
     by_chance: float | None
-    """What is expected of a key without any effect."""
+    """Share that a key without any effect is expected to explain."""
 
 
 def importances(sweep: Sweep, results: Sequence[TrialResult]) -> list[Importance]:
