@@ -23,6 +23,7 @@ from vavae.data.sample_order import assign_lanes
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
+from vavae.interop import export
 from vavae.interop.export import DESCRIPTION, WEIGHTS, load_exported_lightningdit, load_exported_tokenizer, save_export
 from vavae.interop.import_export import export_latents, export_tokenizer, import_tokenizer
 from vavae.latents.manifest import read_latent_manifest, read_latents_of
@@ -39,7 +40,6 @@ from vavae.randomness import numpy_generator
 from vavae.runs.run import Run
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.runs.training_inputs import begin_training
-from vavae.sampling import sampler
 from vavae.sampling.sampler import Sampler
 from vavae.storage.storage import Storage
 from vavae.training.checkpoints.checkpoint import Checkpoints
@@ -253,7 +253,7 @@ def test_latents_of_another_kind_or_other_statistics_are_refused(chain: Run) -> 
         read_latents_of(latents, "xx", shape, "representation", "position")
     inputs = SamplingInputs.of(chain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "read_statistics", lambda _: (torch.zeros(DIM), torch.ones(DIM)))
+        patch.setattr(export, "read_statistics", lambda _: (torch.zeros(DIM), torch.ones(DIM)))
         with pytest.raises(UserError, match=r"normalized per position, but .* has statistics per channel"):
             Sampler.load(inputs)
 
