@@ -16,14 +16,6 @@ settings.register_profile("untimed", deadline=None)  # a busy machine fails no t
 settings.load_profile("untimed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares fixtures in one process: the tests of jobs, with their Ray cluster, and those of a file."""
-    root = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(root)
-        item.add_marker(pytest.mark.xdist_group("jobs" if place.parts[0] == "jobs" else str(place)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

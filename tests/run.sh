@@ -6,7 +6,7 @@ source cluster/local/environment.sh
 
 lint=yes
 select=(-m "not long and not gpu")
-processes=(-n 2 --dist loadgroup)
+processes=(-n 2 --dist loadfile)
 arguments=()
 for argument in "$@"; do
     case $argument in
