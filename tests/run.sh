@@ -1,23 +1,31 @@
 #!/usr/bin/env bash
-# Lint, types and tests: bash tests/run.sh [--tests-only] [--long | --gpu] [pytest arguments …]
+# Lint, types and tests: bash tests/run.sh [--tests-only] [--long | --gpu | --python VERSION] [pytest arguments …]
+#
+# With `--python 3.13` the tests that need no Ray, in an environment of that Python with the newest packages for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source cluster/local/environment.sh
 
-lint=yes
+lint=yes version=
 select=(-m "not long and not gpu")
 processes=(-n 2 --dist loadfile)
 arguments=()
-for argument in "$@"; do
-    case $argument in
+while [ $# -gt 0 ]; do
+    case $1 in
     --tests-only) lint=no ;;
     --long) select=(-m long) processes=() ;;
     --gpu) select=(-m gpu) processes=() ;;
-    *) arguments+=("$argument") processes=() ;;
+    --python)
+        version=${2:?a version of Python, such as 3.13}
+        lint=no select=(-m "not long and not gpu and not ray and not jobs")
+        shift
+        ;;
+    *) arguments+=("$1") processes=() ;;
     esac
+    shift
 done
 
-environment test
+environment test ${version:+"$version"}
 if [ "$lint" = yes ]; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
