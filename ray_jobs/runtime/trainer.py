@@ -1,5 +1,6 @@
 """Ray Train around the training loop: workers, restarts, and the errors that come back."""
 
+import logging
 import math
 import os
 from dataclasses import replace
@@ -8,7 +9,8 @@ from typing import Any
 
 from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2._internal.execution import context as ray_train_context
+from ray.train.v2.api.config import LoggingConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_jobs.runtime.progress_actor import ProgressActor
@@ -59,6 +61,7 @@ def fit(run: Run, job: Job) -> None:
             # Local, for Ray's own clients of object stores know none of our options.
             storage_path=storage.url("ray") if storage.is_local else str(storage.cache_folder / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     # In the main thread Ray Train would answer an interrupt itself, by ending the workers where they are.
@@ -84,6 +87,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     progress: ProgressActor = settings["progress"]
     if progress.error() is not None:
         return  # restarted after an error that a restart can't mend
+    # Ray names this logger by its file, out of reach of its own setting, and tells all metrics of every report.
+    ray_train_context.logger.setLevel(logging.WARNING)
     configure_torch(run.config.workers)
     owner: str = settings["owner"]
     try:
