@@ -45,10 +45,8 @@ def _report(arguments: argparse.Namespace) -> int:
         )
         text = render_comparison(comparison)
     # Not the working folder: that is most often a checkout, whose files vavae submit uploads.
-    out = Path(
-        arguments.out
-        or scratch_folder() / "reports" / f"{' '.join(run.config.name for run in runs.values())[:100]}.html"
-    )
+    name = "comparison" if len(runs) > 1 else next(iter(runs))
+    out = Path(arguments.out or scratch_folder() / "reports" / f"{name}.html")
     try:
         if arguments.out is None:
             out.parent.mkdir(exist_ok=True)
