@@ -81,6 +81,8 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
                 _check_resources(config, evaluation)
             else:
                 _stay_on_loopback()
+                # It warns that its token is asked for, which keep_token_private has seen to.
+                logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
                 cpus_of_run = round(workers.count * workers.cpus + evaluation.cpus)
                 ray.init(
                     address="local",

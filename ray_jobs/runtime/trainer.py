@@ -7,10 +7,9 @@ from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution import context as ray_train_context
-from ray.train.v2.api.config import LoggingConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_jobs.runtime.progress_actor import ProgressActor
@@ -56,7 +55,7 @@ def fit(run: Run, job: Job) -> None:
             resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.use_gpu else {})},
             elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # the types are those of the version before
             name=f"{run.config.name}-{job}",
             # Local, for Ray's own clients of object stores know none of our options.
             storage_path=storage.url("ray") if storage.is_local else str(storage.cache_folder / "ray"),
