@@ -37,13 +37,8 @@ _KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(256 * 1024**2),
 }
 """Settings of glibc: every step on a CPU allocates the same activations again, and fresh pages are slow."""
-_QUIET = {
-    # Of Ray and torch about themselves.
-    "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore::FutureWarning",
-    # At every start of a training Ray reports an error in how it starts a watcher of its own.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
-"""Settings of workers that keep what no user can mend out of the log of a job; the environment may say otherwise."""
+_WARNINGS = "ignore::DeprecationWarning,ignore::FutureWarning"
+"""Of Ray and torch about themselves, which no user can mend; the environment may say otherwise."""
 _SOCKET_NAME_BYTES = 24
 """Longest name that Ray gives to a socket."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
@@ -69,7 +64,7 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
         yield
         return
     workers, address = config.workers, check_ray()
-    quiet = {name: os.environ.get(name, value) for name, value in _QUIET.items()}
+    quiet = {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", _WARNINGS)}
     environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **_KEEP_FREED_MEMORY, **quiet}}
     print("starting Ray" if address is None else "joining the cluster", flush=True)
     # Without it the dashboard knows nothing of trainings, their workers and their logs.
