@@ -23,7 +23,7 @@ environment() {
     fi
     echo "installing '.[$extra]' into $checkout/.venv (some minutes the first time)"
     # One command for everything: separate ones may resolve to versions that do not go together.
-    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
+    (cd "$checkout" && set -o pipefail && "$PYTHON" -m pip install --disable-pip-version-check --editable ".[$extra]" | seldom) || {
         echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
         return 2
     }
@@ -31,6 +31,22 @@ environment() {
     for extra in quickstart s3 test; do
         echo "$wanted" >"$checkout/.venv/installed-$extra"
         [ "$checkout/.venv/installed-$extra" = "$stamp" ] && break
+    done
+}
+
+# seldom: of the lines of pip those that say what it is at, one in ten seconds.
+seldom() {
+    local line next=0
+    while IFS= read -r line; do
+        case $line in
+        Collecting* | *Downloading* | Building* | Installing*)
+            # Installing is the last step and a long one.
+            if [ "$SECONDS" -ge "$next" ] || [[ $line = "Installing collected"* ]]; then
+                next=$((SECONDS + 10))
+                printf '%4d s  %.100s\n' "$SECONDS" "${line#"${line%%[! ]*}"}"
+            fi
+            ;;
+        esac
     done
 }
 

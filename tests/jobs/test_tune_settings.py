@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from support.toy_trials import SWEEP, toy_sweep_file
 
-from ray_jobs.runtime.actor_pool import Resources
+from ray_jobs.runtime.resources import Resources
 from ray_jobs.tune import callbacks, search
 from vavae.config import load
 from vavae.errors import UserError

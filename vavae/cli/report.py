@@ -1,4 +1,4 @@
-"""``vavae report``: the report of a run made again, or several runs side by side."""
+"""``vavae report``: the report of a run made again, or several runs side by side, in a page of this machine."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,15 @@ from vavae.errors import UserError
 if TYPE_CHECKING:
     from vavae.runs.run import Run
 
+_LINK_SECONDS = 12 * 3600
+"""Time for which a signed link opens the report in a store."""
+
 
 def add_commands(commands: Any) -> None:
     """Add ``vavae report``; ``act`` of its arguments returns the exit status."""
     report = commands.add_parser("report", help="make the report of a run again, or put runs side by side")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder or URL of a run, or its YAML configuration")
-    report.add_argument("--out", default="report.html", metavar="FILE", help="default: %(default)s")
+    report.add_argument("--out", metavar="FILE", help="default: one of the run's name in the temporary folder")
     add_hourly_price(report)
     report.set_defaults(act=_report)
 
@@ -27,6 +30,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from vavae.report.html import render
     from vavae.report.run_report import log_rows, run_report
     from vavae.runs.evaluation_inputs import ReportInputs
+    from vavae.runs.files import REPORT
+    from vavae.storage.scratch import scratch_folder
 
     runs = _open_runs(arguments.runs, arguments.hourly_price)
     inputs = {name: ReportInputs.of(run) for name, run in runs.items()}
@@ -39,11 +44,21 @@ def _report(arguments: argparse.Namespace) -> int:
             curves=compared_curves({name: log_rows(each) for name, each in inputs.items()}),
         )
         text = render_comparison(comparison)
+    # Not the working folder: that is most often a checkout, whose files vavae submit uploads.
+    name = "comparison" if len(runs) > 1 else next(iter(runs))
+    out = Path(arguments.out or scratch_folder() / "reports" / f"{name}.html")
     try:
-        Path(arguments.out).write_text(text, encoding="utf-8")
+        if arguments.out is None:
+            out.parent.mkdir(exist_ok=True)
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {arguments.out}: {error.strerror}; name another file") from error
-    print(f"report: {Path(arguments.out).absolute()}")
+        raise UserError(f"--out {out}: {error.strerror}; name another file") from error
+    print(f"report: {out.absolute()}")
+    if len(runs) == 1:
+        (run,) = runs.values()
+        link = run.storage.signed_link(REPORT, "text/html", _LINK_SECONDS) if run.storage.is_file(REPORT) else None
+        if link is not None:
+            print(f"in the store, for whoever has this link within {_LINK_SECONDS // 3600} hours: {link}")
     return 0
 
 
