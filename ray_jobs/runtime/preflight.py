@@ -28,6 +28,7 @@ from vavae.runs.config import RunConfig
 from vavae.runs.run import JOBS, TRAININGS, Job, Run
 from vavae.sampling.labels import check_classes
 from vavae.storage.storage import Storage
+from vavae.tracking.trackers import check_trackers
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
@@ -44,6 +45,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
     """
     config = run.config
+    if {*TRAININGS, "evaluate"} & {*jobs}:
+        check_trackers(config.tracking)
     features, token = config.latents.features, config.lightningdit.class_token
     if features is not None and token is not None and {"precompute_latents", "train_lightningdit"} & {*jobs}:
         width = teacher_geometry(features.teacher).feature_dim

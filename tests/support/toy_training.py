@@ -15,6 +15,7 @@ from vavae.distributed.world import World
 from vavae.randomness import torch_generator
 from vavae.runs.training_config import BestConfig, TrainingConfig
 from vavae.storage.storage import Storage
+from vavae.tracking.tensorboard_tracker import TensorBoardTracker
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -109,7 +110,8 @@ def train_toy(
 ) -> TrainState:
     """The training loop on a toy step."""
     session = session or LocalSession()
-    log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True, show=session.row)
+    trackers = [TensorBoardTracker(storage.child("tensorboard"))]
+    log = MetricsLog("toy", storage.child("log"), trackers, active=True, show=session.row)
     training = TrainingConfig(batch_size=4, **config)
     trainer = Trainer(
         "toy",
