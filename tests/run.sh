@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Lint, types and tests: bash tests/run.sh [--tests-only] [--long | --gpu] [pytest arguments …]
+# Lint, types and tests: bash tests/run.sh [--tests-only] [--long | --gpu | --integrations] [pytest arguments …]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source cluster/local/environment.sh
 
 lint=yes
-select=(-m "not long and not gpu")
+layer=
+select=(-m "not long and not gpu and not integrations")
 arguments=()
 for argument in "$@"; do
     case $argument in
     --tests-only) lint=no ;;
     --long) select=(-m long) ;;
     --gpu) select=(-m gpu) ;;
+    --integrations) select=(-m integrations) lint=no layer=integrations ;;
     *) arguments+=("$argument") ;;
     esac
 done
@@ -21,5 +23,8 @@ if [ "$lint" = yes ]; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
+fi
+if [ -n "$layer" ]; then
+    environment_above "$layer"
 fi
 exec "$PYTHON" -m pytest "${select[@]}" "${arguments[@]+"${arguments[@]}"}"
