@@ -9,6 +9,7 @@ import pytest
 from support.toy_training import train_toy
 
 from vavae.errors import UserError
+from vavae.report.html import Report, render
 from vavae.storage.storage import Storage
 from vavae.tracking.background_tracker import BackgroundTracker
 from vavae.tracking.tracker import TrackedJob
@@ -86,6 +87,12 @@ def test_rows_that_a_tracker_has_are_not_shown_again(storage: Storage):
     assert run.steps == [12, 16]
 
 
+def fail_in(job):
+    with open_trackers(["wandb"], job) as (tracker,):
+        tracker.rewind(0)
+        raise UserError
+
+
 def test_another_attempt_continues_under_the_same_identity(storage: Storage, monkeypatch):
     opened = []
 
@@ -99,20 +106,16 @@ def test_another_attempt_continues_under_the_same_identity(storage: Storage, mon
     monkeypatch.setitem(sys.modules, module.__name__, module)
     folders = [storage.child(name) for name in ("records", "tensorboard")]
     for resumes in (True, True, False):
-        track(
-            ["wandb"],
-            TrackedJob("toy", "evaluate", {}, storage, *folders, resumes),
-            8,
-            {"psnr": 2.0, "bad": float("nan")},
-        )
+        job = TrackedJob("toy", "evaluate", {}, storage, *folders, resumes)
+        track(["wandb"], job, 8, {"psnr": 2.0, "bad": float("nan")})
     names, identities, runs = zip(*opened, strict=True)
     assert {*names} == {"toy evaluate"}
     assert identities[0] == identities[1] != identities[2]
     assert [run.rows for run in runs] == [{8: {"psnr": 2.0}}] * 3
     assert links(folders[0]) == {"wandb": Stand.link}
-    with pytest.raises(KeyError), open_trackers(["wandb"], TrackedJob("toy", "x", {}, storage, *folders)) as (tracker,):
-        tracker.rewind(0)
-        raise KeyError
+    assert f'<a href="{Stand.link}"' in render(Report("toy", facts={"evaluation in wandb": Stand.link}))
+    with pytest.raises(UserError):
+        fail_in(job)
     assert opened[-1][2].failed
 
 
