@@ -81,19 +81,16 @@ class BackgroundTracker:
             run = self._open_run()
         except BaseException as error:  # noqa: BLE001 - packages even end a process that they can't log in from
             self._failed = True
-            self._warn(_describe(error))
+            self._warn(f"{type(error).__name__}: {error}")
             return
         while (call := self._calls.get()) is not None:
             try:
                 call(run)
             except Exception as error:  # noqa: BLE001 - whatever a package raises, the job goes on
-                self._warn(_describe(error))
+                self._warn(f"{type(error).__name__}: {error}")
 
     def _warn(self, why: str) -> None:
         if not self._warned:
             self._warned = True
+            why = " ".join(why.split())
             logger.warning("tracking: %s does not get everything, and the job goes on: %s", self._name, why)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -26,8 +26,10 @@ class MlflowRun:
 
     def __init__(self, job: TrackedJob, identity: str) -> None:
         uri, pictures = os.environ.get("MLFLOW_TRACKING_URI"), None
-        if not uri:
-            root = _local_root(job)
+        if not uri:  # one database for all runs, whatever the folder of the process
+            if not job.storage.is_local:
+                raise ValueError("set MLFLOW_TRACKING_URI on the machines of the workers: the run is in a bucket")
+            root = job.storage.url().rstrip("/").rpartition("/")[0]
             uri, pictures = f"sqlite:///{root}/mlflow.db", f"{root}/mlflow"
         self._client = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "vavae")
@@ -64,13 +66,6 @@ class MlflowRun:
     def finish(self, failed: bool) -> None:
         """See `TrackerRun.finish`."""
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
-
-
-def _local_root(job: TrackedJob) -> str:
-    """The folder of all runs, which share a database there, whatever the folder of the process."""
-    if not job.storage.is_local:
-        raise ValueError("set MLFLOW_TRACKING_URI on the machines of the workers: the run is in a bucket")
-    return job.storage.url().rstrip("/").rpartition("/")[0]
 
 
 def _flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
