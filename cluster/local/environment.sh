@@ -50,6 +50,28 @@ seldom() {
     done
 }
 
+# environment_above EXTRA: an environment `.venv-EXTRA` that sees `.venv` below it and installs an extra into itself
+# alone, whatever other versions that takes; PYTHON becomes its interpreter.
+environment_above() {
+    local extra=$1 checkout below folder stamp wanted site
+    checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    below=$PYTHON folder="$checkout/.venv-$extra"
+    stamp="$folder/installed-$extra" wanted=$(cksum <"$checkout/pyproject.toml")
+    PYTHON="$folder/bin/python"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    echo "installing '.[$extra]' into $folder, above $checkout/.venv"
+    [ -x "$PYTHON" ] || "$below" -m venv "$folder" || return 2
+    site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$below" -c "$site" >"$("$PYTHON" -c "$site")/below.pth" || return 2
+    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
+        echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
+        return 2
+    }
+    echo "$wanted" >"$stamp"
+}
+
 find_python() {
     local candidate
     for candidate in "${VAVAE_PYTHON:-}" python3 python3.12 python3.11 python3.10 python; do

@@ -29,6 +29,7 @@ from vavae.runs.jobs import JOBS, TRAININGS, Job
 from vavae.runs.run import Run
 from vavae.sampling.labels import check_classes
 from vavae.storage.storage import Storage
+from vavae.tracking.trackers import check_trackers
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
@@ -45,6 +46,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
     """
     config = run.config
+    if {*TRAININGS, "evaluate"} & {*jobs}:
+        check_trackers(config.tracking)
     features, token = config.latents.features, config.lightningdit.class_token
     if features is not None and token is not None and {"precompute_latents", "train_lightningdit"} & {*jobs}:
         width = teacher_geometry(features.teacher).feature_dim
