@@ -1,8 +1,8 @@
 # Sourced by the scripts of this checkout: a virtual environment in `.venv` with the package and one extra.
 
 # environment EXTRA [VERSION]: make or complete it, and set PYTHON to its interpreter. What is there is not installed again.
-# `.venv` holds the versions that docker/requirements.txt names. With a version of Python, the environment is
-# `.venv-python<VERSION>`, with the newest packages that there are for it.
+# `.venv` holds the versions that docker/requirements.txt names. For a version of Python it is `.venv-python<VERSION>`, with
+# the newest packages.
 environment() {
     local extra=$1 version=${2:-} checkout folder python stamp wanted
     local -a locked=()
@@ -31,8 +31,8 @@ environment() {
     fi
     echo "installing '.[$extra]' into $folder (some minutes the first time)"
     # One command for everything: separate ones may resolve to versions that do not go together.
-    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check \
-        "${locked[@]+"${locked[@]}"}" --editable ".[$extra]") || {
+    (cd "$checkout" && set -o pipefail && "$PYTHON" -m pip install --disable-pip-version-check \
+        "${locked[@]+"${locked[@]}"}" --editable ".[$extra]" | seldom) || {
         echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
         return 2
     }
@@ -41,6 +41,44 @@ environment() {
         echo "$wanted" >"$folder/installed-$extra"
         [ "$folder/installed-$extra" = "$stamp" ] && break
     done
+}
+
+# seldom: of the lines of pip those that say what it is at, one in ten seconds.
+seldom() {
+    local line next=0
+    while IFS= read -r line; do
+        case $line in
+        Collecting* | *Downloading* | Building* | Installing*)
+            # Installing is the last step and a long one.
+            if [ "$SECONDS" -ge "$next" ] || [[ $line = "Installing collected"* ]]; then
+                next=$((SECONDS + 10))
+                printf '%4d s  %.100s\n' "$SECONDS" "${line#"${line%%[! ]*}"}"
+            fi
+            ;;
+        esac
+    done
+}
+
+# environment_above EXTRA: an environment beside that of PYTHON that sees its packages and installs an extra into itself
+# alone, whatever other versions that takes; PYTHON becomes its interpreter.
+environment_above() {
+    local extra=$1 checkout below folder stamp wanted site
+    checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    below=$PYTHON folder="${PYTHON%/bin/python}-$extra"
+    stamp="$folder/installed-$extra" wanted=$(cksum <"$checkout/pyproject.toml")
+    PYTHON="$folder/bin/python"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    echo "installing '.[$extra]' into $folder, above ${below%/bin/python}"
+    [ -x "$PYTHON" ] || "$below" -m venv "$folder" || return 2
+    site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$below" -c "$site" >"$("$PYTHON" -c "$site")/below.pth" || return 2
+    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
+        echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
+        return 2
+    }
+    echo "$wanted" >"$stamp"
 }
 
 # find_python [VERSION]: the first interpreter of that version, or of one that will do.
