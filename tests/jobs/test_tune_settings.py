@@ -7,10 +7,11 @@ import pytest
 from support.toy_trials import SWEEP, toy_sweep_file
 
 from ray_jobs.runtime.actor_pool import Resources
-from ray_jobs.tune import callbacks, search
+from ray_jobs.tune import callbacks, search, shared_tasks
 from vavae.config import load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
+from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, write_entry
 
@@ -58,6 +59,21 @@ def test_three_trials_of_the_dilemma_share_one_gpu():
     sweep = Sweep.load(_BASE.parent / "sweeps" / "dilemma_cifar10_gpu.yaml")
     assert sweep.config.max_concurrent is not None
     assert _peak(sweep).gpus * sweep.config.max_concurrent <= 1
+
+
+def test_trials_of_other_budgets_request_the_same_tokenizer_once_and_trainings_of_their_own(tmp_path: Path):
+    sharing = Sharing(str(tmp_path / "shared"))
+
+    def keys(task: str) -> set[str]:
+        budgets = [f"train_lightningdit.images={images}" for images in (64, 128)]
+        configs = [load(RunConfig, _BASE, [f"storage.root={tmp_path}", budget]) for budget in budgets]
+        return {shared_tasks._task_key(sharing, config, task) for config in configs}
+
+    assert {task: len(keys(task)) for task in ("prepare_shards", "train_vavae", "train_lightningdit")} == {
+        "prepare_shards": 1,
+        "train_vavae": 1,
+        "train_lightningdit": 2,
+    }
 
 
 def test_more_than_fit_are_refused(sweep_of, monkeypatch):
