@@ -28,7 +28,7 @@ LEVELS = (
     {"evaluation"},
     {"planning", "bench"},
     {"report"},
-    {"sweep"},
+    {"sweep", "demo"},
     {"cli", "ray_jobs"},
     {"__main__", "__init__"},
 )
@@ -47,6 +47,7 @@ OWNERS = {
     "fsspec": ("vavae.storage",),
     "s3fs": ("vavae.storage",),
     "webdataset": ("vavae.data", "vavae.bench"),
+    "gradio": ("vavae.demo",),
 }
 
 

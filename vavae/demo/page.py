@@ -14,6 +14,8 @@ from vavae.report.run_facts import run_summary
 _IMAGES = 8
 """Images of a class at first."""
 _MOST_IMAGES = 32
+_CLASSES: dict[str, Any] = {"allow_custom_value": True, "info": "A number may be typed, too."}
+"""Of the fields that take names of classes."""
 _SYSTEM_FONTS = {
     "font": [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
     "font_mono": [gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],
@@ -62,7 +64,8 @@ def _build_samples(playground: Playground) -> None:
         with gr.Column(scale=1, min_width=260):
             fields: dict[str, gr.components.Component] = {}
             if classes:
-                fields["classes"] = gr.Dropdown([*classes], value=[classes[0]], multiselect=True, label="Classes")
+                first = [classes[0]]
+                fields["classes"] = gr.Dropdown([*classes], value=first, multiselect=True, **_CLASSES, label="Classes")
             fields["seed"] = gr.Number(0, precision=0, minimum=0, label="First seed")
             fields["images"] = gr.Slider(1, _MOST_IMAGES, _IMAGES, step=1, label="Images of a class")
             with gr.Row():
@@ -78,7 +81,8 @@ def _build_samples(playground: Playground) -> None:
         wanted = classes, int(seed or 0), int(images), _overrides(values)
         return playground.sample(*wanted), playground.command(*wanted)
 
-    other.click(lambda seed, images: int(seed or 0) + images, [fields["seed"], fields["images"]], fields["seed"])
+    places = [fields["seed"], fields["images"]]
+    other.click(lambda seed, images: int(seed or 0) + images, places, places[0], api_visibility="private")
     changed = [fields[name].change for name in ("classes", "seed") if name in fields]
     released = [fields["images"].release]
     _on([go.click, *changed, *released, *_changes(how)], sample, fields, [pictures, command], "sample")
@@ -91,7 +95,7 @@ def _build_walk(playground: Playground) -> None:
         with gr.Column(scale=1, min_width=260):
             fields: dict[str, gr.components.Component] = {}
             if classes:
-                fields["label"] = gr.Dropdown([*classes], value=classes[0], label="Class")
+                fields["label"] = gr.Dropdown([*classes], value=classes[0], **_CLASSES, label="Class")
             with gr.Row():
                 fields["first"] = gr.Number(0, precision=0, minimum=0, label="From seed", min_width=100)
                 fields["last"] = gr.Number(1, precision=0, minimum=0, label="To seed", min_width=100)
@@ -133,7 +137,7 @@ def _controls(playground: Playground) -> dict[str, gr.components.Component]:
     solvers = playground.solvers
     controls["solver_name"] = gr.Radio(solvers, value=solvers[0], label="Solver")
     more = "guidance.interval=[0.1, 1] solver.shift=0.5"
-    controls["more"] = gr.Textbox(label="Other keys of guidance and solver", placeholder=more)
+    controls["more"] = gr.Textbox("", label="Other keys of guidance and solver", placeholder=more)
     return controls
 
 

@@ -1,5 +1,6 @@
 """Pictures that the page of a run asks for: samples, walks between seeds, reconstructions; and its report."""
 
+import json
 import math
 import re
 import shlex
@@ -76,14 +77,16 @@ class Playground:
         """What changes the samples of these models: guidance of the kinds that they have, and steps."""
         assert self.sampler is not None, "without a LightningDiT there are no samples"
         config, model = self.run.config, self.sampler.lightningdit
-        found = []
+        scales = []
         # A mean flow is guided by its training, unless the scale is an input of the network.
         if self.sampler.classes and (config.solver.name != "mean_flow" or model.guidance_embedder is not None):
-            found.append(_scale("guidance.scale", "Guidance", config.guidance.scale, 10))
+            scales.append(("guidance.scale", "Guidance", config.guidance.scale, 10))
         if model.final_layer_xr is not None:
-            found.append(_scale("guidance.internal_scale", "Internal guidance", config.guidance.internal_scale, 4))
+            scales.append(("guidance.internal_scale", "Internal guidance", config.guidance.internal_scale, 4))
+        # A scale of 1 is no guidance.
+        sliders = [Slider(*each, now, min(1, now), max(high, 2 * now), 0.1) for *each, now, high in scales]
         steps = config.solver.num_steps
-        return [*found, Slider("solver.num_steps", "Steps", steps, 1, max(50, steps), 1)]
+        return [*sliders, Slider("solver.num_steps", "Steps", steps, 1, max(50, steps), 1)]
 
     @property
     def solvers(self) -> list[str]:
@@ -119,12 +122,16 @@ class Playground:
 
     def command(self, classes: Sequence[str] | None, seed: int, images: int, overrides: Sequence[str]) -> str:
         """The command that makes the images of `sample`, with the keys that are not the run's own."""
-        config = self._changed(overrides).config
-        assert config is not None, "it is of a run"
-        changed = [f"{key}={_as_yaml(new)}" for key, _, new in differences(self.run.config, config)]
-        names = [] if classes is None else ["--classes", ",".join(classes)]
+        sampler = self._changed(overrides)
+        assert sampler.config is not None, "it is of a run"
+        changed = [
+            f"{key}={new if isinstance(new, str) else json.dumps(new)}"
+            for key, _, new in differences(self.run.config, sampler.config)
+        ]
+        names = [str(sampler.classes.index(name)) if "," in name else name for name in classes or ()]
+        chosen = ["--classes", ",".join(names)] if names else []
         seeds = f"{seed}-{seed + images - 1}" if images > 1 else f"{seed}"
-        words = ["--run", self.run.storage.url(), *names, "--seeds", seeds, *self.overrides, *changed]
+        words = ["--run", self.run.storage.url(), *chosen, "--seeds", seeds, *self.overrides, *changed]
         return shlex.join(["vavae", "sample", *words])
 
     def reconstruct(self, data: bytes) -> tuple[list[Captioned], str]:
@@ -171,15 +178,6 @@ class Playground:
 def split_overrides(text: str) -> list[str]:
     """Split `key.path=value` several times, with space between; a value may have spaces itself."""
     return re.split(r"\s+(?=[\w.]+=)", text.strip()) if text.strip() else []
-
-
-def _scale(key: str, label: str, value: float, high: float) -> Slider:
-    """Slider of a scale of guidance, of which 1 is none."""
-    return Slider(key, label, value, min(1.0, value), max(high, 2 * value), 0.1)
-
-
-def _as_yaml(value: object) -> object:
-    return [*value] if isinstance(value, tuple) else value
 
 
 def _captioned(images: Tensor, captions: Sequence[str]) -> list[Captioned]:
