@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from support.toy_trials import SWEEP, toy_sweep_file
 
-from ray_jobs.runtime.actor_pool import Resources
+from ray_jobs.runtime.resources import Resources
 from ray_jobs.tune import callbacks, search, shared_tasks
 from vavae.config import load
 from vavae.errors import UserError
@@ -99,15 +99,15 @@ def test_settled_points_are_left_out_unless_others_are_judged_by_them(sweep_of):
 
 
 def test_trackers_are_looked_for_before_anything_starts(sweep_of, monkeypatch):
-    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert len(callbacks.tune_callbacks(sweep_of())) == 1
     for tool in ("mlflow", "wandb"):
-        with pytest.raises(UserError, match=f"{tool} is not installed: pip install {tool}"):
+        with pytest.raises(UserError, match=f"{tool} is not installed: pip install -e '.\\[{tool}\\]'"):
             callbacks.tune_callbacks(sweep_of(f"tracking=[{tool}]"))
 
 
 def test_trackers_are_rays_own_callbacks(sweep_of, monkeypatch):
-    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for tool, name in (("mlflow", "MLflowLoggerCallback"), ("wandb", "WandbLoggerCallback")):
         monkeypatch.setattr(f"ray.air.integrations.{tool}.{name}", lambda **settings: settings)
