@@ -14,7 +14,7 @@ from support.trained_run import trained_run
 from vavae.cli.main import main
 from vavae.data.image import center_crop_resize
 from vavae.data.pixels import to_pixels
-from vavae.demo.playground import Playground, split_overrides
+from vavae.demo.playground import Playground
 from vavae.errors import UserError
 from vavae.latents.pictures import encode
 from vavae.metrics.reconstruction import psnr
@@ -50,7 +50,7 @@ def noise(*shape):
 
 def test_samples_are_those_of_the_command_bit_for_bit(playground, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wanted = ["a", "c"], 3, 2, ["solver.num_steps=3", "solver.name=heun", "guidance.interval=[0.1, 1]"]
+    wanted = ["a", "c"], 3, 2, ["solver.num_steps=3", " solver.name=heun  guidance.interval=[0.1, 1]\n", " "]
     pictures = playground.sample(*wanted)
     assert [caption for _, caption in pictures] == ["a, seed 3", "a, seed 4", "c, seed 3", "c, seed 4"]
     words = shlex.split(playground.command(*wanted))
@@ -143,11 +143,6 @@ def test_a_run_with_a_tokenizer_alone_and_one_with_nothing(tmp_path):
     run.storage.child(run.prefix("train_vavae")).delete("artefact.json")
     with pytest.raises(UserError, match=r"no tokenizer yet; run python -m ray_jobs\.train_vavae"):
         Playground.at(run.storage.url())
-
-
-def test_overrides_are_split_where_a_key_begins():
-    assert split_overrides(" ") == []
-    assert split_overrides("a.b=[0.1, 1]  c.d=2\ne=x ") == ["a.b=[0.1, 1]", "c.d=2", "e=x"]
 
 
 def test_without_gradio_the_command_names_its_extra(run, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from vavae.demo.playground import Captioned, Playground, split_overrides
+from vavae.demo.playground import Captioned, Playground
 from vavae.errors import UserError
 from vavae.report.run_facts import run_summary
 
@@ -143,8 +143,8 @@ def _controls(playground: Playground) -> dict[str, gr.components.Component]:
 
 def _overrides(values: dict[str, Any]) -> list[str]:
     """Overrides of the configuration from the values of `_controls`."""
-    further = split_overrides(values.pop("more", ""))
-    return [*(f"{name.replace('_', '.', 1)}={value}" for name, value in values.items()), *further]
+    further = values.pop("more", "")
+    return [*(f"{name.replace('_', '.', 1)}={value}" for name, value in values.items()), further]
 
 
 def _changes(controls: dict[str, gr.components.Component]) -> list[Any]:

@@ -27,6 +27,9 @@ from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.run import Run
 from vavae.sampling.sampler import Sampler
 
+_BEFORE_KEY = re.compile(r"\s+(?=[\w.]+=)")
+"""Space where the key of an override begins; other space belongs to a value."""
+
 Captioned = tuple[Image.Image, str]
 """A picture and its caption."""
 
@@ -104,7 +107,7 @@ class Playground:
             classes: names; None where the images have no classes.
             seed: the first one.
             images: number of images of each class.
-            overrides: `key.path=value` of guidance and solver.
+            overrides: `key.path=value` of guidance and solver, one or several in a text, with space between them.
 
         Raises:
             UserError: an override, a class or the seed is not valid, or an image is not finite.
@@ -172,12 +175,8 @@ class Playground:
 
     def _changed(self, overrides: Sequence[str]) -> Sampler:
         assert self.sampler is not None, "without a LightningDiT there are no samples"
-        return self.sampler.with_overrides(overrides)
-
-
-def split_overrides(text: str) -> list[str]:
-    """Split `key.path=value` several times, with space between; a value may have spaces itself."""
-    return re.split(r"\s+(?=[\w.]+=)", text.strip()) if text.strip() else []
+        apart = [each for text in overrides for each in _BEFORE_KEY.split(text.strip()) if each]
+        return self.sampler.with_overrides(apart)
 
 
 def _captioned(images: Tensor, captions: Sequence[str]) -> list[Captioned]:
