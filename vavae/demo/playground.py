@@ -87,7 +87,7 @@ class Playground:
         if model.final_layer_xr is not None:
             scales.append(("guidance.internal_scale", "Internal guidance", config.guidance.internal_scale, 4))
         # A scale of 1 is no guidance.
-        sliders = [Slider(*each, now, min(1, now), max(high, 2 * now), 0.1) for *each, now, high in scales]
+        sliders = [Slider(key, label, now, min(1, now), max(high, 2 * now), 0.1) for key, label, now, high in scales]
         steps = config.solver.num_steps
         return [*sliders, Slider("solver.num_steps", "Steps", steps, 1, max(50, steps), 1)]
 

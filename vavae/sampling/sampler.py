@@ -211,8 +211,8 @@ class Sampler:
             raise UserError(f"images={images}: expected both ends, 2 images at least")
         config, ends = self._run_config(), _seeds([first, last])
         labels = wanted_labels(None if label is None else [label], self.classes, "label") * images
-        weights = torch.linspace(0, 1, images)
-        noise, nearer = spherical(*self._noise(ends, config.seed), weights), [ends[int(each > 0.5)] for each in weights]
+        weights, (start, end) = torch.linspace(0, 1, images), self._noise(ends, config.seed)
+        noise, nearer = spherical(start, end, weights), [ends[int(each > 0.5)] for each in weights]
         how, parts = (config.seed, config.guidance, config.solver), _slices(images, config.sample.batch_size)
         return torch.cat([self._from_noise(noise[part], nearer[part], labels[part], *how) for part in parts])
 
