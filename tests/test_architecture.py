@@ -28,7 +28,7 @@ LEVELS = (
     {"evaluation"},
     {"planning", "bench"},
     {"report"},
-    {"sweep"},
+    {"sweep", "demo"},
     {"cli", "ray_jobs"},
     {"__main__", "__init__"},
 )
@@ -50,6 +50,7 @@ OWNERS = {
     "wandb": ("vavae.tracking",),
     "mlflow": ("vavae.tracking",),
     "trackio": ("vavae.tracking",),
+    "gradio": ("vavae.demo",),
 }
 
 

@@ -39,6 +39,7 @@ _NOT_HERE = {
     r"^python -m ray_jobs\.pipeline --config FILE\b": "FILE stands for a configuration, and it needs a bucket",
     r"^vavae (import|export) .* --config RUN\.yaml": "RUN.yaml stands for a configuration; tests/interop has the files",
     r"^vavae average\b": "needs a trained run; tests/cli/test_average.py has one",
+    r"^vavae demo\b": "serves until Ctrl-C; tests/demo has it",
     r"^vavae bench\b": "takes minutes; tests/bench has each of them at tiny sizes",
     r"^(docker|kubectl) ": "needs Docker or a Kubernetes cluster; tests/cluster checks the files",
     r"^sbatch ": "needs SLURM; tests/cluster runs the batch with stand-ins",

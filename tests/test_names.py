@@ -35,7 +35,7 @@ RETIRED = """
     evaluation: CheckpointMeasures Measuring _Measuring MeasureConfig measure_checkpoint measure_waiting drop_measured
         checkpoint_measures checkpoint_measuring measure_generation measure_latent_space measure_tokenizer measuring
         _make_measure _missing_measures show_measured _measured figure_text
-    registry of metrics: COLUMNS BESIDE Column Meter
+    registry of metrics: COLUMNS BESIDE Meter
     jobs and phases: STAGES StagePlan StageStatus TokenizerStage TokenizerStageConfig tokenizer_stages plan_stages
         _stages_rise _stages_can_learn
     training: _Loop _Way go_on

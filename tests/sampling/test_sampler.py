@@ -17,7 +17,7 @@ from vavae.models.dit.config import RoutingConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.randomness import torch_generator
 from vavae.runs.sampling_inputs import SamplingInputs
-from vavae.sampling.sampler import Sampler, noise_of
+from vavae.sampling.sampler import Sampler, noise_of, spherical
 
 GUIDED, PLAIN, SOLVER = GuidanceConfig(scale=6), GuidanceConfig(), SolverConfig(num_steps=3)
 SOLVERS = [SOLVER, SolverConfig(name="heun", num_steps=2, shift="by_dimension"), SolverConfig(name="dopri5")]
@@ -209,3 +209,14 @@ def test_a_lightningdit_of_another_tokenizer_is_refused(stored):
         UserError, match=rf"export was trained on latents of tokenizer {DIGEST[:12]}, but .*export is {'b' * 12}"
     ):
         Sampler.load(other, CPU)
+
+
+def test_noise_between_two_is_on_the_great_circle():
+    first, last = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    found = spherical(first, last, torch.tensor([0, 1 / 3, 0.5, 1]))
+    angles = torch.tensor([0, torch.pi / 6, torch.pi / 4, torch.pi / 2])
+    torch.testing.assert_close(found, 3 * torch.stack([angles.cos(), angles.sin()], 1)[:, None])
+    noise = noise_of([0, 1], (4, 5, 6), SEED)
+    ends = spherical(*noise, torch.linspace(0, 1, 7))[[0, -1]]
+    assert ends.equal(noise)
+    assert spherical(first, first, torch.linspace(0, 1, 3)).equal(first.expand(3, 1, 2))

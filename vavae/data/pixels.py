@@ -14,6 +14,7 @@ from vavae.data.image import encode_pixels
 from vavae.models.backbones.color import as_color
 
 _PICTURE_PIXELS = 64
+_DIFFERENCE_SCALE = 4
 _HALVES = {torch.uint8: 127.5, torch.uint16: 32767.5}
 """Half of the largest value of a pixel."""
 
@@ -43,6 +44,11 @@ def to_rgb(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8 and images.shape[1] == 3:
         return images
     return to_pixels(as_color(to_float(images)))
+
+
+def difference_image(images: Tensor, others: Tensor) -> Tensor:
+    """Four times the absolute difference of two sets of images, clamped: uint8 [B, C, H, W], as both of them are."""
+    return ((images.int() - others.int()).abs() * _DIFFERENCE_SCALE).clamp(max=255).byte()
 
 
 def encode_png(image: Tensor) -> bytes:

@@ -39,6 +39,8 @@ from vavae.sampling.request import SampleRequest
 
 _CHANGEABLE = ("seed", "guidance", "solver")
 """Sections of the configuration that say nothing about what a sampler has loaded."""
+_LEAST_SINE = 1e-6
+"""Sine of the angle between two directions from which on they are two."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,7 +190,32 @@ class Sampler:
             raise UserError("this sampler was put together without a run: take Sampler.from_run, or its method images")
         return self.config
 
-    @torch.inference_mode()
+    def walk(self, first: int, last: int, images: int = 8, label: int | str | None = None) -> Tensor:
+        """Generate the images of two seeds and some between them, whose noise is interpolated on the sphere.
+
+        Guidance by routing draws its tokens as for the nearer of the two seeds.
+
+        Args:
+            first: index of the noise of the first image, at least 0.
+            last: that of the last one.
+            images: number of images with both ends, at least 2.
+            label: name or number of the class; left out where the images have no classes.
+
+        Returns:
+            Pixels uint8 [images, C, H, W] on the CPU, uint16 where those of the run have 16 bits.
+
+        Raises:
+            UserError: no such class exists, a seed or the number of images is too small, or an image is not finite.
+        """
+        if images < 2:
+            raise UserError(f"images={images}: expected both ends, 2 images at least")
+        config, ends = self._run_config(), _seeds([first, last])
+        labels = wanted_labels(None if label is None else [label], self.classes, "label") * images
+        weights, (start, end) = torch.linspace(0, 1, images), self._noise(ends, config.seed)
+        noise, nearer = spherical(start, end, weights), [ends[int(each > 0.5)] for each in weights]
+        how, parts = (config.seed, config.guidance, config.solver), _slices(images, config.sample.batch_size)
+        return torch.cat([self._from_noise(noise[part], nearer[part], labels[part], *how) for part in parts])
+
     def images(
         self,
         indices: Sequence[int],
@@ -209,14 +236,30 @@ class Sampler:
         Raises:
             UserError: an image is not finite; it would be black. Or guidance or solver ask for what the model has not.
         """
+        return self._from_noise(self._noise(indices, seed), indices, labels, seed, guidance, solver)
+
+    def _noise(self, indices: Sequence[int], seed: int) -> Tensor:
+        """Noise float32 [B, *state_shape] on the CPU: of latents, joined with that of class tokens where there are."""
         model = self.lightningdit
-        device = self.device
-        shape = (model.latent_dim, *model.grid)
-        noise = noise_of(indices, shape, seed)  # [B, C, h, w], as the latents
-        if model.config.class_token is not None:
-            width = model.config.class_token.width
-            generators = [torch_generator(seed, "sample class token", index) for index in indices]
-            noise = join_class_token(noise, torch.stack([torch.randn(width, generator=each) for each in generators]))
+        noise = noise_of(indices, (model.latent_dim, *model.grid), seed)
+        if model.config.class_token is None:
+            return noise
+        width = model.config.class_token.width
+        generators = [torch_generator(seed, "sample class token", index) for index in indices]
+        return join_class_token(noise, torch.stack([torch.randn(width, generator=each) for each in generators]))
+
+    @torch.inference_mode()
+    def _from_noise(
+        self,
+        noise: Tensor,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        seed: int,
+        guidance: GuidanceConfig,
+        solver: SolverConfig,
+    ) -> Tensor:
+        """Generate images from noise of `_noise`; the indices key what is drawn in between. See :meth:`images`."""
+        model, device = self.lightningdit, self.device
         self._check(guidance, solver)
         keep = None
         if guidance.routing_scale != 1:
@@ -233,7 +276,8 @@ class Sampler:
         else:
             velocity = guide(predict, model.null_label, guidance, weak, keep)
             by_euler = any(each.config.predicts_data for each in (model, self.weak) if each is not None)
-            state = solve(velocity, x, y, solver, velocity.jumps, ends_by_euler=by_euler, dimension=math.prod(shape))
+            size = math.prod((model.latent_dim, *model.grid))
+            state = solve(velocity, x, y, solver, velocity.jumps, ends_by_euler=by_euler, dimension=size)
         latents = state[:, : model.latent_dim]
         decode = self.autocast()(self.tokenizer.decode)
         decoded = decode(self.normalizer.denormalize(latents))
@@ -295,8 +339,7 @@ class Sampler:
         batch_size: int,
     ) -> Iterator[Tensor]:
         """Generate images in batches uint8 [b, 3, H, W], b at most `batch_size`; see :meth:`images`."""
-        for start in range(0, len(indices), batch_size):
-            batch = slice(start, start + batch_size)
+        for batch in _slices(len(indices), batch_size):
             yield self.images(indices[batch], labels[batch], seed, guidance, solver)
 
 
@@ -332,6 +375,11 @@ def _seeds(seeds: Iterable[int] | int) -> list[int]:
     return found
 
 
+def _slices(count: int, size: int) -> list[slice]:
+    """Consecutive parts of so many images, of a size each but the last."""
+    return [slice(start, min(count, start + size)) for start in range(0, count, size)]
+
+
 def _kept_tokens(generators: Sequence[torch.Generator], tokens: int, device: torch.device, drop: float) -> Tensor:
     """Draw the tokens of each image that skip no block, int64 [B, K], on the CPU as noise is."""
     return kept_tokens(torch.stack([torch.rand(tokens, generator=each) for each in generators]), drop).to(device)
@@ -340,3 +388,24 @@ def _kept_tokens(generators: Sequence[torch.Generator], tokens: int, device: tor
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal noise float32 [B, *shape], drawn on the CPU and therefore equal for all devices and batches."""
     return torch.stack([torch.randn(*shape, generator=torch_generator(seed, "sample", index)) for index in indices])
+
+
+def spherical(first: Tensor, last: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate between two tensors along the great circle, so that noise keeps its norm; the ends are exact.
+
+    Args:
+        first: floating-point [...], of any shape.
+        last: the same.
+        weights: [N] in [0, 1], 0 for the first.
+
+    Returns:
+        [N, ...]; the straight line where the two have one direction.
+    """
+    cosine = torch.nn.functional.cosine_similarity(first.flatten().double(), last.flatten().double(), dim=0)
+    angle = cosine.clamp(-1, 1).acos()
+    parts = torch.stack([1 - weights, weights]).double()
+    if angle.sin() > _LEAST_SINE:
+        parts = (parts * angle).sin() / angle.sin()
+    shape = (-1, *[1] * first.ndim)
+    before, after = parts.to(first.dtype)
+    return before.reshape(shape) * first + after.reshape(shape) * last

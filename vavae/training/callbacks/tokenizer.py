@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vavae.data.pixels import enlargement, image_grid, to_float, to_pixels, to_rgb
+from vavae.data.pixels import difference_image, enlargement, image_grid, to_float, to_pixels, to_rgb
 from vavae.data.shard_reader import gather, read_images
 from vavae.data.shards.manifest import Manifest
 from vavae.distributed.world import World
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 PROBED, SHOWN = 64, 8
 """Images whose latents are probed, and whose reconstructions are drawn."""
 _BATCH = 16
-_DIFFERENCE_SCALE = 4
 
 
 class LatentProbe:
@@ -101,8 +100,7 @@ class ReconstructionPreview:
             logger.warning("no preview at %s images: the reconstructions are not finite", images_seen)
             return
         images, restored = to_rgb(self._images), to_rgb(to_pixels(decoded, self._images.dtype).cpu())
-        difference = (restored.int() - images.int()).abs() * _DIFFERENCE_SCALE
-        triplets = torch.cat([images, restored, difference.clamp(max=255).byte()])
+        triplets = torch.cat([images, restored, difference_image(restored, images)])
         grid = image_grid(triplets, len(self._images), scale=enlargement(triplets.shape[-2:]))
         log.picture(images_seen, "reconstructions", grid, self._folder)
 
