@@ -30,17 +30,18 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from vavae.report.run_list import list_runs, render_runs, runs_in
+    from vavae.report.run_list import list_runs, runs_in
+    from vavae.report.run_list_page import render_runs
     from vavae.storage.storage import Storage
 
     folder = Storage(arguments.runs[0])
     if len(arguments.runs) == 1 and runs_in(folder):
         _write(render_runs(folder.url(), list_runs(folder)), arguments.out, "runs")
         return 0
-    return _report_runs(_open_runs(arguments.runs, arguments.hourly_price), arguments.out)
+    return _report_runs(arguments.runs, arguments.hourly_price, arguments.out)
 
 
-def _report_runs(runs: Mapping[str, "Run"], out: str | None) -> int:
+def _report_runs(places: Sequence[str], hourly_price: float | None, out: str | None) -> int:
     """Write the report of a run, or of several side by side."""
     from vavae.report.comparison import Comparison, compare_configurations, render_comparison
     from vavae.report.figures import compared_curves
@@ -49,6 +50,7 @@ def _report_runs(runs: Mapping[str, "Run"], out: str | None) -> int:
     from vavae.runs.evaluation_inputs import ReportInputs
     from vavae.runs.files import REPORT
 
+    runs = _open_runs(places, hourly_price)
     inputs = {name: ReportInputs.of(run) for name, run in runs.items()}
     if len(inputs) == 1:
         text = render(run_report(*inputs.values()))
