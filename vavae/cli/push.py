@@ -29,16 +29,18 @@ def add_commands(commands: Any) -> None:
 
 def _push(arguments: argparse.Namespace) -> int:
     from vavae.interop.hub import check_repository, check_upload, upload
+
+    name, out = arguments.repository, arguments.out
+    check_repository(name)
+    if out is None:
+        check_upload()
+    # torch takes seconds to import.
     from vavae.interop.push import write_pushed_folder
     from vavae.report.model_card import model_card
     from vavae.runs.evaluation_inputs import ReportInputs
     from vavae.runs.push_inputs import PushInputs
     from vavae.runs.run import Run
 
-    name, out = arguments.repository, arguments.out
-    check_repository(name)
-    if out is None:
-        check_upload()
     run = Run.at(arguments.run, arguments.overrides)
     inputs = PushInputs.of(run)
     with _folder(out) as place:

@@ -1,6 +1,6 @@
 """Folders put into repositories of the Hugging Face hub."""
 
-import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +57,8 @@ def upload(folder: Path, name: str, private: bool, revision: str | None, message
         UserError: the hub refuses it or can't be reached, or the upload broke off; or the repository is there and
             public where it is to be private.
     """
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     api = huggingface_hub.HfApi(library_name="vavae")
     with _one_line(name, api.endpoint):
         page = str(api.create_repo(name, private=private or None, exist_ok=True))
@@ -84,7 +86,11 @@ def _one_line(name: str, endpoint: str) -> Iterator[None]:
         raise
     except OfflineModeIsEnabled as error:
         raise UserError(f"{name}: HF_HUB_OFFLINE forbids to ask the hub: unset it; {_ELSEWHERE}") from error
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+    except ValueError as error:
+        raise UserError(f"{name}: the hub does not take the card ({_reason(error)}): correct --license") from error
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError)) and not is_transient(error):
+            raise
         raise UserError(f"{name}: {_explain(error, name, endpoint)}") from error
 
 
@@ -106,8 +112,9 @@ def _explain(error: Exception, name: str, endpoint: str) -> str:
 
 def _reason(error: Exception) -> str:
     """The first line of what went wrong, or of what caused it."""
-    told = getattr(error, "server_message", None) or str(error.__cause__ or error) or type(error).__name__
-    return re.sub(r"\s+", " ", told.strip().splitlines()[0]).rstrip(".")
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    told = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
+    return " ".join(told.split()).rstrip(".")
 
 
 def _is_unreachable(error: Exception) -> bool:

@@ -1,7 +1,7 @@
-"""A run as the folder that goes to the hub: models with their configuration, and the records that make it a run again.
+"""A run as the folder that goes to the hub: models with their configuration, and records that make it a run again.
 
-The weights are there once. Where diffusers has a like of all parts, they are in its layout, and the folder is one of its
-pipelines, too; else they are in ours.
+The weights are there once. Where diffusers has a like of all parts, they are in its layout, and the folder is one of
+its pipelines, too; else they are in ours.
 """
 
 import shutil
@@ -60,7 +60,7 @@ def write_pushed_folder(inputs: PushInputs, folder: Path) -> PushedFolder:
     place = Storage(str(folder))
     if inputs.latents is not None:
         _write_latents(inputs.latents, place.child(inputs.latents_prefix))
-    weights = {}
+    weights: dict[str, str] = {}
     for prefix, record in inputs.records.items():
         files = {
             name: FileInfo(bytes=size, sha256=sha256_of(folder / prefix / name))

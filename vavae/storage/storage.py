@@ -44,8 +44,8 @@ class Storage:
     """Files named by paths relative to ``root``, with "/" between the parts. Small to pickle; may cross a fork.
 
     ``root`` is a folder or a URL; a relative folder becomes absolute, so that workers with another working directory
-    mean the same one. It may be a place on the hub, ``hf-hub:owner/name``, to read from. ``cache`` is a local folder for
-    :meth:`local_file`; None is one below each machine's temporary folder. ``options`` say how a store is reached.
+    mean the same one. It may be a place on the hub, ``hf-hub:owner/name``, to read from. ``cache`` is a local folder
+    for :meth:`local_file`; None is one below each machine's temporary folder. ``options`` say how a store is reached.
     ``Storage.counters`` holds this process's totals over all storages. A path that could leave the root raises
     UserError, and so does a store that refuses access; a missing file raises FileNotFoundError; a store that goes on
     failing raises :class:`vavae.storage.retry.StorageUnavailableError`.
