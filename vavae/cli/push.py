@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vavae.cli.arguments import add_overrides
+from vavae.cli.arguments import add_overrides, open_run
 
 if TYPE_CHECKING:
     from vavae.interop.push import PushedFolder
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Add ``vavae push``; ``act`` of its arguments returns the exit status."""
     push = commands.add_parser("push", help="put the models of a run on the Hugging Face hub, with a model card")
-    push.add_argument("run", metavar="RUN", help="path or URL of the folder of the run")
+    push.add_argument("run", metavar="RUN", help="folder or URL of a run, or its YAML configuration")
     push.add_argument("repository", metavar="owner/name", help="repository, which is made where there is none")
     push.add_argument("--out", metavar="FOLDER", help="write into this folder what would be uploaded; no upload")
     push.add_argument("--private", action="store_true", help="make the repository a private one")
@@ -39,9 +39,8 @@ def _push(arguments: argparse.Namespace) -> int:
     from vavae.report.model_card import model_card
     from vavae.runs.evaluation_inputs import ReportInputs
     from vavae.runs.push_inputs import PushInputs
-    from vavae.runs.run import Run
 
-    run = Run.at(arguments.run, arguments.overrides)
+    run = open_run(arguments.run, arguments.overrides)
     inputs = PushInputs.of(run)
     with _folder(out) as place:
         folder = write_pushed_folder(inputs, place)

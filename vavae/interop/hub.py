@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import huggingface_hub
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from vavae.errors import UserError
 from vavae.runs.run import PUBLISHED
@@ -34,9 +34,9 @@ def check_repository(name: str) -> None:
 
 def check_upload() -> None:
     """Raise a UserError where no upload can succeed: without a token, or where HF_HUB_OFFLINE forbids the network."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UserError(f"HF_HUB_OFFLINE is set, which forbids to ask the hub: unset it; {_ELSEWHERE}")
-    if huggingface_hub.get_token() is None:
+    if get_token() is None:
         raise UserError(f"no token of the hub: {_LOG_IN}; {_ELSEWHERE}")
 
 
@@ -58,8 +58,8 @@ def upload(folder: Path, name: str, private: bool, revision: str | None, message
             public where it is to be private.
     """
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    api = huggingface_hub.HfApi(library_name="vavae")
+        disable_progress_bars()
+    api = HfApi(library_name="vavae")
     with _one_line(name, api.endpoint):
         page = str(api.create_repo(name, private=private or None, exist_ok=True))
         if private and not api.model_info(name).private:

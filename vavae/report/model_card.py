@@ -80,6 +80,7 @@ def model_card(
         protocols=protocols(metrics),
         data=_data(report),
         classes=_listed(classes),
+        labels=[*range(len(classes))][:2],
         facts={name: fact for name, fact in facts.items() if name.startswith("training of")}
         | {kind: f"imported from {source}" for kind, source in imported.items()},
         recipe=_recipe(config),

@@ -27,6 +27,7 @@ def fetch_from_hub(address: str, without: Sequence[str] = ()) -> str:
     """
     # It takes a second to import.
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -56,7 +57,7 @@ def fetch_from_hub(address: str, without: Sequence[str] = ()) -> str:
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"{address} is neither in the cache {huggingface_hub.constants.HF_HUB_CACHE} nor reachable: fetch it where "
+            f"{address} is neither in the cache {HF_HUB_CACHE} nor reachable: fetch it where "
             f"there is a connection, with `hf download {repository}`, and give the folder that it is in"
         ) from error
     local = Path(root, path)
