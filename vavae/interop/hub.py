@@ -111,10 +111,10 @@ def _explain(error: Exception, name: str, endpoint: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what went wrong, or of what caused it."""
+    """The message of the hub where there is one, else that of the error or, of a wrapped one, of its cause."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    told = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
-    return " ".join(told.split()).rstrip(".")
+    message = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
+    return " ".join(message.split()).rstrip(".")
 
 
 def _is_unreachable(error: Exception) -> bool:
