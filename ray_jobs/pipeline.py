@@ -2,18 +2,15 @@
 
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 
-from ray_jobs import evaluate, precompute_latents, prepare_shards, sample, train_lightningdit, train_vavae
 from ray_jobs.runtime.command import JobFunction, pipeline
-from vavae.runs.jobs import Job
+from vavae.runs.jobs import JOBS, Job
 
+# A job's module (torch, Ray Train) is imported when the job runs: a run that is done needs none.
 JOB_FUNCTIONS: Mapping[Job, JobFunction] = {
-    "prepare_shards": prepare_shards.work,
-    "train_vavae": train_vavae.work,
-    "precompute_latents": precompute_latents.work,
-    "train_lightningdit": train_lightningdit.work,
-    "sample": sample.work,
-    "evaluate": evaluate.work,
+    job: lambda run, job=job: import_module(f"ray_jobs.{job}").work(run)  # type: ignore[misc]
+    for job in JOBS
 }
 
 if __name__ == "__main__":

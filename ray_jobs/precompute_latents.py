@@ -3,9 +3,10 @@
 import sys
 from functools import partial
 
-from ray_jobs.runtime.actor_pool import Resources, Work, work_through
+from ray_jobs.runtime.actor_pool import Work, work_through
 from ray_jobs.runtime.command import main
 from ray_jobs.runtime.progress_actor import ProgressActor
+from ray_jobs.runtime.resources import Resources
 from vavae.distributed.world import World
 from vavae.interop.export import load_exported_tokenizer
 from vavae.latents.encoding import place_tokenizer

@@ -2,9 +2,10 @@
 
 import sys
 
-from ray_jobs.runtime.actor_pool import Resources, work_through
+from ray_jobs.runtime.actor_pool import work_through
 from ray_jobs.runtime.command import main
 from ray_jobs.runtime.progress_actor import ProgressActor
+from ray_jobs.runtime.resources import Resources
 from vavae.data.shards.plan import PlannedShard, plan_shards
 from vavae.data.shards.write import ShardRecord, claim, finish, write_shard
 from vavae.runs.run import Run

@@ -19,7 +19,7 @@ LEVELS = (
     {"config"},
     {"storage"},
     {"models.backbones"},
-    {"models.tokenizer", "models.dit", "losses", "diffusion", "data", "metrics", "distributed"},
+    {"models.tokenizer", "models.dit", "losses", "diffusion", "data", "metrics", "distributed", "tracking"},
     {"runs"},
     {"latents"},
     {"interop"},
@@ -47,6 +47,9 @@ OWNERS = {
     "fsspec": ("vavae.storage",),
     "s3fs": ("vavae.storage",),
     "webdataset": ("vavae.data", "vavae.bench"),
+    "wandb": ("vavae.tracking",),
+    "mlflow": ("vavae.tracking",),
+    "trackio": ("vavae.tracking",),
 }
 
 

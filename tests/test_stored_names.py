@@ -18,6 +18,7 @@ from vavae.sampling.sample_shards import SampleShardRecord
 from vavae.storage.artifact import RECORD, Artifact, FileInfo
 from vavae.sweep.sweep import SHARED, TRIALS
 from vavae.sweep.trial import IMAGES, Entry
+from vavae.tracking.trackers import TRACKING
 from vavae.training.callbacks.callback import PREVIEWS
 from vavae.training.checkpoints.metrics import EVALUATIONS
 from vavae.training.checkpoints.state import TrainState
@@ -55,7 +56,7 @@ FILES = {
     CHECKPOINTS: "checkpoints", EVALUATIONS: "measures", SHARED: "shared", TRIALS: "trials",
     WEIGHTS: "model.safetensors", ALIGNMENT: "alignment.safetensors", DESCRIPTION: "model.yaml",
     PUBLISHED["train_vavae"]: "vae", PUBLISHED["train_lightningdit"]: "transformer",
-    IMPORTED: "imported", IMAGES: "images_seen", KIND: "shards",
+    IMPORTED: "imported", IMAGES: "images_seen", KIND: "shards", TRACKING: "tracking",
 }  # fmt: skip
 KINDS = {
     "prepare_shards": "image shards",

@@ -23,7 +23,7 @@ environment() {
     fi
     echo "installing '.[$extra]' into $checkout/.venv (some minutes the first time)"
     # One command for everything: separate ones may resolve to versions that do not go together.
-    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
+    (cd "$checkout" && set -o pipefail && "$PYTHON" -m pip install --disable-pip-version-check --editable ".[$extra]" | seldom) || {
         echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
         return 2
     }
@@ -32,6 +32,44 @@ environment() {
         echo "$wanted" >"$checkout/.venv/installed-$extra"
         [ "$checkout/.venv/installed-$extra" = "$stamp" ] && break
     done
+}
+
+# seldom: of the lines of pip those that say what it is at, one in ten seconds.
+seldom() {
+    local line next=0
+    while IFS= read -r line; do
+        case $line in
+        Collecting* | *Downloading* | Building* | Installing*)
+            # Installing is the last step and a long one.
+            if [ "$SECONDS" -ge "$next" ] || [[ $line = "Installing collected"* ]]; then
+                next=$((SECONDS + 10))
+                printf '%4d s  %.100s\n' "$SECONDS" "${line#"${line%%[! ]*}"}"
+            fi
+            ;;
+        esac
+    done
+}
+
+# environment_above EXTRA: an environment `.venv-EXTRA` that sees `.venv` below it and installs an extra into itself
+# alone, whatever other versions that takes; PYTHON becomes its interpreter.
+environment_above() {
+    local extra=$1 checkout below folder stamp wanted site
+    checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    below=$PYTHON folder="$checkout/.venv-$extra"
+    stamp="$folder/installed-$extra" wanted=$(cksum <"$checkout/pyproject.toml")
+    PYTHON="$folder/bin/python"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    echo "installing '.[$extra]' into $folder, above $checkout/.venv"
+    [ -x "$PYTHON" ] || "$below" -m venv "$folder" || return 2
+    site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$below" -c "$site" >"$("$PYTHON" -c "$site")/below.pth" || return 2
+    (cd "$checkout" && "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]") || {
+        echo "error: the installation failed; the lines above say why. Run the command again to continue" >&2
+        return 2
+    }
+    echo "$wanted" >"$stamp"
 }
 
 find_python() {

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
 from ray_jobs.runtime.progress_actor import ProgressActor
 from ray_jobs.runtime.progress_monitor import monitor_progress
+from ray_jobs.runtime.resources import Resources
 from vavae.distributed.config import WorkersConfig
 from vavae.distributed.torch_settings import configure_torch
 from vavae.errors import UserError
-from vavae.runs.config import RunConfig
 from vavae.runs.jobs import Job
 from vavae.runs.run import Run
 
@@ -19,30 +19,6 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Work = Callable[[ItemT, ProgressActor], ResultT]
 """Processes one item, and tells the actor how far it is; what it returns is small, for all results are kept."""
-
-
-class Resources(NamedTuple):
-    """CPUs and GPUs of one actor, worker or task."""
-
-    cpus: float
-    gpus: float
-
-    @staticmethod
-    def of(workers: WorkersConfig, cpus: float | None = None, gpus: float | None = None) -> "Resources":
-        """Those of a training's worker unless given otherwise; no GPUs where the workers use none."""
-        gpus = workers.gpus if gpus is None else gpus
-        return Resources(workers.cpus if cpus is None else cpus, gpus if workers.use_gpu else 0)
-
-    @staticmethod
-    def for_checkpoint_evaluation(config: RunConfig) -> "Resources":
-        """Resources for evaluating checkpoints beside the workers; none where that comes after training, or never."""
-        evaluation = config.train_lightningdit.measure
-        if evaluation is None or evaluation.when == "after":
-            return NO_RESOURCES
-        return Resources.of(config.workers, evaluation.cpus, evaluation.gpus)
-
-
-NO_RESOURCES = Resources(0, 0)
 
 
 class Worker:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from ray_jobs.runtime.actor_pool import Resources
+from ray_jobs.runtime.resources import Resources
 from vavae.distributed.torch_settings import configure_torch
 from vavae.evaluation.checkpoints import evaluate_checkpoint, prune_evaluated_checkpoints
 from vavae.runs.evaluation_inputs import CheckpointEvaluationInputs

@@ -22,7 +22,7 @@ from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 
-from ray_jobs.runtime.actor_pool import NO_RESOURCES, Resources
+from ray_jobs.runtime.resources import NO_RESOURCES, Resources
 from vavae.command import interrupted_by_sigterm
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
@@ -37,6 +37,8 @@ _KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(256 * 1024**2),
 }
 """Settings of glibc: every step on a CPU allocates the same activations again, and fresh pages are slow."""
+_WARNINGS = "ignore::DeprecationWarning,ignore::FutureWarning"
+"""Of Ray and torch about themselves, which no user can mend; the environment may say otherwise."""
 _SOCKET_NAME_BYTES = 24
 """Longest name that Ray gives to a socket."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
@@ -62,7 +64,8 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
         yield
         return
     workers, address = config.workers, check_ray()
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **_KEEP_FREED_MEMORY}}
+    quiet = {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", _WARNINGS)}
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **_KEEP_FREED_MEMORY, **quiet}}
     print("starting Ray" if address is None else "joining the cluster", flush=True)
     # Without it the dashboard knows nothing of trainings, their workers and their logs.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
@@ -73,6 +76,8 @@ def cluster(config: RunConfig, cpus: float = 0, evaluation: Resources = NO_RESOU
                 _check_resources(config, evaluation)
             else:
                 _stay_on_loopback()
+                # It warns that its token is asked for, which keep_token_private has seen to.
+                logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
                 cpus_of_run = round(workers.count * workers.cpus + evaluation.cpus)
                 ray.init(
                     address="local",

@@ -10,17 +10,16 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.cluster import check_cluster, check_ray, cluster
-from ray_jobs.runtime.preflight import check_sources, missing_sources, preflight
 from ray_jobs.runtime.progress_monitor import log_job_events
+from ray_jobs.runtime.resources import Resources
+from ray_jobs.runtime.sources import check_sources, missing_sources
 from vavae.command import parse_arguments, run_command
 from vavae.config.load import dump, load
 from vavae.config.paths import written_path
 from vavae.config.size import describe_size
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
-from vavae.planning.sizes import bytes_to_write
 from vavae.progress import clock
 from vavae.runs.commit import commit_of_code
 from vavae.runs.config import RunConfig
@@ -80,6 +79,8 @@ def _main(
         check_ray()
         if "prepare_shards" in to_do:
             check_sources(config.shards, run.storage)
+        from ray_jobs.runtime.preflight import preflight  # slow, and of no use where everything is done
+
         missing = preflight(now, to_do)
         if missing:
             raise UserError(missing[0])
@@ -99,6 +100,8 @@ def _main(
     print(f"the run is in {run.storage.url()}")
     if run.storage.is_file(REPORT):
         print(f"report: {run.storage.url(REPORT)}")
+        if not run.storage.is_local:
+            print(f"to look at it: vavae report {run.storage.url()}")
     return 0
 
 
@@ -107,7 +110,11 @@ def _dry_run(run: Run, plan: Callable[[Run], dict[Job, Plan]], jobs: Collection[
     run = run.snapshot()
     missing = missing_sources(run.config.shards, run.storage) if "prepare_shards" in jobs else []
     plans = _plans_without_images(jobs) if missing else plan(run)
-    missing += preflight(run, [job for job, found in plans.items() if not found.done])
+    to_do = [job for job, found in plans.items() if not found.done]
+    if to_do:
+        from ray_jobs.runtime.preflight import preflight  # slow, likewise
+
+        missing += preflight(run, to_do)
     _print_plan(run, plans)
     for line in missing:
         print(f"still needed: {line}")
@@ -160,6 +167,8 @@ def _print_plan(run: Run, plans: dict[Job, Plan]) -> None:
         if found.done:
             size = filesize.decimal(sum(file.bytes for file in run.require(job).files.values()))
         else:
+            from vavae.planning.sizes import bytes_to_write  # slow, likewise
+
             estimate = bytes_to_write(run.config, job, manifest)
             size = "" if estimate is None else f"≤ {filesize.decimal(estimate)}"
         table.add_row(job, JOBS[job].makes, state, _effort(run.config, job), size)

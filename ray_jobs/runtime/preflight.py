@@ -1,15 +1,15 @@
-"""Checks before any worker starts: inputs, storage access, pretrained weights, image sources."""
+"""Checks before any worker starts: inputs, storage access, pretrained weights."""
 
 import importlib.util
 import os
 from collections.abc import Sequence
 
+from ray_jobs.runtime.sources import missing_sources
 from vavae.config import written_path
-from vavae.data.config import ShardsConfig
 from vavae.data.prefetch import OrderedShards
 from vavae.data.sample_order import assign_lanes, order_of
 from vavae.data.shards.manifest import read_manifest
-from vavae.data.shards.plan import TRAIN, open_split, plan_shards, source_names
+from vavae.data.shards.plan import TRAIN, plan_shards
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import check_data, find_reference
@@ -30,6 +30,7 @@ from vavae.runs.jobs import JOBS, TRAININGS, Job
 from vavae.runs.run import Run
 from vavae.sampling.labels import check_classes
 from vavae.storage.storage import Storage
+from vavae.tracking.trackers import check_trackers
 
 
 def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
@@ -46,6 +47,8 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         UserError: storage can't be written, its cache is too small, or the configuration asks for what can't be.
     """
     config = run.config
+    if {*TRAININGS, "evaluate"} & {*jobs}:
+        check_trackers(config.tracking)
     features, token = config.latents.features, config.lightningdit.class_token
     if features is not None and token is not None and {"precompute_latents", "train_lightningdit"} & {*jobs}:
         width = teacher_geometry(features.teacher).feature_dim
@@ -62,8 +65,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         _check_reference(config, run.storage)
     _check_images(run, jobs)
     try:
-        run.storage.write_bytes(".access", b"")
-        run.storage.delete(".access")
+        run.storage.check_writing()
     except OSError as error:
         raise UserError(f"storage.root={written_path(config.storage.root)}: cannot write there ({error})") from error
     run.storage.warn_of_slow_cache()
@@ -150,23 +152,6 @@ def check_cache(run: Run, job: Job) -> None:
             f"storage.cache_bytes={limit:,}, but the lanes of a machine ({len(lanes)}) draw from {needed:,} bytes of "
             f"shards at a time in {job}: raise it"
         )
-
-
-def missing_sources(shards: ShardsConfig, storage: Storage) -> list[str]:
-    """List the image sources that can't be opened from here, one line each."""
-    missing = []
-    for split in source_names(shards):
-        try:
-            open_split(shards, storage, split)
-        except UserError as error:
-            missing.append(f"shards: {error}")
-    return missing
-
-
-def check_sources(shards: ShardsConfig, storage: Storage) -> None:
-    """Open the image sources; raises UserError for one that can't be opened from here."""
-    for split in source_names(shards):
-        open_split(shards, storage, split)
 
 
 def _featuring_job(config: RunConfig) -> Job:

@@ -1,14 +1,15 @@
 """Ray Train around the training loop: workers, restarts, and the errors that come back."""
 
+import logging
 import math
 import os
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2._internal.execution import context as ray_train_context
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_jobs.runtime.progress_actor import ProgressActor
@@ -55,11 +56,12 @@ def fit(run: Run, job: Job) -> None:
             resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.use_gpu else {})},
             elastic_resize_monitor_interval_s=workers.resize_seconds,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # the types are those of the version before
             name=f"{run.config.name}-{job}",
             # Local, for Ray's own clients of object stores know none of our options.
             storage_path=storage.url("ray") if storage.is_local else str(storage.cache_folder / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     # In the main thread Ray Train would answer an interrupt itself, by ending the workers where they are.
@@ -85,6 +87,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
     progress: ProgressActor = settings["progress"]
     if progress.error() is not None:
         return  # restarted after an error that a restart can't mend
+    # Ray names this logger by its file, out of reach of its own setting, and tells all metrics of every report.
+    ray_train_context.logger.setLevel(logging.WARNING)
     configure_torch(run.config.workers)
     owner: str = settings["owner"]
     try:

@@ -1,6 +1,5 @@
 """Callbacks of Ray Tune: the ledger of a sweep, standard output, and the trackers that the sweep file names."""
 
-import importlib.util
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from vavae.sweep.results import write_sweep
 from vavae.sweep.rows import write_rows
 from vavae.sweep.sweep import Sweep
 from vavae.sweep.trial import IMAGES, Entry, read_ledger, write_entry
+from vavae.tracking.trackers import check_trackers
 
 _WRITE_SECONDS = 60.0
 
@@ -93,9 +93,8 @@ def tune_callbacks(sweep: Sweep) -> list[Callback]:
         UserError: a tracker of the sweep file is not installed.
     """
     callbacks: list[Callback] = [LedgerCallback(sweep)]
+    check_trackers(sweep.config.tracking)
     for tool in sweep.config.tracking:
-        if importlib.util.find_spec(tool) is None:
-            raise UserError(f"tracking: {tool} is not installed: pip install {tool}")
         if tool == "mlflow":
             from ray.air.integrations.mlflow import MLflowLoggerCallback
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs.runtime.cluster import check_ray, cluster
-from ray_jobs.runtime.preflight import check_sources, preflight
+from ray_jobs.runtime.preflight import preflight
+from ray_jobs.runtime.sources import check_sources
 from ray_jobs.tune import search
 from ray_jobs.tune.callbacks import tune_callbacks
 from ray_jobs.tune.shared_tasks import SharedTasks, TaskFunctions

@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 
-from ray_jobs.runtime.actor_pool import Resources
+from ray_jobs.runtime.resources import Resources
 from ray_jobs.tune.shared_tasks import SharedTasks
 from vavae.errors import UserError
 from vavae.randomness import key_seed

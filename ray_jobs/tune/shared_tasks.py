@@ -51,8 +51,7 @@ class _SharedTasksActor:
 
     def request(self, config: RunConfig, task: Task) -> list[Any]:
         """A reference to the end of a running task, or of a new attempt; the list keeps Ray from waiting for it."""
-        run = _run_of(self._sharing, config, task)
-        key = f"{task} {run.storage.url()} {config.train_lightningdit.images}"
+        key = _task_key(self._sharing, config, task)
         started = self._started.get(key)
         if started is None or ray.wait([started], timeout=0)[0]:
             shared_tasks = SharedTasks(ray.get_runtime_context().current_actor, self._sharing)
@@ -139,6 +138,13 @@ def _run_of(sharing: Sharing, config: RunConfig, task: Task) -> Run:
     """The run in which a task is run for a trial."""
     job = _shared_job(sharing, task)
     return Run(config) if job is None else sharing.run(config, job)
+
+
+def _task_key(sharing: Sharing, config: RunConfig, task: Task) -> str:
+    """A name of a task that those who request the same have in common."""
+    key = f"{task} {_run_of(sharing, config, task).storage.url()}"
+    # The folder of a shared artifact names its content; a trial's own tasks are done again at each rung.
+    return key if _shared_job(sharing, task) is not None else f"{key} {config.train_lightningdit.images}"
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -1,6 +1,8 @@
 """`vavae report` on runs as they lie on storage, finished or not."""
 
 import json
+import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from vavae.data.image import png_bytes
 from vavae.report.run_facts import run_summary, training_seconds
 from vavae.runs.run import Run
 from vavae.storage.artifact import Artifact, FileInfo, commit
+from vavae.storage.storage import Storage
 from vavae.training.hardware import HARDWARE, Hardware
 
 
@@ -89,6 +92,23 @@ def test_runs_side_by_side_by_folder_and_by_configuration(make, tmp_path):
     assert "30.5" in text
 
 
+def test_a_folder_of_runs_is_a_table_of_them(make, tmp_path, capsys):
+    one, other = make(name="one"), make(name="other")
+    one.storage.write_json("metrics.json", {"psnr": {"value": 30.5, "unit": "dB", "better": "higher", "protocol": "p"}})
+    other.storage.write_bytes("config.yaml", b"name: other\nno_such_key: 1\n")
+    output = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "runs"), "--out", str(output)]) == 0
+    text = text_of(output)
+    assert "2 runs" in text
+    assert run_summary(one.config) in text
+    assert "30.5" in text
+    assert main(["status", str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0] == "one  train_vavae"
+    assert lines[1].startswith("other  ")
+    assert "no_such_key" in lines[1]
+
+
 def test_a_run_that_was_moved_is_read_where_it_lies(make, tmp_path):
     run = make()
     Path(run.storage.url()).rename(tmp_path / "archive")
@@ -115,6 +135,29 @@ def test_what_is_no_run_is_refused_in_one_line(make, tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error
         assert len(error.splitlines()) == 1
+
+
+def test_without_a_place_the_page_goes_to_the_temporary_folder(make, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    assert main(["report", make().storage.url()]) == 0
+    page = Path(capsys.readouterr().out.removeprefix("report: ").strip())
+    assert page.name == "tiny.html"
+    assert "600 of 1,000 images" in text_of(page)
+    assert not [*Path.cwd().iterdir()]
+
+
+def test_the_report_in_a_store_has_a_link_that_needs_no_keys(s3, make, capsys, tmp_path):
+    run = make()
+    store = Storage(f"s3://{s3.bucket}/{uuid.uuid4().hex}/tiny", str(tmp_path / "cache"))
+    for path in run.storage.sizes():
+        store.put_file(run.storage.local_file(path), path)
+    store.write_bytes("report.html", b"<p>made</p>")
+    assert main(["report", store.url(), "--out", str(tmp_path / "page.html")]) == 0
+    link = capsys.readouterr().out.rpartition(" ")[2].strip()
+    with urllib.request.urlopen(link) as answer:
+        assert (answer.read(), answer.headers["Content-Type"]) == (b"<p>made</p>", "text/html")
 
 
 def test_rows_without_a_rate_take_no_time():

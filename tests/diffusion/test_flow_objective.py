@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vavae.diffusion.config import ObjectiveConfig
-from vavae.diffusion.flow_matching import TIMESTEP_BINS, FlowMatchingObjective, LinearPath, bin_by_timestep
+from vavae.diffusion.config import TIMESTEP_BINS, ObjectiveConfig
+from vavae.diffusion.flow_matching import FlowMatchingObjective, LinearPath, bin_by_timestep
 
 VELOCITY = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(0))
 

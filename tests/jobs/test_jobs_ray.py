@@ -30,11 +30,11 @@ from support.waiting import wait_until
 
 from ray_jobs import evaluate, pipeline, precompute_latents, sample, train_lightningdit, train_vavae
 from ray_jobs.runtime import actor_pool, command
-from ray_jobs.runtime.actor_pool import Resources
 from ray_jobs.runtime.checkpoint_evaluation import evaluate_checkpoints_beside
 from ray_jobs.runtime.cluster import cluster
 from ray_jobs.runtime.progress_monitor import redirect_progress
 from ray_jobs.runtime.prometheus import Exporter
+from ray_jobs.runtime.resources import Resources
 from vavae.config import load
 from vavae.progress import Progress
 from vavae.report.run_status import run_status

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 from support.toy_trials import SWEEP, toy_sweep_file
 
-from ray_jobs.runtime.actor_pool import Resources
-from ray_jobs.tune import callbacks, search
+from ray_jobs.runtime.resources import Resources
+from ray_jobs.tune import callbacks, search, shared_tasks
 from vavae.config import load
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
+from vavae.sweep.sharing import Sharing
 from vavae.sweep.sweep import Sweep, name_of_trial
 from vavae.sweep.trial import Entry, write_entry
 
@@ -60,6 +61,21 @@ def test_three_trials_of_the_dilemma_share_one_gpu():
     assert _peak(sweep).gpus * sweep.config.max_concurrent <= 1
 
 
+def test_trials_of_other_budgets_request_the_same_tokenizer_once_and_trainings_of_their_own(tmp_path: Path):
+    sharing = Sharing(str(tmp_path / "shared"))
+
+    def keys(task: str) -> set[str]:
+        budgets = [f"train_lightningdit.images={images}" for images in (64, 128)]
+        configs = [load(RunConfig, _BASE, [f"storage.root={tmp_path}", budget]) for budget in budgets]
+        return {shared_tasks._task_key(sharing, config, task) for config in configs}
+
+    assert {task: len(keys(task)) for task in ("prepare_shards", "train_vavae", "train_lightningdit")} == {
+        "prepare_shards": 1,
+        "train_vavae": 1,
+        "train_lightningdit": 2,
+    }
+
+
 def test_more_than_fit_are_refused(sweep_of, monkeypatch):
     monkeypatch.setattr(search.ray, "cluster_resources", lambda: {"CPU": 3})
     sweep = sweep_of("max_concurrent=2")
@@ -83,15 +99,15 @@ def test_settled_points_are_left_out_unless_others_are_judged_by_them(sweep_of):
 
 
 def test_trackers_are_looked_for_before_anything_starts(sweep_of, monkeypatch):
-    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert len(callbacks.tune_callbacks(sweep_of())) == 1
     for tool in ("mlflow", "wandb"):
-        with pytest.raises(UserError, match=f"{tool} is not installed: pip install {tool}"):
+        with pytest.raises(UserError, match=f"{tool} is not installed: pip install -e '.\\[{tool}\\]'"):
             callbacks.tune_callbacks(sweep_of(f"tracking=[{tool}]"))
 
 
 def test_trackers_are_rays_own_callbacks(sweep_of, monkeypatch):
-    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for tool, name in (("mlflow", "MLflowLoggerCallback"), ("wandb", "WandbLoggerCallback")):
         monkeypatch.setattr(f"ray.air.integrations.{tool}.{name}", lambda **settings: settings)

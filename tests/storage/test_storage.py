@@ -235,3 +235,11 @@ def test_other_errors_in_the_middle_of_a_file_stay_what_they_are(tmp_path):
             raise error
         assert caught.value is error
         assert getattr(error, "filename", None) is None
+
+
+def test_checking_that_writing_works_leaves_nothing(tmp_path):
+    Storage(str(tmp_path / "a/b")).check_writing()
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "a").mkdir()
+    Storage(str(tmp_path / "a/b")).check_writing()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "a"]

@@ -15,6 +15,8 @@ from vavae.distributed.world import World
 from vavae.randomness import torch_generator
 from vavae.runs.training_config import BestConfig, TrainingConfig
 from vavae.storage.storage import Storage
+from vavae.tracking.tensorboard_tracker import TensorBoardTracker
+from vavae.tracking.tracker import Tracker
 from vavae.training.callbacks.callback import Callback
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.metrics import CheckpointMetrics
@@ -105,11 +107,13 @@ def train_toy(
     keep: int = 2,
     callbacks: Sequence[Callback] = (),
     evaluations: CheckpointMetrics | None = None,
+    trackers: Sequence[Tracker] = (),
     **config: Any,
 ) -> TrainState:
     """The training loop on a toy step."""
     session = session or LocalSession()
-    log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True, show=session.row)
+    trackers = [TensorBoardTracker(storage.child("tensorboard")), *trackers]
+    log = MetricsLog("toy", storage.child("log"), trackers, active=True, show=session.row)
     training = TrainingConfig(batch_size=4, **config)
     trainer = Trainer(
         "toy",

@@ -21,6 +21,7 @@ from vavae.randomness import torch_generator
 from vavae.runs.jobs import Job
 from vavae.storage.artifact import read
 from vavae.storage.storage import Storage
+from vavae.tracking.tensorboard_tracker import TensorBoardTracker
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
@@ -171,7 +172,7 @@ def try_training(world: World, attempt: Attempt, folder: Path) -> int:
     if trouble is not None and trouble.rank == world.rank:
         stop = _arm(step, trouble, folder)
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world)
-    log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
+    log = MetricsLog(job, storage.child("log"), [TensorBoardTracker(storage.child("tensorboard"))], world.is_first)
     training, session = getattr(config, job), _Session(stop)
     trainer = Trainer(job, step, training, config.stream, checkpoints, log, session, world)
     return trainer.fit(range(images)).images_seen

@@ -164,7 +164,7 @@ def train(
 
     step.run = run_or_collapse  # type: ignore[method-assign]
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), Retention(2), world, "a test")
-    log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), active=world.is_first)
+    log = MetricsLog(job, storage.child("log"), [], active=world.is_first)
     trainer = Trainer(job, step, getattr(config, job), config.stream, checkpoints, log, session, world)
     return trainer.fit(range(ROWS * BATCH)).images_seen
 

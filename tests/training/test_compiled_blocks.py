@@ -157,7 +157,7 @@ def test_an_offloaded_optimizer_with_few_threads_is_one_warning(
     settings = [f"workers.threads={threads}", f"train_lightningdit.engine.offload_optimizer={offloads}"]
     settings.append("train_lightningdit.ema_ramp=0.09")  # of one step, which is another warning without
     inputs = LightningDiTTrainingInputs.of(Run(load(RunConfig, config, settings)))
-    monkeypatch.setattr(train_module, "train_lightningdit", lambda *_: None)
+    monkeypatch.setattr(train_module, "_train_lightningdit", lambda *_: None)
     train_module.train(inputs, LocalSession(), World(rank=rank, size=2))
     assert len(caplog.messages) == lines
     for line in caplog.messages:

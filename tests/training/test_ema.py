@@ -160,7 +160,7 @@ def test_the_start_of_a_training_warns_once(
 ) -> None:
     config = trained_run(tmp_path).storage.local_file("config.yaml")
     inputs = LightningDiTTrainingInputs.of(Run(load(RunConfig, config, [f"train_lightningdit.ema_ramp={ramp}"])))
-    monkeypatch.setattr(train_module, "train_lightningdit", lambda *_: None)
+    monkeypatch.setattr(train_module, "_train_lightningdit", lambda *_: None)
     train_module.train(inputs, LocalSession(), World(rank=rank, size=2))
     assert len(caplog.messages) == lines
     assert all("after 1 steps the average of the weights would still be 100%" in line for line in caplog.messages)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from vavae.config import load
 from vavae.data.image_stream import MicroBatchKey
 from vavae.data.sample_order import assign_lanes
-from vavae.diffusion.flow_matching import TIMESTEP_BINS
+from vavae.diffusion.config import TIMESTEP_BINS
 from vavae.distributed.world import World
 from vavae.errors import UserError
 from vavae.losses.latents import MicroBatchTransforms, Transform

@@ -81,7 +81,7 @@ def _train(world: World, storage: Storage, engine: dict[str, Any], keep: int) ->
     checkpoints = Checkpoints(storage, TrainState(images_seen=0, config="c", data="d"), retention, world)
     fill_empty_memory()
     step = build_step(job, config, world, awaits_checkpoint=checkpoints.images_seen() > 0)
-    log, recorder = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first), _Recorder()
+    log, recorder = MetricsLog(job, storage.child("log"), [], world.is_first), _Recorder()
     trainer = Trainer(job, step, training, config.stream, checkpoints, log, LocalSession(), world, [recorder])
     trainer.fit(range(training.images))
     assert step.ema is not None

@@ -6,7 +6,10 @@ import math
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vavae.storage.storage import Storage
-from vavae.training.logging.log import MetricsLog, latest_row, read_rows, rows_text, show_checkpoint_metrics
+from vavae.tracking.tensorboard_tracker import TensorBoardTracker
+from vavae.tracking.tracker import TrackedJob
+from vavae.tracking.trackers import track
+from vavae.training.logging.log import MetricsLog, latest_row, read_rows, rows_text
 
 ROW = {"loss/total": 0.5, "latent/spectrum_slope": math.nan, "gradient_norm": math.inf}
 
@@ -16,11 +19,10 @@ def refuse(constant: str) -> None:
 
 
 def test_a_figure_that_is_not_finite_is_null_in_the_log_and_not_in_tensorboard(storage: Storage) -> None:
-    log = MetricsLog("toy", storage.child("log"), storage.child("tensorboard"), active=True)
+    log = MetricsLog("toy", storage.child("log"), [TensorBoardTracker(storage.child("tensorboard"))], active=True)
     log.rewind(0)
     log.add(8, ROW)
     log.flush_segment(8)()
-    log.close()
     segments = storage.child("log")
     line = json.loads(segments.read_bytes(segments.list()[0]), parse_constant=refuse)
     expected = {"loss/total": 0.5, "latent/spectrum_slope": None, "gradient_norm": None}
@@ -33,7 +35,8 @@ def test_a_figure_that_is_not_finite_is_null_in_the_log_and_not_in_tensorboard(s
 
 
 def test_tensorboard_of_a_checkpoint_has_no_others_either(storage: Storage) -> None:
-    show_checkpoint_metrics(storage, 8, ROW)
+    job = TrackedJob("run", "measured", {}, storage, storage, storage)
+    track(["tensorboard"], job, 8, ROW)
     assert scalars(storage.url()) == ["loss/total"]
 
 

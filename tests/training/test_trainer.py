@@ -160,15 +160,12 @@ def test_what_an_attempt_logged_beyond_its_last_checkpoint_is_dropped(storage: S
 
 
 def test_the_last_rows_of_a_log_reach_over_its_segments(storage: Storage) -> None:
-    log, other = (
-        MetricsLog("toy", storage.child("log"), storage.child("tb"), active=active) for active in (True, False)
-    )
+    log, other = (MetricsLog("toy", storage.child("log"), [], active=active) for active in (True, False))
     log.rewind(0)
     for images in (4, 8, 12, 16):
         log.add(images, {"loss/total": 1.0})
         if images % 8 == 0:
             log.flush_segment(images)()
-    log.close()
     for count, images_seen, expected in ((3, 16, [8, 12, 16]), (9, 20, [4, 8, 12, 16]), (9, 12, [4, 8]), (9, 0, [])):
         assert [row["images"] for row in log.last_rows(count, images_seen)] == expected
     assert other.last_rows(9, 16) == []

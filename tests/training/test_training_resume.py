@@ -18,6 +18,7 @@ from vavae.models.tokenizer.teacher import VisionFoundationTeacher
 from vavae.runs.jobs import Job
 from vavae.storage.artifact import RECORD, read
 from vavae.storage.storage import Storage
+from vavae.tracking.tensorboard_tracker import TensorBoardTracker
 from vavae.training.checkpoints.checkpoint import Checkpoints
 from vavae.training.checkpoints.retention import Retention
 from vavae.training.checkpoints.state import TrainState
@@ -74,7 +75,7 @@ def _train(
     fill_empty_memory()
     with Draws() as draws:
         step = build_step(job, config, world, awaits_checkpoint=checkpoints.images_seen() > 0)
-    log = MetricsLog(job, storage.child("log"), storage.child("tensorboard"), world.is_first)
+    log = MetricsLog(job, storage.child("log"), [TensorBoardTracker(storage.child("tensorboard"))], world.is_first)
     trainer = Trainer(job, step, getattr(config, job), config.stream, checkpoints, log, LocalSession(), world)
     trainer.fit(range(images))
     assert step.ema is not None

@@ -1,4 +1,4 @@
-"""``vavae report``: the report of a run made again, or several runs side by side."""
+"""``vavae report``: the report of a run made again, or several runs side by side, in a page of this machine."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,44 @@ from vavae.errors import UserError
 if TYPE_CHECKING:
     from vavae.runs.run import Run
 
+_LINK_SECONDS = 12 * 3600
+"""Time for which a signed link opens the report in a store."""
+
 
 def add_commands(commands: Any) -> None:
     """Add ``vavae report``; ``act`` of its arguments returns the exit status."""
     report = commands.add_parser("report", help="make the report of a run again, or put runs side by side")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folder or URL of a run, or its YAML configuration")
-    report.add_argument("--out", default="report.html", metavar="FILE", help="default: %(default)s")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder or URL of a run, or its YAML configuration; or one of runs",
+    )
+    report.add_argument("--out", metavar="FILE", help="default: one of the run's name in the temporary folder")
     add_hourly_price(report)
     report.set_defaults(act=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from vavae.report.run_list import list_runs, render_runs, runs_in
+    from vavae.storage.storage import Storage
+
+    folder = Storage(arguments.runs[0])
+    if len(arguments.runs) == 1 and runs_in(folder):
+        _write(render_runs(folder.url(), list_runs(folder)), arguments.out, "runs")
+        return 0
+    return _report_runs(_open_runs(arguments.runs, arguments.hourly_price), arguments.out)
+
+
+def _report_runs(runs: Mapping[str, "Run"], out: str | None) -> int:
+    """Write the report of a run, or of several side by side."""
     from vavae.report.comparison import Comparison, compare_configurations, render_comparison
     from vavae.report.figures import compared_curves
     from vavae.report.html import render
     from vavae.report.run_report import log_rows, run_report
     from vavae.runs.evaluation_inputs import ReportInputs
+    from vavae.runs.files import REPORT
 
-    runs = _open_runs(arguments.runs, arguments.hourly_price)
     inputs = {name: ReportInputs.of(run) for name, run in runs.items()}
     if len(inputs) == 1:
         text = render(run_report(*inputs.values()))
@@ -39,12 +59,28 @@ def _report(arguments: argparse.Namespace) -> int:
             curves=compared_curves({name: log_rows(each) for name, each in inputs.items()}),
         )
         text = render_comparison(comparison)
-    try:
-        Path(arguments.out).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {arguments.out}: {error.strerror}; name another file") from error
-    print(f"report: {Path(arguments.out).absolute()}")
+    _write(text, out, "comparison" if len(runs) > 1 else next(iter(runs)))
+    if len(runs) == 1:
+        (run,) = runs.values()
+        link = run.storage.signed_link(REPORT, "text/html", _LINK_SECONDS) if run.storage.is_file(REPORT) else None
+        if link is not None:
+            print(f"in the store, for whoever has this link within {_LINK_SECONDS // 3600} hours: {link}")
     return 0
+
+
+def _write(text: str, out: str | None, name: str) -> None:
+    """Write a page, into a file of the temporary folder unless another is named, and say where it is."""
+    from vavae.storage.scratch import scratch_folder
+
+    # Not the working folder: that is most often a checkout, whose files vavae submit uploads.
+    path = Path(out or scratch_folder() / "reports" / f"{name}.html")
+    try:
+        if out is None:
+            path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; name another file") from error
+    print(f"report: {path.absolute()}")
 
 
 def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str, "Run"]:

@@ -17,16 +17,25 @@ def add_commands(commands: Any) -> None:
     )
     add_hourly_price(status)
     status.add_argument(
-        "overrides", nargs="*", metavar="RUN | key.path=value", help="folder or URL of the run; set one key"
+        "overrides",
+        nargs="*",
+        metavar="RUN | key.path=value",
+        help="folder or URL of the run, or of runs; set one key",
     )
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from vavae.config.load import load
+    from vavae.report.run_list import list_runs, runs_in
     from vavae.report.run_status import run_cost, run_status
     from vavae.runs.config import RunConfig
     from vavae.runs.run import Run
+    from vavae.storage.storage import Storage
 
+    if arguments.config is None and arguments.overrides and runs_in(folder := Storage(arguments.overrides[0])):
+        for listed in list_runs(folder, arguments.overrides[1:]):
+            print(f"{listed.name}  {listed.state}")
+        return 0
     if arguments.config is not None:
         run = Run(load(RunConfig, arguments.config, arguments.overrides))
     elif arguments.overrides:

@@ -31,10 +31,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from vavae.runs.events import EventLog
     from vavae.runs.run import Run
     from vavae.runs.training_inputs import begin_training
+    from vavae.tracking.trackers import check_trackers
     from vavae.training.session import StoppableSession, stop_on_signals
     from vavae.training.train import train
 
     run = Run(load(RunConfig, arguments.config, arguments.overrides))
+    check_trackers(run.config.tracking)
     configure_torch(run.config.workers)
     job, session = _JOBS[arguments.model], StoppableSession(EventLog(run.storage))
     with process_group(run.config.workers.use_gpu, run.config.collective_seconds(job)):

@@ -11,6 +11,9 @@ from vavae.config import Config, ModelAddress, added
 Shift = Annotated[float, Field(gt=0)] | Literal["by_dimension"]
 """Shift of times: s in t' = s t / (1 + (s - 1) t), or √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
 
+TIMESTEP_BINS = 10
+"""Number of equal parts of [0, 1] over which a loss is reported."""
+
 
 def _check_interval(name: str, interval: tuple[float, float], off: str) -> None:
     low, high = interval

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vavae.diffusion.config import ObjectiveConfig, TimestepConfig
+from vavae.diffusion.config import TIMESTEP_BINS, ObjectiveConfig, TimestepConfig
 from vavae.diffusion.shift import shift_times
 
 
@@ -47,10 +47,6 @@ def sample_timesteps(
         normal = torch.randn(batch_size, generator=rng, device=rng.device)
         drawn = torch.sigmoid(config.mean + config.std * normal)
     return shift_times(drawn, config.shift, dimension).clamp(max=1)  # rounding leads beyond the data
-
-
-TIMESTEP_BINS = 10
-"""Number of equal parts of [0, 1] over which a loss is reported."""
 
 
 class FlowMatchingLosses(NamedTuple):

@@ -16,9 +16,9 @@ from vavae.runs.training_config import LightningDiTTrainingConfig
 from vavae.sampling.labels import label_law
 from vavae.sampling.sampler import Sampler, load_weak_model
 from vavae.storage.storage import Storage
+from vavae.tracking.trackers import track
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.checkpoints.retention import Retention
-from vavae.training.logging.log import show_checkpoint_metrics
 
 
 def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) -> None:
@@ -52,9 +52,7 @@ def evaluate_checkpoint(inputs: CheckpointEvaluationInputs, images_seen: int) ->
     generated = evaluator.summarize(images, settings.images)
     metrics = generation_metrics(generated, evaluator.references(), len(classes), config, evaluator.device)
     content = metrics_json(metrics)
-    # A folder of its own: TensorBoard follows the newest file of a folder, and the training keeps writing its own.
-    tensorboard = inputs.evaluation.storage.child("tensorboard/train_lightningdit_measured")
-    show_checkpoint_metrics(tensorboard, images_seen, {metric.name: metric.value for metric in metrics})
+    track(config.tracking, inputs.tracked, images_seen, {metric.name: metric.value for metric in metrics})
     checkpoints.write(images_seen, content)
 
 

@@ -32,8 +32,8 @@ _TASK = "unconditional-image-generation"
 """The hub's name of a task that includes generation by classes."""
 _CLASSES = 20
 """Classes that are named; of more the first ones are."""
-_NOT_RECIPE = {"storage", "workers"}
-"""Sections of the configuration that say where a run is and who works on it."""
+_NOT_RECIPE = {"storage", "tracking", "workers"}
+"""Sections of the configuration that say where a run is, who works on it and who is told."""
 _HUGGINGFACE = "huggingface:"
 
 

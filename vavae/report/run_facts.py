@@ -14,6 +14,7 @@ from vavae.runs.events import read_events
 from vavae.runs.jobs import JOBS, Job
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.storage import Storage
+from vavae.tracking.trackers import TRACKING, links
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.hardware import HARDWARE, Hardware
 
@@ -80,8 +81,12 @@ def run_facts(inputs: ReportInputs, rows: Iterable[Mapping[str, Any]]) -> dict[s
                 if checkpoints is not None:
                     facts["measured checkpoints"] = checkpoints.summary()
                     facts |= not_reached(checkpoints.found(), inputs.config.evaluate.frechet_thresholds)
+            for tracker, link in links(inputs.trainings[job].child(TRACKING)).items():
+                facts[f"training of the {spec.makes} in {tracker}"] = link
         if job in inputs.artifacts:
             facts[spec.makes] = inputs.artifacts[job].digest[:12]
+    for tracker, link in links(inputs.tracked.records).items():
+        facts[f"evaluation in {tracker}"] = link
     return facts
 
 

@@ -1,6 +1,12 @@
 """The files of an evaluated run: metrics, pictures, the log of both trainings, and the report that shows them."""
 
+import io
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from vavae.config import digest
 from vavae.data.image import png_bytes
@@ -13,8 +19,9 @@ from vavae.report.figures import latent_map_png
 from vavae.report.html import render
 from vavae.report.run_report import log_rows, run_report
 from vavae.runs.evaluation_inputs import ReportInputs
-from vavae.runs.files import LATENT_MAP, LOG, METRICS, RECONSTRUCTIONS, REPORT
+from vavae.runs.files import LATENT_MAP, LOG, METRICS, RECONSTRUCTIONS, REPORT, SAMPLES
 from vavae.runs.output import JobOutput
+from vavae.tracking.trackers import track
 from vavae.training.checkpoints.metrics import CheckpointMetrics
 from vavae.training.logging.log import rows_text
 
@@ -37,10 +44,26 @@ def write_evaluation(evaluation: Evaluation, inputs: ReportInputs, output: JobOu
     files[METRICS] = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     for name, data in files.items():
         storage.write_bytes(name, data)
+    _track(inputs, content)
     files[LOG] = write_log(inputs)
     files[REPORT] = render(run_report(inputs)).encode()
     storage.write_bytes(REPORT, files[REPORT])
     output.commit(digest(content), {}, beside={name: len(data) for name, data in files.items()})
+
+
+def _track(inputs: ReportInputs, content: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show metrics and pictures in the trackers of the run; TensorBoard is for trainings."""
+    names = [name for name in inputs.config.tracking if name != "tensorboard"]
+    if not names:
+        return
+    pictures = {}
+    for file in (SAMPLES, RECONSTRUCTIONS, LATENT_MAP):
+        if inputs.storage.is_file(file):
+            with Image.open(io.BytesIO(inputs.storage.read_bytes(file))) as picture:
+                pictures[Path(file).stem] = picture.convert("RGB")
+    metrics = {name: metric["value"] for name, metric in content.items()}
+    model = inputs.artifacts.get("train_lightningdit")
+    track(names, inputs.tracked, (model and model.images_seen) or 0, metrics, pictures)
 
 
 def _convergence(inputs: ReportInputs) -> list[Metric]:

@@ -20,6 +20,7 @@ from vavae.runs.phases import TokenizerPhase, resolve_phases
 from vavae.runs.training_config import LightningDiTTrainingConfig, TokenizerTrainingConfig
 from vavae.sampling.config import NAME_PATTERN, SampleConfig
 from vavae.storage.config import StorageConfig
+from vavae.tracking.config import TrackerName
 
 _WEEK_SECONDS = 7 * 24 * 3600.0
 
@@ -32,6 +33,9 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0)
     storage: StorageConfig = runtime(StorageConfig())
     workers: WorkersConfig = runtime(WorkersConfig())
+    tracking: tuple[TrackerName, ...] = runtime(("tensorboard",))
+    """Where the trainings and the evaluation are followed, besides the files of the run: `tensorboard`, `wandb`,
+    `mlflow`, `trackio`. Servers, projects and keys are in the environment of the machines."""
 
     shards: ShardsConfig
     stream: StreamConfig = StreamConfig()

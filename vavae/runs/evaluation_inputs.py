@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vavae.config import identity
 from vavae.data.shards.manifest import read_manifest
 from vavae.runs.config import RunConfig
 from vavae.runs.jobs import JOBS, TRAININGS, Job
 from vavae.runs.run import Run, StoredArtifact, StoredCheckpoint
 from vavae.storage.artifact import Artifact
 from vavae.storage.storage import Storage
+from vavae.tracking.tracker import TrackedJob
+from vavae.tracking.trackers import TRACKING
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,20 @@ class CheckpointEvaluationInputs:
             weak=run.weak_model(),
         )
 
+    @property
+    def tracked(self) -> TrackedJob:
+        """The evaluations as trackers show them, beside the training."""
+        # A folder of its own: TensorBoard follows the newest file of a folder, and the training keeps writing its own.
+        config, storage, job = self.evaluation.config, self.evaluation.storage, "train_lightningdit_measured"
+        return TrackedJob(
+            run=config.name,
+            job=job,
+            config=identity(config, with_runtime=True),
+            storage=storage,
+            records=self.training.child(f"{TRACKING}/measured"),
+            tensorboard=storage.child(f"tensorboard/{job}"),
+        )
+
 
 @dataclass(frozen=True)
 class ReportInputs:
@@ -110,4 +127,17 @@ class ReportInputs:
             trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
             shards=shards,
             classes=len(read_manifest(shards).classes) if has_samples else None,
+        )
+
+    @property
+    def tracked(self) -> TrackedJob:
+        """The evaluation as trackers show it, each a run of its own."""
+        return TrackedJob(
+            run=self.config.name,
+            job="evaluate",
+            config=identity(self.config, with_runtime=True),
+            storage=self.storage,
+            records=self.storage.child(f"{TRACKING}/evaluate"),
+            tensorboard=self.storage.child("tensorboard/evaluate"),
+            resumes=False,
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from vavae.config import digest
+from vavae.config import digest, identity
 from vavae.data.shards.manifest import Manifest, read_manifest
 from vavae.errors import CommonError, UserError
 from vavae.runs.config import RunConfig
@@ -14,6 +14,8 @@ from vavae.runs.run import Run, StoredArtifact
 from vavae.runs.training_config import TrainingConfig
 from vavae.storage.retry import StorageUnavailableError
 from vavae.storage.storage import Storage
+from vavae.tracking.tracker import TrackedJob
+from vavae.tracking.trackers import TRACKING
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from vavae.distributed.world import World
@@ -48,6 +50,12 @@ class TrainingInputs:
     def data_digest(self) -> str:
         """Digest of the data that it is trained on."""
         return digest(self.output.draft.inputs)
+
+    @property
+    def tracked(self) -> TrackedJob:
+        """The training as trackers show it."""
+        config, records = identity(self.config, with_runtime=True), self.folder.child(TRACKING)
+        return TrackedJob(self.config.name, self.job, config, self.output.run, records, self.tensorboard)
 
 
 @dataclass(frozen=True)

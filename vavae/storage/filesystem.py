@@ -56,15 +56,23 @@ def open_place(root: str, options: StorageOptions) -> Place:
         raise UserError(f"storage {_shown(root)!r}: {error}; give a folder or a URL that fsspec knows") from error
 
 
-def explained(error: Exception, url: str) -> Exception | None:
-    """The error to raise in place of one that a file system raised over a file; None where that one says enough."""
+def explained(error: Exception, url: str, endpoint: str | None = None) -> Exception | None:
+    """The error to raise in place of one that a file system raised over a file; None where that one says enough.
+
+    Args:
+        error: what it raised.
+        url: of the file.
+        endpoint: address of the server that was asked, where there is one.
+    """
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(url)
     names = error_class_names(error)
     if names & _DENIED:
+        by = "" if endpoint is None else f" by {endpoint}"
         return UserError(
-            f"{url}: access denied ({type(error).__name__}): check the rights of the keys in the environment, "
-            "storage.profile or the machine's role, or set storage.anonymous for a public bucket"
+            f"{url}: access denied ({type(error).__name__}){by}: check the rights of the keys in the environment, "
+            "storage.profile or the machine's role, or set storage.anonymous for a public bucket; another server than "
+            "this is named by AWS_ENDPOINT_URL or storage.endpoint"
         )
     if names & _UNTRUSTED:
         return UserError(f"{url}: the server's certificate is not trusted: set storage.ca_bundle to its authority's")

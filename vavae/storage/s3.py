@@ -38,6 +38,12 @@ class RetryingS3(S3FileSystem):
             **others,
         )
 
+    @property
+    def endpoint(self) -> str | None:
+        """Address of the server, for messages; None as long as it can't be told."""
+        client = getattr(self, "_s3", None)
+        return self.endpoint_url if client is None else client.meta.endpoint_url
+
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if method == "complete_multipart_upload":
             # An attempt that failed may have worked, and the next one would find no upload: all parts are put again.

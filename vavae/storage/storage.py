@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -32,6 +32,7 @@ from vavae.storage.scratch import scratch_folder, warn_of_network_file_system
 
 __all__ = ["Storage", "sha256_of"]
 
+_ACCESS = ".access"
 _PART_BYTES = 16 << 20
 _FETCHES = 2
 _SMALL_READS, _SMALL_READS_AHEAD = 16, 512
@@ -204,6 +205,17 @@ class Storage:
         with self.create(path) as temporary:
             shutil.copyfile(local, temporary)
 
+    def check_writing(self) -> None:
+        """Put an empty file and delete it again, with the folders that this made; raises as :meth:`write_bytes`."""
+        made = [
+            folder for folder in (Path(self._base), *Path(self._base).parents) if self.is_local and not folder.exists()
+        ]
+        self.write_bytes(_ACCESS, b"")
+        self.delete(_ACCESS)
+        with suppress(OSError):  # others may have put something there
+            for folder in made:
+                folder.rmdir()
+
     def copy_from(self, source: "Storage", path: str) -> None:
         """Put what another storage of the same kind has under the same path, without its bytes passing through here.
 
@@ -243,6 +255,22 @@ class Storage:
             lambda file: self._fetch(path, file, _version(info) if sha256 is None else None, sha256),
         )
 
+    def signed_link(self, path: str, content_type: str, seconds: int) -> str | None:
+        """A link that opens a file in a browser, without keys, for a while; None where its store signs none.
+
+        Args:
+            path: of the file.
+            content_type: what a browser is told that it is, such as text/html.
+            seconds: time for which the link works.
+        """
+        if self.is_local:
+            return None
+        name = self._name(path)
+        try:
+            return self._ask(path, lambda: self._fs.sign(name, expiration=seconds, ResponseContentType=content_type))
+        except (NotImplementedError, TypeError):
+            return None
+
     def delete(self, path: str) -> None:
         """Delete a file, or a folder with all that is in it; nothing there is no error."""
         assert path, "the root of a storage is not ours to delete"
@@ -265,7 +293,7 @@ class Storage:
         try:
             return self._retry.call(url, operation)
         except Exception as error:
-            better = explained(error, url)
+            better = explained(error, url, getattr(self._fs, "endpoint", None))
             if better is None:
                 raise
             raise better from None

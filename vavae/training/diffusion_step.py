@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vavae.data.image_stream import ImageMicroBatch
 from vavae.data.sample_order import assign_lanes, group_lanes
+from vavae.diffusion.config import TIMESTEP_BINS
 from vavae.diffusion.flow_matching import (
-    TIMESTEP_BINS,
     FlowMatchingLosses,
     FlowMatchingObjective,
     LinearPath,

@@ -37,6 +37,8 @@ from vavae.runs.training_inputs import (
     resolve_once,
 )
 from vavae.sampling.labels import check_classes
+from vavae.tracking.tracker import Tracker
+from vavae.tracking.trackers import open_trackers
 from vavae.training.callbacks.callback import PREVIEWS, Callback, exported_weights
 from vavae.training.callbacks.diffusion import SamplePreview
 from vavae.training.callbacks.tokenizer import LatentProbe, ReconstructionPreview, held_out_images
@@ -70,10 +72,11 @@ class _Attempt:
         inputs: configuration and folders.
         session: runner of the training.
         world: the ranks; each makes one.
+        trackers: what shows the training, on rank 0.
     """
 
-    def __init__(self, inputs: TrainingInputs, session: Session, world: World) -> None:
-        self._inputs, self.session, self.world = inputs, session, world
+    def __init__(self, inputs: TrainingInputs, session: Session, world: World, trackers: Sequence[Tracker]) -> None:
+        self._inputs, self.session, self.world, self._trackers = inputs, session, world, trackers
         fresh = TrainState(images_seen=0, config=inputs.config_digest, data=inputs.data_digest)
         retention = Retention.of(inputs.folder, inputs.training)
         self.checkpoints = Checkpoints(inputs.folder, fresh, retention, world, session.owner)
@@ -86,7 +89,7 @@ class _Attempt:
         log = MetricsLog(
             inputs.job,
             inputs.folder.child("log"),
-            inputs.tensorboard,
+            self._trackers,
             active=world.is_first,
             show=self.session.row,
         )
@@ -144,13 +147,15 @@ def train(inputs: TokenizerTrainingInputs | LightningDiTTrainingInputs, session:
     warning = initial_share_warning(inputs.job, inputs.training)
     if world.is_first and warning is not None:
         logger.warning(warning)
-    if isinstance(inputs, TokenizerTrainingInputs):
-        train_vavae(inputs, session, world)
-    else:
-        train_lightningdit(inputs, session, world)
+    names = inputs.config.tracking if world.is_first else ()
+    with open_trackers(names, inputs.tracked) as trackers:
+        if isinstance(inputs, TokenizerTrainingInputs):
+            _train_vavae(inputs, session, world, trackers)
+        else:
+            _train_lightningdit(inputs, session, world, trackers)
 
 
-def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World) -> None:
+def _train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World, trackers: Sequence[Tracker]) -> None:
     """Train the tokenizer on image shards and export it. Every rank calls it."""
     config, manifest = inputs.config, inputs.manifest
     order = order_of(manifest.splits[SPLIT].counts, config.seed, config.stream)
@@ -159,7 +164,7 @@ def train_vavae(inputs: TokenizerTrainingInputs, session: Session, world: World)
     encoder = load_encoder(config.tokenizer)
     if encoder is not None:
         encoder.to(world.device)
-    attempt, callbacks = _Attempt(inputs, session, world), _tokenizer_callbacks(inputs, world, encoder)
+    attempt, callbacks = _Attempt(inputs, session, world, trackers), _tokenizer_callbacks(inputs, world, encoder)
     trained = _until_restored(lambda: _train_phases(attempt, config, stream, callbacks, encoder))
     if trained is None:
         return
@@ -217,13 +222,15 @@ def _until_restored(train: Callable[[], Result]) -> Result:
             pass
 
 
-def train_lightningdit(inputs: LightningDiTTrainingInputs, session: Session, world: World) -> None:
+def _train_lightningdit(
+    inputs: LightningDiTTrainingInputs, session: Session, world: World, trackers: Sequence[Tracker]
+) -> None:
     """Train the LightningDiT on latents and export it. Every rank calls it."""
     config, training = inputs.config, inputs.config.train_lightningdit
     manifest, normalizer, stream, encoder = open_latents(inputs, world)
     check_classes(config, manifest.classes)
     model = config.lightningdit.with_classes(len(manifest.classes))
-    attempt = _Attempt(inputs, session, world)
+    attempt = _Attempt(inputs, session, world, trackers)
     callbacks: list[Callback] = []
     if training.preview_images is not None:
         tokenizer = (

@@ -123,7 +123,6 @@ class Trainer:
                 except _DivergedError:
                     state = self._roll_back(span.start, rollbacks)
             self.checkpoints.wait_for_pending_save()
-        self.log.close()
         return state
 
     def _train_from(self, state: TrainState, span: range) -> TrainState:

@@ -1,6 +1,5 @@
 """The representation autoencoder: what its frozen encoder gives, and what its decoder makes of it."""
 
-import functools
 import math
 import re
 
@@ -24,11 +23,8 @@ from vavae.models.tokenizer.representation import (
     combine_layers,
     load_encoder,
 )
-from vavae.models.tokenizer.vit_decoder import ViTBlock, ViTDecoder, position_table
+from vavae.models.tokenizer.vit_decoder import ViTDecoder, position_table
 from vavae.randomness import torch_generator
-
-# isort: split
-from timm.models.vision_transformer import Block
 
 
 def images(*shape: int) -> Tensor:
@@ -127,17 +123,37 @@ def test_the_encoder_moves_with_the_autoencoder_but_is_not_emptied_with_it():
     assert {each.dtype for each in encoder.model.parameters()} == {torch.float64}
 
 
-def test_blocks_are_those_of_timm():
-    shape = ViTDecoderConfig(size=None, width=24, depth=1, heads=3, mlp_width=48).shape
-    ours = ViTBlock(shape).double()
-    norm = functools.partial(torch.nn.LayerNorm, eps=1e-12)
-    theirs = Block(24, 3, mlp_ratio=2, qkv_bias=True, norm_layer=norm).double()
-    state = {name: torch.randn_like(each) for name, each in ours.state_dict().items()}
+def test_the_decoder_is_that_of_diffusers():
+    rae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_rae")
+    config = ViTDecoderConfig(size=None, width=24, depth=2, heads=3, mlp_width=48, patch_size=2)
+    ours = ViTDecoder(config, latent_dim=5, image_channels=3).double()
+    state = {name: torch.randn_like(each) / 2 for name, each in ours.state_dict().items()}
     ours.load_state_dict(state)
-    parts = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    theirs.load_state_dict({re.sub(r"^\w+", lambda m: parts.get(m[0], m[0]), k): v for k, v in state.items()})
-    x = torch.randn(2, 5, 24, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+    # It stretches the positions of any other grid to those of 16 x 16, the published one.
+    theirs = rae.RAEDecoder(5, 24, 2, 3, 48, num_patches=256, patch_size=2, image_size=32).double()
+    theirs.load_state_dict(dict(pair for name, each in state.items() for pair in _in_diffusers(name, each)))
+    z = torch.randn(2, 5, 16, 16, dtype=torch.float64)
+    images = theirs.unpatchify(theirs(z.flatten(2).transpose(1, 2)).logits)
+    torch.testing.assert_close(ours(z), images, rtol=1e-6, atol=1e-6)  # tables of positions are float32
+
+
+def _in_diffusers(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    """Name a weight of the decoder as diffusers does, where queries, keys and values are by themselves."""
+    renamed = {"embedder": "decoder_embed", "class_token": "trainable_cls_token", "norm": "decoder_norm"}
+    block, *rest = re.split(r"(?<=^blocks\.\d)\.", name)
+    if not rest:
+        return [(re.sub(r"^\w+", lambda m: renamed.get(m[0], "decoder_pred"), name), value)]
+    part, kind = rest[0].split(".")
+    names = {
+        "qkv": ["attention.to_q", "attention.to_k", "attention.to_v"],
+        "proj": ["attention.to_out.0"],
+        "norm1": ["layernorm_before"],
+        "norm2": ["layernorm_after"],
+        "fc1": ["intermediate.dense"],
+        "fc2": ["output.dense"],
+    }[part]
+    layer = block.replace("blocks", "decoder_layers")
+    return [(f"{layer}.{name}.{kind}", each) for name, each in zip(names, value.chunk(len(names)), strict=True)]
 
 
 def test_positions_are_those_of_mae():

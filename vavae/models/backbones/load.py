@@ -1,5 +1,6 @@
 """Loading of pretrained networks, frozen, and the normalization of images to the statistics that they expect."""
 
+import logging
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from vavae.errors import UserError
 from vavae.finite import require_finite
 from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig
 from vavae.models.backbones.weights import timm_name, weights_file
+
+logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every network that it reads, and not by its name
 
 
 class ImageNormalizer(nn.Module):

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from vavae.diffusion.flow_matching import TIMESTEP_BINS
+from vavae.diffusion.config import TIMESTEP_BINS
 
 
 class MetricInfo(NamedTuple):
