@@ -105,7 +105,7 @@ def _explain(error: Exception, name: str, endpoint: str) -> str:
             return f"the account of this token may not write to {owner} ({reason}): name your own, or {_LOG_IN}"
         case 404:
             return f"{endpoint} has no such place ({reason}): correct the name or the revision"
-        case None if _is_unreachable(error):
+        case None if is_transient(error) and "Connect" in type(error).__name__:
             return f"no way to {endpoint} ({reason}): try again where there is a connection; {_ELSEWHERE}"
     return f"the upload broke off ({reason}); nothing is lost: run the same command again"
 
@@ -115,8 +115,3 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     message = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
     return " ".join(message.split()).rstrip(".")
-
-
-def _is_unreachable(error: Exception) -> bool:
-    """Return whether not even a connection could be made."""
-    return is_transient(error) and "Connect" in type(error).__name__

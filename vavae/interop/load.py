@@ -135,8 +135,12 @@ def read_published_tokenizer(address: str) -> PublishedTokenizer:
     """
     if is_hub_address(address) or any(map(Storage(address).is_file, (CONFIG, DESCRIPTION))):
         found = find_model(address, "tokenizer")
-        if not isinstance(found, str):
-            return _published_export(found)
+        if isinstance(found, Run):
+            export = found.stored("train_vavae").folder
+            measured = found.artifact("precompute_latents") is not None
+            return _published_export(export, found.folder("precompute_latents") if measured else export)
+        if isinstance(found, Storage):
+            return _published_export(found, found)
         address = found
     storage = Storage(address)
     if is_diffusers_weights(PurePosixPath(address).name) or (storage.exists() and not storage.is_file()):
@@ -144,16 +148,13 @@ def read_published_tokenizer(address: str) -> PublishedTokenizer:
     return read_released_tokenizer(address)
 
 
-def _published_export(found: Run | Storage) -> PublishedTokenizer:
-    """The tokenizer of a run or an export as others would publish it, with statistics of its latents per channel."""
-    export = found.stored("train_vavae").folder if isinstance(found, Run) else found
+def _published_export(export: Storage, latents: Storage) -> PublishedTokenizer:
+    """The tokenizer of an export as others would publish it, with statistics per channel where a folder has them."""
     autoencoder, description = load_exported_tokenizer(export, encodes=False)
     alignment = load_alignment(export) if export.is_file(ALIGNMENT) else None
-    measured = isinstance(found, Run) and found.artifact("precompute_latents") is not None
-    place = found.folder("precompute_latents") if measured and isinstance(found, Run) else export
     statistics = None
-    if place.is_file(STATISTICS):
-        mean, std = read_statistics(place)
+    if latents.is_file(STATISTICS):
+        mean, std = read_statistics(latents)
         statistics = {"mean": mean, "std": std} if mean.ndim == 1 else None
     weights = WeightsFile(export.url(), released_tensors(autoencoder, alignment))
     return PublishedTokenizer(weights, description.tokenizer, statistics, STATISTICS)

@@ -7,7 +7,6 @@ from vavae.config import digest
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.files import LATENT_MAP, METRICS, RECONSTRUCTIONS, SAMPLES
-from vavae.runs.jobs import Job
 from vavae.runs.run import PUBLISHED, Run, StoredArtifact
 from vavae.runs.sampling_inputs import SamplingInputs
 from vavae.storage.artifact import Artifact
@@ -61,6 +60,13 @@ class PushInputs:
         latents, prefix = run.artifact("precompute_latents"), run.prefix("precompute_latents")
         if latents is not None:
             records[prefix] = latents
+        files: list[str] = []
+        samples, measured = run.artifact("sample"), run.artifact("evaluate")
+        if samples is not None and _is_of(samples, digest(run.identity("sample")), run.inputs("sample")):
+            files.append(SAMPLES)
+            models = {"train_vavae": run.require("train_vavae").digest, "sample": samples.digest}
+            if measured is not None and _is_of(measured, digest(run.identity("evaluate")), models):
+                files += [METRICS, RECONSTRUCTIONS, LATENT_MAP]
         # An average goes out as the LightningDiT.
         sample = run.config.sample.model_copy(update={"weights": None})
         return cls(
@@ -71,21 +77,10 @@ class PushInputs:
             latents_prefix=prefix,
             sampling=sampling,
             records=records,
-            files=_files(run),
+            files=tuple(file for file in files if run.storage.is_file(file)),
         )
 
 
-def _files(run: Run) -> tuple[str, ...]:
-    """Pictures and figures that are there, of the present models under the present configuration."""
-    samples, measured = run.artifact("sample"), run.artifact("evaluate")
-    if samples is None or _differs(run, "sample", samples) or samples.inputs != run.inputs("sample"):
-        return ()
-    files = [SAMPLES]
-    of_models = {"train_vavae": run.require("train_vavae").digest, "sample": samples.digest}
-    if measured is not None and not _differs(run, "evaluate", measured):
-        files += [METRICS, RECONSTRUCTIONS, LATENT_MAP] if of_models.items() <= measured.inputs.items() else []
-    return tuple(file for file in files if run.storage.is_file(file))
-
-
-def _differs(run: Run, job: Job, record: Artifact) -> bool:
-    return record.config != digest(run.identity(job))
+def _is_of(record: Artifact, config: str, inputs: Mapping[str, str]) -> bool:
+    """Return whether an artifact was made under the configuration of a digest, from inputs of these digests."""
+    return record.config == config and inputs.items() <= record.inputs.items()

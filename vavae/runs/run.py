@@ -115,10 +115,6 @@ class Run:
         place = config.storage.model_copy(update={"root": root or "/"})
         return cls(config.model_copy(update={"storage": place, "name": name}))
 
-    def with_config(self, config: RunConfig) -> "Run":
-        """The same run under another configuration."""
-        return Run(config, self.published)
-
     def prefix(self, job: Job) -> str:
         """Folder of a job's artifact in the run's. Latents lie under the digest of the tokenizer that made them."""
         if job == "precompute_latents":

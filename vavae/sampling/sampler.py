@@ -84,7 +84,7 @@ class Sampler:
             UserError: there is no run, it has no trained models yet, they don't belong together, an override is not
                 valid, or there is no such device.
         """
-        run = run.with_config(override(run.config, overrides)) if isinstance(run, Run) else Run.at(run, overrides)
+        run = Run(override(run.config, overrides), run.published) if isinstance(run, Run) else Run.at(run, overrides)
         inputs = SamplingInputs.of(run)
         sample = inputs.config.sample
         compiles = sample.model_copy(update={"compile_blocks": bool(sample.compile_blocks)})
