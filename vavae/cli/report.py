@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vavae.cli.arguments import add_hourly_price
+from vavae.cli.arguments import add_hourly_price, open_run
 from vavae.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,22 +96,9 @@ def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str
         UserError: there is no run at one of them.
     """
     prices = [] if hourly_price is None else [f"workers.hourly_price={hourly_price}"]
-    runs = [_open_run(place, prices) for place in places]
+    runs = [open_run(place, prices) for place in places]
     names = [run.config.name for run in runs]
     labels = names if len({*names}) == len(names) else [run.storage.url() for run in runs]
     if len({*labels}) < len(labels):
         raise UserError(f"a run is named twice among {', '.join(places)}: name each once")
     return dict(zip(labels, runs, strict=True))
-
-
-def _open_run(place: str, overrides: Sequence[str]) -> "Run":
-    from vavae.config.load import load
-    from vavae.runs.config import RunConfig
-    from vavae.runs.run import Run
-
-    if not place.endswith((".yaml", ".yml")):
-        return Run.at(place, overrides)
-    run = Run(load(RunConfig, place, overrides))
-    if not run.storage.exists():
-        raise UserError(f"{run.storage.url()}: nothing there yet; start the run, or name another")
-    return run
