@@ -16,8 +16,8 @@ PACKAGES = ("vavae", "ray_jobs")
 
 WAY = "files on the way of an image"
 LIMITS = {
-    "functions that take a Run": 50,
-    "functions of three lines with one caller": 91,
+    "functions that take a Run": 51,
+    "functions of three lines with one caller": 93,
     "words of the README": 2200,
     "files at the top of vavae/training": 25,
     WAY: 38,

@@ -38,6 +38,7 @@ _NOT_HERE = {
     r"^vavae data (index|verify|stats) s3://": "needs a bucket; tests/data/test_verify.py has one",
     r"^python -m ray_jobs\.pipeline --config FILE\b": "FILE stands for a configuration, and it needs a bucket",
     r"^vavae (import|export) .* --config RUN\.yaml": "RUN.yaml stands for a configuration; tests/interop has the files",
+    r"^vavae push\b": "needs a hub; tests/interop/test_push.py has one",
     r"^vavae average\b": "needs a trained run; tests/cli/test_average.py has one",
     r"^vavae demo\b": "serves until Ctrl-C; tests/demo has it",
     r"^vavae bench\b": "takes minutes; tests/bench has each of them at tiny sizes",

@@ -13,7 +13,7 @@ from vavae.runs.checkpoints import CHECKPOINTS
 from vavae.runs.events import EVENTS, Kind
 from vavae.runs.files import CONFIG
 from vavae.runs.jobs import JOBS
-from vavae.runs.run import IMPORTED
+from vavae.runs.run import IMPORTED, PUBLISHED
 from vavae.sampling.sample_shards import SampleShardRecord
 from vavae.storage.artifact import RECORD, Artifact, FileInfo
 from vavae.sweep.sweep import SHARED, TRIALS
@@ -55,6 +55,7 @@ FILES = {
     RECORD: "artefact.json", CONFIG: "config.yaml", HARDWARE: "hardware.json", EVENTS: "events", PREVIEWS: "previews",
     CHECKPOINTS: "checkpoints", EVALUATIONS: "measures", SHARED: "shared", TRIALS: "trials",
     WEIGHTS: "model.safetensors", ALIGNMENT: "alignment.safetensors", DESCRIPTION: "model.yaml",
+    PUBLISHED["train_vavae"]: "vae", PUBLISHED["train_lightningdit"]: "transformer",
     IMPORTED: "imported", IMAGES: "images_seen", KIND: "shards", TRACKING: "tracking",
 }  # fmt: skip
 KINDS = {

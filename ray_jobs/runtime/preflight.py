@@ -13,6 +13,7 @@ from vavae.data.shards.plan import TRAIN, plan_shards
 from vavae.errors import UserError
 from vavae.evaluation.config import EvaluateConfig
 from vavae.evaluation.evaluator import check_data, find_reference
+from vavae.interop.load import fetch_model
 from vavae.latents.features import read_features_of, token_grid
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.stream import ShardsWithFeatures
@@ -72,7 +73,7 @@ def preflight(run: Run, jobs: Sequence[Job]) -> list[str]:
         if job in jobs and JOBS[job].inputs[0] not in jobs:
             check_cache(run, job)
     start = config.train_vavae.start_from
-    if "train_vavae" in jobs and start is not None and not run.storage.at(start).exists():
+    if "train_vavae" in jobs and start is not None and not run.storage.at(fetch_model(start, "tokenizer")).exists():
         raise UserError(
             f"train_vavae.start_from={written_path(start)}: nothing there; name a tokenizer/export or a released file"
         )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support import in_process, small_models
 
 from vavae.cli.main import main
-from vavae.config import load
+from vavae.config import dump, load
 from vavae.data.shards.write import write_shards
 from vavae.distributed.world import World
 from vavae.errors import UserError
@@ -24,6 +24,7 @@ from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.runs.config import RunConfig
+from vavae.runs.files import CONFIG
 from vavae.runs.run import Run
 from vavae.runs.training_inputs import begin_training
 from vavae.training.session import LocalSession
@@ -418,7 +419,7 @@ def test_an_autoencoder_on_the_hub(exchange, capsys, monkeypatch):
 
     asked = []
 
-    def snapshot_download(repository, revision, allow_patterns):
+    def snapshot_download(repository, revision, allow_patterns, ignore_patterns):
         asked.append((repository, revision, allow_patterns[0]))
         if repository == "owner/offline":
             raise LocalEntryNotFoundError("no connection\nand no cache")
@@ -432,6 +433,40 @@ def test_an_autoencoder_on_the_hub(exchange, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     assert "hf-hub:owner/offline is neither in the cache" in error
-    assert asked == [("owner/name", "v1.0", "vae/config.json"), ("owner/offline", None, "config.json")]
+    assert asked == [("owner/name", "v1.0", "vae/*.json"), ("owner/offline", None, "*.json")]
     assert exchange.command("import", "tokenizer", "", address="hf-hub:name") == 2
     assert "hf-hub:name: write hf-hub:owner/name, or hf-hub:owner/name/folder@revision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_models_of_another_run_and_of_one_that_was_pushed(exchange, pushed, capsys):
+    tokenizer, lightningdit = exchange.write_tokenizer(), exchange.write_lightningdit()
+    assert exchange.command("import", "tokenizer", "epoch=1.ckpt") == 0
+    exchange.extract()
+    assert exchange.command("import", "lightningdit", "model.safetensors") == 0
+    source, second = exchange.run().storage.url(), exchange.run("name=second")
+    exchange.run().storage.write_bytes(CONFIG, dump(exchange.config).encode())
+    if pushed:
+        source, configuration = str(exchange.folder / "pushed"), str(exchange.folder / "run.yaml")
+        assert main(["push", configuration, "me/run", "--out", source]) == 0
+        assert "tokenizer: imported from epoch=1.ckpt" in (exchange.folder / "pushed" / "README.md").read_text()
+    write_shards(second.storage, "shards", exchange.config.shards, lambda *_: None)
+    assert exchange.command("import", "tokenizer", "", "name=second", address=source) == 0
+    export = second.folder("train_vavae")
+    found, _ = load_exported_tokenizer(export)
+    assert same(found.state_dict(), tokenizer)
+    first = exchange.run().folder("train_vavae")
+    assert same(load_alignment(export).state_dict(), load_alignment(first).state_dict())
+    measured = read_statistics(exchange.run().folder("precompute_latents"))
+    assert all(map(torch.equal, read_statistics(export), measured))
+    in_process.precompute_latents(second)
+    address = source if pushed else f"{source}/lightningdit/export"
+    for wrong, message in {
+        "lightningdit.depth=2": "its lightningdit.depth is 1, but 2 is configured: set it so",
+        "lightningdit.qk_norm=false": "its lightningdit.qk_norm is True, but False is configured",
+    }.items():
+        assert exchange.command("import", "lightningdit", "", "name=second", wrong, address=address) == 2
+        assert message in capsys.readouterr().err
+    assert exchange.command("import", "lightningdit", "", "name=second", address=address) == 0
+    found, _ = load_exported_lightningdit(second.folder("train_lightningdit"))
+    assert same(found.state_dict(), lightningdit)

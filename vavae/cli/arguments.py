@@ -1,6 +1,13 @@
 """Arguments that several commands share."""
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vavae.errors import UserError
+
+if TYPE_CHECKING:
+    from vavae.runs.run import Run
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
@@ -18,3 +25,25 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 def add_hourly_price(command: argparse.ArgumentParser) -> None:
     """Add the price that stands in for the configured one."""
     command.add_argument("--hourly-price", type=float, metavar="PRICE", help="what a worker costs in an hour")
+
+
+def open_run(place: str, overrides: Sequence[str]) -> "Run":
+    """Open the run in a folder, or of a configuration file.
+
+    Args:
+        place: path or URL of the folder, or path of the file.
+        overrides: `key.path=value`.
+
+    Raises:
+        UserError: there is no run.
+    """
+    from vavae.config.load import load
+    from vavae.runs.config import RunConfig
+    from vavae.runs.run import Run
+
+    if not place.endswith((".yaml", ".yml")):
+        return Run.at(place, overrides)
+    run = Run(load(RunConfig, place, overrides))
+    if not run.storage.exists():
+        raise UserError(f"{run.storage.url()}: nothing there yet; start the run, or name another")
+    return run

@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
         "--weights", metavar="NAME", help="average of the LightningDiT's weights; default: the one of its export"
     )
     exporter.set_defaults(act=_export)
-    address = "path or storage URL; a folder for latents and for diffusers; hf-hub:owner/name of a tokenizer to import"
+    address = "path or storage URL; a folder for latents and for diffusers; to import a model, hf-hub:owner/name too"
     models = ("tokenizer", "lightningdit", "latents")
     for command, choices in ((importer, models), (exporter, (*models, "pipeline"))):
         command.add_argument("what", choices=choices)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from ray_jobs.submission.command import add_commands as add_submission_commands
-from vavae.cli import average, bench, data, demo, import_export, plan, report, sample, status, train
+from vavae.cli import average, bench, data, demo, import_export, plan, push, report, sample, status, train
 from vavae.command import Parser, run_command
 
 
@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
     parser = Parser("vavae", description="VA-VAE and LightningDiT, here and on a cluster.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (status, plan, train, average, import_export, sample, demo, report):
+    for module in (status, plan, train, average, import_export, push, sample, demo, report):
         module.add_commands(commands)
     add_submission_commands(commands)
     for module in (data, bench):

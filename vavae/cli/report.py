@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vavae.cli.arguments import add_hourly_price
+from vavae.cli.arguments import add_hourly_price, open_run
 from vavae.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,17 +30,18 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from vavae.report.run_list import list_runs, render_runs, runs_in
+    from vavae.report.run_list import list_runs, runs_in
+    from vavae.report.run_list_page import render_runs
     from vavae.storage.storage import Storage
 
     folder = Storage(arguments.runs[0])
     if len(arguments.runs) == 1 and runs_in(folder):
         _write(render_runs(folder.url(), list_runs(folder)), arguments.out, "runs")
         return 0
-    return _report_runs(_open_runs(arguments.runs, arguments.hourly_price), arguments.out)
+    return _report_runs(arguments.runs, arguments.hourly_price, arguments.out)
 
 
-def _report_runs(runs: Mapping[str, "Run"], out: str | None) -> int:
+def _report_runs(places: Sequence[str], hourly_price: float | None, out: str | None) -> int:
     """Write the report of a run, or of several side by side."""
     from vavae.report.comparison import Comparison, compare_configurations, render_comparison
     from vavae.report.figures import compared_curves
@@ -49,6 +50,7 @@ def _report_runs(runs: Mapping[str, "Run"], out: str | None) -> int:
     from vavae.runs.evaluation_inputs import ReportInputs
     from vavae.runs.files import REPORT
 
+    runs = _open_runs(places, hourly_price)
     inputs = {name: ReportInputs.of(run) for name, run in runs.items()}
     if len(inputs) == 1:
         text = render(run_report(*inputs.values()))
@@ -94,22 +96,9 @@ def _open_runs(places: Sequence[str], hourly_price: float | None) -> Mapping[str
         UserError: there is no run at one of them.
     """
     prices = [] if hourly_price is None else [f"workers.hourly_price={hourly_price}"]
-    runs = [_open_run(place, prices) for place in places]
+    runs = [open_run(place, prices) for place in places]
     names = [run.config.name for run in runs]
     labels = names if len({*names}) == len(names) else [run.storage.url() for run in runs]
     if len({*labels}) < len(labels):
         raise UserError(f"a run is named twice among {', '.join(places)}: name each once")
     return dict(zip(labels, runs, strict=True))
-
-
-def _open_run(place: str, overrides: Sequence[str]) -> "Run":
-    from vavae.config.load import load
-    from vavae.runs.config import RunConfig
-    from vavae.runs.run import Run
-
-    if not place.endswith((".yaml", ".yml")):
-        return Run.at(place, overrides)
-    run = Run(load(RunConfig, place, overrides))
-    if not run.storage.exists():
-        raise UserError(f"{run.storage.url()}: nothing there yet; start the run, or name another")
-    return run

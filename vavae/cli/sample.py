@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Add ``vavae sample``; ``act`` of its arguments returns the exit status."""
     sample = commands.add_parser("sample", help="make images of given classes from a trained run")
-    sample.add_argument("--run", required=True, metavar="FOLDER", help="path or URL of the folder of the run")
+    sample.add_argument(
+        "--run", required=True, metavar="FOLDER", help="path or URL of the folder of the run, or hf-hub:owner/name"
+    )
     sample.add_argument(
         "--classes", metavar="LIST", help="names or numbers, such as 207,360; needed where there are any"
     )

@@ -2,12 +2,23 @@
 
 from vavae.config.base import Config, added, differences, digest, identity, runtime
 from vavae.config.load import dump, load
-from vavae.config.paths import LocalPath, resolve_paths, written_path
+from vavae.config.paths import (
+    HUB_PREFIX,
+    HubAddress,
+    LocalPath,
+    ModelAddress,
+    is_hub_address,
+    resolve_paths,
+    written_path,
+)
 from vavae.config.size import as_one_number, describe_size, height_and_width
 
 __all__ = [
+    "HUB_PREFIX",
     "Config",
+    "HubAddress",
     "LocalPath",
+    "ModelAddress",
     "added",
     "as_one_number",
     "describe_size",
@@ -16,6 +27,7 @@ __all__ = [
     "dump",
     "height_and_width",
     "identity",
+    "is_hub_address",
     "load",
     "resolve_paths",
     "runtime",

@@ -2,14 +2,54 @@
 
 import operator
 import os
+import re
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+HUB_PREFIX = "hf-hub:"
+"""Prefix that tells a repository of the Hugging Face hub from a path, which may look the same; timm's own."""
+_HUB_ADDRESS = re.compile(
+    HUB_PREFIX + r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<path>[\w./-]*[\w.-]))?(@(?P<revision>[\w./-]+))?"
+)
+
+
+class HubAddress(NamedTuple):
+    """A place on the Hugging Face hub: `hf-hub:owner/name[/path][@revision]`."""
+
+    repository: str
+    path: str
+    """Folder or file in the repository; empty for all of it."""
+    revision: str | None
+    """Branch, tag or commit; None for the main branch."""
+
+    @classmethod
+    def parse(cls, text: str) -> "HubAddress":
+        """Take an address apart; ValueError where it has another form."""
+        parts = _HUB_ADDRESS.fullmatch(text)
+        if parts is None or {".", "..", ""} & {*(parts["path"] or "-").split("/"), *parts["repository"].split("/")}:
+            raise ValueError(f"{text}: write {HUB_PREFIX}owner/name, or {HUB_PREFIX}owner/name/folder@revision")
+        return cls(parts["repository"], parts["path"] or "", parts["revision"])
+
+    def __str__(self) -> str:
+        path, revision = f"/{self.path}" if self.path else "", f"@{self.revision}" if self.revision else ""
+        return f"{HUB_PREFIX}{self.repository}{path}{revision}"
+
+
+def is_hub_address(text: str) -> bool:
+    """Return whether a text means a place on the Hugging Face hub."""
+    return text.startswith(HUB_PREFIX)
+
+
+def _check_hub_address(text: str) -> str:
+    if is_hub_address(text):
+        HubAddress.parse(text)
+    return text
 
 
 class ResolvedPath(str):
@@ -68,6 +108,10 @@ class LocalPath:
                 written_path, return_schema=core_schema.str_schema(), when_used="json"
             ),
         )
+
+
+ModelAddress = Annotated[str, Field(min_length=1), LocalPath(names=(HUB_PREFIX,)), AfterValidator(_check_hub_address)]
+"""Address of a model: a path, a storage URL, or a place on the hub."""
 
 
 def written_path(text: str) -> str:

@@ -175,8 +175,8 @@ class Playground:
 
     def _changed(self, overrides: Sequence[str]) -> Sampler:
         assert self.sampler is not None, "without a LightningDiT there are no samples"
-        apart = [each for text in overrides for each in _BEFORE_KEY.split(text.strip()) if each]
-        return self.sampler.with_overrides(apart)
+        single = [each for text in overrides for each in _BEFORE_KEY.split(text.strip()) if each]
+        return self.sampler.with_overrides(single)
 
 
 def _captioned(images: Tensor, captions: Sequence[str]) -> list[Captioned]:

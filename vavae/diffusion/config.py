@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, added
+from vavae.config import Config, ModelAddress, added
 
 Shift = Annotated[float, Field(gt=0)] | Literal["by_dimension"]
 """Shift of times: s in t' = s t / (1 + (s - 1) t), or √(4096 / C H W) for latents [C, H, W] (RAE, arXiv 2510.11690)."""
@@ -157,9 +157,9 @@ class ObjectiveConfig(Config):
 class WeakModelConfig(Config):
     """A weaker LightningDiT that guides a better one: autoguidance (EDM2, arXiv 2406.02507)."""
 
-    model: Annotated[str, Field(min_length=1), LocalPath()] | None = None
+    model: ModelAddress | None = None
     """Export of a LightningDiT on the same latents, smaller or trained for a shorter time: path or URL of its folder,
-    such as `runs/small/lightningdit/export`."""
+    such as `runs/small/lightningdit/export`, or `hf-hub:owner/name` where `vavae push` has put one."""
     checkpoint_images: int | None = added(None, ge=1)
     """Images seen at a checkpoint of this run's own training, in place of `model`: its average of the weights guides.
     `train_lightningdit.keep_images` keeps it."""

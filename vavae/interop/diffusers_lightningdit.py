@@ -11,7 +11,7 @@ from vavae.config import Config, identity
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile
 from vavae.interop.conversion import Conversion
-from vavae.interop.diffusers_tokenizer import CONFIG, WEIGHTS, read_tensors
+from vavae.interop.diffusers_tokenizer import CONFIG, WEIGHTS, NotInDiffusersError, read_tensors
 from vavae.interop.standalone import standalone_source
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
@@ -88,18 +88,23 @@ def load_diffusers_lightningdit(
                 f"{url}: its {name} is {json.dumps(stored.get(name))}, but the run's is {json.dumps(value)}: set "
                 f"lightningdit.{name}, or the latents, to it"
             )
-    found = read_tensors(folder)
-    weights = WeightsFile(
-        found.url,
-        {name.removeprefix(_PREFIX): tensor for name, tensor in found.tensors.items()},
-        {name.removeprefix(_PREFIX): name for name in found.tensors},
-    )
+    weights = read_network(folder)
     values = {**config.model_dump(), "latent_dim": latent_dim, "grid": grid}
     return Conversion(LightningDiTConfig, LightningDiT, lambda *_: values).load(weights, {}), weights
 
 
+def read_network(folder: Storage) -> WeightsFile:
+    """Read the weights in a folder of :func:`save_diffusers_lightningdit`, by their names in the class that trains."""
+    found = read_tensors(folder)
+    return WeightsFile(
+        found.url,
+        {name.removeprefix(_PREFIX): tensor for name, tensor in found.tensors.items()},
+        {name.removeprefix(_PREFIX): name for name in found.tensors},
+    )
+
+
 def refuse_unsupported(config: Config, neutral: Mapping[str, Any], section: str, folder: str, remedy: str) -> None:
-    """Raise a UserError for the first field that a folder of diffusers can't express.
+    """Raise a NotInDiffusersError for the first field that a folder of diffusers can't express.
 
     Args:
         config: the section of the configuration.
@@ -111,7 +116,7 @@ def refuse_unsupported(config: Config, neutral: Mapping[str, Any], section: str,
     for name, value in neutral.items():
         if getattr(config, name) != value:
             written = "null" if value is None else str(value).lower()
-            raise UserError(f"{folder}: no {section}.{name} in diffusers: {remedy.format(neutral=written)}")
+            raise NotInDiffusersError(f"{folder}: no {section}.{name} in diffusers: {remedy.format(neutral=written)}")
 
 
 def write_code(storage: Storage, path: str) -> None:

@@ -7,7 +7,6 @@ import math
 
 from vavae.diffusion.config import GuidanceConfig, SolverConfig
 from vavae.diffusion.shift import shift_factor
-from vavae.errors import UserError
 from vavae.interop.diffusers_lightningdit import (
     TRANSFORMER,
     TRANSFORMER_CLASS,
@@ -15,7 +14,7 @@ from vavae.interop.diffusers_lightningdit import (
     save_diffusers_lightningdit,
     write_code,
 )
-from vavae.interop.diffusers_tokenizer import save_diffusers_tokenizer
+from vavae.interop.diffusers_tokenizer import NotInDiffusersError, save_diffusers_tokenizer
 from vavae.interop.export import load_latent_models
 from vavae.latents.manifest import read_latent_manifest
 from vavae.latents.statistics import read_statistics
@@ -44,9 +43,11 @@ def save_diffusers_pipeline(inputs: SamplingInputs, folder: str) -> None:
     _check_sampling(config.guidance, config.solver, folder)
     tokenizer, lightningdit, normalizer = load_latent_models(inputs)
     if not isinstance(tokenizer, VAVAE):
-        raise UserError(f"{folder}: tokenizer.kind={config.tokenizer.kind}: a pipeline of diffusers takes kl alone")
+        raise NotInDiffusersError(
+            f"{folder}: tokenizer.kind={config.tokenizer.kind}: a pipeline of diffusers takes kl alone"
+        )
     if normalizer.statistics != "channel":
-        raise UserError(
+        raise NotInDiffusersError(
             f"{folder}: latents.statistics={normalizer.statistics}: diffusers knows those of channels alone"
         )
     storage = Storage(folder)
@@ -83,5 +84,7 @@ def save_diffusers_pipeline(inputs: SamplingInputs, folder: str) -> None:
 def _check_sampling(guidance: GuidanceConfig, solver: SolverConfig, folder: str) -> None:
     """Refuse guidance and solvers that the pipeline does not have."""
     if solver.name not in _SOLVERS:
-        raise UserError(f"{folder}: no solver.name={solver.name} in diffusers: set one of {', '.join(_SOLVERS)}")
+        raise NotInDiffusersError(
+            f"{folder}: no solver.name={solver.name} in diffusers: set one of {', '.join(_SOLVERS)}"
+        )
     refuse_unsupported(guidance, _UNSUPPORTED_GUIDANCE, "guidance", folder, "set it to {neutral}")

@@ -56,6 +56,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 _log = logging.getLogger(__name__)
 
 
+class NotInDiffusersError(UserError):
+    """Raised for a part of a run that a folder of diffusers has no words or no code for."""
+
+
 class _Settings(BaseModel):
     """The configuration of an AutoencoderKL; defaults are those of diffusers, where a file lacks a key."""
 
@@ -157,7 +161,7 @@ def read_diffusers_tokenizer(path: str | os.PathLike[str]) -> PublishedTokenizer
     url = storage.url(CONFIG)
     settings = _read_settings(storage)
     config = settings.tokenizer(url)
-    weights = _released(read_tensors(storage, given), config)
+    weights = released_names(read_tensors(storage, given), config)
     batch_norm = weights.part("bn.")
     if batch_norm.tensors:
         statistics = batch_norm_statistics(batch_norm, config.latent_dim)
@@ -205,7 +209,7 @@ def save_diffusers_tokenizer(
 def _settings(config: TokenizerConfig, image_size: int | tuple[int, int]) -> dict[str, Any]:
     first = config.channel_multipliers[0]
     if first != 1:
-        raise UserError(
+        raise NotInDiffusersError(
             f"tokenizer.channel_multipliers starts with {first}: an AutoencoderKL of diffusers enters its first "
             "level with the channels that it leaves it with, so it starts with 1"
         )
@@ -322,8 +326,13 @@ def _best_weights(folder: Storage) -> str:
     return min((".bin" in name, name.endswith(".json"), name) for variant, name in found if variant == variants[0])[-1]
 
 
-def _released(weights: WeightsFile, config: TokenizerConfig) -> WeightsFile:
-    """The same tensors by their released names; those that are none of the architecture keep theirs."""
+def released_names(weights: WeightsFile, config: TokenizerConfig) -> WeightsFile:
+    """Rename the tensors of an AutoencoderKL as they are released; those that are none of the architecture keep theirs.
+
+    Args:
+        weights: its tensors by their names in diffusers.
+        config: the architecture.
+    """
     with torch.device("meta"):  # for the names alone
         own_names = {_name(own, config): own for own in VAVAE(config).state_dict()}
     tensors: dict[str, Tensor] = {}

@@ -1,11 +1,11 @@
 """Exports: folders with the weights of a trained model and all that is needed to build it again.
 
 `model.safetensors` holds the weights in the released names, `model.yaml` the sections of the configuration. Nothing in
-an export can run code.
+an export can run code. Where `vavae push` has written it for diffusers, too, the weights are in a file of diffusers.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from vavae.config import Config, added, as_one_number, digest, identity
 from vavae.errors import UserError
 from vavae.finite import require_finite
+from vavae.interop.checkpoint_file import WeightsFile
+from vavae.interop.diffusers_lightningdit import read_network
+from vavae.interop.diffusers_tokenizer import WEIGHTS as DIFFUSERS_WEIGHTS
+from vavae.interop.diffusers_tokenizer import read_tensors, released_names
 from vavae.latents.statistics import LatentNormalizer, read_statistics
 from vavae.losses.config import VisionFoundationLossConfig
 from vavae.losses.vision_foundation import VisionFoundationLoss
@@ -126,7 +130,8 @@ def load_exported_tokenizer(storage: Storage, encodes: bool = True) -> tuple[Aut
             f"{encoder.config.name}, but those here are {encoder.weights_digest()}: put the former where "
             "tokenizer.encoder.weights says"
         )
-    return _load(build_autoencoder(description.tokenizer, encoder), storage, WEIGHTS), description
+    module = build_autoencoder(description.tokenizer, encoder)
+    return _load(module, storage, WEIGHTS, lambda: released_names(read_tensors(storage), module.config)), description
 
 
 def load_alignment(storage: Storage) -> VisionFoundationLoss:
@@ -140,7 +145,7 @@ def load_exported_lightningdit(storage: Storage) -> tuple[LightningDiT, Lightnin
     """Load the LightningDiT of an export, in evaluation mode on the CPU."""
     description = _describe(storage, LightningDiTDescription)
     model = LightningDiT(description.lightningdit, description.latent_dim, description.grid)
-    return _load(model, storage, WEIGHTS), description
+    return _load(model, storage, WEIGHTS, lambda: read_network(storage)), description
 
 
 def load_latent_models(inputs: SamplingInputs) -> tuple[Autoencoder, LightningDiT, LatentNormalizer]:
@@ -170,9 +175,12 @@ def load_latent_models(inputs: SamplingInputs) -> tuple[Autoencoder, LightningDi
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def _load(module: ModuleT, storage: Storage, name: str) -> ModuleT:
+def _load(
+    module: ModuleT, storage: Storage, name: str, of_diffusers: Callable[[], WeightsFile] | None = None
+) -> ModuleT:
+    """Load the file of a name into a module, or what is read of the file of diffusers in its place."""
     try:
-        module.load_state_dict(load_file(storage.local_file(name)))
+        module.load_state_dict(_read_state(storage, name, of_diffusers))
     except FileNotFoundError:
         raise UserError(f"{storage.url(name)}: no such file; export the model again") from None
     except (RuntimeError, SafetensorError) as error:
@@ -180,6 +188,15 @@ def _load(module: ModuleT, storage: Storage, name: str) -> ModuleT:
         raise UserError(f"{storage.url(name)}: {reason}; export the model again") from error
     require_finite(module.state_dict(), storage.url(name), "export the model again, from an earlier checkpoint")
     return module.eval().requires_grad_(False)
+
+
+def _read_state(storage: Storage, name: str, of_diffusers: Callable[[], WeightsFile] | None) -> Mapping[str, Tensor]:
+    try:
+        return load_file(storage.local_file(name))
+    except FileNotFoundError:
+        if of_diffusers is None or not storage.is_file(DIFFUSERS_WEIGHTS):
+            raise
+        return of_diffusers().tensors
 
 
 def _describe(storage: Storage, model: type[DescriptionT]) -> DescriptionT:

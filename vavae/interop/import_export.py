@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vavae.config import Config, differences, digest, identity
+from vavae.config import Config, differences, digest, identity, is_hub_address
 from vavae.data.shards.manifest import read_manifest
 from vavae.errors import UserError
 from vavae.interop.checkpoint_file import WeightsFile, read_weights
@@ -21,6 +21,7 @@ from vavae.interop.diffusers_tokenizer import (
 )
 from vavae.interop.export import (
     ALIGNMENT,
+    DESCRIPTION,
     WEIGHTS,
     LightningDiTDescription,
     TokenizerDescription,
@@ -29,7 +30,7 @@ from vavae.interop.export import (
     load_exported_tokenizer,
     save_export,
 )
-from vavae.interop.load import read_published_tokenizer
+from vavae.interop.load import fetch_model, find_model, read_published_tokenizer
 from vavae.interop.released_latents import (
     check_released_latents,
     export_released_latents,
@@ -43,15 +44,17 @@ from vavae.interop.released_tokenizer import (
     holds_alignment,
     save_released_tokenizer,
 )
-from vavae.latents.manifest import read_latent_manifest
+from vavae.latents.manifest import LatentManifest, read_latent_manifest
 from vavae.latents.statistics import STATISTICS, read_statistics
 from vavae.losses.vision_foundation import VisionFoundationLoss
-from vavae.models.backbones.config import HUB_PREFIX
+from vavae.models.dit.config import LightningDiTConfig
+from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.teacher import teacher_geometry
 from vavae.runs.config import RunConfig
+from vavae.runs.files import CONFIG
 from vavae.runs.output import JobOutput
-from vavae.runs.run import IMPORTED, StoredArtifact
+from vavae.runs.run import IMPORTED, Run, StoredArtifact
 from vavae.storage.artifact import FileInfo
 from vavae.storage.storage import Storage, sha256_of
 
@@ -67,7 +70,8 @@ def import_tokenizer(config: RunConfig, output: JobOutput, path: str) -> None:
     Args:
         config: configuration of the run.
         output: place of the tokenizer's export.
-        path: local path or storage URL of a released file or of a folder of diffusers, or `hf-hub:owner/name` of one.
+        path: local path or storage URL of a released file, of a folder of diffusers, of an export or a run; or
+            `hf-hub:owner/name[/path][@revision]` of one.
 
     Raises:
         UserError: the file can't be used (see :mod:`vavae.interop.released_tokenizer` and
@@ -107,7 +111,7 @@ def import_tokenizer(config: RunConfig, output: JobOutput, path: str) -> None:
         vision_foundation=config.losses.vision_foundation,
         feature_dim=feature_dim,
     )
-    _write_export(output, path if path.startswith(HUB_PREFIX) else Storage(path).url(), description, states)
+    _write_export(output, path if is_hub_address(path) else Storage(path).url(), description, states)
 
 
 def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, path: str) -> None:
@@ -120,8 +124,8 @@ def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, 
         config: configuration of the run.
         latents: folder of the latents.
         output: place of the LightningDiT's export.
-        path: local path or storage URL of a released file, or of a folder that `vavae export` writes for diffusers,
-            the transformer's or the pipeline's.
+        path: local path or storage URL of a released file, of a folder that `vavae export` writes for diffusers (the
+            transformer's or the pipeline's), of an export or a run; or `hf-hub:owner/name[/path][@revision]` of one.
 
     Raises:
         UserError: it can't be used (see :mod:`vavae.interop.released_lightningdit` and
@@ -130,19 +134,44 @@ def import_lightningdit(config: RunConfig, latents: Storage, output: JobOutput, 
     manifest = read_latent_manifest(latents)
     model = config.lightningdit.with_classes(len(manifest.classes))
     latent_dim, height, width = manifest.shape
-    place = Storage(path)
-    if place.exists() and not place.is_file():
+    local = fetch_model(path, "LightningDiT")
+    place = Storage(local)
+    url = path if is_hub_address(path) else place.url()
+    if any(map(place.is_file, (CONFIG, DESCRIPTION))):
+        loaded = _exported_lightningdit(local, url, model, manifest)
+    elif place.exists() and not place.is_file():
         folder = place.child("transformer") if place.is_file("model_index.json") else place
-        loaded, weights = load_diffusers_lightningdit(folder, model, latent_dim, (height, width))
+        loaded, _ = load_diffusers_lightningdit(folder, model, latent_dim, (height, width))
     else:
-        weights = read_weights(path)
         settings = {**model.model_dump(), "latent_dim": latent_dim, "grid": (height, width)}
-        loaded = convert_lightningdit(weights, settings, "lightningdit.")
+        loaded = convert_lightningdit(read_weights(local), settings, "lightningdit.")
     states = {WEIGHTS: loaded.state_dict()}
     description = LightningDiTDescription(
-        lightningdit=model, latent_dim=latent_dim, grid=(height, width), tokenizer=manifest.tokenizer
+        lightningdit=model,
+        latent_dim=latent_dim,
+        grid=(height, width),
+        tokenizer=manifest.tokenizer,
+        statistics=manifest.statistics,
     )
-    _write_export(output, weights.url, description, states)
+    _write_export(output, url, description, states)
+
+
+def _exported_lightningdit(address: str, url: str, config: LightningDiTConfig, latents: LatentManifest) -> LightningDiT:
+    """Load the LightningDiT of an export or a run; UserError where it is another than the configured one."""
+    found = find_model(address, "LightningDiT")
+    assert not isinstance(found, str), "there is a description"
+    folder = found.stored("train_lightningdit").folder if isinstance(found, Run) else found
+    loaded, theirs = load_exported_lightningdit(folder)
+    if (loaded.state_shape, theirs.statistics) != (latents.shape, latents.statistics):
+        raise UserError(
+            f"{url}: of latents {[*loaded.state_shape]} normalized per {theirs.statistics}, but those of this run are "
+            f"{[*latents.shape]} per {latents.statistics}: set tokenizer, shards.image_size and latents.statistics so"
+        )
+    different = differences(theirs.lightningdit, config, "lightningdit")
+    if different:
+        field, before, now = different[0]
+        raise UserError(f"{url}: its {field} is {before!r}, but {now!r} is configured: set it so")
+    return loaded
 
 
 def import_latents(config: RunConfig, shards: Storage, output: JobOutput, folder: str) -> None:

@@ -3,32 +3,49 @@
 import os
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vavae.config import is_hub_address
 from vavae.distributed.device import choose_device
 from vavae.errors import UserError
 from vavae.interop.averages import load_lightningdit_of_checkpoint
-from vavae.interop.checkpoint_file import read_weights
+from vavae.interop.checkpoint_file import WeightsFile, read_weights
 from vavae.interop.diffusers_tokenizer import DESCRIPTIONS, is_diffusers_weights, read_diffusers_tokenizer
-from vavae.interop.export import DESCRIPTION, load_exported_lightningdit, load_exported_tokenizer
-from vavae.interop.hub import fetch_diffusers_folder
+from vavae.interop.export import (
+    ALIGNMENT,
+    DESCRIPTION,
+    load_alignment,
+    load_exported_lightningdit,
+    load_exported_tokenizer,
+)
 from vavae.interop.released_lightningdit import convert_lightningdit
-from vavae.interop.released_tokenizer import PublishedTokenizer, convert_tokenizer, read_released_tokenizer
+from vavae.interop.released_tokenizer import (
+    PublishedTokenizer,
+    convert_tokenizer,
+    read_released_tokenizer,
+    released_tensors,
+)
 from vavae.latents.manifest import read_latent_manifest
-from vavae.models.backbones.config import HUB_PREFIX
+from vavae.latents.statistics import STATISTICS, read_statistics
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.models.dit.model import LightningDiT
 from vavae.models.tokenizer.representation import Autoencoder
 from vavae.runs.checkpoints import TRAINED, find_checkpoints
 from vavae.runs.files import CONFIG
-from vavae.runs.run import Run
+from vavae.runs.run import PUBLISHED, Run, is_published
+from vavae.storage.hub import fetch_from_hub
 from vavae.storage.storage import Storage
 
 Source = str | os.PathLike[str] | Run
 """Run, or address of a model."""
+
+Kind = Literal["tokenizer", "LightningDiT"]
+
+_OTHER: Mapping[Kind, str] = {"tokenizer": PUBLISHED["train_lightningdit"], "LightningDiT": PUBLISHED["train_vavae"]}
+"""Folder of the model that is not wanted, by the one that is."""
 
 AS_TRAINED = "model"
 """Name of the weights themselves, beside the names of their averages; released files have them under this key."""
@@ -40,7 +57,8 @@ def load_tokenizer(source: Source, device: torch.device | str | None = None) -> 
     Args:
         source: a run, or the path or storage URL of its folder, such as `runs/quickstart`; of an export, such as
             `runs/quickstart/tokenizer/export`; of a released checkpoint (`.pt`, `.pth`, `.ckpt`, `.safetensors`); of a
-            folder of diffusers with an AutoencoderKL, or one of its files of weights. Or `hf-hub:owner/name`.
+            folder of diffusers with an AutoencoderKL, or one of its files of weights. Or
+            `hf-hub:owner/name[/path][@revision]` of any of them: `vavae push` puts a run there.
         device: where to put it, such as `cuda:1`; None takes a GPU where there is one.
 
     Returns:
@@ -51,7 +69,7 @@ def load_tokenizer(source: Source, device: torch.device | str | None = None) -> 
     Raises:
         UserError: there is nothing at the address, no tokenizer, one that can't be used, or no such device.
     """
-    place, found = choose_device(device), _find(source, "tokenizer")
+    place, found = choose_device(device), find_model(source, "tokenizer")
     if isinstance(found, Run):
         found = found.stored("train_vavae").folder
     if isinstance(found, Storage):
@@ -71,6 +89,7 @@ def load_lightningdit(
     Args:
         source: a run, or the path or storage URL of its folder, such as `runs/quickstart`; of an export, such as
             `runs/quickstart/lightningdit/export`; or of a released checkpoint (`.pt`, `.pth`, `.ckpt`, `.safetensors`).
+            Or `hf-hub:owner/name[/path][@revision]` of any of them: `vavae push` puts a run there.
         weights: None takes those that samples are made with: the export of a run, which is the average of
             `train_lightningdit.ema_decay` where there is one, and of a file `ema` before `model`. Else the name of
             another average of a run (one of `train_lightningdit.averages`, or one that `vavae average` has made), or
@@ -86,7 +105,7 @@ def load_lightningdit(
     Raises:
         UserError: there is nothing at the address, no LightningDiT, none with such weights, or no such device.
     """
-    place, found = choose_device(device), _find(source, "LightningDiT")
+    place, found = choose_device(device), find_model(source, "LightningDiT")
     if isinstance(found, Run) and weights == AS_TRAINED:
         training, latents = found.training_folder("train_lightningdit"), found.folder("precompute_latents")
         model = _load_as_trained(training, latents, found.config.lightningdit)
@@ -107,30 +126,66 @@ def read_published_tokenizer(address: str) -> PublishedTokenizer:
     """Read a tokenizer that others have published.
 
     Args:
-        address: path or storage URL of a released file, or of a folder of diffusers or one of its files of weights; or
-            `hf-hub:owner/name` of one.
+        address: path or storage URL of a released file, of a folder of diffusers or one of its files of weights, of an
+            export or of a run; or `hf-hub:owner/name[/path][@revision]` of one.
 
     Raises:
         UserError: there is none, or one that can't be used; see :mod:`vavae.interop.released_tokenizer` and
             :mod:`vavae.interop.diffusers_tokenizer`.
     """
-    if address.startswith(HUB_PREFIX):
-        return read_diffusers_tokenizer(fetch_diffusers_folder(address))
+    if is_hub_address(address) or any(map(Storage(address).is_file, (CONFIG, DESCRIPTION))):
+        found = find_model(address, "tokenizer")
+        if isinstance(found, Run):
+            export = found.stored("train_vavae").folder
+            measured = found.artifact("precompute_latents") is not None
+            return _published_export(export, found.folder("precompute_latents") if measured else export)
+        if isinstance(found, Storage):
+            return _published_export(found, found)
+        address = found
     storage = Storage(address)
     if is_diffusers_weights(PurePosixPath(address).name) or (storage.exists() and not storage.is_file()):
         return read_diffusers_tokenizer(address)
     return read_released_tokenizer(address)
 
 
-def _find(source: Source, kind: str) -> Run | Storage | str:
-    """The run or the folder of the export that a source means, or else the address of what others have published."""
+def _published_export(export: Storage, latents: Storage) -> PublishedTokenizer:
+    """The tokenizer of an export as others would publish it, with statistics per channel where a folder has them."""
+    autoencoder, description = load_exported_tokenizer(export, encodes=False)
+    alignment = load_alignment(export) if export.is_file(ALIGNMENT) else None
+    statistics = None
+    if latents.is_file(STATISTICS):
+        mean, std = read_statistics(latents)
+        statistics = {"mean": mean, "std": std} if mean.ndim == 1 else None
+    weights = WeightsFile(export.url(), released_tensors(autoencoder, alignment))
+    return PublishedTokenizer(weights, description.tokenizer, statistics, STATISTICS)
+
+
+def fetch_model(address: str, kind: Kind) -> str:
+    """Fetch what an address of the hub means, without the other model of a run; other addresses stay as they are."""
+    if not is_hub_address(address):
+        return address
+    return fetch_from_hub(address, without=[f"{_OTHER[kind]}/*.safetensors"])
+
+
+def find_model(source: Source, kind: Kind) -> Run | Storage | str:
+    """Find out what an address means: a run, the folder of an export, or else what others have published.
+
+    Args:
+        source: run, or address of a model; what the hub has is fetched, without the other model of a run.
+        kind: the model that is wanted.
+
+    Returns:
+        The run; folder of an export; or the path or storage URL of a released file, or of a folder of diffusers.
+
+    Raises:
+        UserError: there is nothing, or nothing of the kind.
+    """
     if isinstance(source, Run):
         return source
-    address = os.fspath(source)
-    if address.startswith(HUB_PREFIX):
-        return address
+    given = os.fspath(source)
+    address = fetch_model(given, kind)
     storage = Storage(address)
-    if storage.is_file(CONFIG):
+    if is_published(storage) if is_hub_address(given) else storage.is_file(CONFIG):
         return Run.at(address)
     if storage.is_file(DESCRIPTION):
         return storage

@@ -21,6 +21,7 @@ from vavae.losses.config import AdversarialLossConfig, VisionFoundationLossConfi
 from vavae.losses.vision_foundation import VisionFoundationLoss
 from vavae.models.tokenizer.autoencoder import VAVAE
 from vavae.models.tokenizer.config import TokenizerConfig
+from vavae.models.tokenizer.representation import Autoencoder
 from vavae.storage.storage import Storage
 
 _ALIGNMENT, _DISCRIMINATOR = "linear_proj.", "loss.discriminator."
@@ -174,12 +175,16 @@ def save_released_tokenizer(
     discriminator: PatchDiscriminator | None = None,
 ) -> None:
     """Write a tokenizer as the public code reads it: ``{"state_dict": ...}``, or flat for the suffix `.safetensors`."""
-    tensors = _AUTOENCODER.state(autoencoder)
-    if alignment is not None:
-        tensors |= _PROJECTION.state(alignment)
+    tensors = released_tensors(autoencoder, alignment)
     if discriminator is not None:
         tensors |= _PATCH_DISCRIMINATOR.state(discriminator)
     write_weights(path, tensors, nest="state_dict")
+
+
+def released_tensors(autoencoder: Autoencoder, alignment: VisionFoundationLoss | None) -> dict[str, Tensor]:
+    """Collect the tensors of a tokenizer, and of its projection where it has one, by their released names."""
+    tensors = dict(autoencoder.state_dict())
+    return tensors if alignment is None else tensors | _PROJECTION.state(alignment)
 
 
 def _latent_dim(weights: WeightsFile) -> int:

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from vavae.errors import UserError
 from vavae.evaluation.metric import Metric, read_metrics
-from vavae.report.html import headlines, number, page
 from vavae.report.run_facts import run_byline, run_summary
 from vavae.report.run_status import run_status
 from vavae.runs.files import CONFIG, REPORT
@@ -54,44 +52,9 @@ def _listed(storage: Storage, name: str, overrides: Sequence[str]) -> ListedRun:
     here = storage.is_local and storage.is_file(REPORT)
     report = Path(storage.url(REPORT)).absolute().as_uri() if here else None
     try:
-        run = Run.at(storage.url(), overrides)
-        return ListedRun(name, run_summary(run.config), _state(run), run_byline(storage), metrics, report)
+        run = Run.at(storage.url(), overrides).snapshot()
+        to_do = (job for job in run_status(run, run.plans(sources=False)) if not job.plan.done)
+        state = next((job.next_words for job in to_do), "done")
+        return ListedRun(name, run_summary(run.config), state, run_byline(storage), metrics, report)
     except UserError as error:
         return ListedRun(name, "", str(error), "", metrics, report)
-
-
-def _state(run: Run) -> str:
-    """The job that is next with how far it is, or `done`."""
-    snapshot = run.snapshot()
-    for job in run_status(snapshot, snapshot.plans(sources=False)):
-        if not job.plan.done:
-            training = job.training
-            return job.job if training is None else f"{job.job} {training.seen:,}/{training.budget:,} images"
-    return "done"
-
-
-class _Cell(NamedTuple):
-    text: str
-    value: float | str
-    title: str
-
-
-def render_runs(folder: str, runs: Sequence[ListedRun]) -> str:
-    """The table as the text of an HTML file.
-
-    Args:
-        folder: path or URL of the folder.
-        runs: of it.
-    """
-    measured = {name: metric for run in runs for name, metric in run.metrics.items()}
-    columns = [measured[name] for name in headlines(measured)]
-    cells = {
-        run.name: [
-            _Cell(number(found.value), found.value, found.protocol)
-            if (found := run.metrics.get(column.name)) is not None
-            else _Cell("-", "", "")
-            for column in columns
-        ]
-        for run in runs
-    }
-    return page("report/runs.html", title=folder, summary=f"{len(runs)} runs", runs=runs, columns=columns, cells=cells)

@@ -21,13 +21,17 @@ from vavae.training.logging.log import read_rows
 def run_report(inputs: ReportInputs) -> Report:
     """Gather the report of a run, finished or not."""
     rows = log_rows(inputs)
+    pictures = [
+        Picture(shown.title, shown.caption, inputs.storage.read_bytes(shown.file), shown.alt, shown.smooth)
+        for shown in shown_pictures(inputs)
+    ]
     return Report(
         title=inputs.config.name,
         summary=run_summary(inputs.config),
         byline=run_byline(inputs.storage),
         facts=run_facts(inputs, rows),
         metrics=read_metrics(inputs.storage),
-        pictures=[*_pictures(inputs), *_previews(inputs)],
+        pictures=[*pictures, *_previews(inputs)],
         curves=training_curves(rows),
         config=dump(inputs.config),
     )
@@ -45,7 +49,7 @@ def log_rows(inputs: ReportInputs) -> list[dict[str, Any]]:
     return [row for of_training in rows.values() for row in of_training]
 
 
-class _Shown(NamedTuple):
+class ShownPicture(NamedTuple):
     """A picture that a job may have left."""
 
     file: str
@@ -55,25 +59,26 @@ class _Shown(NamedTuple):
     smooth: bool = False
 
 
-def _pictures(inputs: ReportInputs) -> list[Picture]:
+def shown_pictures(inputs: ReportInputs) -> list[ShownPicture]:
+    """Pictures that the jobs of a run have left in its folder, in the order of its report."""
     generated = generation_protocol(inputs.config.sample.images, inputs.config, inputs.classes)
     rows, grid = ("; one class a row", ", a class per row") if inputs.classes != 0 else ("", "")
     if inputs.classes is not None and inputs.classes > PICTURE_ROWS:
         rows, grid = f"; one image a class, or one class a row where at most {PICTURE_ROWS} are sampled", ""
     shown = (
-        _Shown(
+        ShownPicture(
             SAMPLES,
             "Samples",
             f"The first of {generated}{rows}.",
             f"Grid of generated images{grid}",
         ),
-        _Shown(
+        ShownPicture(
             RECONSTRUCTIONS,
             "Reconstructions",
             "Held-out images above their reconstructions.",
             "Rows of held-out images, each above the row of its reconstructions",
         ),
-        _Shown(
+        ShownPicture(
             LATENT_MAP,
             "Latent space",
             "Latent vectors of training images at one position each, mapped to the plane by t-SNE. Brighter is denser; "
@@ -82,8 +87,7 @@ def _pictures(inputs: ReportInputs) -> list[Picture]:
             smooth=True,
         ),
     )
-    there = [picture for picture in shown if inputs.storage.is_file(picture.file)]
-    return [Picture(p.title, p.caption, inputs.storage.read_bytes(p.file), p.alt, p.smooth) for p in there]
+    return [picture for picture in shown if inputs.storage.is_file(picture.file)]
 
 
 class _Preview(NamedTuple):

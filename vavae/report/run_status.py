@@ -34,6 +34,12 @@ class JobStatus(NamedTuple):
     shards: int
     """Shards that the job has written so far; 0 for trainings."""
 
+    @property
+    def next_words(self) -> str:
+        """The job with how far its training is, such as `train_vavae 6,400/19,200 images`."""
+        training = self.training
+        return self.job if training is None else f"{self.job} {training.seen:,}/{training.budget:,} images"
+
     def line(self, now: datetime) -> str:
         """Line such as `train_vavae  6,400/19,200 images  61 images/s  3:29 left  saved 0:12 ago`, or done and why."""
         training = self.training

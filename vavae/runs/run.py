@@ -1,11 +1,11 @@
 """One run on storage: its artifacts, their inputs, and the jobs that are still to do."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vavae.config import differences, digest, identity, load, resolve_paths
+from vavae.config import HubAddress, differences, digest, identity, is_hub_address, load, resolve_paths
 from vavae.data.shards.plan import describe_sources
 from vavae.data.shards.write import check_origin
 from vavae.errors import UserError
@@ -15,15 +15,24 @@ from vavae.runs.files import CONFIG, NPZ
 from vavae.runs.jobs import JOBS, TRAININGS, Job
 from vavae.runs.output import JobOutput
 from vavae.runs.training_config import TrainingConfig
-from vavae.storage.artifact import Artifact, is_intact, read
+from vavae.storage.artifact import RECORD, Artifact, is_intact, read
+from vavae.storage.hub import commit_of, fetch_from_hub
 from vavae.storage.storage import Storage
 
 _AVERAGES = "lightningdit/averages"
 _AVERAGE = "average of weights"
 """Folder of the exports of averages of the LightningDiT's weights besides the one in its own export."""
 
+PUBLISHED: Mapping[Job, str] = {"train_vavae": "vae", "train_lightningdit": "transformer"}
+"""Folders of the exports where `vavae push` has written a run; diffusers calls its models so."""
+
 IMPORTED = "imported"
 """Among the details of a record: name of the file from which the weights were imported, in place of a training."""
+
+
+def is_published(folder: Storage) -> bool:
+    """Return whether `vavae push` has written a folder."""
+    return folder.is_file(f"{PUBLISHED['train_vavae']}/{RECORD}")
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,16 @@ class Run:
 
     Relative paths are resolved here, against the working directory of the command that makes the run: other processes
     work in other folders.
+
+    Args:
+        config: configuration of the run.
+        published: folder that `vavae push` has written, a copy of one from it, or its place on the hub, which holds the
+            exports and no data; None for the run itself.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = resolve_paths(config)
-        self.storage = Storage.of(self.config.storage).child(config.name)
+    def __init__(self, config: RunConfig, published: Storage | None = None) -> None:
+        self.config, self.published = resolve_paths(config), published
+        self.storage = Storage.of(self.config.storage).child(config.name) if published is None else published
 
     def __repr__(self) -> str:
         return f"Run.at({self.storage.url()!r})"
@@ -83,7 +97,7 @@ class Run:
         """Open the run in a folder, with the configuration that its last job was started with.
 
         Args:
-            folder: path or URL; it may have been moved.
+            folder: path or URL; it may have been moved. Or `hf-hub:owner/name`, where `vavae push` has put a run.
             overrides: `key.path=value`, as on the command line of a job.
 
         Raises:
@@ -95,6 +109,8 @@ class Run:
         except FileNotFoundError as error:
             raise UserError(f"{storage.url()}: no {CONFIG} there, so this is not the folder of a run") from error
         config = load(RunConfig, path, overrides)
+        if is_published(storage):
+            return cls(config, storage)
         root, _, name = storage.url().rstrip("/").rpartition("/")
         place = config.storage.model_copy(update={"root": root or "/"})
         return cls(config.model_copy(update={"storage": place, "name": name}))
@@ -103,6 +119,8 @@ class Run:
         """Folder of a job's artifact in the run's. Latents lie under the digest of the tokenizer that made them."""
         if job == "precompute_latents":
             return f"latents/{self.require('train_vavae').digest[:12]}"
+        if self.published is not None and job in PUBLISHED:
+            return PUBLISHED[job]
         return {
             "prepare_shards": "shards",
             "train_vavae": "tokenizer/export",
@@ -282,13 +300,19 @@ class Run:
 
     def _lightningdit_on_these_latents(self, key: str, url: str) -> StoredArtifact:
         """The export of a LightningDiT that a key of the configuration names."""
-        parent, _, name = url.rstrip("/").rpartition("/")
+        folder, address = url, url
+        if is_hub_address(url):
+            place = HubAddress.parse(url)
+            address = str(place._replace(path=place.path or PUBLISHED["train_lightningdit"]))
+            folder = fetch_from_hub(address)
+            address = commit_of(folder, address)  # the same for all workers
+        parent, _, name = folder.rstrip("/").rpartition("/")
         storage = Storage.of(self.config.storage).at(parent)
         record, kinds = read(storage, name), (JOBS["train_lightningdit"].makes, _AVERAGE)
         if record is None or record.kind not in kinds or not is_intact(storage, name, record):
             raise UserError(
                 f"{key}={url}: no whole export of a LightningDiT there; give a folder such as "
-                "runs/NAME/lightningdit/export"
+                "runs/NAME/lightningdit/export, or hf-hub:owner/name where vavae push has put one"
             )
         latents: Job = "precompute_latents"
         ours, theirs = self.require(latents).digest, record.inputs.get(latents, "unknown")
@@ -297,7 +321,7 @@ class Run:
                 f"{key}={url} was trained on latents {theirs[:12]}, but this run on {ours[:12]}: both must be on the "
                 "same ones; train it in a run with the same tokenizer and shards"
             )
-        return StoredArtifact(storage.child(name), record.digest, tuple(record.files))
+        return StoredArtifact(storage.at(address), record.digest, tuple(record.files))
 
     def plans(self, sources: bool = True) -> dict[Job, Plan]:
         """Plan every job, without any work.
@@ -456,7 +480,7 @@ class RunSnapshot(Run):
     """
 
     def __init__(self, run: Run) -> None:
-        self.config, self.storage = run.config, run.storage
+        self.config, self.storage, self.published = run.config, run.storage, run.published
         self._records: dict[Job, Artifact | None] = {}
 
     def snapshot(self) -> "RunSnapshot":

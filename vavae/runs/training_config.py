@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vavae.config import Config, LocalPath, added, runtime
+from vavae.config import Config, ModelAddress, added, runtime
 from vavae.distributed.config import EngineConfig, MuonConfig, OptimizerConfig, Precision
 from vavae.runs.phases import Part, TokenizerPhaseConfig
 from vavae.sampling.config import NAME_PATTERN
@@ -223,8 +223,9 @@ class TokenizerTrainingConfig(TrainingConfig):
     """Optimizer of the generator, and of the discriminator where it has none of its own."""
     discriminator_optimizer: TokenizerOptimizerConfig | None = None
     """Optimizer of the discriminator; its rate follows the same schedule."""
-    start_from: Annotated[str, Field(min_length=1), LocalPath()] | None = None
-    """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL."""
+    start_from: ModelAddress | None = None
+    """Weights to begin with: another run's `tokenizer/export`, or a released checkpoint, as a path or a storage URL;
+    or what `hf-hub:owner/name[/path][@revision]` holds."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""
     probe_images: int | None = runtime(100_000, ge=1)
@@ -260,9 +261,10 @@ class LightningDiTTrainingConfig(TrainingConfig):
     """Training of the LightningDiT."""
 
     optimizer: LightningDiTOptimizerConfig = LightningDiTOptimizerConfig()
-    start_from: Annotated[str, Field(min_length=1), LocalPath()] | None = added(None)
-    """Weights to begin with: a `lightningdit/export` of another run on the same latents, as a path or a storage URL.
-    Where `lightningdit.average_velocity` is true, they may be of velocities. Null draws them."""
+    start_from: ModelAddress | None = added(None)
+    """Weights to begin with: a `lightningdit/export` of another run on the same latents, as a path or a storage URL, or
+    `hf-hub:owner/name[@revision]` where `vavae push` has put one. Where `lightningdit.average_velocity` is true, they
+    may be of velocities. Null draws them."""
     ema_decay: float | None = Field(0.9999, gt=0, lt=1)
     """Decay per step of the average of the weights that is exported."""
     keep_images: tuple[int, ...] = runtime(())

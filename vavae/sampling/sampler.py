@@ -76,7 +76,8 @@ class Sampler:
         take a minute or more.
 
         Args:
-            run: path or URL of its folder, such as `runs/quickstart`; or the run.
+            run: path or URL of its folder, such as `runs/quickstart`; `hf-hub:owner/name`, where `vavae push` has put
+                it; or the run.
             overrides: `key.path=value`, as on the command line of a job: `guidance.scale=2`, or `sample.weights=NAME`
                 for another average of the weights.
             device: where to put the models, such as `cuda:1`; None takes a GPU where there is one.
@@ -85,7 +86,7 @@ class Sampler:
             UserError: there is no run, it has no trained models yet, they don't belong together, an override is not
                 valid, or there is no such device.
         """
-        run = Run(override(run.config, overrides)) if isinstance(run, Run) else Run.at(run, overrides)
+        run = Run(override(run.config, overrides), run.published) if isinstance(run, Run) else Run.at(run, overrides)
         inputs = SamplingInputs.of(run)
         sample = inputs.config.sample
         compiles = sample.model_copy(update={"compile_blocks": bool(sample.compile_blocks)})

@@ -3,10 +3,13 @@
 from typing import Any, NamedTuple
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
+from vavae.config import is_hub_address
 from vavae.config.credentials import REFUSAL, has_credentials
 from vavae.errors import UserError
 from vavae.storage.config import StorageOptions
+from vavae.storage.hub import fetch_from_hub
 from vavae.storage.retry import error_class_names
 
 _S3 = ("s3", "s3a")
@@ -30,7 +33,12 @@ class Place(NamedTuple):
 
 
 def open_place(root: str, options: StorageOptions) -> Place:
-    """The file system of a folder or URL; UserError where there is none, or where the URL carries credentials."""
+    """The file system of a folder or URL; UserError where there is none, or where the URL carries credentials.
+
+    What a place on the hub holds is fetched whole, into a folder of the hub's cache.
+    """
+    if is_hub_address(root):
+        return Place(LocalFileSystem(), fetch_from_hub(root))
     protocol = root.partition("://")[0]
     try:
         if has_credentials(root):

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import tokenize
 
+from vavae.config import is_hub_address
 from vavae.errors import UserError
 from vavae.storage.cache import Cache
 from vavae.storage.config import StorageConfig, StorageOptions
@@ -44,8 +45,8 @@ class Storage:
     """Files named by paths relative to ``root``, with "/" between the parts. Small to pickle; may cross a fork.
 
     ``root`` is a folder or a URL; a relative folder becomes absolute, so that workers with another working directory
-    mean the same one. ``cache`` is a local folder for :meth:`local_file`; None is one below each machine's temporary
-    folder. ``options`` say how a store is reached.
+    mean the same one. It may be a place on the hub, ``hf-hub:owner/name``, to read from. ``cache`` is a local folder
+    for :meth:`local_file`; None is one below each machine's temporary folder. ``options`` say how a store is reached.
     ``Storage.counters`` holds this process's totals over all storages. A path that could leave the root raises
     UserError, and so does a store that refuses access; a missing file raises FileNotFoundError; a store that goes on
     failing raises :class:`vavae.storage.retry.StorageUnavailableError`.
@@ -57,9 +58,11 @@ class Storage:
         self.options = StorageOptions() if options is None else options
         self._place, self._process = open_place(root, self.options), os.getpid()
         self.is_local = isinstance(self._place.filesystem, LocalFileSystem)
-        self.root = os.path.abspath(self._place.base) if self.is_local else root
+        base = os.path.abspath(self._place.base) if self.is_local else self._place.base
+        # Another machine fetches by itself what is on the hub.
+        self.root = base if self.is_local and not is_hub_address(root) else root
         self.cache = cache
-        self._base = (self.root if self.is_local else self._place.base).rstrip("/")
+        self._base = base.rstrip("/")
         self._retry = Retry.of(self.options)
 
     @staticmethod

@@ -1,14 +1,15 @@
-"""Initial weights: of a tokenizer, from another run or a released file; of a LightningDiT, from another run."""
+"""Initial weights: of a tokenizer, from another run, a released file or the hub; of a LightningDiT, of another run."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from vavae.config import Config, differences
+from vavae.config import Config, differences, is_hub_address
 from vavae.distributed.sharded_tensors import as_full_shard
 from vavae.errors import UserError
-from vavae.interop.checkpoint_file import read_weights
+from vavae.interop.checkpoint_file import WeightsFile, read_weights
 from vavae.interop.export import ALIGNMENT, load_alignment, load_exported_lightningdit, load_exported_tokenizer
+from vavae.interop.load import find_model, read_published_tokenizer
 from vavae.interop.released_tokenizer import (
     convert_alignment,
     convert_discriminator,
@@ -18,7 +19,7 @@ from vavae.interop.released_tokenizer import (
 )
 from vavae.models.dit.config import LightningDiTConfig
 from vavae.runs.config import RunConfig
-from vavae.runs.run import StoredArtifact
+from vavae.runs.run import Run, StoredArtifact
 from vavae.storage.storage import Storage
 from vavae.training.step import StepWeights
 
@@ -36,13 +37,13 @@ def starting_weights(config: RunConfig, feature_dim: int) -> StepWeights | None:
     url = config.train_vavae.start_from
     if url is None:
         return None
-    place = Storage.of(config.storage).at(url)
-    if place.is_file() and config.tokenizer.kind != "kl":
+    source = _find(config, url)
+    if isinstance(source, WeightsFile) and config.tokenizer.kind != "kl":
         raise UserError(
             f"train_vavae.start_from={url}: a released file is of a tokenizer of kind kl, and tokenizer.kind="
             f"{config.tokenizer.kind}: name an export of that kind"
         )
-    engines = _released(config, url, feature_dim) if place.is_file() else _exported(config, place)
+    engines = _released(config, source, feature_dim) if isinstance(source, WeightsFile) else _exported(config, source)
     shards = {engine: {name: as_full_shard(t) for name, t in state.items()} for engine, state in engines.items()}
     return StepWeights(shards, average=None)
 
@@ -80,8 +81,19 @@ def _check_same(export: Storage, theirs: Config, ours: Config, section: str) -> 
         )
 
 
-def _released(config: RunConfig, url: str, feature_dim: int) -> dict[str, dict[str, Tensor]]:
-    weights, losses = read_weights(url), config.losses
+def _find(config: RunConfig, url: str) -> Storage | WeightsFile:
+    """The export that an address means, or else the tensors that others have published."""
+    if not is_hub_address(url):
+        place = Storage.of(config.storage).at(url)
+        return read_weights(url) if place.is_file() else place
+    found = find_model(url, "tokenizer")
+    if isinstance(found, str):
+        return read_published_tokenizer(found).weights
+    return found.stored("train_vavae").folder if isinstance(found, Run) else found
+
+
+def _released(config: RunConfig, weights: WeightsFile, feature_dim: int) -> dict[str, dict[str, Tensor]]:
+    losses = config.losses
     generator = _with_prefix("autoencoder", convert_tokenizer(weights, config.tokenizer.model_dump(), "tokenizer."))
     if holds_alignment(weights):
         sizes = {"latent_dim": config.tokenizer.latent_dim, "feature_dim": feature_dim}

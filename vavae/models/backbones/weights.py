@@ -14,8 +14,9 @@ import vavae.torchvision_compat  # noqa: F401  (before timm)
 # isort: split
 import timm
 
+from vavae.config import HUB_PREFIX
 from vavae.errors import UserError
-from vavae.models.backbones.config import EMBEDDED_WEIGHTS, HUB_PREFIX, BackboneConfig
+from vavae.models.backbones.config import EMBEDDED_WEIGHTS, BackboneConfig
 from vavae.storage.storage import Storage
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
