@@ -93,20 +93,22 @@ def test_runs_side_by_side_by_folder_and_by_configuration(make, tmp_path):
 
 
 def test_a_folder_of_runs_is_a_table_of_them(make, tmp_path, capsys):
-    one, other = make(name="one"), make(name="other")
+    one, other, torn = make(name="one"), make(name="other"), make(name="torn")
+    torn.storage.write_bytes("events/0.jsonl", b'{"ev')
     one.storage.write_json("metrics.json", {"psnr": {"value": 30.5, "unit": "dB", "better": "higher", "protocol": "p"}})
     other.storage.write_bytes("config.yaml", b"name: other\nno_such_key: 1\n")
     output = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "runs"), "--out", str(output)]) == 0
     text = text_of(output)
-    assert "2 runs" in text
+    assert "3 runs" in text
     assert run_summary(one.config) in text
     assert "30.5" in text
     assert main(["status", str(tmp_path / "runs")]) == 0
-    lines = capsys.readouterr().out.splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0] == "one  train_vavae"
     assert lines[1].startswith("other  ")
     assert "no_such_key" in lines[1]
+    assert lines[2].startswith("torn  can't be read: JSONDecodeError: ")
 
 
 def test_a_run_that_was_moved_is_read_where_it_lies(make, tmp_path):

@@ -17,6 +17,7 @@ import vavae
 from vavae.cli.main import main
 from vavae.config import digest
 from vavae.errors import UserError
+from vavae.interop.export import DESCRIPTION
 from vavae.interop.released_tokenizer import save_released_tokenizer
 from vavae.runs.files import CONFIG, METRICS, SAMPLES
 from vavae.runs.jobs import JOBS
@@ -169,6 +170,35 @@ def test_the_card_says_what_was_measured_and_how(tmp_path, capsys):
     assert "psnr" not in text, "figures of another model"
     assert not (out / METRICS).exists()
     assert main(["push", str(out), "me/other", "--out", str(tmp_path / "copy")]) == 0, "a pushed run is a run"
+
+
+def test_nothing_of_its_owner_is_pushed_with_a_run(tmp_path):
+    private = {
+        "shards": {"source": "/home/alice/faces.zip#train", "labels": "~/alice/classes.csv", "image_size": 8},
+        "teacher": {"weights": "/home/alice/teacher.safetensors"},
+        "workers": {"hourly_price": 2.5},
+        "tracking": ["wandb"],
+    }
+    run = trained_run(tmp_path, "mine", **private)
+    finish(run, sampled_with="c")  # and the manifest of the shards is gone
+    prefix, folder, record = run.prefix("train_vavae"), run.folder("train_vavae"), run.require("train_vavae")
+    described = yaml.safe_load(folder.read_bytes(DESCRIPTION))
+    described["teacher"]["weights"] = private["teacher"]["weights"]
+    folder.write_bytes(DESCRIPTION, yaml.safe_dump(described).encode())
+    size = folder.size(DESCRIPTION)
+    files = record.files | {DESCRIPTION: record.files[DESCRIPTION].model_copy(update={"bytes": size})}
+    details = {"identity": {"teacher": private["teacher"]}}
+    commit(run.storage, prefix, record.model_copy(update={"files": files, "details": details}))
+    out = tmp_path / "out"
+    assert main(["push", run.storage.url(), "me/digits", "--out", str(out)]) == 0
+    texts = {path.name: path.read_text() for path in out.rglob("*") if path.suffix in {".md", ".yaml", ".json"}}
+    assert not [name for name, text in texts.items() if re.search(r"alice|wandb|hourly_price: 2", text)]
+    for name in ("config.yaml", "README.md", "artefact.json", DESCRIPTION):
+        assert "path/to/teacher.safetensors" in "".join(each.read_text() for each in out.rglob(name)), name
+    shards = yaml.safe_load(texts["config.yaml"])["shards"]
+    assert (shards["source"], shards["labels"]) == ("path/to/faces.zip#train", "path/to/classes.csv")
+    assert ": faces.zip#train at 8 px" in texts["README.md"]
+    assert SAMPLES in {path.name for path in out.iterdir()}
 
 
 def test_trainings_begin_with_what_is_on_the_hub(hub, run, push):

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import os
+import sys
 from typing import Any
 
 from vavae.cli.arguments import add_overrides
@@ -44,4 +46,5 @@ def _demo(arguments: argparse.Namespace) -> int:
     configure_torch(workers.model_copy(update={"threads": torch.get_num_threads()}))
     with listen(arguments.host, arguments.port) as listener:
         serve(Playground.at(arguments.run, arguments.overrides, arguments.device), listener)
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # else the interpreter waits for the thread of a request that is still being computed

@@ -3,17 +3,20 @@
 from vavae.config.base import Config, added, differences, digest, identity, runtime
 from vavae.config.load import dump, load
 from vavae.config.paths import (
+    ELSEWHERE,
     HUB_PREFIX,
     HubAddress,
     LocalPath,
     ModelAddress,
     is_hub_address,
     resolve_paths,
+    without_own_folders,
     written_path,
 )
 from vavae.config.size import as_one_number, describe_size, height_and_width
 
 __all__ = [
+    "ELSEWHERE",
     "HUB_PREFIX",
     "Config",
     "HubAddress",
@@ -31,5 +34,6 @@ __all__ = [
     "load",
     "resolve_paths",
     "runtime",
+    "without_own_folders",
     "written_path",
 ]

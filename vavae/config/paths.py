@@ -3,6 +3,7 @@
 import operator
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
@@ -17,6 +18,11 @@ HUB_PREFIX = "hf-hub:"
 _HUB_ADDRESS = re.compile(
     HUB_PREFIX + r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<path>[\w./-]*[\w.-]))?(@(?P<revision>[\w./-]+))?"
 )
+
+
+_OWN_PATH = re.compile(r"(?P<before>indexed:)?(file://)?[/~][^#]*?(?P<name>[^/#]*)/?(?P<inside>#.*)?")
+ELSEWHERE = "path/to/"
+"""Stands for a folder that another machine does not have."""
 
 
 class HubAddress(NamedTuple):
@@ -117,6 +123,23 @@ ModelAddress = Annotated[str, Field(min_length=1), LocalPath(names=(HUB_PREFIX,)
 def written_path(text: str) -> str:
     """The form in which a value of a configuration was written."""
     return text.written if isinstance(text, ResolvedPath) else text
+
+
+def without_own_folders(value: Any) -> Any:
+    """A configuration, or a structure of plain values, that names no folder of the machine that it was used on.
+
+    Absolute local paths, and those below a home, become `path/to/NAME`; others stay as they were written.
+    """
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: without_own_folders(item) for name, item in value})
+    if isinstance(value, Mapping):
+        return {key: without_own_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_own_folders(item) for item in value)
+    if not isinstance(value, str):
+        return value
+    own = _OWN_PATH.fullmatch(written_path(value))
+    return value if own is None else f"{own['before'] or ''}{ELSEWHERE}{own['name']}{own['inside'] or ''}"
 
 
 def resolve_paths(config: ModelT, folder: str | None = None) -> ModelT:

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vavae.config import dump
+import yaml
+
+from vavae.config import dump, without_own_folders
 from vavae.errors import UserError
 from vavae.interop.diffusers_pipeline import save_diffusers_pipeline
 from vavae.interop.diffusers_tokenizer import CONFIG as CONFIG_OF_DIFFUSERS
 from vavae.interop.diffusers_tokenizer import WEIGHTS as DIFFUSERS_WEIGHTS
 from vavae.interop.diffusers_tokenizer import NotInDiffusersError
-from vavae.interop.export import WEIGHTS, load_exported_tokenizer, load_latent_models
+from vavae.interop.export import DESCRIPTION, WEIGHTS, load_exported_tokenizer, load_latent_models
 from vavae.interop.import_export import export_diffusers_tokenizer
 from vavae.latents.manifest import MANIFEST, read_latent_manifest
 from vavae.latents.statistics import STATISTICS
@@ -68,7 +70,9 @@ def write_pushed_folder(inputs: PushInputs, folder: Path) -> PushedFolder:
             if name != CONFIG_OF_DIFFUSERS and not name.endswith(".py")  # which one may edit
         }
         weights |= {f"{prefix}/{name}": info.sha256 for name, info in files.items() if name.endswith(".safetensors")}
-        commit(place, prefix, record.model_copy(update={"files": files}))
+        commit(
+            place, prefix, record.model_copy(update={"files": files, "details": without_own_folders(record.details)})
+        )
     for name in inputs.files:
         place.write_bytes(name, inputs.storage.read_bytes(name))
     place.write_bytes(CONFIG, dump(inputs.config).encode())
@@ -102,7 +106,10 @@ def _write_models(inputs: PushInputs, folder: Path) -> str:
         target = Storage(str(folder / prefix))
         in_diffusers = target.is_file(DIFFUSERS_WEIGHTS)
         for name in export.files:
-            if name != WEIGHTS or not in_diffusers:
+            if name == DESCRIPTION:
+                description = without_own_folders(yaml.safe_load(export.folder.read_bytes(name)))
+                target.write_bytes(name, yaml.safe_dump(description, sort_keys=False).encode())
+            elif name != WEIGHTS or not in_diffusers:
                 target.put_file(export.folder.local_file(name), name)
     return reason
 

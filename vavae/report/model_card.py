@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vavae.config import describe_size, written_path
+from vavae.config import ELSEWHERE, describe_size, dump, written_path
 from vavae.data.shards.manifest import MANIFEST, read_manifest
 from vavae.evaluation.metric import Metric, read_metrics
 from vavae.interop.push import PushedFolder
@@ -21,6 +22,7 @@ from vavae.report.run_report import log_rows, shown_pictures
 from vavae.runs.config import RunConfig
 from vavae.runs.evaluation_inputs import ReportInputs
 from vavae.runs.files import METRICS
+from vavae.runs.jobs import JOBS, TRAININGS
 from vavae.runs.push_inputs import PushInputs
 from vavae.runs.run import IMPORTED
 
@@ -56,9 +58,11 @@ def model_card(
         license_name: the hub's name of a license; None names none.
     """
     config = inputs.config
+    report = replace(report, config=config)
     metrics = read_metrics(inputs.storage) if METRICS in inputs.files else []
     classes = () if inputs.sampling is None else read_latent_manifest(inputs.sampling.latents.folder).classes
     facts = run_facts(report, log_rows(report))
+    trainings = (f"training of the {JOBS[job].makes}" for job in TRAININGS)  # and not where they were followed
     shards = report.artifacts.get("prepare_shards")
     records = [*([shards] if shards else []), *inputs.records.values()]
     imported = {each.kind: each.details[IMPORTED] for each in records if IMPORTED in each.details}
@@ -66,7 +70,7 @@ def model_card(
         front_matter=_front_matter(inputs, folder, metrics, classes, license_name),
         name=config.name,
         version=version("vavae"),
-        summary=_summary(inputs),
+        summary=_summary(inputs).replace(ELSEWHERE, ""),
         byline=run_byline(report.storage),
         pictures=[picture for picture in shown_pictures(report) if picture.file in inputs.files],
         samples=inputs.sampling is not None,
@@ -81,10 +85,11 @@ def model_card(
         data=_data(report),
         classes=_listed(classes),
         labels=[*range(len(classes))][:2],
-        facts={name: fact for name, fact in facts.items() if name.startswith("training of")}
+        facts={name: facts[name] for name in trainings if name in facts}
         | {kind: f"imported from {source}" for kind, source in imported.items()},
         recipe=_recipe(config),
         local_source=_is_local(config),
+        elsewhere=ELSEWHERE if ELSEWHERE in dump(config) else "",
         digests={record.kind: record.digest for record in records},
         weights=folder.weights,
     )
@@ -144,7 +149,7 @@ def _summary(inputs: PushInputs) -> str:
 def _data(report: ReportInputs) -> str:
     """Source, size and numbers of the images."""
     shards = report.config.shards
-    parts = [f"`{written_path(shards.source)}`, {describe_size(shards.image_size)} px"]
+    parts = [f"`{written_path(shards.source).replace(ELSEWHERE, '')}`, {describe_size(shards.image_size)} px"]
     if report.shards.is_file(MANIFEST):
         manifest = read_manifest(report.shards)
         parts += [f"{manifest.count(split):,} images in the split {split}" for split in manifest.splits]

@@ -19,9 +19,9 @@ class ListedRun:
 
     name: str
     models: str
-    """Its data and models; empty where its configuration can't be read."""
+    """Its data and models; empty where it can't be read."""
     state: str
-    """`done`, the job that is next, or why its configuration can't be read."""
+    """`done`, the job that is next, or why it can't be read."""
     worked: str
     """When it was last at work, by which code, and in what time."""
     metrics: dict[str, Metric]
@@ -48,13 +48,18 @@ def list_runs(folder: Storage, overrides: Sequence[str] = ()) -> list[ListedRun]
 
 
 def _listed(storage: Storage, name: str, overrides: Sequence[str]) -> ListedRun:
-    metrics = {metric.name: metric for metric in read_metrics(storage)}
-    here = storage.is_local and storage.is_file(REPORT)
-    report = Path(storage.url(REPORT)).absolute().as_uri() if here else None
+    report, metrics = None, dict[str, Metric]()
     try:
+        if storage.is_local and storage.is_file(REPORT):
+            report = Path(storage.url(REPORT)).absolute().as_uri()
+        metrics = {metric.name: metric for metric in read_metrics(storage)}
         run = Run.at(storage.url(), overrides).snapshot()
         to_do = (job for job in run_status(run, run.plans(sources=False)) if not job.plan.done)
         state = next((job.next_words for job in to_do), "done")
         return ListedRun(name, run_summary(run.config), state, run_byline(storage), metrics, report)
     except UserError as error:
         return ListedRun(name, "", str(error), "", metrics, report)
+    except Exception as error:  # noqa: BLE001 - whatever is damaged in one does not hide the others
+        return ListedRun(
+            name, "", f"can't be read: {' '.join(f'{type(error).__name__}: {error}'.split())}", "", metrics, report
+        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vavae.config import identity
-from vavae.data.shards.manifest import read_manifest
+from vavae.data.shards.manifest import MANIFEST, read_manifest
 from vavae.runs.config import RunConfig
 from vavae.runs.jobs import JOBS, TRAININGS, Job
 from vavae.runs.run import Run, StoredArtifact, StoredCheckpoint
@@ -112,7 +112,7 @@ class ReportInputs:
     shards: Storage
     """Folder of the image shards."""
     classes: int | None
-    """Number of classes of the images; None before there are samples."""
+    """Number of classes of the images; None before there are samples, and where the shards are gone."""
 
     @classmethod
     def of(cls, run: Run) -> "ReportInputs":
@@ -126,7 +126,7 @@ class ReportInputs:
             artifacts={job: record for job, record in found.items() if record is not None},
             trainings={job: run.training_folder(job) for job in TRAININGS if found[JOBS[job].inputs[0]] is not None},
             shards=shards,
-            classes=len(read_manifest(shards).classes) if has_samples else None,
+            classes=len(read_manifest(shards).classes) if has_samples and shards.is_file(MANIFEST) else None,
         )
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vavae.config import digest
+from vavae.config import digest, without_own_folders
 from vavae.errors import UserError
 from vavae.runs.config import RunConfig
 from vavae.runs.files import LATENT_MAP, METRICS, RECONSTRUCTIONS, SAMPLES
@@ -19,7 +19,7 @@ class PushInputs:
     """Models, figures and pictures of a run that belong together."""
 
     config: RunConfig
-    """Configuration of the run, without the place of its storage."""
+    """Configuration of the run, without what is its owner's alone: storage, trackers, prices and folders."""
     storage: Storage
     """Folder of the run."""
     tokenizer: StoredArtifact
@@ -67,10 +67,8 @@ class PushInputs:
             models = {"train_vavae": run.require("train_vavae").digest, "sample": samples.digest}
             if measured is not None and _is_of(measured, digest(run.identity("evaluate")), models):
                 files += [METRICS, RECONSTRUCTIONS, LATENT_MAP]
-        # An average goes out as the LightningDiT.
-        sample = run.config.sample.model_copy(update={"weights": None})
         return cls(
-            config=run.config.model_copy(update={"storage": StorageConfig(), "sample": sample}),
+            config=_published(run.config),
             storage=run.storage,
             tokenizer=run.stored("train_vavae"),
             latents=None if latents is None else run.stored("precompute_latents"),
@@ -79,6 +77,16 @@ class PushInputs:
             records=records,
             files=tuple(file for file in files if run.storage.is_file(file)),
         )
+
+
+def _published(config: RunConfig) -> RunConfig:
+    changes = {
+        "storage": StorageConfig(),
+        "tracking": RunConfig.model_fields["tracking"].default,
+        "workers": config.workers.model_copy(update={"hourly_price": None}),
+        "sample": config.sample.model_copy(update={"weights": None}),  # an average goes out as the LightningDiT
+    }
+    return without_own_folders(config.model_copy(update=changes))
 
 
 def _is_of(record: Artifact, config: str, inputs: Mapping[str, str]) -> bool:
