@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import socket
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -280,3 +281,17 @@ def test_a_dashboard_that_never_answers_is_one_line(line, monkeypatch):
 def test_a_wrong_variable_of_torchrun_is_one_line(line, monkeypatch, variable):
     monkeypatch.setenv(variable, "first")
     assert f"{variable}=first: torchrun sets a number" in line(["train", "vavae", "--config", TINY])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["3.1"], "no Python 3.1 on the path: install one, or name it in VAVAE_PYTHON"),
+        (["newest"], "--python wants a version such as 3.13, not 'newest'"),
+        ([], "--python wants a version such as 3.13, not ''"),
+    ],
+)
+def test_a_python_that_is_not_here(words: list[str], line: str):
+    command = ["bash", str(ROOT / "tests/run.sh"), "--python", *words]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", f"error: {line}\n")

@@ -1,5 +1,6 @@
 """The image: a linter's rules, and versions that satisfy what the project asks for."""
 
+import importlib.metadata
 import re
 import subprocess
 import sysconfig
@@ -16,6 +17,7 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "cluster/docker"
 PINS = dict(line.split("==") for line in (DOCKER / "requirements.txt").read_text().split() if "==" in line)
+NAMES = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in PINS.items()}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -44,13 +46,27 @@ def requirements_of(lines):
 
 
 @pytest.mark.parametrize(
-    "line", sorted(requirements_of([*PROJECT["dependencies"], "vavae[quickstart,fidelity,sweep]"]))
+    "line", sorted(requirements_of([*PROJECT["dependencies"], "vavae[quickstart,judge,fidelity,sweep]"]))
 )
 def test_the_versions_satisfy_the_project(line):
     requirement = Requirement(line)
-    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in PINS.items()}
-    version = pins[re.sub(r"[-_.]+", "-", requirement.name).lower()]
+    version = NAMES[re.sub(r"[-_.]+", "-", requirement.name).lower()]
     assert requirement.specifier.contains(version)
+
+
+def test_nothing_that_the_versions_ask_for_is_left_open():
+    left_open = []
+    for distribution in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.name).lower()
+        # Those of CUDA come with torch, which names their exact versions.
+        if NAMES.get(name) != distribution.version.split("+")[0] or name == "torch":
+            continue
+        for requirement in map(Requirement, distribution.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                version = NAMES.get(re.sub(r"[-_.]+", "-", requirement.name).lower())
+                if version is None or not requirement.specifier.contains(version, prereleases=True):
+                    left_open.append(f"{name} asks for {requirement}")
+    assert left_open == []
 
 
 def test_clusters_run_the_ray_of_the_image():

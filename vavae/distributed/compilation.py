@@ -47,6 +47,6 @@ def compile_each(blocks: Iterable[nn.Module]) -> None:
     else:
         from torch._dynamo import config
 
-        config.recompile_limit = _SHAPES
+        config.cache_size_limit = _SHAPES  # torch 2.6 has no other name for it, later ones know both
     for block in blocks:
         block.compile(dynamic=False, **limit)
