@@ -16,7 +16,7 @@ from vavae.report.run_status import run_cost, run_status
 from vavae.runs.config import RunConfig
 from vavae.runs.files import CONFIG
 from vavae.runs.run import Run
-from vavae.storage.artifact import Artifact, commit
+from vavae.storage.artifact import RECORD, Artifact, commit
 from vavae.training.hardware import HARDWARE, Hardware
 
 RATES = (20.0, 40.0, 10.0)
@@ -62,7 +62,8 @@ def run(request, tmp_path):
 
 
 def lines_of(run):
-    now = run.storage.modified(CONFIG) + timedelta(seconds=5)
+    newest = f"{run.training_prefix('train_vavae')}/checkpoints/{80:012d}/{RECORD}"
+    now = run.storage.modified(newest) + timedelta(seconds=5)
     return [stage.line(now) for stage in run_status(run, run.plans(sources=False))]
 
 
