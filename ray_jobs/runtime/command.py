@@ -181,7 +181,8 @@ def _effort(config: RunConfig, job: Job) -> str:
     training = getattr(config, job, None)
     if isinstance(training, TrainingConfig):
         steps, batch_size = training.steps, training.batch_size
-        return f"{steps * batch_size:,} images, {steps:,} steps of {batch_size}, {config.workers.count} workers"
+        workers = "1 worker" if config.workers.count == 1 else f"{config.workers.count} workers"
+        return f"{steps * batch_size:,} images, {steps:,} steps of {batch_size}, {workers}"
     moments = "mean and std" if config.tokenizer.kind == "kl" else "points"
     return {
         "prepare_shards": f"{written_path(config.shards.source)} at {describe_size(config.shards.image_size)} px",
