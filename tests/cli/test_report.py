@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.browser import browser_page, in_a_browser, on_desk_and_phone
 from support.html_page import Page
 from support.training_steps import tiny_config
 
@@ -170,3 +171,35 @@ def test_rows_without_a_rate_take_no_time():
     ]
     assert training_seconds(rows) == pytest.approx(2 + 5)
     assert training_seconds([]) == 0
+
+
+@pytest.mark.integrations
+@in_a_browser
+@on_desk_and_phone
+def test_pages_answer_the_pointer(make, tmp_path, width, scheme):
+    pages = {"run": [make(name="one")], "comparison": [make(name="two"), make(name="three", ema_decay=None)]}
+    for name, runs in pages.items():
+        path = tmp_path / f"{name}.html"
+        assert main(["report", *(run.storage.url() for run in runs), "--out", str(path)]) == 0
+        with browser_page(width, scheme) as page:
+            page.goto(path.as_uri())
+            curve = page.locator("svg[data-chart]").first
+            curve.hover()
+            assert "images" in page.locator(".tip").inner_text()
+            area = curve.bounding_box()
+            row = area["y"] + area["height"] / 2
+            page.mouse.move(area["x"] + 0.4 * area["width"], row)
+            page.mouse.down()
+            page.mouse.move(area["x"] + 0.8 * area["width"], row)
+            page.mouse.up()
+            assert float(page.locator("input[data-zoom=from]").input_value()) > 0
+    path = tmp_path / "runs.html"
+    assert main(["report", str(tmp_path / "runs"), "--out", str(path)]) == 0
+    with browser_page(width, scheme) as page:
+        page.goto(path.as_uri())
+        rows = page.locator("tbody tr:visible th")
+        page.get_by_role("button", name="run", exact=True).click()
+        assert rows.all_inner_texts() == ["one", "three", "two"]
+        page.locator("input[type=search]").fill("two")
+        assert "1 of 3" in page.locator(".tools").inner_text()
+        assert rows.all_inner_texts() == ["two"]
