@@ -38,7 +38,7 @@ _KEEP_FREED_MEMORY = {
 }
 """Settings of glibc: every step on a CPU allocates the same activations again, and fresh pages are slow."""
 _WARNINGS = "ignore::DeprecationWarning,ignore::FutureWarning"
-"""Of Ray and torch about themselves, which no user can mend; the environment may say otherwise."""
+"""Filter for warnings of Ray and torch about themselves, which no user can mend; `PYTHONWARNINGS` replaces it."""
 _SOCKET_NAME_BYTES = 24
 """Longest name that Ray gives to a socket."""
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.browser import browser_page, in_a_browser, on_desk_and_phone
+from support.browser import browser_page, on_desk_and_phone
 from support.html_page import Page
 from support.training_steps import tiny_config
 
@@ -174,7 +174,6 @@ def test_rows_without_a_rate_take_no_time():
 
 
 @pytest.mark.integrations
-@in_a_browser
 @on_desk_and_phone
 def test_pages_answer_the_pointer(make, tmp_path, width, scheme):
     pages = {"run": [make(name="one")], "comparison": [make(name="two"), make(name="three", ema_decay=None)]}

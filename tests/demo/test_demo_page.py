@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 from support import image_shards
-from support.browser import browser_page, in_a_browser, on_desk_and_phone
+from support.browser import browser_page, on_desk_and_phone
 from support.sockets import beyond_loopback
 from support.trained_run import trained_run
 
@@ -92,7 +92,6 @@ def test_nobody_else_reaches_it(server):
         urllib.request.urlopen(request)
 
 
-@in_a_browser
 @on_desk_and_phone
 def test_a_click_shows_pictures(server, photo, width, scheme):
     strangers = []

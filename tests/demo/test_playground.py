@@ -1,4 +1,4 @@
-"""What the page of a run shows, without the page: pictures, their captions, and the command that makes the same."""
+"""Pictures, captions and commands that the page of a run shows, without the page."""
 
 import io
 import re

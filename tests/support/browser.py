@@ -16,7 +16,6 @@ ALONE = (
 )
 """Arguments of a browser that asks the network for nothing of its own."""
 
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chromium is not installed")
 on_desk_and_phone = pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 
 
@@ -32,6 +31,7 @@ def browser_page(width, scheme):
     """
     from playwright.sync_api import sync_playwright
 
+    assert CHROMIUM is not None, "these tests need a browser: install Debian's package chromium"
     errors = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ALONE])

@@ -15,7 +15,7 @@ _IMAGES = 8
 """Images of a class at first."""
 _MOST_IMAGES = 32
 _CLASSES: dict[str, Any] = {"allow_custom_value": True, "info": "A number may be typed, too."}
-"""Of the fields that take names of classes."""
+"""Settings of the fields that take names of classes."""
 _SYSTEM_FONTS = {
     "font": [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
     "font_mono": [gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],

@@ -40,7 +40,7 @@ class Slider(NamedTuple):
     key: str
     label: str
     value: float
-    """Of the run."""
+    """Value in the configuration of the run."""
     low: float
     high: float
     step: float
@@ -77,7 +77,7 @@ class Playground:
 
     @property
     def sliders(self) -> list[Slider]:
-        """What changes the samples of these models: guidance of the kinds that they have, and steps."""
+        """Numbers that change the samples of these models: guidance of the kinds that they have, and steps."""
         assert self.sampler is not None, "without a LightningDiT there are no samples"
         config, model = self.run.config, self.sampler.lightningdit
         scales = []

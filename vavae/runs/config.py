@@ -34,7 +34,7 @@ class RunConfig(Config):
     storage: StorageConfig = runtime(StorageConfig())
     workers: WorkersConfig = runtime(WorkersConfig())
     tracking: tuple[TrackerName, ...] = runtime(("tensorboard",))
-    """Where the trainings and the evaluation are followed, besides the files of the run: `tensorboard`, `wandb`,
+    """Trackers that show the trainings and the evaluation, besides the files of the run: `tensorboard`, `wandb`,
     `mlflow`, `trackio`. Servers, projects and keys are in the environment of the machines."""
 
     shards: ShardsConfig

@@ -28,7 +28,7 @@ class PushInputs:
     latents_prefix: str
     """Their folder in that of the run."""
     sampling: SamplingInputs | None
-    """Both models and what joins them; None of a run that has a tokenizer alone."""
+    """Tokenizer and LightningDiT with the statistics between them; None of a run that has a tokenizer alone."""
     records: Mapping[str, Artifact]
     """Records of the artifacts by their folders in the pushed one."""
     files: tuple[str, ...]

@@ -268,7 +268,7 @@ class Storage:
         name = self._name(path)
         try:
             return self._ask(path, lambda: self._fs.sign(name, expiration=seconds, ResponseContentType=content_type))
-        except (NotImplementedError, TypeError):
+        except (NotImplementedError, TypeError):  # it signs nothing, or can't say what type a file is of
             return None
 
     def delete(self, path: str) -> None:

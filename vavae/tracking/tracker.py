@@ -26,7 +26,7 @@ class TrackedJob:
     tensorboard: Storage
     """Folder of TensorBoard's files."""
     resumes: bool = True
-    """Whether another attempt continues in the trackers what the one before began."""
+    """Another attempt continues the run that the one before began in a tracker; else it begins a new one."""
 
     @property
     def name(self) -> str:
