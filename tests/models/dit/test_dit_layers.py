@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from vavae.models.dit.config import SIZES
-from vavae.models.dit.layers import RMSNorm, RotaryEmbedding, SwiGLU, rotate, sincos_position_embedding, token_positions
+from vavae.models.dit.layers import (
+    RMSNorm,
+    RotaryEmbedding,
+    SwiGLU,
+    attend,
+    rotate,
+    sincos_position_embedding,
+    token_positions,
+)
 
 GRID = (5, 7)
 HEAD_DIM = 16
@@ -100,6 +108,23 @@ def test_rms_norm_is_computed_in_float32_and_keeps_the_dtype(dtype):
     out = norm(x)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_that_of_float32_rounded():
+    rng = torch.Generator().manual_seed(0)
+    halves = [torch.randn(2, 3, 64, 32, generator=rng).bfloat16().requires_grad_() for _ in range(3)]
+    singles = [half.detach().float().requires_grad_() for half in halves]
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = attend(*halves)
+    expected = attend(*singles)
+    assert torch.equal(attended, expected.bfloat16())
+    gradient = torch.randn(attended.shape, generator=rng).bfloat16()
+    attended.backward(gradient)
+    expected.backward(gradient.float())
+    for half, single in zip(halves, singles, strict=True):
+        assert half.grad is not None
+        assert single.grad is not None
+        assert torch.equal(half.grad, single.grad.bfloat16())
 
 
 @pytest.mark.parametrize(("size", "hidden"), [("B", 2048), ("L", 2730), ("XL", 3072), ("1p0B", 4096), ("1p6B", 4778)])

@@ -171,6 +171,18 @@ def head_norm(config: LightningDiTConfig) -> nn.Module:
     return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.shape.head_dim)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of queries to keys and values, all [B, heads, N, head_dim]; dtype of the values.
+
+    In bfloat16 on CPUs it is computed in float32: the backward pass of torch's kernel takes 6 times as long there
+    (torch 2.13, 64 tokens, heads of 32), 0.45 of a compiled training step.
+    """
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type_as(v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; queries and keys are normalized, then rotated."""
 
@@ -188,7 +200,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
