@@ -156,6 +156,8 @@ def test_keys_name_what_decides_and_nothing_else(tmp_path: Path) -> None:
     assert changed("train_vavae", "shards.source=elsewhere.zip")
     assert changed("precompute_latents", "latents.flip=false")
     assert not changed("train_vavae", "latents.flip=false")
+    assert not changed("train_lightningdit", "train_lightningdit.keep_checkpoints=3")
+    assert changed("train_lightningdit", "train_lightningdit.keep_images=[64]"), "it may guide"
 
 
 def test_a_prefix_ends_where_its_phase_begins_and_needs_the_same_adversary(tmp_path: Path) -> None:

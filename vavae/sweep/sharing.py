@@ -110,6 +110,8 @@ def content_key(config: RunConfig, job: Job) -> str:
         parts["sources"] = {name: getattr(config.shards, name) for name in SOURCES}
         if config.shards.labels is not None:  # which came later than the others
             parts["sources"]["labels"] = config.shards.labels
+    if job == "train_lightningdit" and config.train_lightningdit.keep_images:
+        parts["checkpoints"] = config.train_lightningdit.keep_images  # runtime, but a trial may be guided by them
     return digest({**parts, "inputs": {name: content_key(config, name) for name in JOBS[job].inputs}})
 
 
