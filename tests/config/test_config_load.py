@@ -423,6 +423,6 @@ def test_a_configuration_of_the_package_is_found_by_its_name_and_a_file_of_that_
     assert find_config("tiny.yaml") == Path("tiny.yaml"), "a path, whether there is a file or not"
     with pytest.raises(
         UserError,
-        match=r"^presets/ablation: no such file, .*those are cifar10_cpu, imagenet/beyond/best_of_xl_64_epochs, ",
+        match=r"^presets/ablation: no such file, .*those are cifar10_cpu, cifar10_cpu_long, imagenet/beyond/",
     ):
         find_config("presets/ablation")
