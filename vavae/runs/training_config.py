@@ -123,7 +123,7 @@ class TrainingConfig(Config):
     initial weights; 0.09 in EDM2. Null limits nothing."""
     precision: Precision = "fp32"
     """Precision of the networks in the forward pass; `bf16` leaves weights, gradients, optimizer and losses in fp32. On
-    CPUs it pays where they multiply in it (AMX), with `compile_blocks` above all."""
+    CPUs it is for those that multiply in it (AMX), with `compile_blocks` above all."""
     engine: EngineConfig = EngineConfig()
     compile_blocks: bool | None = runtime(None)
     """Compile the blocks of the networks with `torch.compile`: those of the transformer; or the tokenizer's residual

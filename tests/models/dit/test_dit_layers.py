@@ -110,7 +110,7 @@ def test_rms_norm_is_computed_in_float32_and_keeps_the_dtype(dtype):
     torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_attention_in_bfloat16_on_a_cpu_is_that_of_float32_rounded():
+def test_attention_among_few_tokens_in_bfloat16_on_a_cpu_is_that_of_float32_rounded():
     rng = torch.Generator().manual_seed(0)
     halves = [torch.randn(2, 3, 64, 32, generator=rng).bfloat16().requires_grad_() for _ in range(3)]
     singles = [half.detach().float().requires_grad_() for half in halves]
